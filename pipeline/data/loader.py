@@ -1,0 +1,157 @@
+"""Training batches as torch tensors, prepared one step ahead; evenly spaced windows for evaluation."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from parallel.errors import DataError
+from pipeline.data.packing import PackedDataset
+from pipeline.data.sampler import rank_indices, step_indices
+from pipeline.data.shards import TokenShards
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU (pinned where CUDA is present); B sequences of S tokens."""
+
+    tokens: torch.Tensor
+    """int64 [B, S]."""
+    labels: torch.Tensor
+    """The next token at every position, -100 where there is no loss; int64 [B, S]."""
+    document_ids: torch.Tensor | None
+    """Document of every token, non-decreasing along S, int32 [B, S]; None where documents are not masked."""
+
+
+class TrainLoader:
+    """The micro-batches of one data-parallel rank, by optimizer step.
+
+    While a step trains, one background thread prepares the next. An exception there is raised by the `step` that asks
+    for its result.
+
+    Args:
+        dataset: packed windows.
+        seed: of the order.
+        global_batch: sequences an optimizer step over all ranks.
+        micro_batch: sequences a forward pass.
+        rank: data-parallel rank.
+        world: data-parallel ranks.
+        mask_documents: give document ids, and no label across a document's end.
+
+    Raises:
+        ConfigError: global_batch is not a multiple of world * micro_batch.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        mask_documents: bool,
+    ) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._rank = rank
+        self._world = world
+        self._mask_documents = mask_documents
+        self._pin = torch.cuda.is_available()
+        rank_indices(np.arange(global_batch), rank, world, micro_batch)  # refuse a bad split now, not in the thread
+        self._executor: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def step(self, step: int) -> list[Batch]:
+        """Micro-batches of this rank for 0-based optimizer step `step`, in order; any step may be asked for.
+
+        Raises:
+            DataError: the shards hold an id outside the vocabulary.
+            RuntimeError: the loader is closed.
+        """
+        if self._executor is None:
+            raise RuntimeError("the loader is closed")
+        ahead, self._ahead = self._ahead, None
+        batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._make(step)
+        self._ahead = (step + 1, self._executor.submit(self._make, step + 1))
+        return batches
+
+    def close(self) -> None:
+        """Stop the background thread; closing twice is fine."""
+        executor, self._executor = self._executor, None
+        self._ahead = None
+        if executor is not None:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make(self, step: int) -> list[Batch]:
+        indices = step_indices(self._seed, step, self._global_batch, len(self._dataset))
+        parts = rank_indices(indices, self._rank, self._world, self._micro_batch)
+        return [self._batch(part.tolist()) for part in parts]
+
+    def _batch(self, indices: list[int]) -> Batch:
+        windows = [self._dataset.window(index, self._mask_documents) for index in indices]
+        documents = np.stack([window.document_ids for window in windows]) if self._mask_documents else None
+        return Batch(
+            tokens=self._tensor(np.stack([window.tokens for window in windows])),
+            labels=self._tensor(np.stack([window.labels for window in windows])),
+            document_ids=None if documents is None else self._tensor(documents),
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._pin else tensor
+
+
+class EvalWindows:
+    """`count` evenly spaced windows of `length` tokens for perplexity.
+
+    A window lies inside one document where any document is long enough, so that distant context is really context;
+    otherwise windows run across documents, EOS included. The first starts at the first such document's first token.
+    Windows may overlap when the text is short, but no two are the same.
+
+    Args:
+        dataset: a packed data set or its token stream.
+        length: tokens a window, at least 1.
+        count: windows, at least 1.
+
+    Attributes:
+        tokens: int64 [count, length].
+        starts: where each starts in the stream, int64 [count].
+        within_documents: whether each window lies inside one document.
+
+    Raises:
+        DataError: the text is too short for so many different windows.
+    """
+
+    def __init__(self, dataset: PackedDataset | TokenShards, length: int, count: int) -> None:
+        shards = dataset.shards if isinstance(dataset, PackedDataset) else dataset
+        ends = np.append(shards.starts[1:], len(shards))
+        # EOS, the last token of a document, is not text.
+        places = np.maximum(ends - 1 - shards.starts - length + 1, 0)
+        self.within_documents = bool(places.any())
+        if not self.within_documents:
+            places = np.array([max(len(shards) - length + 1, 0)])
+        available = int(places.sum())
+        if available < count:
+            raise DataError(
+                f"{shards.folder}: its {len(shards)} tokens are too few for {count} evaluation windows of {length}; "
+                "give more text, or lower eval.windows or eval.lengths."
+            )
+        chosen = np.arange(count, dtype=np.int64) * available // count
+        before = np.cumsum(places) - places
+        document = np.searchsorted(before + places, chosen, side="right")
+        base = shards.starts[document] if self.within_documents else 0
+        self.starts: np.ndarray = base + chosen - before[document]
+        rows = [shards.read(start, start + length) for start in self.starts.tolist()]
+        self.tokens = torch.from_numpy(np.stack(rows))

@@ -1,0 +1,89 @@
+"""Fixed-length windows over the token stream, labels shifted by one, document of every token kept."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel.errors import DataError
+from pipeline.data.shards import TokenShards
+
+IGNORE = -100
+"""Label without loss: torch's convention, pipeline.model.loss.IGNORE, repeated to stay torch-free."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One training sequence of S tokens."""
+
+    tokens: NDArray[np.int64]
+    """[S]."""
+    labels: NDArray[np.int64]
+    """The next token at every position, or IGNORE, [S]."""
+    document_ids: NDArray[np.int32]
+    """Index in the stream of the document each token belongs to, non-decreasing, [S]."""
+
+
+class PackedDataset:
+    """Non-overlapping windows of `sequence` tokens; window i is tokens [i S, i S + S), its labels [i S + 1, i S + S].
+
+    Args:
+        shards: the token stream.
+        sequence: S, tokens.
+
+    Raises:
+        DataError: the stream has no full window.
+    """
+
+    def __init__(self, shards: TokenShards, sequence: int) -> None:
+        self.shards = shards
+        self.sequence = sequence
+        self._windows = max(0, len(shards) - 1) // sequence
+        if not self._windows:
+            raise DataError(
+                f"{shards.folder}: holds {len(shards)} tokens, but one window of {sequence} needs {sequence + 1}; "
+                "give more text or lower the sequence length."
+            )
+
+    def __len__(self) -> int:
+        """Full windows."""
+        return self._windows
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the windows hold: the stream's content and S."""
+        return hashlib.sha256(f"{self.shards.fingerprint} {self.sequence}".encode()).hexdigest()
+
+    def window(self, index: int, mask_documents: bool = False) -> Window:
+        """Window `index`.
+
+        Args:
+            index: in [0, len(self)).
+            mask_documents: give IGNORE as the label of a document's last token (its EOS), whose next token belongs to
+                another document.
+
+        Raises:
+            IndexError: no such window.
+            DataError: the shard holds an id outside the vocabulary.
+        """
+        if not 0 <= index < self._windows:
+            raise IndexError(f"window {index} of {self._windows}")
+        start = index * self.sequence
+        tokens = self.shards.read(start, start + self.sequence + 1)
+        documents = document_ids(self.shards.starts, start, tokens.size)
+        labels = tokens[1:].copy()
+        if mask_documents:
+            labels[documents[1:] != documents[:-1]] = IGNORE
+        return Window(tokens[:-1], labels, documents[:-1])
+
+
+def document_ids(starts: NDArray[np.int64], start: int, count: int) -> NDArray[np.int32]:
+    """Document of tokens [start, start + count), given where documents start; int32 [count]."""
+    first = int(np.searchsorted(starts, start, side="right")) - 1
+    last = int(np.searchsorted(starts, start + count, side="left"))
+    # Only the few documents inside the window are touched, however many the stream has.
+    edges = np.concatenate(([start], starts[first + 1 : last], [start + count]))
+    return np.repeat(np.arange(first, last, dtype=np.int32), np.diff(edges))

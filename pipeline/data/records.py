@@ -1,0 +1,229 @@
+"""Documents out of text files: .txt (one document a file) and .jsonl (one a line), plain or as .xz, .gz, .zst.
+
+The order is that of the sorted relative paths, then of the lines, on every machine. Anything unreadable is a
+`DataError` that names the file (and line or byte): text silently dropped from a training set
+is found weeks later or never.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import zstandard
+
+from parallel.errors import DataError
+
+KINDS = (".txt", ".jsonl")
+COMPRESSIONS = ("", ".xz", ".gz", ".zst")
+ENDINGS = tuple(kind + compression for kind in KINDS for compression in COMPRESSIONS)
+
+_BOM = b"\xef\xbb\xbf"
+_CHUNK = 1 << 18
+_ARCHIVE_ERRORS = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One non-empty document."""
+
+    text: str
+    file: Path
+    line: int | None
+    """1-based line in a .jsonl file, None for a .txt file."""
+
+
+def _kind(name: str) -> str | None:
+    """'.txt', '.jsonl', or None if the name does not end in one of ENDINGS (any case)."""
+    lowered = name.lower()
+    return next((kind for kind in KINDS for packed in COMPRESSIONS if lowered.endswith(kind + packed)), None)
+
+
+def find_files(path: Path) -> list[Path]:
+    """Every readable file at or below `path`, sorted by relative path; hidden files and folders are skipped.
+
+    Links to folders are followed, each real folder once.
+
+    Raises:
+        DataError: `path` is missing, is a file of another kind, or holds no file of a known kind.
+    """
+    accepted = ", ".join(ENDINGS)
+    if path.is_file():
+        if _kind(path.name) is None:
+            raise DataError(f"{path}: its ending is not one of {accepted}; rename or convert it.")
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder; point it at text ({accepted}).")
+    found: list[Path] = []
+    visited: set[str] = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        # Sorted also while walking: which of two links to one folder is visited first must not depend on the disk.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".") and _kind(name) is not None]
+    if not found:
+        raise DataError(f"{path}: holds no file ending in {accepted}; add text or point somewhere else.")
+    return sorted(found, key=lambda file: file.relative_to(path).parts)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions.") from error
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressed bytes of consecutive zstd frames; unlike zstandard's own reader it notices a truncated frame."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._inside_frame = True  # an empty file is a truncated one
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            packed = self._raw.read(_CHUNK)
+            if not packed:
+                if self._inside_frame:
+                    raise EOFError("zstd frame ended early")
+                return 0
+            self._ready = self._decompress(packed)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompress(self, packed: bytes) -> bytes:
+        parts = []
+        while packed:
+            if not self._inside_frame:
+                self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+            parts.append(self._decompressor.decompress(packed))
+            self._inside_frame = not self._decompressor.eof
+            packed = b"" if self._inside_frame else self._decompressor.unused_data
+        return b"".join(parts)
+
+
+def _decompressed(raw: BinaryIO, name: str) -> IO[bytes]:
+    suffix = Path(name).suffix.lower()
+    if suffix == ".xz":
+        return cast(IO[bytes], lzma.open(raw, "rb"))
+    if suffix == ".gz":
+        if os.fstat(raw.fileno()).st_size == 0:
+            raise EOFError("empty gzip file")  # Python's gzip takes it for an empty text
+        return cast(IO[bytes], gzip.open(raw, "rb"))
+    if suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(raw), _CHUNK)
+    return raw
+
+
+class RecordReader:
+    """Iterates the documents of a file or folder once, counting as it goes.
+
+    Args:
+        path: file or folder.
+        text_field: key of the text in .jsonl records.
+
+    Attributes:
+        files: what is read, in order.
+        total_bytes: their size on disk.
+        done_bytes: bytes on disk consumed so far (for a progress bar).
+        documents: documents yielded so far.
+        empty: documents skipped so far because they hold nothing but white space.
+
+    Raises:
+        DataError: see `find_files`; while iterating: an unreadable or truncated file, text that is not UTF-8, a line
+            that is not a JSON object with a string at `text_field`.
+    """
+
+    def __init__(self, path: Path, text_field: str = "text") -> None:
+        self.files = find_files(path)
+        self._text_field = text_field
+        try:
+            self._sizes = [file.stat().st_size for file in self.files]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove it.") from error
+        self.total_bytes = sum(self._sizes)
+        self.done_bytes = self.documents = self.empty = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        before = 0
+        for file, size in zip(self.files, self._sizes, strict=True):
+            read = _read_lines if _kind(file.name) == ".jsonl" else _read_whole
+            try:
+                with file.open("rb") as raw, _decompressed(raw, file.name) as stream:
+                    for document in read(stream, file, self._text_field):
+                        self.done_bytes = before + raw.tell()
+                        if document.text.strip():
+                            self.documents += 1
+                            yield document
+                        else:
+                            self.empty += 1
+            except _ARCHIVE_ERRORS as error:
+                raise DataError(f"{file}: the archive is truncated or corrupt ({error}); copy it again.") from error
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
+            before += size
+            self.done_bytes = before
+
+
+def _decode(data: bytes, file: Path, offset: int) -> str:
+    """UTF-8 text of `data`, which starts `offset` bytes into the (decompressed) file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: byte {offset + error.start} of the text is not UTF-8; convert the file (for example with iconv)."
+        ) from error
+
+
+def _read_whole(stream: IO[bytes], file: Path, _: str) -> Iterator[Document]:
+    data = stream.read()
+    start = len(_BOM) if data.startswith(_BOM) else 0
+    yield Document(_decode(data[start:], file, start), file, None)
+
+
+def _read_lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]:
+    offset = 0
+    for number, line in enumerate(stream, 1):
+        start = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+        text = _decode(line[start:], file, offset + start)
+        offset += len(line)
+        if text.strip():  # a blank line, usually the last one, is no record
+            yield Document(_text_of(text, text_field, f"{file}: line {number}"), file, number)
+
+
+def _text_of(line: str, text_field: str, where: str) -> str:
+    """The text of one JSON record; `where` names file and line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where} is not JSON ({reason}); mend or remove it.") from error
+    if not isinstance(record, dict):
+        raise DataError(f'{where} is not a JSON object; write one {{"{text_field}": ...}} a line.')
+    if text_field not in record:
+        keys = ", ".join(sorted(record)) or "nothing"
+        raise DataError(f"{where} has no field {text_field!r} (it has {keys}); set the text field to one of its own.")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise DataError(f"{where} holds {type(text).__name__} in field {text_field!r}, not a string; mend it.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} escapes half a surrogate pair at character {error.start}; mend it.") from error
+    return text
