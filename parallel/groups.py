@@ -1,0 +1,90 @@
+"""Process groups, made once from the plan and passed in everywhere. The only reader of megatron's `parallel_state`."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel import cpu
+from parallel.plan import GridPlan
+from parallel.rank_env import RankEnv
+
+cpu.install()  # before megatron.core: without triton its import needs the stand-in
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the grid and its process groups."""
+
+    env: RankEnv
+    plan: GridPlan
+    device: torch.device
+    collection: ProcessGroupCollection
+    """megatron-core's bundle, handed to its layers."""
+    data: dist.ProcessGroup
+    """Ranks holding the same shard of the model and different tokens (dp x cp)."""
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this rank among the data-parallel replicas."""
+        return self.plan.coordinates(self.env.rank)[2]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks to the user and writes shared files."""
+        return self.env.is_main
+
+    def barrier(self) -> None:
+        """Wait for every rank of the world."""
+        if self.plan.world_size > 1:
+            dist.barrier()
+
+
+def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0) -> Groups:
+    """Initialize torch.distributed (NCCL on CUDA, gloo on CPU) and megatron's groups.
+
+    A single process that nobody launched uses an in-memory store, so that no port is opened.
+
+    Args:
+        plan: axis sizes; their product equals `env.world_size`.
+        env: this process's rank.
+        timeout_s: seconds after which a collective gives up.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", env.local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if env.launched:
+            dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        context_parallel_size=plan.cp,
+        pipeline_model_parallel_size=plan.pp,
+        create_gloo_process_groups=False,
+        order="tp-cp-ep-dp-pp",
+    )
+    return Groups(
+        env=env,
+        plan=plan,
+        device=device,
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def destroy_groups() -> None:
+    """Tear down megatron's groups and torch.distributed; safe to call twice."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,205 @@
+"""The one composition root: configuration in, a ready run out. The order of every step reads here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from parallel.errors import ConfigError
+from parallel.groups import Groups, make_groups
+from parallel.plan import plan_batch, plan_grid
+from parallel.rank_env import RankEnv
+from parallel.rng import seed_everything, set_rng_state
+from pipeline.checkpoint import CheckpointStore, check_resumable
+from pipeline.config import config_dict
+from pipeline.data.loader import TrainLoader
+from pipeline.data.packing import PackedDataset
+from pipeline.data.prepare import open_text_or_shards
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.guard import NonFiniteGuard
+from pipeline.hf_files import HfCheckpoint
+from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model.rope import RopePlan, plan_rope
+from pipeline.model.spec import transformer_config
+from pipeline.model.stage import LlamaStage
+from pipeline.model.weights import load_base, load_trained, mark_trainable, trainable
+from pipeline.optim import TrainableAdamW
+from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
+from pipeline.trainer import Trainer, TrainerParts
+
+
+def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, RopePlan]:
+    """Everything that can be refused before torch allocates: grid, batch, files, architecture, RoPE.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one sentence each.
+    """
+    parallel = config.parallel
+    if parallel.engine != "megatron" or (parallel.tp, parallel.cp, parallel.pp) != (1, 1, 1):
+        raise ConfigError(
+            "parallel: this release trains with data parallelism (engine megatron, tp = cp = pp = 1); set those and "
+            "launch more processes instead."
+        )
+    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
+    plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes one from "
+            "a GGUF file)."
+        )
+    if not Path(config.data.path).exists():
+        raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
+    if config.eval.path is not None and not Path(config.eval.path).exists():
+        raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
+    arch = read_arch(folder)
+    return arch, plan_rope(arch, config.model.rope, config.model.context)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bf16 or fp32; `auto` is bf16 on a GPU and fp32 on a CPU, whose bf16 arithmetic is emulated."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def attention_spec(attention: AttentionConfig, group: int) -> AttentionSpec:
+    """The training attention a configuration asks for."""
+    return AttentionSpec(
+        kind=attention.kind,
+        group=group,
+        shifted_heads=attention.shifted_heads,
+        legacy_wrap=attention.legacy_wrap,
+        backend=attention.backend,
+    )
+
+
+def full_attention(attention: AttentionConfig) -> AttentionSpec:
+    """Dense causal attention with the configured backend: what evaluation and inference always use."""
+    return AttentionSpec("full", 2, attention.shifted_heads, False, attention.backend)
+
+
+def build_stage(
+    config: RunConfig, arch: LlamaArch, rope: RopePlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint
+) -> LlamaStage:
+    """Allocate the model on this rank's device and fill it from the base checkpoint; nothing is marked trainable."""
+    dtype = compute_dtype(config.model.dtype, groups.device)
+    megatron = transformer_config(arch, groups.plan, dtype, groups.device, config.train.recompute)
+    stage = LlamaStage(arch, rope, lora, megatron, groups.collection)
+    load_base(stage, base)
+    return stage
+
+
+@dataclass(frozen=True)
+class Run:
+    """A composed run."""
+
+    config: RunConfig
+    groups: Groups
+    trainer: Trainer
+    tokenizer: TextTokenizer
+
+    @property
+    def output(self) -> Path:
+        """Folder of everything the run writes."""
+        return Path(self.config.output)
+
+
+def connect(config: RunConfig, env: RankEnv) -> Groups:
+    """Join the other ranks and seed."""
+    parallel = config.parallel
+    groups = make_groups(plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp), env)
+    if groups.device.type == "cpu":
+        # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
+        torch.use_deterministic_algorithms(True)
+    seed_everything(config.train.seed)
+    return groups
+
+
+def open_dataset(
+    config: RunConfig, source: str, sequence: int, tokenizer: TextTokenizer, groups: Groups
+) -> PackedDataset:
+    """Open prepared shards, or tokenize raw text once (rank 0) and share it through the cache folder."""
+    cache = Path(config.data.cache or Path(config.output) / "data")
+    if groups.is_main:
+        open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field)
+    groups.barrier()
+    return PackedDataset(open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field), sequence)
+
+
+def build(config: RunConfig, env: RankEnv) -> Run:
+    """Compose a training run, resumed from its newest checkpoint when there is one.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
+    """
+    arch, rope = check_before_spending(config, env)
+    base = HfCheckpoint(Path(config.model.path))
+    groups = connect(config, env)
+    tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
+    if tokenizer.vocab_size > arch.vocab:
+        raise ConfigError(
+            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own tokenizer."
+        )
+    dataset = open_dataset(config, config.data.path, config.sequence, tokenizer, groups)
+    loader = TrainLoader(
+        dataset,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=groups.data_rank,
+        world=groups.plan.dp,
+        mask_documents=config.data.mask_documents,
+    )
+    trains_lora = "lora" in config.train.trainable
+    lora = config.lora if trains_lora else replace(config.lora, rank=0)
+    stage = build_stage(config, arch, rope, lora, groups, base)
+    mark_trainable(stage, config.train.trainable)
+    optimizer = TrainableAdamW(
+        ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(stage)),
+        betas=config.train.betas,
+        eps=config.train.eps,
+        weight_decay=config.train.weight_decay,
+        clip=config.train.clip,
+    )
+    parts = TrainerParts(
+        config=config,
+        groups=groups,
+        stage=stage,
+        optimizer=optimizer,
+        loader=loader,
+        guard=NonFiniteGuard(config.train.bad_steps),
+        store=CheckpointStore(Path(config.output) / "checkpoints", config.save.keep, groups),
+        spec=attention_spec(config.attention, config.group),
+        full_spec=full_attention(config.attention),
+        manifest={
+            "config": config_dict(config),
+            "base": str(Path(config.model.path).resolve()),
+            "base_hash": base.base_hash(),
+            "data_fingerprint": dataset.fingerprint,
+        },
+    )
+    return Run(config, groups, Trainer(parts, resume(parts)), tokenizer)
+
+
+def resume(parts: TrainerParts) -> int:
+    """Restore the newest checkpoint, if any; returns the optimizer steps already done.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ConfigError: it was made under settings that compute something else.
+    """
+    folder = parts.store.latest()
+    if folder is None:
+        return 0
+    snapshot = parts.store.load(folder)
+    check_resumable(snapshot.manifest, parts.manifest)
+    load_trained(parts.stage, snapshot.trained)
+    parts.optimizer.load_state_dict(snapshot.trained, snapshot.optimizer)
+    parts.guard.load_state_dict(snapshot.manifest["guard"])
+    if snapshot.rng is not None:
+        set_rng_state(snapshot.rng)
+    return snapshot.step

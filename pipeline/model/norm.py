@@ -1,0 +1,29 @@
+"""RMSNorm as megatron-core's spec builds it, usable under sequence parallelism (mcore's torch norm is not)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467, equation 4), statistics in fp32.
+
+    Args:
+        config: megatron's configuration; its `params_dtype` and device rules place the weight.
+        hidden_size: width H of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Under sequence parallelism each rank sees a slice of the tokens, so this gradient is partial: the mark tells
+        # the reduction (megatron's own convention).
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """Normalize over the last dimension; shape and dtype unchanged."""
+        return torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,132 @@
+"""From an architecture to megatron-core's configuration and layer spec: which class sits where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from parallel.errors import ConfigError
+from parallel.plan import GridPlan
+from pipeline.model import names
+from pipeline.model.arch import LlamaArch
+from pipeline.model.attention import CoreAttention, LongAttention
+from pipeline.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
+from pipeline.model.norm import RMSNorm
+from pipeline.schema import LoraConfig
+
+
+def transformer_config(
+    arch: LlamaArch, plan: GridPlan, dtype: torch.dtype, device: torch.device, recompute: str
+) -> TransformerConfig:
+    """megatron-core's configuration of this architecture.
+
+    Args:
+        recompute: `full` keeps only each layer's input and recomputes the rest; `none` keeps everything.
+
+    Raises:
+        ConfigError: the checkpoint has biases megatron's layers cannot place.
+    """
+    if arch.o_bias or arch.mlp_bias:
+        raise ConfigError(
+            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
+            "use a Llama-class checkpoint without them."
+        )
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.attention_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=plan.tp,
+        context_parallel_size=plan.cp,
+        pipeline_model_parallel_size=plan.pp,
+        sequence_parallel=plan.tp > 1,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        # Fusions below need CUDA extensions or a second code path; RoPE and attention are ours anyway.
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=device.type == "cuda",
+        **(full if recompute == "full" else {}),
+    )
+
+
+def _column(
+    lora: LoraConfig, adapted: Sequence[str], parts: Sequence[tuple[str, int]], fuse: Callable[..., torch.Tensor]
+) -> Callable[..., Any]:
+    if not lora.rank or not adapted:
+        return ColumnParallelLinear
+    return partial(LoraColumnParallelLinear, lora=lora, parts=parts, adapted=adapted, fuse_rows=lambda rows: fuse(*rows))
+
+
+def _row(lora: LoraConfig, part: str, adapted: Sequence[str]) -> Callable[..., Any]:
+    if not lora.rank or part not in adapted:
+        return RowParallelLinear
+    return partial(LoraRowParallelLinear, lora=lora, part=part)
+
+
+def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> TransformerBlockSubmodules:
+    """Specs of `layers` Llama layers and the final norm; adapted projections become LoRA linears."""
+    head_rows = arch.head_dim
+    qkv_parts = [("q", arch.heads * head_rows), ("k", arch.kv_heads * head_rows), ("v", arch.kv_heads * head_rows)]
+    mlp_parts = [("gate", arch.ffn), ("up", arch.ffn)]
+    adapted = lora.targets
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=LongAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=_column(
+                        lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(names.fuse_qkv, arch=arch)
+                    ),
+                    core_attention=CoreAttention,
+                    linear_proj=_row(lora, "o", adapted),
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                ffn_hidden_size=arch.ffn,
+                submodules=MLPSubmodules(
+                    linear_fc1=_column(
+                        lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, names.fuse_gate_up
+                    ),
+                    linear_fc2=_row(lora, "down", adapted),
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
