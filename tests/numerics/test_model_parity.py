@@ -1,0 +1,90 @@
+"""The stage's logits against transformers on the same weights, fp32, for a tiny model of every supported family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from parallel.plan import plan_grid
+from pipeline.hf_files import HfCheckpoint
+from pipeline.model.arch import read_arch
+from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.model.rope import hf_rope_fields, plan_rope
+from pipeline.model.spec import transformer_config
+from pipeline.model.stage import LlamaStage
+from pipeline.model.weights import load_base
+from pipeline.schema import LoraConfig, RopeSettings
+from tests.single import single_groups
+from tests.tiny_models import KINDS, make_tiny
+
+FULL = AttentionSpec("full", 2)
+CPU = torch.device("cpu")
+
+
+def stage_of(
+    folder: Path, settings: RopeSettings | None = None, context: int | None = None, lora: LoraConfig | None = None
+) -> LlamaStage:
+    arch = read_arch(folder)
+    rope = plan_rope(arch, settings or RopeSettings(), context or arch.max_positions)
+    config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU, "none")
+    stage = LlamaStage(arch, rope, lora or LoraConfig(rank=0), config, single_groups().collection)
+    load_base(stage, HfCheckpoint(folder))
+    return stage.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers(kind: str, tmp_path: Path) -> None:
+    make_tiny(tmp_path / kind, kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
+    stage = stage_of(tmp_path / kind)
+    tokens = torch.randint(0, stage.arch.vocab, (2, 37), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    found = stage.logits(tokens, SequenceLayout.dense(2, 37), FULL)
+    assert (found - expected).abs().max() <= 1e-4
+    assert expected.abs().max() > 1e-2, "a model of zeros would pass"
+
+
+@pytest.mark.parametrize("pad_left", [True, False])
+def test_padded_logits_equal_transformers(pad_left: bool, tmp_path: Path) -> None:
+    make_tiny(tmp_path, "llama2")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stage = stage_of(tmp_path)
+    tokens = torch.randint(0, stage.arch.vocab, (2, 19), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 19, dtype=torch.bool)
+    mask[1, :7 if pad_left else 0] = False
+    mask[1, 19 if pad_left else 12 :] = False
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=mask.long()).logits
+    found = stage.logits(tokens, SequenceLayout.build(2, 19, padding_mask_BS=mask.numpy()), FULL)
+    assert (found - expected)[mask].abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("rope", [{"type": "linear"}, {"type": "yarn"}, {"type": "ntk"}, {"type": "abf", "theta": 5e5}])
+def test_stretched_logits_equal_transformers(rope: dict, tmp_path: Path) -> None:
+    """The stretched model equals transformers reading the rope fields we would export."""
+    make_tiny(tmp_path, "llama2")
+    arch = read_arch(tmp_path)
+    context = 4 * arch.max_positions
+    stage = stage_of(tmp_path, RopeSettings(**rope), context)
+    described = json.loads((tmp_path / "config.json").read_text()) | hf_rope_fields(stage.rope, arch, context)
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.randint(0, arch.vocab, (1, 200), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    found = stage.logits(tokens, SequenceLayout.dense(1, 200), FULL)
+    assert (found - expected).abs().max() <= 1e-4
+
+
+def test_token_nll_is_the_logits_nll(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "smollm2")
+    stage = stage_of(tmp_path)
+    tokens = torch.randint(0, stage.arch.vocab, (2, 33), generator=torch.Generator().manual_seed(3))
+    logits = stage.logits(tokens, SequenceLayout.dense(2, 33), FULL)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    assert torch.allclose(stage.token_nll(tokens, FULL), expected, atol=1e-5)
