@@ -1,0 +1,201 @@
+"""One adapter over the attention kernels: cuDNN, torch's flash, the flash-attn package (2 or 4), and plain math.
+
+Every backend has `dense` on [B, S, H, D] views with equal query and key lengths, and may have `varlen` on packed
+[T, H, D]; both are causal, aligned bottom-right, and take fewer KV heads than query heads. K and V are expanded only
+inside torch's `math` kernel and for fp32 on CUDA (the memory-efficient kernel has no GQA).
+
+Shape suffixes: B segments, S tokens of a segment, T packed tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from parallel.errors import ConfigError
+
+NAMES = ("auto", "cudnn", "flash", "flash_attn", "math")
+HALF = (torch.float16, torch.bfloat16)
+FLASH_ATTN_2 = (2, 1)
+"""Oldest flash-attn 2 accepted: since 2.1 causal masks are aligned bottom-right."""
+
+Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""(q [B, S, Hq, D], k and v [B, S, Hkv, D], scale) -> [B, S, Hq, D]."""
+Varlen = Callable[..., torch.Tensor]
+"""(q [Tq, Hq, D], k and v [Tk, Hkv, D], int32 cu_seqlens of q and of k, longest q, longest k, scale) -> [Tq, Hq, D]."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A pair of kernels."""
+
+    name: str
+    dense: Dense
+    varlen: Varlen | None
+    """None: irregular layouts run segment by segment through `dense`."""
+
+
+@functools.lru_cache(maxsize=64)
+def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The backend called `name` (attention.backend) for this device, dtype and head dimension.
+
+    auto: on CUDA in half precision cuDNN where it can (measured fastest, shared/REFERENCE.md), else flash; in fp32 the
+    memory-efficient kernel, in fp64 math; on CPU torch's own choice. Under cudnn, irregular layouts go to torch's
+    varlen (flash), and shapes cuDNN refuses (one token, say) to flash. Raises ConfigError where the device cannot do
+    what is asked.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"attention.backend: {name!r} is not one of {', '.join(NAMES)}.")
+    if name == "math":
+        return Backend("math", _sdpa(SDPBackend.MATH), None)
+    if device.type != "cuda":
+        if name == "auto":
+            return Backend("cpu", _sdpa(SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), None)
+        raise ConfigError(
+            f"attention.backend: {name} needs a CUDA device, but this is {device.type}; use auto or math."
+        )
+    if dtype not in HALF:
+        if name == "auto" and dtype == torch.float32:
+            return Backend("efficient", _efficient, None)
+        if name == "auto":
+            return Backend("math", _sdpa(SDPBackend.MATH), None)
+        raise ConfigError(f"attention.backend: {name} needs bf16 or fp16, but the model runs in {dtype}; use auto.")
+    if name == "flash_attn":
+        return _flash_attn_package(device)
+    return _torch_half(name, device, dtype, head_dim)
+
+
+def _torch_half(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    probe = torch.empty(1, 1, 128, head_dim, device=device, dtype=dtype)
+    params = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, True, False)
+    has_flash = torch.backends.cuda.can_use_flash_attention(params)
+    has_cudnn = torch.backends.cudnn.is_available() and torch.backends.cuda.can_use_cudnn_attention(params)
+    # The varlen entry does not pad the head dimension as SDPA does.
+    varlen = _torch_varlen if has_flash and head_dim % 8 == 0 else None
+    if name in ("auto", "cudnn") and has_cudnn:
+        return Backend("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION), varlen)
+    if name in ("auto", "flash") and has_flash:
+        return Backend("flash", _sdpa(SDPBackend.FLASH_ATTENTION), varlen)
+    if name == "auto":
+        return Backend("efficient", _efficient, None)
+    raise ConfigError(
+        f"attention.backend: {name} cannot run head dimension {head_dim} in {dtype} on "
+        f"{torch.cuda.get_device_name(device)}; use auto."
+    )
+
+
+def _sdpa(*kernels: SDPBackend) -> Dense:
+    """torch's scaled_dot_product_attention restricted to `kernels`, in that order of preference."""
+
+    def dense(q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, scale: float) -> torch.Tensor:
+        with sdpa_kernel(list(kernels), set_priority=len(kernels) > 1):
+            out_BHSD = F.scaled_dot_product_attention(
+                q_BSHD.transpose(1, 2),
+                k_BSHD.transpose(1, 2),
+                v_BSHD.transpose(1, 2),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=q_BSHD.shape[2] != k_BSHD.shape[2],
+            )
+        return out_BHSD.transpose(1, 2)
+
+    return dense
+
+
+def _efficient(q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, scale: float) -> torch.Tensor:
+    """torch's memory-efficient kernel; it has no GQA, so K and V are expanded here."""
+    ratio = q_BSHD.shape[2] // k_BSHD.shape[2]
+    if ratio > 1:
+        k_BSHD, v_BSHD = k_BSHD.repeat_interleave(ratio, dim=2), v_BSHD.repeat_interleave(ratio, dim=2)
+    return _sdpa(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)(q_BSHD, k_BSHD, v_BSHD, scale)
+
+
+def _torch_varlen(
+    q_THD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+) -> torch.Tensor:
+    # window (-1, 0) is this interface's spelling of causal.
+    out = varlen_attn(q_THD, k_THD, v_THD, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=(-1, 0))
+    assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
+    return out
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _flash_attn_package(device: torch.device) -> Backend:
+    """flash-attn 4 on compute capability 9 and up where installed, else flash-attn 2 from 8 up."""
+    major = torch.cuda.get_device_capability(device)[0]
+    four, two = _installed("flash-attn-4"), _installed("flash-attn")
+    if four is not None and major >= 9:
+        return _package_backend("flash_attn.cute", f"flash-attn-4 {four}")
+    if two is None:
+        hint = "it needs compute capability 9 or newer" if four else "it is not installed"
+        raise ConfigError(f"attention.backend: flash_attn cannot be used, {hint}; install flash-attn 2 or use auto.")
+    if tuple(int(part) for part in two.split(".")[:2]) < FLASH_ATTN_2:
+        raise ConfigError(f"attention.backend: flash-attn {two} is too old; install 2.1 or newer, or use auto.")
+    if major < 8:
+        raise ConfigError(f"attention.backend: flash-attn {two} needs compute capability 8 or newer; use auto.")
+    return _package_backend("flash_attn", f"flash-attn {two}")
+
+
+def _package_backend(module_name: str, title: str) -> Backend:
+    # Imported on request only: optional, slow to load, and compiled against one torch version.
+    try:
+        module = importlib.import_module(module_name)
+        dense_kernel, varlen_kernel = module.flash_attn_func, module.flash_attn_varlen_func
+    except (ImportError, OSError, AttributeError) as error:
+        raise ConfigError(
+            f"attention.backend: {title} is installed but does not load ({error}); reinstall it or use auto."
+        ) from error
+
+    def only_output(result: Any) -> torch.Tensor:
+        return result[0] if isinstance(result, tuple) else result  # version 4 adds the log-sum-exp
+
+    def dense(q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, scale: float) -> torch.Tensor:
+        return only_output(dense_kernel(q_BSHD, k_BSHD, v_BSHD, softmax_scale=scale, causal=True))
+
+    def varlen(
+        q_THD: torch.Tensor,
+        k_THD: torch.Tensor,
+        v_THD: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        longest_q: int,
+        longest_k: int,
+        scale: float,
+    ) -> torch.Tensor:
+        return only_output(
+            varlen_kernel(
+                q_THD,
+                k_THD,
+                v_THD,
+                cu_seqlens_q=cu_q,
+                cu_seqlens_k=cu_k,
+                max_seqlen_q=longest_q,
+                max_seqlen_k=longest_k,
+                softmax_scale=scale,
+                causal=True,
+            )
+        )
+
+    return Backend("flash_attn", dense, varlen)

@@ -1,0 +1,299 @@
+"""Which tokens and heads of S²-Attn go into which attention call (LongLoRA, arXiv 2309.12307, section 3.2); no torch.
+
+Two independent questions: `head_plan` says which local heads are shifted, `SequenceLayout.spans` says which token
+ranges attend among themselves. An attention call is one block of heads on one span, and both are plain slices, so the
+tensors reach the kernel as views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from parallel.errors import ConfigError, DataError
+
+SHIFT_RULES = ("upper_half", "alternate")
+KINDS = ("s2", "full")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What attention a forward pass uses."""
+
+    kind: str
+    """s2 | full (causal over the document)."""
+    group: int
+    """Group length G in tokens, even, >= 2; unused by `full`."""
+    shifted_heads: str = "upper_half"
+    """upper_half | alternate, as `head_plan` explains."""
+    legacy_wrap: bool = False
+    """Reproduce the published roll, which leaks the future; parity studies only."""
+    backend: str = "auto"
+    """auto | cudnn | flash | flash_attn | math."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"attention.kind: {self.kind!r} is not one of {', '.join(KINDS)}.")
+        if self.shifted_heads not in SHIFT_RULES:
+            raise ConfigError(
+                f"attention.shifted_heads: {self.shifted_heads!r} is not one of {', '.join(SHIFT_RULES)}."
+            )
+        _check_group(self.group)
+
+
+@dataclass(frozen=True)
+class HeadBlock:
+    """Adjacent local query heads and the local KV heads they read: one GQA call on slices."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+    shifted: bool
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The blocks of one rank's heads, in head order."""
+
+    blocks: tuple[HeadBlock, ...]
+    """Split by shift, for S²."""
+    full_blocks: tuple[HeadBlock, ...]
+    """Not split by shift, for full attention; more than one only where a rank's slice cuts a KV group."""
+
+    @staticmethod
+    def reuses_kv(blocks: tuple[HeadBlock, ...]) -> bool:
+        """Whether some KV head is read by two blocks, so that its gradients must be added."""
+        return any(before.kv_stop > after.kv_start for before, after in zip(blocks, blocks[1:], strict=False))
+
+
+def head_plan(
+    first_query_head: int, local_query_heads: int, total_query_heads: int, total_kv_heads: int, rule: str
+) -> HeadPlan:
+    """Blocks of the query heads [first, first + local) of a layer; each head's shift follows its global index only.
+
+    upper_half: heads h < H // 2 are unshifted, as in the paper's code (`num_heads // 2`): 4 of 9 heads.
+    alternate: the query heads of odd KV groups are shifted (with one KV head, none is).
+    Local KV heads are counted from the first one the slice reads. Raises ConfigError for impossible head counts.
+    """
+    if rule not in SHIFT_RULES:
+        raise ConfigError(f"attention.shifted_heads: {rule!r} is not one of {', '.join(SHIFT_RULES)}.")
+    if total_kv_heads < 1 or total_query_heads % total_kv_heads:
+        raise ConfigError(
+            f"The model's {total_query_heads} query heads are not a multiple of its {total_kv_heads} KV heads."
+        )
+    stop = first_query_head + local_query_heads
+    if first_query_head < 0 or local_query_heads < 1 or stop > total_query_heads:
+        raise ConfigError(
+            f"Query heads [{first_query_head}, {stop}) do not lie within the model's {total_query_heads}."
+        )
+    ratio = total_query_heads // total_kv_heads
+
+    def is_shifted(head: int) -> bool:
+        return head >= total_query_heads // 2 if rule == "upper_half" else (head // ratio) % 2 == 1
+
+    heads = range(first_query_head, stop)
+    return HeadPlan(tuple(_blocks(heads, ratio, is_shifted)), tuple(_blocks(heads, ratio, lambda head: False)))
+
+
+def head_blocks(
+    first_query_head: int, local_query_heads: int, total_query_heads: int, total_kv_heads: int, rule: str
+) -> list[HeadBlock]:
+    """The S² blocks of `head_plan`, as a list."""
+    plan = head_plan(first_query_head, local_query_heads, total_query_heads, total_kv_heads, rule)
+    return list(plan.blocks)
+
+
+def _blocks(heads: range, ratio: int, is_shifted: Callable[[int], bool]) -> Iterator[HeadBlock]:
+    first_kv = heads.start // ratio
+    # Heads of one KV group with one shift stay together; a whole group may then join its equally shifted neighbours.
+    parts = [list(part) for _, part in groupby(heads, key=lambda head: (head // ratio, is_shifted(head)))]
+
+    def joins(part: list[int]) -> tuple[bool, int]:
+        return is_shifted(part[0]), -1 if len(part) == ratio else part[0]
+
+    for (shifted, _), joined in groupby(parts, key=joins):
+        run = [head for part in joined for head in part]
+        yield HeadBlock(
+            run[0] - heads.start,
+            run[-1] + 1 - heads.start,
+            run[0] // ratio - first_kv,
+            run[-1] // ratio + 1 - first_kv,
+            shifted,
+        )
+
+
+def _check_group(group: int) -> None:
+    if group < 2 or group % 2:
+        raise ConfigError(
+            f"attention.group_size: {group} must be even and at least 2, since heads shift by half of it."
+        )
+
+
+def segments(sequence: int, group: int, shifted: bool) -> list[tuple[int, int]]:
+    """Token ranges that attend among themselves in a sequence of N >= 1 tokens.
+
+    Unshifted: [0, G) [G, 2G) ...; shifted: [0, G/2) [G/2, 3G/2) ...; the last ends at N. Nothing wraps.
+    """
+    _check_group(group)
+    inner = range(group // 2 if shifted else group, sequence, group)
+    edges = [0, *inner, sequence]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Span:
+    """The token side of one attention call: equal segments that one view covers, or a row of unequal ones.
+
+    Either rows [row_start, row_stop) each hold one segment [start, start + length), or one row holds `count` adjacent
+    segments of `length`, or (with `edges`) one row's [start, start + length) is cut at `edges`, relative to `start`.
+    """
+
+    row_start: int
+    row_stop: int
+    start: int
+    length: int
+    count: int = 1
+    edges: tuple[int, ...] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Device copies of `edges`; kept here so that all layers share them."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest segment."""
+        if self.edges is None:
+            return self.length
+        return max(stop - start for start, stop in zip(self.edges, self.edges[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where the real tokens and documents of one micro-batch [B, S] lie; made once, shared by all layers.
+
+    Group edges count from each row's first real token, so padding changes no real token's output.
+    """
+
+    batch: int
+    sequence: int
+    rows: tuple[tuple[int, ...], ...] | None = None
+    """Document edges of each row, first real token to last plus one (empty: all padding); None: dense, every row one
+    document."""
+    _memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def dense(cls, batch: int, sequence: int) -> SequenceLayout:
+        """No padding, one document a row."""
+        return cls(batch, sequence)
+
+    @classmethod
+    def build(
+        cls, batch: int, sequence: int, padding_mask_BS: Any | None = None, document_ids_BS: Any | None = None
+    ) -> SequenceLayout:
+        """From a bool mask [B, S] (True: real token, one run a row) and integer ids [B, S] (new value, new document).
+
+        Arrays may be numpy or torch (a CUDA tensor costs one synchronization). Raises DataError for a wrong shape or a
+        row whose real tokens are not one run.
+        """
+        if padding_mask_BS is None and document_ids_BS is None:
+            return cls.dense(batch, sequence)
+        shape = (batch, sequence)
+        mask = np.ones(shape, bool) if padding_mask_BS is None else _host("padding mask", padding_mask_BS, shape)
+        mask = mask.astype(bool)
+        ids = np.zeros(shape, np.int64) if document_ids_BS is None else _host("document ids", document_ids_BS, shape)
+        rows = tuple(_row_edges(row, mask[row], ids[row]) for row in range(batch))
+        if all(edges == (0, sequence) for edges in rows):
+            return cls.dense(batch, sequence)
+        return cls(batch, sequence, rows)
+
+    @property
+    def is_dense(self) -> bool:
+        """Every row is one document of S real tokens."""
+        return self.rows is None
+
+    @property
+    def padded(self) -> bool:
+        """Some position holds no real token."""
+        return self.rows is not None and any(not row or (row[0], row[-1]) != (0, self.sequence) for row in self.rows)
+
+    def segments(self, group: int | None, shifted: bool = False) -> tuple[tuple[int, int, int], ...]:
+        """(row, start, end) of every segment in order; `group` None: whole documents (full attention)."""
+        key = ("segments", group, shifted)
+        if key not in self._memo:
+            rows = self.rows or ((0, self.sequence),) * self.batch
+            self._memo[key] = tuple(
+                (row, start, stop) for row, edges in enumerate(rows) for start, stop in _cut(edges, group, shifted)
+            )
+        return self._memo[key]
+
+    def spans(self, group: int | None, shifted: bool, packed: bool) -> tuple[Span, ...]:
+        """The segments as few calls: adjacent equal ones as one view, or (`packed`, irregular rows) a row at a time."""
+        key = ("spans", group, shifted, packed)
+        if key not in self._memo:
+            if self.rows is None:
+                found = list(_dense_spans(self.batch, _cut((0, self.sequence), group, shifted)))
+            else:
+                found = []
+                for row, row_segments in groupby(self.segments(group, shifted), key=lambda segment: segment[0]):
+                    cuts = [(start, stop) for _, start, stop in row_segments]
+                    found.extend(_row_spans(row, cuts, packed))
+            self._memo[key] = tuple(found)
+        return self._memo[key]
+
+
+def _host(name: str, values: Any, shape: tuple[int, int]) -> np.ndarray:
+    array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    if array.shape != shape:
+        raise DataError(f"The {name} has shape {array.shape}, but the micro-batch is {shape}.")
+    return array
+
+
+def _row_edges(row: int, real: np.ndarray, ids: np.ndarray) -> tuple[int, ...]:
+    places = np.flatnonzero(real)
+    if not len(places):
+        return ()
+    first, last = int(places[0]), int(places[-1]) + 1
+    if last - first != len(places):
+        raise DataError(f"Row {row} has padding between real tokens; pad on the left or the right only.")
+    changes = np.flatnonzero(np.diff(ids[first:last])) + first + 1
+    return (first, *changes.tolist(), last)
+
+
+def _cut(edges: tuple[int, ...], group: int | None, shifted: bool) -> list[tuple[int, int]]:
+    """Segments of a row: cut at document edges and at group edges counted from its first real token."""
+    if not edges:
+        return []
+    cuts = set(edges)
+    if group is not None:
+        cuts.update(edges[0] + start for start, _ in segments(edges[-1] - edges[0], group, shifted))
+    ordered = sorted(cuts)
+    return list(zip(ordered, ordered[1:], strict=False))
+
+
+def _runs(cuts: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(start, length, count) of adjacent segments of one length."""
+    for length, run in groupby(cuts, key=lambda cut: cut[1] - cut[0]):
+        members = list(run)
+        yield members[0][0], length, len(members)
+
+
+def _dense_spans(batch: int, cuts: list[tuple[int, int]]) -> Iterator[Span]:
+    for start, length, count in _runs(cuts):
+        # In [S, B, ...] memory rows and groups cannot both be one axis of a view: loop over the fewer.
+        if batch <= count and count > 1:
+            yield from (Span(row, row + 1, start, length, count) for row in range(batch))
+        else:
+            yield from (Span(0, batch, start + index * length, length) for index in range(count))
+
+
+def _row_spans(row: int, cuts: list[tuple[int, int]], packed: bool) -> Iterator[Span]:
+    runs = list(_runs(cuts))
+    if packed and len(runs) > 1:
+        first = cuts[0][0]
+        edges = (0, *(stop - first for _, stop in cuts))
+        yield Span(row, row + 1, first, edges[-1], edges=edges)
+    else:
+        yield from (Span(row, row + 1, *run) for run in runs)

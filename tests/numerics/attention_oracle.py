@@ -1,0 +1,73 @@
+"""S²-Attn by its definition: for every head, query and key ask whether the query may see the key; dense fp64 softmax.
+
+Shares nothing with the implementation: no segments, no views, no blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def allowed(
+    query: int, key: int, first: int, real: np.ndarray, document: np.ndarray, group: int | None, shifted: bool
+) -> bool:
+    """Whether position `query` of a row attends to position `key`; `first` is the row's first real token."""
+    if key > query or not real[key] or not real[query]:
+        return False
+    # Document ids need only change between neighbours, so every step from key to query is looked at.
+    if any(document[step] != document[step + 1] for step in range(key, query)):
+        return False
+    if group is None:
+        return True
+    offset = group // 2 if shifted else 0
+    return (query - first + offset) // group == (key - first + offset) // group
+
+
+def is_shifted(head: int, heads: int, kv_heads: int, rule: str) -> bool:
+    """Shift of a global query head."""
+    if rule == "upper_half":
+        return head >= heads // 2
+    return (head * kv_heads // heads) % 2 == 1
+
+
+def masks(
+    batch: int,
+    sequence: int,
+    heads: int,
+    kv_heads: int,
+    group: int | None,
+    rule: str = "upper_half",
+    padding: np.ndarray | None = None,
+    documents: np.ndarray | None = None,
+) -> torch.Tensor:
+    """bool [B, H, S, S], True where attention is allowed."""
+    result = np.zeros((batch, heads, sequence, sequence), bool)
+    for row in range(batch):
+        real = np.ones(sequence, bool) if padding is None else padding[row]
+        document = np.zeros(sequence, int) if documents is None else documents[row]
+        first = int(np.argmax(real)) if real.any() else 0
+        for shifted in (False, True):
+            table = np.array(
+                [
+                    [allowed(query, key, first, real, document, group, shifted) for key in range(sequence)]
+                    for query in range(sequence)
+                ]
+            )
+            for head in range(heads):
+                if is_shifted(head, heads, kv_heads, rule) == shifted:
+                    result[row, head] = table
+    return torch.from_numpy(result)
+
+
+def attention(
+    q_SBHD: torch.Tensor, k_SBHD: torch.Tensor, v_SBHD: torch.Tensor, mask_BHSS: torch.Tensor
+) -> torch.Tensor:
+    """Masked softmax attention, [S, B, Hq, D]; queries that see nothing give 0. In the inputs' dtype."""
+    ratio = q_SBHD.shape[2] // k_SBHD.shape[2]
+    k = k_SBHD.repeat_interleave(ratio, dim=2)
+    v = v_SBHD.repeat_interleave(ratio, dim=2)
+    scores = torch.einsum("qbhd,kbhd->bhqk", q_SBHD, k) * q_SBHD.shape[-1] ** -0.5
+    mask = mask_BHSS.to(scores.device)
+    weights = scores.masked_fill(~mask, -1e300 if scores.dtype == torch.float64 else -1e30).softmax(-1)
+    return torch.einsum("bhqk,kbhd->qbhd", weights * mask, v)
