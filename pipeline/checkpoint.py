@@ -140,7 +140,9 @@ class CheckpointStore:
         if failed or self._any(failure is not None):
             shutil.rmtree(temporary, ignore_errors=True)
             reason = failure or "another rank failed"
-            raise CheckpointError(f"{final}: could not be written ({reason}); free space or fix permissions, and rerun.")
+            raise CheckpointError(
+                f"{final}: could not be written ({reason}); free space or fix permissions, and rerun."
+            )
         return final
 
     def _any(self, flag: bool) -> bool:

@@ -20,7 +20,7 @@ from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.model.loss import IGNORE
 from pipeline.model.stage import LlamaStage
 from pipeline.optim import TrainableAdamW
-from pipeline.progress import Progress
+from pipeline.progress import TrainProgress
 from pipeline.schedule import learning_rate
 from pipeline.schema import RunConfig
 
@@ -51,7 +51,11 @@ class Trainer:
         self.parts, self.step = parts, start
 
     def run(
-        self, metrics: MetricsWriter | None, progress: Progress, on_step: Callable[[int], None] = lambda step: None
+        self,
+        metrics: MetricsWriter | None,
+        progress: TrainProgress,
+        on_step: Callable[[int], None] = lambda step: None,
+        stop_after: int | None = None,
     ) -> None:
         """Train to the last step, saving as configured.
 
@@ -59,13 +63,15 @@ class Trainer:
             metrics: rank 0's writer, None elsewhere.
             progress: the live display.
             on_step: called after each optimizer step with the number of steps done (periodic evaluation).
+            stop_after: stop, saved, once so many steps are done; None: the configured end.
 
         Raises:
             TrainingDiverged: too many non-finite steps in a row.
             CheckpointError: a checkpoint could not be written.
         """
         config = self.parts.config
-        while self.step < config.train.steps:
+        end = min(config.train.steps, stop_after or config.train.steps)
+        while self.step < end:
             began = time.perf_counter()
             row = self._one_step(self.step)
             self.step += 1
@@ -79,7 +85,7 @@ class Trainer:
             if metrics is not None:
                 metrics.write(row)
             progress.update(self.step, row)
-            if self.step == config.train.steps or (config.save.every and self.step % config.save.every == 0):
+            if self.step == end or (config.save.every and self.step % config.save.every == 0):
                 self.save()
             on_step(self.step)
 

@@ -41,9 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over scored tokens of the cross entropy of softmax(h W^T), with its gradients computed in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         grad_hidden = torch.zeros_like(hidden_TH) if wants_hidden else None

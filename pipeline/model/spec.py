@@ -84,7 +84,9 @@ def _column(
 ) -> Callable[..., Any]:
     if not lora.rank or not adapted:
         return ColumnParallelLinear
-    return partial(LoraColumnParallelLinear, lora=lora, parts=parts, adapted=adapted, fuse_rows=lambda rows: fuse(*rows))
+    return partial(
+        LoraColumnParallelLinear, lora=lora, parts=parts, adapted=adapted, fuse_rows=lambda rows: fuse(*rows)
+    )
 
 
 def _row(lora: LoraConfig, part: str, adapted: Sequence[str]) -> Callable[..., Any]:

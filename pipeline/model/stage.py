@@ -85,9 +85,7 @@ class LlamaStage(MegatronModule):
         if self.training and not hidden.requires_grad:
             # A frozen embedding would make re-entrant checkpointing drop every gradient below: its input must require one.
             hidden.requires_grad_()
-        return self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=self.context(layout, spec)
-        )
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=self.context(layout, spec))
 
     def loss_sum(
         self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec

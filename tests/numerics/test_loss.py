@@ -21,7 +21,9 @@ def test_sum_and_gradients(tokens: int, trains: tuple[bool, bool], monkeypatch: 
     ours = [hidden.clone().requires_grad_(trains[0]), weight.clone().requires_grad_(trains[1])]
     theirs = [hidden.double().requires_grad_(trains[0]), weight.double().requires_grad_(trains[1])]
     found = sum_cross_entropy(ours[0], ours[1], labels)
-    expected = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].t(), labels, ignore_index=IGNORE, reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        theirs[0] @ theirs[1].t(), labels, ignore_index=IGNORE, reduction="sum"
+    )
     (found / 7).backward()
     (expected / 7).backward()
     assert abs(found.item() - expected.item()) <= 1e-5 * abs(expected.item())

@@ -56,7 +56,7 @@ def test_padded_logits_equal_transformers(pad_left: bool, tmp_path: Path) -> Non
     stage = stage_of(tmp_path)
     tokens = torch.randint(0, stage.arch.vocab, (2, 19), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 19, dtype=torch.bool)
-    mask[1, :7 if pad_left else 0] = False
+    mask[1, : 7 if pad_left else 0] = False
     mask[1, 19 if pad_left else 12 :] = False
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=mask.long()).logits

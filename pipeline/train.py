@@ -1,0 +1,93 @@
+"""Train from one YAML: `python -m pipeline.train --config run.yaml`; the same command resumes.
+
+Several processes: `torchrun --nproc-per-node N -m pipeline.train --config run.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from parallel.errors import LongspanError
+from parallel.rank_env import RankEnv
+from pipeline.config import dump_config, load_config
+from pipeline.schema import RunConfig
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line of the trainer."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
+    parser.add_argument(
+        "--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps, to resume later"
+    )
+    return parser.parse_args(argv)
+
+
+def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> None:
+    """Compose and run; raises LongspanError with one sentence for whatever a user can mend."""
+    # Heavy imports wait until the configuration is known to be good.
+    from parallel.groups import destroy_groups
+    from pipeline.build import build
+    from pipeline.metrics import MetricsWriter
+    from pipeline.progress import TrainProgress
+    from pipeline.run_eval import Evaluator
+    from pipeline.run_facts import record_run
+
+    began = time.perf_counter()
+    run = build(config, env)
+    try:
+        main = run.groups.is_main
+        if main:
+            run.output.mkdir(parents=True, exist_ok=True)
+            (run.output / "config.yaml").write_text(dump_config(config))
+        trainer = run.trainer
+        evaluator = Evaluator(run) if config.eval.path is not None else None
+        if evaluator is not None and trainer.step == 0:
+            evaluator.write("untrained")
+        metrics = MetricsWriter(run.output, trainer.step) if main else None
+
+        def on_step(step: int) -> None:
+            if (
+                evaluator is not None
+                and config.eval.every
+                and step % config.eval.every == 0 < config.train.steps - step
+            ):
+                evaluator.write(f"step-{step:06d}")
+
+        with TrainProgress(config.train.steps, trainer.step, enabled=main) as progress:
+            trainer.run(metrics, progress, on_step, stop_after)
+        if metrics is not None:
+            metrics.close()
+        if evaluator is not None and trainer.step == config.train.steps:
+            evaluator.write("after")
+        if main:
+            record_run(run, time.perf_counter() - began)
+    finally:
+        run.trainer.parts.loader.close()
+        destroy_groups()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence on standard error."""
+    args = parse(argv)
+    # megatron-core warns at import about optional packages this product does not use.
+    warnings.filterwarnings("ignore", module="megatron")
+    rank = ""
+    try:
+        env = RankEnv.read()
+        rank = f" [rank {env.rank}]" if env.rank else ""
+        train(load_config(args.config, args.set), env, args.stop_after)
+    except LongspanError as error:
+        print(f"error{rank}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
