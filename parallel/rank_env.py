@@ -1,4 +1,4 @@
-"""Who this process is among the launched ones. The only file that reads ranks from the environment (torchrun's names)."""
+"""Who this process is among the launched ones. The only reader of torchrun's variables."""
 
 from __future__ import annotations
 

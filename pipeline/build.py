@@ -48,8 +48,8 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(
-            f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes one from "
-            "a GGUF file)."
+            f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes "
+            "one from a GGUF file)."
         )
     if not Path(config.data.path).exists():
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")

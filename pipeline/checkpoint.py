@@ -256,18 +256,18 @@ def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> 
     for key, noun in (("base_hash", "base model"), ("data_fingerprint", "training data")):
         if manifest.get(key) != current[key]:
             raise ConfigError(
-                f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or choose "
-                "another output folder."
+                f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or "
+                "choose another output folder."
             )
     old, new = flatten(manifest["config"]), flatten(current["config"])
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
             raise ConfigError(
-                f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which changes what is "
-                "computed; restore it, or choose another output folder."
+                f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which changes what "
+                "is computed; restore it, or choose another output folder."
             )
     if old.get("train.schedule") == "cosine" and old.get("train.steps") != new.get("train.steps"):
         raise ConfigError(
-            f"Resume: train.steps was {old['train.steps']} and is {new['train.steps']} now, which bends a cosine schedule "
-            "half-way; keep it, or choose another output folder."
+            f"Resume: train.steps was {old['train.steps']} and is {new['train.steps']} now, which bends a cosine "
+            "schedule half-way; keep it, or choose another output folder."
         )

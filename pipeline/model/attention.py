@@ -67,7 +67,7 @@ class CoreAttention(torch.nn.Module):
 class LongAttention(SelfAttention):
     """megatron's `SelfAttention` (fused projections, sharding) with true-position RoPE and the S² core."""
 
-    def forward(  # type: ignore[override]  # megatron's dozen inference arguments have no meaning here
+    def forward(  # megatron's dozen inference arguments have no meaning here
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,

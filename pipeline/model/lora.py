@@ -72,7 +72,7 @@ class AdapterSet(torch.nn.Module):
 
     def stacked_a(self) -> torch.Tensor:
         """A factors, [n R, I]."""
-        factors = [self._adapter(name).lora_A for name in self.names]
+        factors: list[torch.Tensor] = [self._adapter(name).lora_A for name in self.names]
         return factors[0] if len(factors) == 1 else torch.cat(factors)
 
     def fused_b(self) -> torch.Tensor:

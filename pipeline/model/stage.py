@@ -83,7 +83,7 @@ class LlamaStage(MegatronModule):
         """int64 tokens [B, S] -> final hidden states [S, B, H] in the parameters' dtype."""
         hidden = self.embedding(tokens_BS).transpose(0, 1).contiguous()
         if self.training and not hidden.requires_grad:
-            # A frozen embedding would make re-entrant checkpointing drop every gradient below: its input must require one.
+            # With a frozen embedding, re-entrant checkpointing would drop every gradient: its input must require one.
             hidden.requires_grad_()
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=self.context(layout, spec))
 

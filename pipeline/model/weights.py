@@ -45,7 +45,8 @@ def load_base(stage: LlamaStage, checkpoint: HfCheckpoint) -> None:
 def _assemble(name: str, parts: Sequence[torch.Tensor], arch: LlamaArch, shape: torch.Size) -> torch.Tensor:
     """Fuse the Hugging Face tensors of one parameter of ours and check the result's shape."""
     if "linear_qkv." in name:
-        whole = names.fuse_qkv(*parts, arch=arch)
+        query, key, value = parts
+        whole = names.fuse_qkv(query, key, value, arch)
     elif "linear_fc1." in name:
         whole = names.fuse_gate_up(*parts)
     else:
@@ -89,8 +90,8 @@ def load_trained(stage: LlamaStage, tensors: Mapping[str, torch.Tensor]) -> None
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())
         raise CheckpointError(
-            f"Checkpoint: trained tensors differ from the configuration's ({odd[0]} and {len(odd) - 1} more on one side "
-            "only); resume with the lora and train.trainable settings it was made with."
+            f"Checkpoint: trained tensors differ from the configuration's ({odd[0]} and {len(odd) - 1} more on one "
+            "side only); resume with the lora and train.trainable settings it was made with."
         )
     with torch.no_grad():
         for name, parameter in expected.items():

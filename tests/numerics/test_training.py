@@ -1,4 +1,4 @@
-"""The trainer against plain PyTorch, data-parallel against one process, and a resumed run against an uninterrupted one."""
+"""The trainer: data-parallel against one process, and a resumed run against an uninterrupted one."""
 
 from __future__ import annotations
 
