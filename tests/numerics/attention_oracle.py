@@ -9,19 +9,19 @@ import numpy as np
 import torch
 
 
-def allowed(
-    query: int, key: int, first: int, real: np.ndarray, document: np.ndarray, group: int | None, shifted: bool
-) -> bool:
-    """Whether position `query` of a row attends to position `key`; `first` is the row's first real token."""
-    if key > query or not real[key] or not real[query]:
-        return False
-    # Document ids need only change between neighbours, so every step from key to query is looked at.
-    if any(document[step] != document[step + 1] for step in range(key, query)):
-        return False
-    if group is None:
-        return True
-    offset = group // 2 if shifted else 0
-    return (query - first + offset) // group == (key - first + offset) // group
+def table(real: np.ndarray, document: np.ndarray, group: int | None, shifted: bool) -> np.ndarray:
+    """bool [S, S] of one row, [query, key]: the key is not later, in the query's document run, and in its group."""
+    sequence = len(real)
+    first = int(np.argmax(real))  # groups count from the first real token
+    offset = group // 2 if group is not None and shifted else 0
+    result = np.zeros((sequence, sequence), bool)
+    for query in range(sequence):
+        for key in range(query, -1, -1):
+            if document[key] != document[query]:
+                break  # another document begins between here and the query; an equal id further back is a third one
+            same_group = group is None or (query - first + offset) // group == (key - first + offset) // group
+            result[query, key] = real[query] and real[key] and same_group
+    return result
 
 
 def is_shifted(head: int, heads: int, kv_heads: int, rule: str) -> bool:
@@ -46,17 +46,11 @@ def masks(
     for row in range(batch):
         real = np.ones(sequence, bool) if padding is None else padding[row]
         document = np.zeros(sequence, int) if documents is None else documents[row]
-        first = int(np.argmax(real)) if real.any() else 0
         for shifted in (False, True):
-            table = np.array(
-                [
-                    [allowed(query, key, first, real, document, group, shifted) for key in range(sequence)]
-                    for query in range(sequence)
-                ]
-            )
+            row_table = table(real, document, group, shifted)
             for head in range(heads):
                 if is_shifted(head, heads, kv_heads, rule) == shifted:
-                    result[row, head] = table
+                    result[row, head] = row_table
     return torch.from_numpy(result)
 
 
