@@ -62,7 +62,7 @@ def test_softmax_scale_is_used() -> None:
 
 
 def later_tokens_seen(spec: AttentionSpec, sequence: int = 16) -> int:
-    """How many (query, later key) pairs have a nonzero gradient of the query's output, summed over heads and channels."""
+    """How many (query, later key) pairs have a nonzero gradient of the query's output, summed over channels."""
     q, k, v = random_qkv(sequence, 1, 4, 2)
     out = attend(q, k, v, SequenceLayout.dense(1, sequence), spec, head_plan(0, 4, 4, 2, spec.shifted_heads))
     seen = 0
