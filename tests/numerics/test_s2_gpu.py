@@ -52,7 +52,8 @@ def definition_mask(kind: str, batch: int, heads: int, kv_heads: int, group: int
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
-    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm())
 
 
 def both(
