@@ -1,0 +1,158 @@
+"""The live display of a run: a rich progress bar on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich import get_console
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _live_display(console: Console, transient: bool) -> RichProgress | None:
+    """A bar with a column of facts, or None where the output is no terminal (CI, Slurm)."""
+    if not console.is_terminal:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return RichProgress(
+        *columns, TextColumn("{task.fields[facts]}", markup=False), console=console, transient=transient
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    """Print one line as it is, unwrapped; it appears above a live bar."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainProgress:
+    """Shows training; a context manager.
+
+    Args:
+        total: optimizer steps of the whole run.
+        start: steps done before this process began.
+        enabled: False shows nothing (every rank but 0).
+        every: steps between lines when the output is not a terminal; the first and last step always print.
+        console: where to write; None is standard output.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        *,
+        enabled: bool = True,
+        every: int = 10,
+        console: Console | None = None,
+    ) -> None:
+        self.total, self.start, self.enabled, self.every = total, start, enabled, max(every, 1)
+        self._console = console or get_console()
+        self._seconds = 0.0
+        self._task: TaskID | None = None
+        self._live = _live_display(self._console, transient=False) if enabled else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            _say(self._console, text)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show a finished optimizer step.
+
+        Args:
+            step: steps done, counting from 1.
+            metrics: a line of `metrics.FIELDS`.
+        """
+        if not self.enabled:
+            return
+        # Summed from the steps themselves: evaluations and checkpoints in between must not stretch the estimate.
+        self._seconds += metrics["seconds"]
+        facts = self._facts(step, metrics)
+        if self._live is not None:
+            if self._task is None:
+                self._task = self._live.add_task("training", total=self.total, facts="")
+            self._live.update(self._task, completed=step, facts=facts)
+        elif step in (self.start + 1, self.total) or step % self.every == 0:
+            self.say(f"step {step}/{self.total}  {facts}")
+
+    def _facts(self, step: int, metrics: Mapping[str, Any]) -> str:
+        left = self._seconds / max(step - self.start, 1) * (self.total - step)
+        facts = [
+            f"loss {metrics['loss']:.4f}",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            f"{metrics['memory_gib']:.2f} GiB",
+            f"{duration(left)} left",
+        ]
+        if metrics.get("skipped"):
+            facts.append(f"{metrics['skipped']} skipped")
+        return "  ".join(facts)
+
+
+class EvalProgress:
+    """Shows one evaluation, alone or while `TrainProgress` is live; a context manager.
+
+    Args:
+        windows: windows this rank will evaluate.
+        label: what is evaluated, e.g. "perplexity before training".
+        enabled, console, clock: as for `TrainProgress`.
+    """
+
+    def __init__(
+        self,
+        windows: int,
+        label: str = "evaluation",
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.windows, self.label, self.enabled, self.done = windows, label, enabled, 0
+        self._console = console or get_console()
+        self._clock = clock
+        self._began = clock()
+        self._live = _live_display(self._console, transient=True) if enabled else None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._began = self._clock()
+        if self._live is not None:
+            self._live.start()
+            self._task = self._live.add_task(self.label, total=self.windows, facts="")
+        return self
+
+    def advance(self) -> None:
+        """Count a finished window."""
+        self.done += 1
+        if self._live is not None and self._task is not None:
+            spent = self._clock() - self._began
+            left = spent / self.done * (self.windows - self.done)
+            self._live.update(self._task, completed=self.done, facts=f"{duration(left)} left")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self.enabled and error is None:
+            _say(self._console, f"{self.label}: {self.done} windows in {duration(self._clock() - self._began)}")
