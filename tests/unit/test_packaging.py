@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import configparser
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,3 +240,25 @@ def test_imported_third_parties_are_required() -> None:
                 top = module.split(".")[0]
                 if top not in standard and top not in PRODUCT:
                     assert normal(distribution.get(top, top)) in required, f"{path} imports {top}"
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
+def test_gpu_tests_that_did_not_run_are_counted(tmp_path: Path, workers: list[str]) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n@pytest.mark.parametrize('i', range(3))\ndef test_device(i): raise SystemExit\n"
+        "@pytest.mark.skip(reason='another')\ndef test_other(): ...\n"
+        "def test_plain(): ...\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", str(ROOT / "setup.cfg"), *workers]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert "gpu tests skipped (no CUDA device): 3" in lines
+    assert "1 passed, 4 skipped" in lines[-1], "pytest's own summary comes last"
