@@ -42,7 +42,8 @@ model=runs/models/SmolLM2-135M
 step "2/7 perplexity of the model as shipped"
 python -m tools.evaluate "${common[@]}" --state shipped
 step "3/7 train, and stop half-way"
-half=$(python -m tools.evaluate "${common[@]}" --print-half)
+half=$(python -c "import sys, pathlib; from pipeline.config import load_config
+print(load_config(pathlib.Path(sys.argv[1])).train.steps // 2)" "$config")
 python -m pipeline.train "${common[@]}" --stop-after "$half"
 step "4/7 the same command resumes"
 python -m pipeline.train "${common[@]}"
@@ -51,5 +52,5 @@ python -m tools.export_hf --run "$output" --output "$output/adapter" --format ad
 step "6/7 report"
 python -m tools.report --run "$output"
 step "7/7 result"
-python -m tools.evaluate "${common[@]}" --summary
+python -m tools.evaluate "${common[@]}" --compare
 echo "Report: $output/report/index.html   Adapter: $output/adapter"

@@ -12,11 +12,12 @@ from parallel.groups import Groups, make_groups
 from parallel.plan import plan_batch, plan_grid
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything, set_rng_state
-from pipeline.checkpoint import CheckpointStore, check_resumable
+from pipeline.checkpoint import CheckpointStore, check_resumable, load_snapshot
 from pipeline.config import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
+from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
@@ -119,15 +120,13 @@ def connect(config: RunConfig, env: RankEnv) -> Groups:
     return groups
 
 
-def open_dataset(
-    config: RunConfig, source: str, sequence: int, tokenizer: TextTokenizer, groups: Groups
-) -> PackedDataset:
+def open_tokens(config: RunConfig, source: str, tokenizer: TextTokenizer, groups: Groups) -> TokenShards:
     """Open prepared shards, or tokenize raw text once (rank 0) and share it through the cache folder."""
     cache = Path(config.data.cache or Path(config.output) / "data")
     if groups.is_main:
         open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field)
     groups.barrier()
-    return PackedDataset(open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field), sequence)
+    return open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field)
 
 
 def build(config: RunConfig, env: RankEnv) -> Run:
@@ -144,7 +143,7 @@ def build(config: RunConfig, env: RankEnv) -> Run:
         raise ConfigError(
             f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own tokenizer."
         )
-    dataset = open_dataset(config, config.data.path, config.sequence, tokenizer, groups)
+    dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups), config.sequence)
     loader = TrainLoader(
         dataset,
         seed=config.train.seed,
@@ -195,7 +194,7 @@ def resume(parts: TrainerParts) -> int:
     folder = parts.store.latest()
     if folder is None:
         return 0
-    snapshot = parts.store.load(folder)
+    snapshot = load_snapshot(folder, parts.groups.env.rank)
     check_resumable(snapshot.manifest, parts.manifest)
     load_trained(parts.stage, snapshot.trained)
     parts.optimizer.load_state_dict(snapshot.trained, snapshot.optimizer)

@@ -172,17 +172,18 @@ class CheckpointStore:
         """
         return latest_checkpoint(self.folder)
 
-    def load(self, folder: Path) -> Snapshot:
-        """Verify and read a checkpoint; see `read_manifest` for the errors."""
-        manifest = read_manifest(folder)
-        rng_file = folder / f"rng-{self.groups.env.rank:05d}.safetensors"
-        return Snapshot(
-            step=int(manifest["step"]),
-            trained=load_file(folder / TRAINED),
-            optimizer=load_file(folder / OPTIMIZER),
-            rng=load_file(rng_file) if rng_file.name in manifest["files"] else None,
-            manifest=manifest,
-        )
+
+def load_snapshot(folder: Path, rank: int) -> Snapshot:
+    """Verify and read a checkpoint for `rank`; see `read_manifest` for the errors."""
+    manifest = read_manifest(folder)
+    rng_file = folder / f"rng-{rank:05d}.safetensors"
+    return Snapshot(
+        step=int(manifest["step"]),
+        trained=load_file(folder / TRAINED),
+        optimizer=load_file(folder / OPTIMIZER),
+        rng=load_file(rng_file) if rng_file.name in manifest["files"] else None,
+        manifest=manifest,
+    )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -6,9 +6,9 @@ Several processes: `torchrun --nproc-per-node N -m pipeline.train --config run.y
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,48 +36,56 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> Non
     from pipeline.build import build
     from pipeline.metrics import MetricsWriter
     from pipeline.progress import TrainProgress
-    from pipeline.run_eval import Evaluator
+    from pipeline.run_eval import Evaluator, quiet
     from pipeline.run_facts import record_run
 
+    quiet()
     began = time.perf_counter()
-    run = build(config, env)
-    try:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(destroy_groups)
+        run = build(config, env)
+        cleanup.callback(run.trainer.parts.loader.close)
         main = run.groups.is_main
         if main:
             run.output.mkdir(parents=True, exist_ok=True)
             (run.output / "config.yaml").write_text(dump_config(config))
         trainer = run.trainer
-        evaluator = Evaluator(run) if config.eval.path is not None else None
-        if evaluator is not None and trainer.step == 0:
-            evaluator.write("untrained")
+        evaluator = None
+        if config.eval.path is not None:
+            evaluator = Evaluator(config, trainer.parts.stage, run.groups, run.tokenizer)
         metrics = MetricsWriter(run.output, trainer.step) if main else None
+        progress = TrainProgress(config.train.steps, trainer.step, enabled=main)
+
+        def assess(label: str, step: int, *, shown: bool = True) -> None:
+            if evaluator is None:
+                return
+            report = evaluator.run(label, step, shown=shown)
+            progress.say(f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in report.perplexity.items()))
+            if metrics is not None:
+                metrics.write_perplexity(step, report.perplexity)
 
         def on_step(step: int) -> None:
-            if (
-                evaluator is not None
-                and config.eval.every
-                and step % config.eval.every == 0 < config.train.steps - step
-            ):
-                evaluator.write(f"step-{step:06d}")
+            if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
+                assess(f"step-{step:06d}", step, shown=False)
 
-        with TrainProgress(config.train.steps, trainer.step, enabled=main) as progress:
+        began_at = trainer.step
+        if began_at == 0:
+            assess("untrained", 0)
+        else:
+            progress.say(f"resumed at step {began_at}")
+        with progress:
             trainer.run(metrics, progress, on_step, stop_after)
+        if trainer.step == config.train.steps > began_at:
+            assess("after", trainer.step)
         if metrics is not None:
             metrics.close()
-        if evaluator is not None and trainer.step == config.train.steps:
-            evaluator.write("after")
         if main:
             record_run(run, time.perf_counter() - began)
-    finally:
-        run.trainer.parts.loader.close()
-        destroy_groups()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
     args = parse(argv)
-    # megatron-core warns at import about optional packages this product does not use.
-    warnings.filterwarnings("ignore", module="megatron")
     rank = ""
     try:
         env = RankEnv.read()

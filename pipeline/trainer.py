@@ -150,7 +150,8 @@ class Trainer:
     def _loss(self, batch: Batch, spec: AttentionSpec) -> torch.Tensor:
         device = self.parts.groups.device
         documents = None if batch.document_ids is None else batch.document_ids.numpy()
-        layout = SequenceLayout.build(*batch.tokens.shape, document_ids_BS=documents)
+        rows, sequence = batch.tokens.shape
+        layout = SequenceLayout.build(rows, sequence, document_ids_BS=documents)
         tokens = batch.tokens.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
         return self.parts.stage.loss_sum(tokens, labels, layout, spec)
