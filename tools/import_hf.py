@@ -1,0 +1,130 @@
+"""Make a clean Hugging Face folder from another one or a GGUF file: `python -m tools.import_hf SOURCE OUTPUT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.errors import CheckpointError, LongspanError
+from pipeline.export import copy_companions, write_json
+from pipeline.hf_files import HfCheckpoint, TensorFact, new_folder, write_safetensors_sharded
+from pipeline.model import names
+from pipeline.model.arch import read_arch
+from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
+from pipeline.schema import RopeSettings
+
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
+
+
+def import_model(source: Path, output: Path, dtype: str = "keep", force: bool = False) -> None:
+    """Write config.json, safetensors and tokenizer files of `source` into `output`, whole or not at all.
+
+    Args:
+        source: a Hugging Face folder, a .gguf file, or a folder holding one.
+        dtype: bf16 | fp32 | keep (a GGUF's weights, being quantized, are kept as fp32).
+
+    Raises:
+        CheckpointError, ConfigError: the source is damaged or unsupported, or `output` is taken.
+    """
+    if source.resolve() == output.resolve():
+        raise CheckpointError(f"{output}: is the source itself; choose another output folder.")
+    gguf = source if source.suffix == ".gguf" else None
+    if gguf is None and source.is_dir() and not list(source.glob("*.safetensors*")):
+        files = sorted(source.glob("*.gguf"))
+        if len(files) > 1:
+            raise CheckpointError(f"{source}: holds {len(files)} GGUF files; name one of them, e.g. {files[0]}.")
+        gguf = files[0] if files else None
+    if gguf is None:
+        _import_folder(source, output, DTYPES[dtype], force)
+    elif not gguf.is_file():
+        raise CheckpointError(f"{gguf}: does not exist; check the path.")
+    else:
+        _import_gguf(gguf, output, DTYPES[dtype] or torch.float32, force)
+
+
+def _write_model(
+    folder: Path,
+    config: Mapping[str, Any],
+    facts: Mapping[str, TensorFact],
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """config.json with its dtype, and the weights cast to it."""
+    wanted = {name: TensorFact(fact.shape, dtype or fact.dtype) for name, fact in facts.items()}
+    names_dtype = DTYPE_NAMES[dtype or next(iter(wanted.values())).dtype]
+    # transformers 4 reads torch_dtype; 5 reads either.
+    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    write_json(folder / "config.json", {**kept, "torch_dtype": names_dtype})
+    write_safetensors_sharded(folder, wanted, lambda name: read(name).to(wanted[name].dtype))
+
+
+def _import_folder(source: Path, output: Path, dtype: torch.dtype | None, force: bool) -> None:
+    checkpoint = HfCheckpoint(source)
+    arch = read_arch(source)
+    shapes = names.hf_tensor_shapes(arch)
+    checkpoint.check(shapes, names.is_derived)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    with new_folder(output, force) as folder:
+        copy_companions(source, folder)
+        _write_model(folder, config, {name: checkpoint.facts[name] for name in shapes}, checkpoint.tensor, dtype)
+
+
+def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
+    # transformers takes seconds to import; importing a folder does without.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with new_folder(output, force) as folder:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: transformers cannot read this GGUF file ({error}); try another release."
+            ) from None
+        tokenizer.save_pretrained(folder)
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        # The weights are dequantized now, and paths of this machine are nobody's business.
+        config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+        config["architectures"] = [type(model).__name__]
+        write_json(folder / "config.json", config)
+        arch = read_arch(folder)
+        rope = plan_rope(arch, RopeSettings(), arch.max_positions)
+        kept = {key: value for key, value in config.items() if key not in ROPE_KEYS}
+        config = {**kept, **hf_rope_fields(rope, arch, arch.max_positions)}
+        state = model.state_dict()
+        facts = {}
+        for name, shape in names.hf_tensor_shapes(arch).items():
+            if name not in state or tuple(state[name].shape) != shape:
+                raise CheckpointError(
+                    f"{path}: its {name} is missing or not {shape} as its header says; download it again."
+                )
+            facts[name] = TensorFact(shape, dtype)
+        _write_model(folder, config, facts, state.__getitem__, dtype)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Make a clean Hugging Face folder from another one or a GGUF file.")
+    parser.add_argument("source", type=Path, help="Hugging Face folder or .gguf file")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="keep")
+    parser.add_argument("--force", action="store_true", help="replace an earlier import at OUTPUT")
+    options = parser.parse_args(arguments)
+    try:
+        import_model(options.source, options.output, options.dtype, options.force)
+    except LongspanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}: imported from {options.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

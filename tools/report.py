@@ -1,0 +1,324 @@
+"""Write a run's report: `python -m tools.report --run runs/tiny`. PNG plots, and one HTML page with them inside.
+
+Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json and eval-<key>.json (key: shipped or before,
+untrained, step-*, after). Each is optional; what is missing is named on the page. Of run.json these keys are used
+where present: title, device, dtype, world_size, commit, versions, parameters (counts by kind), sessions ([{to_step,
+seconds}]), timings (name -> seconds), original_context (tokens), notes (sentences on what the run shows and does not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel.errors import DataError, LongspanError
+from pipeline.evaluate import EvalReport, LengthResult
+from pipeline.metrics import METRICS_FILE, read_metrics
+from pipeline.progress import duration
+from tools import report_plots as plots
+
+PAGE = "index.html"
+FIRST, LAST = ("shipped", "before", "untrained"), ("after",)
+
+CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+.lead { color: #555; margin-top: .2rem; } .note { color: #555; font-style: italic; }
+figure { margin: 1rem 0; } figure img { width: 100%; max-width: 50rem; height: auto; } figcaption { color: #555; }
+table { border-collapse: collapse; margin: .6rem 0; } .scroll { overflow-x: auto; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #e3e3e3; text-align: left; vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.text { overflow-wrap: anywhere; }
+small { color: #666; }
+"""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What was found in a run folder."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    """Metrics, a step each; empty without metrics.jsonl."""
+    evaluations: dict[str, EvalReport]
+    """By file key, in the order they are told."""
+    config: dict[str, Any]
+    """Resolved configuration, nested; empty without config.yaml."""
+    facts: dict[str, Any]
+    """run.json; empty without it."""
+
+
+def evaluation_order(key: str) -> tuple[int, str]:
+    """Sort key: as shipped, untrained, then during training by step, then after."""
+    if key in FIRST:
+        return FIRST.index(key), key
+    return (99 if key in LAST else 50), key
+
+
+def _mapping(path: Path, text: str) -> dict[str, Any]:
+    """Parse a YAML or JSON file that holds named values."""
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be parsed ({str(error).splitlines()[0]}); restore or remove it.") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: holds no named values; restore or remove it.")
+    return data
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Collect a run's records.
+
+    Raises:
+        DataError: the folder is missing, holds nothing to report, or a file in it is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--run: {folder} is not a folder; name the output folder of a run.")
+    metrics = folder / METRICS_FILE
+    evaluations = {path.stem.removeprefix("eval-"): EvalReport.read(path) for path in folder.glob("eval-*.json")}
+    named = [folder / name for name in ("config.yaml", "run.json")]
+    config, facts = (_mapping(path, path.read_text()) if path.is_file() else {} for path in named)
+    record = RunRecord(
+        folder=folder,
+        rows=read_metrics(metrics) if metrics.is_file() else [],
+        evaluations={key: evaluations[key] for key in sorted(evaluations, key=evaluation_order)},
+        config=config,
+        facts=facts,
+    )
+    if not record.rows and not record.evaluations:
+        raise DataError(f"--run: {folder} holds neither {METRICS_FILE} nor eval-*.json; name a run that has begun.")
+    return record
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of nested values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def show(value: Any) -> str:
+    """A value for a reader, not yet escaped."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(show, value)) or "–"
+    return str(value)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """An HTML table from unescaped cells; with `numbers`, all columns but the first are right-aligned.
+
+    An empty `head` makes no heading row.
+    """
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        kinds = ["number" if numbers and index else "text" for index in range(len(values))]
+        return "".join(
+            f'<{tag} class="{kind}">{escape(value)}</{tag}>' for kind, value in zip(kinds, values, strict=True)
+        )
+
+    body = "".join(f"<tr>{cells('td', line)}</tr>\n" for line in lines)
+    heading = f"<tr>{cells('th', head)}</tr>\n" if head else ""
+    return f'<div class="scroll"><table>{heading}{body}</table></div>'
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what belongs under it (HTML)."""
+    return f"<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n"
+
+
+def missing(what: str) -> str:
+    """A line where a section's source is not there."""
+    return f'<p class="note">{escape(what)}</p>'
+
+
+def perplexity_cell(result: LengthResult) -> str:
+    """Perplexity with the reach of one standard error."""
+    perplexity = result.perplexity
+    if not 0 <= perplexity < float("inf"):
+        return "not finite"
+    if perplexity >= 1e4:
+        return f"{perplexity:.3g}"
+    digits = 2 if perplexity < 100 else 1
+    error = "" if result.nll_stderr is None else f" ± {perplexity * result.nll_stderr:.{digits}f}"
+    return f"{perplexity:.{digits}f}{error}"
+
+
+def perplexity_section(record: RunRecord, images: Mapping[str, str]) -> str:
+    """Perplexities as a table and two plots."""
+    if not record.evaluations:
+        return section("Perplexity", missing("No eval-*.json: this run was not evaluated (eval.path is not set)."))
+    lengths = sorted({length for report in record.evaluations.values() for length in report.perplexity})
+    titles = [style.title for style in plots.styles(list(record.evaluations)).values()]
+    lines = []
+    for length in lengths:
+        found = [
+            next((perplexity_cell(r) for r in report.lengths if r.length == length), "–")
+            for report in record.evaluations.values()
+        ]
+        lines.append([plots.tokens_label(length), *found])
+    some = next(iter(record.evaluations.values()))
+    scored = ", ".join(
+        f"{plots.tokens_label(r.length)}: {r.windows} windows, {r.tokens:,} tokens" for r in some.lengths
+    )
+    how = "whole windows" if some.stride is None else f"a sliding window, stride {some.stride:,} tokens"
+    return section(
+        "Perplexity",
+        table(["context", *titles], lines, numbers=True),
+        f"<p><small>Full attention, {escape(how)} ({escape(scored)}). ± is one standard error over windows, which lie "
+        "in the same text: real uncertainty is larger.</small></p>",
+        images.get("perplexity_by_length", ""),
+        images.get("perplexity_by_position", missing("By position: the evaluations share no context length.")),
+    )
+
+
+def training_section(record: RunRecord, images: Mapping[str, str]) -> str:
+    """Loss, speed and memory."""
+    rows = record.rows
+    if not rows:
+        return section("Training", missing(f"No {METRICS_FILE}: this run has not trained."))
+    finite = [row["loss"] for row in rows if row["loss"] == row["loss"]]
+    tail = finite[-10:]
+    # The first step of a process pays for warm-up (kernels, caches), so a median is fairer than a mean.
+    facts = [
+        ("optimizer steps", f"{rows[-1]['step']:,} ({rows[-1]['skipped']} skipped as non-finite)"),
+        ("tokens", f"{sum(row['tokens'] for row in rows):,}"),
+        ("loss, first step", f"{finite[0]:.4f}" if finite else "–"),
+        (f"loss, mean of last {len(tail)} steps", f"{statistics.fmean(tail):.4f}" if tail else "–"),
+        ("time in steps", duration(sum(row["seconds"] for row in rows))),
+        ("seconds a step, median", f"{statistics.median(row['seconds'] for row in rows):.3g}"),
+        ("tokens a second, median", f"{statistics.median(row['tokens_per_second'] for row in rows):,.0f}"),
+        ("peak memory, rank 0", f"{max(row['memory_gib'] for row in rows):.2f} GiB"),
+    ]
+    return section("Training", table([], facts), images.get("loss", ""), images.get("speed_and_memory", ""))
+
+
+def facts_section(record: RunRecord) -> str:
+    """Machine, versions, parameter counts, timings."""
+    facts = record.facts
+    if not facts:
+        return section("Machine and model", missing("No run.json: device, versions and timings are not known."))
+    parts = []
+    machine: list[tuple[str, str]] = [
+        (key, show(facts[key])) for key in ("device", "world_size", "dtype", "commit") if key in facts
+    ]
+    machine += [(f"version of {name}", show(value)) for name, value in facts.get("versions", {}).items()]
+    if machine:
+        parts.append(table([], machine))
+    counts: dict[str, int] = facts.get("parameters", {})
+    total = counts.get("total")
+    if counts:
+        lines = [[kind, f"{n:,}", f"{100 * n / total:.2f} %" if total else "–"] for kind, n in counts.items()]
+        parts += ["<h3>Parameters</h3>", table(["kind", "count", "share"], lines, numbers=True)]
+    timings = {f"training, to step {s['to_step']}": s["seconds"] for s in facts.get("sessions", [])}
+    timings |= facts.get("timings", {})
+    timings |= {f"evaluation, {key}": report.seconds for key, report in record.evaluations.items()}
+    if timings:
+        lines = [[name, duration(seconds)] for name, seconds in timings.items()]
+        parts += ["<h3>Timings</h3>", table(["part", "time"], lines, numbers=True)]
+    return section("Machine and model", *parts)
+
+
+def notes_section(record: RunRecord) -> str:
+    """What the numbers show and what they do not."""
+    notes = record.facts.get("notes") or []
+    items = "".join(f"<li>{escape(show(note))}</li>\n" for note in notes)
+    body = f"<ul>{items}</ul>" if items else missing("No notes in run.json: judge the figures by the settings below.")
+    return section("What this shows and what it does not", body)
+
+
+def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
+    """The whole HTML page; nothing in it points outside.
+
+    Args:
+        pngs: file stem -> (caption, PNG bytes).
+    """
+    images = {
+        name: f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for name, (caption, png) in pngs.items()
+    }
+    title = show(record.facts.get("title") or f"Longspan run: {record.folder.resolve().name}")
+    lead = " · ".join(show(record.facts[key]) for key in ("device", "dtype", "commit") if record.facts.get(key))
+    settings = [(key, show(value)) for key, value in flatten(record.config).items()]
+    config = table(["setting", "value"], settings) if settings else missing("No config.yaml in the run folder.")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
+        f"<style>{CSS}</style>\n</head>\n<body>\n"
+        f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
+        + perplexity_section(record, images)
+        + notes_section(record)
+        + training_section(record, images)
+        + facts_section(record)
+        + section("Configuration", config)
+        + "</body>\n</html>\n"
+    )
+
+
+def draw(record: RunRecord) -> dict[str, tuple[str, bytes]]:
+    """PNGs the record has data for: file stem -> (caption, bytes)."""
+    drawn: dict[str, tuple[str, bytes]] = {}
+    if record.rows:
+        drawn["loss"] = "Mean cross entropy of each optimizer step.", plots.to_png(plots.loss_figure(record.rows))
+        figure = plots.speed_figure(record.rows)
+        drawn["speed_and_memory"] = "All ranks' tokens a second; rank 0's peak memory so far.", plots.to_png(figure)
+    if record.evaluations:
+        figure = plots.length_figure(record.evaluations)
+        drawn["perplexity_by_length"] = "Lower is better; bars are one standard error.", plots.to_png(figure)
+        if plots.longest_shared(record.evaluations) is not None:
+            figure = plots.position_figure(record.evaluations, record.facts.get("original_context"))
+            caption = "A model that uses its context well does not get worse to the right."
+            drawn["perplexity_by_position"] = caption, plots.to_png(figure)
+    return drawn
+
+
+def write_report(run: Path, output: Path) -> Path:
+    """Write PNGs and the page into `output`; returns the page's path.
+
+    Raises:
+        DataError: nothing to report, or a damaged file.
+    """
+    record = read_run(run)
+    pngs = draw(record)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (_, png) in pngs.items():
+        (output / f"{name}.png").write_bytes(png)
+    (output / PAGE).write_text(page(record, pngs), encoding="utf-8")
+    return output / PAGE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Write a run's report.")
+    parser.add_argument("--run", type=Path, required=True, help="output folder of a run")
+    parser.add_argument("--output", type=Path, help="where the report goes; <run>/report if not given")
+    args = parser.parse_args(argv)
+    try:
+        print(write_report(args.run, args.output or args.run / "report"))
+    except LongspanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
