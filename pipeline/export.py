@@ -6,7 +6,6 @@ Weights stream tensor by tensor, so memory holds the trained state and one base 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint import TRAINED, read_manifest
+from pipeline.hf_companions import copy_companions, write_json
 from pipeline.hf_files import (
     SHARD_BYTES,
     HfCheckpoint,
@@ -31,19 +31,6 @@ from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.schema import LoraConfig, RopeSettings
 
 FORMATS = ("adapter", "merged")
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files beside the weights that belong to a model and are copied with it."""
 EMBEDDING = "model.embed_tokens.weight"
 README = """# LongLoRA adapter, context {context}
 
@@ -160,24 +147,6 @@ def extended_config(model: TrainedModel) -> dict[str, Any]:
     config = json.loads((model.base / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in ROPE_KEYS}
     return {**kept, **hf_rope_fields(model.rope, model.arch, model.context)}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON with sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, target: Path, context: int | None = None) -> None:
-    """Copy tokenizer and generation files that exist; raise the tokenizer's length limit to `context` where it is
-    lower."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    path = target / "tokenizer_config.json"
-    if context is not None and path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(settings.get("model_max_length"), int) and settings["model_max_length"] < context:
-            write_json(path, {**settings, "model_max_length": context})
 
 
 def export_merged(model: TrainedModel, output: Path, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:

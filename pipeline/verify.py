@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.errors import CheckpointError
-from pipeline.export import TrainedModel, extended_config, write_json
+from pipeline.export import TrainedModel, extended_config
+from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
 
 TOLERANCE = 1e-3

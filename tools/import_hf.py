@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.export import copy_companions, write_json
+from pipeline.hf_companions import copy_companions, write_json
 from pipeline.hf_files import HfCheckpoint, TensorFact, new_folder, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
@@ -89,9 +89,12 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
                 f"{path}: transformers cannot read this GGUF file ({error}); try another release."
             ) from None
         tokenizer.save_pretrained(folder)
+        _plain_tokenizer(folder)
         config = json.loads(model.config.to_json_string(use_diff=False))
         # The weights are dequantized now, and paths of this machine are nobody's business.
-        config = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+        config = {
+            k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path", "_model_name_or_path")
+        }
         config["architectures"] = [type(model).__name__]
         write_json(folder / "config.json", config)
         arch = read_arch(folder)
@@ -107,6 +110,15 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
                 )
             facts[name] = TensorFact(shape, dtype)
         _write_model(folder, config, facts, state.__getitem__, dtype)
+
+
+def _plain_tokenizer(folder: Path) -> None:
+    """Name the class that transformers 4 and 5 both know; 5 alone knows its `TokenizersBackend`."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
