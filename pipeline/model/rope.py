@@ -68,8 +68,8 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _own_plan(arch: LlamaArch, context: int) -> RopePlan:
-    """The checkpoint's RoPE as it stands."""
+def _own_plan(arch: LlamaArch, context: int, told: int | None = None) -> RopePlan:
+    """The checkpoint's RoPE as it stands; `told` is the original context as the user knows it (linear only)."""
     scaling = arch.rope_scaling
     longest = max(context, arch.max_positions)
     if scaling is None:
@@ -77,7 +77,7 @@ def _own_plan(arch: LlamaArch, context: int) -> RopePlan:
     factor, kind = float(scaling["factor"]), str(scaling["rope_type"])
     original = scaling.get("original_max_position_embeddings") or max(1, round(arch.max_positions / factor))
     if kind == "linear":
-        return RopePlan("linear", arch.rope_theta, factor, original)
+        return RopePlan("linear", arch.rope_theta, factor, told or original)
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         return RopePlan("llama3", arch.rope_theta, factor, original, low_freq_factor=low, high_freq_factor=high)
@@ -146,7 +146,7 @@ def _auto(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan:
                 f"model.rope.factor: context {context} fits the checkpoint's own {served}, so type auto does not "
                 "stretch; remove factor, or set type: linear."
             )
-        return _own_plan(arch, context)
+        return _own_plan(arch, context, settings.original_context)
     if arch.rope_scaling is not None and arch.rope_scaling["rope_type"] != "linear":
         kind = arch.rope_scaling["rope_type"]
         raise ConfigError(
