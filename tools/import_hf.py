@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         try:
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
             raise CheckpointError(
                 f"{path}: transformers cannot read this GGUF file ({error}); try another release."
             ) from None
