@@ -13,6 +13,7 @@ import torch
 
 from pipeline.build import Run
 from pipeline.model.weights import trainable
+from pipeline.schema import RunConfig
 
 PACKAGES = ("torch", "megatron-core", "transformers", "peft", "safetensors", "numpy")
 
@@ -58,6 +59,25 @@ def parameter_counts(run: Run) -> dict[str, int]:
     return {"total": total, "frozen": total - sum(counts.values()), **counts}
 
 
+def notes(config: RunConfig, step: int) -> list[str]:
+    """What the run's figures show and what they do not, as far as the configuration tells."""
+    tokens = step * config.train.global_batch * config.sequence
+    found = [
+        f"Trained on {tokens:,} tokens in sequences of {config.sequence:,} (one seed, {config.attention.kind} attention); "
+        "LongLoRA's own recipe uses about 2 billion.",
+        "Perplexity is measured with full attention on text the run did not train on; a pretrained model may still have "
+        "seen that text before.",
+        "Perplexity says that distant text is tolerated and locally useful; it does not say that facts are retrieved "
+        "from it.",
+    ]
+    if config.sequence < config.model.context:
+        found.append(
+            f"Sequences were shorter than the target context of {config.model.context:,}: what holds beyond "
+            f"{config.sequence:,} tokens is carried by the stretched rotary positions, not by having trained there."
+        )
+    return found
+
+
 def record_run(run: Run, seconds: float) -> None:
     """Write or extend `<output>/run.json`; timings of resumed parts add up in a list."""
     path = run.output / "run.json"
@@ -70,6 +90,8 @@ def record_run(run: Run, seconds: float) -> None:
         "world_size": run.groups.plan.world_size,
         "dtype": str(run.trainer.parts.stage.config.params_dtype).removeprefix("torch."),
         "step": run.trainer.step,
+        "original_context": run.trainer.parts.stage.rope.original_context,
+        "notes": notes(run.config, run.trainer.step),
     }
     facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})
     path.write_text(json.dumps(facts, indent=1))
