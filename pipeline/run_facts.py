@@ -63,10 +63,10 @@ def notes(config: RunConfig, step: int) -> list[str]:
     """What the run's figures show and what they do not, as far as the configuration tells."""
     tokens = step * config.train.global_batch * config.sequence
     found = [
-        f"Trained on {tokens:,} tokens in sequences of {config.sequence:,} (one seed, {config.attention.kind} attention); "
-        "LongLoRA's own recipe uses about 2 billion.",
-        "Perplexity is measured with full attention on text the run did not train on; a pretrained model may still have "
-        "seen that text before.",
+        f"Trained on {tokens:,} tokens in sequences of {config.sequence:,} (one seed, {config.attention.kind} "
+        "attention); LongLoRA's own recipe uses about 2 billion.",
+        "Perplexity is measured with full attention on text the run did not train on; a pretrained model may still "
+        "have seen that text before.",
         "Perplexity says that distant text is tolerated and locally useful; it does not say that facts are retrieved "
         "from it.",
     ]
