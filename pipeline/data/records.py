@@ -13,10 +13,10 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import zstandard
 
@@ -82,12 +82,23 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions.") from error
 
 
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of consecutive zstd frames; unlike zstandard's own reader it notices a truncated frame."""
+class _FrameReader(io.RawIOBase):
+    """Decompressed bytes of consecutive frames (.zst) or streams (.xz).
 
-    def __init__(self, raw: BinaryIO) -> None:
+    Unlike the libraries' own readers it drops nothing: zstandard's takes a truncated frame for a whole one, and lzma's
+    takes a damaged second stream for the end of the file.
+
+    Args:
+        raw: compressed bytes.
+        make: a decompressor of one frame.
+        padding: zero bytes may stand between and after frames, as in .xz.
+    """
+
+    def __init__(self, raw: BinaryIO, make: Callable[[], Any], padding: bool) -> None:
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._make = make
+        self._padding = padding
+        self._decompressor = make()
         self._inside_frame = True  # an empty file is a truncated one
         self._ready = b""
 
@@ -99,7 +110,7 @@ class _ZstdReader(io.RawIOBase):
             packed = self._raw.read(_CHUNK)
             if not packed:
                 if self._inside_frame:
-                    raise EOFError("zstd frame ended early")
+                    raise EOFError("it ends early")
                 return 0
             self._ready = self._decompress(packed)
         count = min(len(buffer), len(self._ready))
@@ -111,23 +122,30 @@ class _ZstdReader(io.RawIOBase):
         parts = []
         while packed:
             if not self._inside_frame:
-                self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+                packed = packed.lstrip(b"\0") if self._padding else packed
+                if not packed:
+                    break
+                self._decompressor = self._make()
             parts.append(self._decompressor.decompress(packed))
             self._inside_frame = not self._decompressor.eof
             packed = b"" if self._inside_frame else self._decompressor.unused_data
         return b"".join(parts)
 
 
+def _zstd_frame() -> Any:
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
 def _decompressed(raw: BinaryIO, name: str) -> IO[bytes]:
     suffix = Path(name).suffix.lower()
     if suffix == ".xz":
-        return cast(IO[bytes], lzma.open(raw, "rb"))
+        return io.BufferedReader(_FrameReader(raw, lzma.LZMADecompressor, padding=True), _CHUNK)
     if suffix == ".gz":
         if os.fstat(raw.fileno()).st_size == 0:
             raise EOFError("empty gzip file")  # Python's gzip takes it for an empty text
         return cast(IO[bytes], gzip.open(raw, "rb"))
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), _CHUNK)
+        return io.BufferedReader(_FrameReader(raw, _zstd_frame, padding=False), _CHUNK)
     return raw
 
 

@@ -214,6 +214,15 @@ def _replace(folder: Path, out: Path) -> None:
     _flush(out.parent)
 
 
+def remove_leftovers(out: Path) -> None:
+    """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
+    for kind in ("writing", "old"):
+        prefix = f".{out.name}.{kind}-"
+        for entry in list(out.parent.iterdir()):
+            if entry.name.startswith(prefix) and len(entry.name) == len(prefix) + 8:  # as many as mkdtemp adds
+                shutil.rmtree(entry, ignore_errors=True)
+
+
 def is_prepared(path: Path) -> bool:
     """Whether `path` looks like a shard folder (possibly a damaged one)."""
     return (path / MANIFEST).is_file() and ((path / DOCUMENTS).is_file() or any(path.glob("tokens-*.bin")))
@@ -237,16 +246,18 @@ def read_manifest(folder: Path) -> Manifest:
         record["sources"] = tuple(SourceEntry(**entry) for entry in record["sources"])
         manifest = Manifest(**record)
         _check_types(manifest)
-        for entry in manifest.files:
+        for entry in (*manifest.files, *manifest.sources):
             _check_types(entry)
+        if not manifest.files or manifest.files[-1].name != DOCUMENTS:
+            raise ValueError(f"its files do not end with {DOCUMENTS}")
     except FileNotFoundError as error:
         raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {mend}.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: is damaged ({error}); {mend}.") from error
     return manifest
 
 
-def _check_types(record: Manifest | FileEntry) -> None:
+def _check_types(record: Manifest | FileEntry | SourceEntry) -> None:
     for field in fields(record):
         value = getattr(record, field.name)
         if field.type == "int" and (type(value) is not int or value < 0):
@@ -255,7 +266,9 @@ def _check_types(record: Manifest | FileEntry) -> None:
             raise ValueError(f"{field.name} is {value!r}")
     if isinstance(record, Manifest) and record.dtype != token_dtype(record.vocab_size):
         raise ValueError(f"dtype {record.dtype!r} does not suit vocab_size {record.vocab_size}")
-    if isinstance(record, FileEntry) and Path(record.name).name != record.name:
+    if isinstance(record, Manifest) and record.eos_id >= record.vocab_size:
+        raise ValueError(f"eos_id {record.eos_id} is outside vocab_size {record.vocab_size}")
+    if isinstance(record, FileEntry) and (record.name in ("", "..") or Path(record.name).name != record.name):
         raise ValueError(f"file name {record.name!r} leaves the folder")
 
 
@@ -354,9 +367,9 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
     shards = [folder / entry.name for entry in manifest.files if entry.name.endswith(".bin")]
     try:
         maps: list[NDArray[Any]] = [np.memmap(file, dtype=dtype, mode="r") for file in shards]
-        starts = np.load(folder / DOCUMENTS, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be opened ({error}); {mend}.") from error
+    starts = _read_starts(folder / DOCUMENTS, mend)
     if sum(map(len, maps)) != manifest.tokens:
         raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {mend}.")
     if not _starts_are_sound(starts, manifest):
@@ -365,6 +378,16 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
     if verify or manifest.tokens <= SCAN_TOKENS:
         opened.check_vocabulary()
     return opened
+
+
+def _read_starts(file: Path, mend: str) -> NDArray[Any]:
+    try:
+        with file.open("rb") as stream:
+            # Not np.load, which opens a zip archive as well.
+            return np.lib.format.read_array(stream, allow_pickle=False)
+    except Exception as error:  # NumPy evaluates the header: a damaged one raises nearly anything, MemoryError included
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{file}: is damaged ({reason}); {mend}.") from error
 
 
 def _starts_are_sound(starts: NDArray[Any], manifest: Manifest) -> bool:
