@@ -50,6 +50,19 @@ class _NullStream:
         return lambda *args, **kwargs: None
 
 
+class _TorchOnCpu:
+    """Stands in for the name `torch` inside one megatron module that writes device="cuda": there it means the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """torch.zeros with a CUDA device replaced."""
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        return torch.zeros(*args, **kwargs)
+
+
 def _noop(*args: object, **kwargs: object) -> None: ...
 
 
@@ -93,8 +106,10 @@ def install() -> bool:
     _no_triton_module()
     for name, value in _cpu_stand_ins().items():
         setattr(torch.cuda, name, value)
-    import megatron.core.tensor_parallel.random as tracker  # after the triton stand-in, which its import needs
+    import megatron.core.pipeline_parallel.schedules as schedules  # after the triton stand-in, which its import needs
+    import megatron.core.tensor_parallel.random as tracker
 
+    schedules.torch = _TorchOnCpu()  # type: ignore[assignment]
     tracker._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     _installed = True

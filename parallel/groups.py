@@ -11,6 +11,7 @@ import torch.distributed as dist
 from parallel import cpu
 from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
+from parallel.s2_context import ContextShard
 
 cpu.install()  # before megatron.core: without triton its import needs the stand-in
 
@@ -29,11 +30,37 @@ class Groups:
     """megatron-core's bundle, handed to its layers."""
     data: dist.ProcessGroup
     """Ranks holding the same shard of the model and different tokens (dp x cp)."""
+    replicas: dist.ProcessGroup
+    """Ranks holding the same shard of the model and of the sequences, and different sequences (dp)."""
+    model: dist.ProcessGroup
+    """Ranks that hold one replica of the model between them (tp x pp)."""
 
     @property
     def data_rank(self) -> int:
         """Index of this rank among the data-parallel replicas."""
         return self.plan.coordinates(self.env.rank)[2]
+
+    @property
+    def stage(self) -> int:
+        """This rank's pipeline stage."""
+        return self.plan.coordinates(self.env.rank)[3]
+
+    def stage_rank(self, stage: int) -> int:
+        """Global rank of this rank's counterpart on pipeline stage `stage`, modulo their number."""
+        tp, cp, dp, _ = self.plan.coordinates(self.env.rank)
+        return self.plan.rank(tp, cp, dp, stage % self.plan.pp)
+
+    @property
+    def owns_state(self) -> bool:
+        """Whether this rank is the one of its replicas that writes its model shard."""
+        _, cp, dp, _ = self.plan.coordinates(self.env.rank)
+        return cp == dp == 0
+
+    def context_shard(self, tokens: int) -> ContextShard | None:
+        """This rank's `tokens` tokens of a sequence under context parallelism; None without it."""
+        if self.plan.cp == 1:
+            return None
+        return ContextShard(self.collection.cp, self.plan.coordinates(self.env.rank)[1], self.plan.cp, tokens)
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +73,7 @@ class Groups:
             dist.barrier()
 
 
-def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0) -> Groups:
+def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual: int = 1) -> Groups:
     """Initialize torch.distributed (NCCL on CUDA, gloo on CPU) and megatron's groups.
 
     A single process that nobody launched uses an in-memory store, so that no port is opened.
@@ -55,6 +82,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0) -> Group
         plan: axis sizes; their product equals `env.world_size`.
         env: this process's rank.
         timeout_s: seconds after which a collective gives up.
+        virtual: pipeline chunks a rank, more than one for the interleaved schedule.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -71,6 +99,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0) -> Group
         tensor_model_parallel_size=plan.tp,
         context_parallel_size=plan.cp,
         pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         create_gloo_process_groups=False,
         order="tp-cp-ep-dp-pp",
     )
@@ -80,11 +109,17 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0) -> Group
         device=device,
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        replicas=parallel_state.get_data_parallel_group(with_context_parallel=False),
+        model=parallel_state.get_model_parallel_group(),
     )
 
 
-def destroy_groups() -> None:
-    """Tear down megatron's groups and torch.distributed; safe to call twice."""
+def destroy_groups(keep_world: bool = False) -> None:
+    """Tear down megatron's groups and torch.distributed; safe to call twice.
+
+    Args:
+        keep_world: leave torch.distributed up, so that the same processes can make groups of another grid.
+    """
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if dist.is_initialized() and not keep_world:
         dist.destroy_process_group()

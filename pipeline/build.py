@@ -9,7 +9,7 @@ import torch
 
 from parallel.errors import ConfigError
 from parallel.groups import Groups, make_groups
-from parallel.plan import plan_batch, plan_grid
+from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything, set_rng_state
 from pipeline.checkpoint import CheckpointStore, check_resumable, load_snapshot
@@ -23,12 +23,13 @@ from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model.part import ModelPart
 from pipeline.model.rope import RopePlan, plan_rope
-from pipeline.model.spec import transformer_config
-from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import load_base, load_trained, mark_trainable, trainable
+from pipeline.model.weights import check_trained, init_adapters, load_base, load_trained, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
+from pipeline.reduction import GradientReduction
 from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
+from pipeline.state import load_whole_state
 from pipeline.trainer import Trainer, TrainerParts
 
 
@@ -39,13 +40,11 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
         ConfigError, CheckpointError, DataError: one sentence each.
     """
     parallel = config.parallel
-    if parallel.engine != "megatron" or (parallel.tp, parallel.cp, parallel.pp) != (1, 1, 1):
-        raise ConfigError(
-            "parallel: this release trains with data parallelism (engine megatron, tp = cp = pp = 1); set those and "
-            "launch more processes instead."
-        )
+    if parallel.engine != "megatron":
+        raise ConfigError("parallel.engine: zero3 is not built yet; use engine: megatron.")
     grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
+    check_interleaving(parallel.pp, parallel.virtual, batch.accumulation)
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(
@@ -57,6 +56,8 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
     arch = read_arch(folder)
+    check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
+    plan_stages(arch.layers, parallel.pp, parallel.virtual)
     return arch, plan_rope(arch, config.model.rope, config.model.context)
 
 
@@ -83,15 +84,15 @@ def full_attention(attention: AttentionConfig) -> AttentionSpec:
     return AttentionSpec("full", 2, attention.shifted_heads, False, attention.backend)
 
 
-def build_stage(
+def build_model(
     config: RunConfig, arch: LlamaArch, rope: RopePlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint
-) -> LlamaStage:
-    """Allocate the model on this rank's device and fill it from the base checkpoint; nothing is marked trainable."""
+) -> ModelPart:
+    """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable."""
     dtype = compute_dtype(config.model.dtype, groups.device)
-    megatron = transformer_config(arch, groups.plan, dtype, groups.device, config.train.recompute)
-    stage = LlamaStage(arch, rope, lora, megatron, groups.collection)
-    load_base(stage, base)
-    return stage
+    model = ModelPart(arch, rope, lora, groups, dtype, config.train.recompute, config.parallel.virtual)
+    load_base(model, base)
+    init_adapters(model, config.train.seed)
+    return model
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,14 @@ class Run:
 def connect(config: RunConfig, env: RankEnv) -> Groups:
     """Join the other ranks and seed."""
     parallel = config.parallel
-    groups = make_groups(plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp), env)
+    plan = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
+    groups = make_groups(plan, env, virtual=parallel.virtual)
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
-    seed_everything(config.train.seed)
+    _, cp, dp, _ = plan.coordinates(env.rank)
+    # Ranks with other tokens draw other dropout masks.
+    seed_everything(config.train.seed, cp + plan.cp * dp)
     return groups
 
 
@@ -155,10 +159,10 @@ def build(config: RunConfig, env: RankEnv) -> Run:
     )
     trains_lora = "lora" in config.train.trainable
     lora = config.lora if trains_lora else replace(config.lora, rank=0)
-    stage = build_stage(config, arch, rope, lora, groups, base)
-    mark_trainable(stage, config.train.trainable)
+    model = build_model(config, arch, rope, lora, groups, base)
+    mark_trainable(model, config.train.trainable)
     optimizer = TrainableAdamW(
-        ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(stage)),
+        ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model)),
         betas=config.train.betas,
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
@@ -167,8 +171,9 @@ def build(config: RunConfig, env: RankEnv) -> Run:
     parts = TrainerParts(
         config=config,
         groups=groups,
-        stage=stage,
+        model=model,
         optimizer=optimizer,
+        reduction=GradientReduction(groups, model),
         loader=loader,
         guard=NonFiniteGuard(config.train.bad_steps),
         store=CheckpointStore(Path(config.output) / "checkpoints", config.save.keep, groups),
@@ -196,8 +201,9 @@ def resume(parts: TrainerParts) -> int:
         return 0
     snapshot = load_snapshot(folder, parts.groups.env.rank)
     check_resumable(snapshot.manifest, parts.manifest)
-    load_trained(parts.stage, snapshot.trained)
-    parts.optimizer.load_state_dict(snapshot.trained, snapshot.optimizer)
+    check_trained(snapshot.trained, parts.model, parts.config.train.trainable)
+    load_trained(parts.model, snapshot.trained)
+    load_whole_state(parts.model, parts.optimizer, snapshot.trained, snapshot.optimizer)
     parts.guard.load_state_dict(snapshot.manifest["guard"])
     if snapshot.rng is not None:
         set_rng_state(snapshot.rng)

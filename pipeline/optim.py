@@ -143,6 +143,8 @@ class TrainableAdamW:
         replicated: list[torch.Tensor] = []
         sharded: list[torch.Tensor] = []
         for slot in self._slots:
+            if getattr(slot.parameter, "shared_copy", False):
+                continue
             is_sharded = getattr(slot.parameter, "tensor_model_parallel", False)
             (sharded if is_sharded else replicated).append(slot.gradient)
         norms = [torch.nn.utils.get_total_norm(part).to(self._flat.device) for part in (replicated, sharded)]

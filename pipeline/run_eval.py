@@ -11,15 +11,15 @@ from parallel.collectives import sum_over
 from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, destroy_groups
 from parallel.rank_env import RankEnv
-from pipeline.build import build_stage, check_before_spending, connect, full_attention, open_tokens
+from pipeline.build import build_model, check_before_spending, connect, full_attention, open_tokens
 from pipeline.checkpoint import check_resumable, latest_checkpoint, load_snapshot
 from pipeline.config import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluate import EvalReport, Shards, evaluate
 from pipeline.hf_files import HfCheckpoint
+from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
-from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import load_trained, mark_trainable
+from pipeline.model.weights import check_trained, load_trained, mark_trainable
 from pipeline.progress import EvalProgress
 from pipeline.schema import LoraConfig, RopeSettings, RunConfig
 
@@ -32,10 +32,10 @@ TEXT_TOKENS = 1 << 24
 class Evaluator:
     """Evaluates a model on the run's held-out text under full attention; windows spread over data-parallel ranks."""
 
-    def __init__(self, config: RunConfig, stage: LlamaStage, groups: Groups, tokenizer: TextTokenizer) -> None:
+    def __init__(self, config: RunConfig, model: ModelPart, groups: Groups, tokenizer: TextTokenizer) -> None:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
-        self.config, self.stage, self.groups = config, stage, groups
+        self.config, self.model, self.groups = config, model, groups
         shards = open_tokens(config, config.eval.path, tokenizer, groups)
         tokens = torch.from_numpy(shards.read(0, min(len(shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
@@ -49,13 +49,13 @@ class Evaluator:
         """
         settings, spec = self.config.eval, full_attention(self.config.attention)
         lengths = settings.lengths or (self.config.model.context,)
-        shards = Shards(self.groups.data_rank, self.groups.plan.dp, lambda table: sum_over(self.groups.data, table))
-        mode = self.stage.training
-        self.stage.eval()
+        shards = Shards(self.groups.data_rank, self.groups.plan.dp, lambda table: sum_over(self.groups.replicas, table))
+        mode = self.model.training
+        self.model.eval()
         windows = len(range(shards.rank, settings.windows, shards.world)) * len(lengths)
         with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
             report = evaluate(
-                lambda tokens_BS: self.stage.token_nll(tokens_BS, spec),
+                lambda tokens_BS: self.model.token_nll(tokens_BS, spec),
                 self.tokens_T,
                 lengths,
                 settings.windows,
@@ -65,7 +65,7 @@ class Evaluator:
                 shards=shards,
                 on_window=progress.advance,
             )
-        self.stage.train(mode)
+        self.model.train(mode)
         if self.groups.is_main:
             report.write(Path(self.config.output) / f"eval-{label}.json")
         return report
@@ -90,18 +90,19 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
         groups = connect(config, env)
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
-        stage = build_stage(config, arch, rope, lora, groups, base)
+        model = build_model(config, arch, rope, lora, groups, base)
         step = 0
         if state == "trained":
             assert folder is not None
             snapshot = load_snapshot(folder, groups.env.rank)
             own = {"base_hash": base.base_hash(), "config": config_dict(config)}
             check_resumable(snapshot.manifest, {**own, "data_fingerprint": snapshot.manifest["data_fingerprint"]})
-            mark_trainable(stage, config.train.trainable)
-            load_trained(stage, snapshot.trained)
+            mark_trainable(model, config.train.trainable)
+            check_trained(snapshot.trained, model, config.train.trainable)
+            load_trained(model, snapshot.trained)
             step = snapshot.step
-        stage.requires_grad_(False)
-        return Evaluator(config, stage, groups, tokenizer).run("after" if state == "trained" else state, step)
+        model.requires_grad_(False)
+        return Evaluator(config, model, groups, tokenizer).run("after" if state == "trained" else state, step)
     finally:
         destroy_groups()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 
 from pipeline.build import Run
-from pipeline.model.weights import trainable
+from pipeline.model import names
+from pipeline.model.weights import kind_of, trained_names
 from pipeline.schema import RunConfig
 
 PACKAGES = ("torch", "megatron-core", "transformers", "peft", "safetensors", "numpy")
@@ -51,11 +53,14 @@ def versions() -> dict[str, str]:
 
 
 def parameter_counts(run: Run) -> dict[str, int]:
-    """Parameters: total, frozen, and each trainable kind."""
+    """Parameters of the whole model: total, frozen, and each trainable kind."""
+    model = run.trainer.parts.model
+    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
     counts: dict[str, int] = {}
-    for _, kind, parameter in trainable(run.trainer.parts.stage):
-        counts[kind] = counts.get(kind, 0) + parameter.numel()
-    total = sum(parameter.numel() for parameter in run.trainer.parts.stage.parameters())
+    for name in trained_names(model.arch, model.lora, run.config.train.trainable):
+        kind = kind_of(names.to_ours(name)[0])
+        counts[kind] = counts.get(kind, 0) + math.prod(shapes[name])
+    total = sum(math.prod(shape) for shape in shapes.values())
     return {"total": total, "frozen": total - sum(counts.values()), **counts}
 
 
@@ -88,9 +93,9 @@ def record_run(run: Run, seconds: float) -> None:
         "versions": versions(),
         "parameters": parameter_counts(run),
         "world_size": run.groups.plan.world_size,
-        "dtype": str(run.trainer.parts.stage.config.params_dtype).removeprefix("torch."),
+        "dtype": str(run.trainer.parts.model.dtype).removeprefix("torch."),
         "step": run.trainer.step,
-        "original_context": run.trainer.parts.stage.rope.original_context,
+        "original_context": run.trainer.parts.model.rope.original_context,
         "notes": notes(run.config, run.trainer.step),
     }
     facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})

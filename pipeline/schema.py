@@ -296,11 +296,13 @@ class ParallelConfig:
     """Context-parallel ranks."""
     pp: int = 1
     """Pipeline-parallel ranks."""
+    virtual: int = 1
+    """Pipeline chunks a rank; more than one runs the interleaved schedule."""
     engine: str = "megatron"
     """megatron | zero3."""
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "cp", "pp"):
+        for axis in ("tp", "cp", "pp", "virtual"):
             at_least(f"parallel.{axis}", getattr(self, axis), 1)
         one_of("parallel.engine", self.engine, ("megatron", "zero3"))
         if self.engine == "zero3" and self.pp > 1:
@@ -323,6 +325,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checks: bool = False
+    """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -340,6 +344,11 @@ class RunConfig:
             raise ConfigError(
                 f"attention.legacy_wrap: the group of {self.group} tokens must divide the sequence of {self.sequence}; "
                 "change attention.group_size or data.sequence."
+            )
+        if self.attention.legacy_wrap and self.parallel.cp > 1:
+            raise ConfigError(
+                "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
+                "parallel.cp to 1."
             )
         for length in self.eval.lengths or (self.model.context,):
             if self.eval.stride is not None and self.eval.stride > length:

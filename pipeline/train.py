@@ -52,7 +52,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> Non
         trainer = run.trainer
         evaluator = None
         if config.eval.path is not None:
-            evaluator = Evaluator(config, trainer.parts.stage, run.groups, run.tokenizer)
+            evaluator = Evaluator(config, trainer.parts.model, run.groups, run.tokenizer)
         metrics = MetricsWriter(run.output, trainer.step) if main else None
         progress = TrainProgress(config.train.steps, trainer.step, enabled=main)
 

@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 
-from parallel.collectives import sum_buckets, sum_over
+from parallel.collectives import sum_over
 from parallel.groups import Groups
 from parallel.rng import rng_state
 from pipeline.checkpoint import CheckpointStore
-from pipeline.data.loader import Batch, TrainLoader
+from pipeline.data.loader import TrainLoader
 from pipeline.guard import NonFiniteGuard
 from pipeline.metrics import MetricsWriter, peak_memory_gib
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.loss import IGNORE
-from pipeline.model.stage import LlamaStage
+from pipeline.model.part import ModelPart
 from pipeline.optim import TrainableAdamW
 from pipeline.progress import TrainProgress
+from pipeline.reduction import GradientReduction
 from pipeline.schedule import learning_rate
 from pipeline.schema import RunConfig
+from pipeline.state import whole_state
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class TrainerParts:
 
     config: RunConfig
     groups: Groups
-    stage: LlamaStage
+    model: ModelPart
     optimizer: TrainableAdamW
+    reduction: GradientReduction
     loader: TrainLoader
     guard: NonFiniteGuard
     store: CheckpointStore
@@ -92,11 +95,11 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step; collective."""
         parts = self.parts
-        state = parts.optimizer.state_dict()
+        trained, optimizer = whole_state(parts.model, parts.config.train.trainable, parts.optimizer)
         parts.store.save(
             self.step,
-            parts.optimizer.masters(),
-            state,
+            trained,
+            optimizer,
             rng_state(),
             {**parts.manifest, "guard": parts.guard.state_dict()},
         )
@@ -107,51 +110,48 @@ class Trainer:
         return self.parts.full_spec if full else self.parts.spec
 
     def _one_step(self, step: int) -> dict[str, Any]:
-        """Forward, backward, reduce, clip, update; returns loss, norm, rates and token count."""
-        parts, train = self.parts, self.parts.config.train
-        data = parts.groups.data
+        """One optimizer step; returns loss, norm, rates and token count."""
+        row = self.gradients(step)
+        self.update(step, row)
+        return row
+
+    def gradients(self, step: int) -> dict[str, Any]:
+        """Forward and backward of optimizer step `step`, gradients summed over ranks into `main_grad`; collective.
+
+        Returns:
+            loss (mean over scored tokens, nats), grad_norm, tokens; alike on every rank.
+        """
+        parts, groups = self.parts, self.parts.groups
         batches = parts.loader.step(step)
         # The loss is a mean over all scored tokens of the step, wherever they sit: the count is known before the first
         # forward, so that gradients need no correction and equal those of one process with one big batch.
         counts = torch.tensor(
             [sum(int((b.labels != IGNORE).sum()) for b in batches), sum(b.tokens.numel() for b in batches)],
             dtype=torch.int64,
-            device=parts.groups.device,
+            device=groups.device,
         )
-        scored, tokens = (int(n) for n in sum_over(data, counts))
-        parts.stage.train()
+        scored, tokens = (int(n) for n in sum_over(groups.replicas, counts))
+        parts.model.train()
         parts.optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=parts.groups.device)
-        for batch in batches:
-            loss = self._loss(batch, self._spec(step))
-            total += loss.detach().double()
-            (loss / max(scored, 1)).backward()
-        sum_buckets(data, parts.optimizer.flat_gradients())
-        mean_loss = float(sum_over(data, total)) / max(scored, 1)
-        norm = float(parts.optimizer.grad_norm())
+        total = parts.model.train_step(batches, self._spec(step), 1 / max(scored, 1))
+        parts.reduction.finish(parts.optimizer)
+        return {
+            "loss": float(parts.reduction.total(total)) / max(scored, 1),
+            "grad_norm": float(parts.optimizer.grad_norm(parts.reduction.squares)),
+            "tokens": tokens,
+        }
+
+    def update(self, step: int, row: dict[str, Any]) -> None:
+        """Clip and apply the gradients unless `row`'s figures are not finite; adds rates and skips to `row`."""
+        parts, train = self.parts, self.parts.config.train
         rates = {
             "lora": self._rate(step, train.lr),
             "other": self._rate(step, train.lr_embed_norm or train.lr),
         }
-        if parts.guard.check(mean_loss, norm):
-            parts.optimizer.step(rates, norm)
-        return {
-            "loss": mean_loss,
-            "grad_norm": norm,
-            "lr": rates["lora"],
-            "tokens": tokens,
-            "skipped": parts.guard.skipped,
-        }
+        if parts.guard.check(row["loss"], row["grad_norm"]):
+            parts.optimizer.step(rates, row["grad_norm"])
+        row |= {"lr": rates["lora"], "skipped": parts.guard.skipped}
 
     def _rate(self, step: int, peak: float) -> float:
         train = self.parts.config.train
         return learning_rate(step, peak, train.warmup_steps, train.steps, train.schedule, train.min_lr_ratio)
-
-    def _loss(self, batch: Batch, spec: AttentionSpec) -> torch.Tensor:
-        device = self.parts.groups.device
-        documents = None if batch.document_ids is None else batch.document_ids.numpy()
-        rows, sequence = batch.tokens.shape
-        layout = SequenceLayout.build(rows, sequence, document_ids_BS=documents)
-        tokens = batch.tokens.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        return self.parts.stage.loss_sum(tokens, labels, layout, spec)

@@ -14,7 +14,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
+from parallel.s2_context import ContextShard
 from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.model.context_parallel import context_attend
 from pipeline.model.rope import apply_rope
 from pipeline.model.s2_attention import attend
 
@@ -25,10 +27,13 @@ class AttentionContext:
 
     spec: AttentionSpec
     layout: SequenceLayout
+    """Of the whole sequence, also where this rank holds a shard of it."""
     cos: torch.Tensor
-    """RoPE cosines of the positions, fp32, as `rope.rope_tables` returns them."""
+    """RoPE cosines of the local positions, fp32, as `rope.rope_tables` returns them."""
     sin: torch.Tensor
     """RoPE sines, likewise."""
+    shard: ContextShard | None = None
+    """This rank's tokens under context parallelism; None: all of them."""
 
 
 class CoreAttention(torch.nn.Module):
@@ -59,9 +64,12 @@ class CoreAttention(torch.nn.Module):
     def forward(
         self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
-        """q [S, B, Hq, D], k and v [S, B, Hkv, D] with RoPE applied -> [S, B, Hq * D]."""
+        """q [S, B, Hq, D], k and v [S, B, Hkv, D] with RoPE applied, local tokens and heads -> [S, B, Hq * D]."""
         plan = self.heads(context.spec.shifted_heads)
-        return attend(q_SBHD, k_SBKD, v_SBKD, context.layout, context.spec, plan, self.softmax_scale).flatten(2)
+        layout, spec, scale = context.layout, context.spec, self.softmax_scale
+        if context.shard is None:
+            return attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale).flatten(2)
+        return context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale).flatten(2)
 
 
 class LongAttention(SelfAttention):

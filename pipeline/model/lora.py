@@ -4,49 +4,74 @@ A fused projection (qkv, gate-up) carries one adapter a part, so that they expor
 two matrix products: the A factors stack into one [n r, in], and the B factors are laid out block by block in the
 fused row order, [rows, n r] (zeros elsewhere), which is a rearrangement of a few rows, not of activations.
 
-Shapes: S tokens, B batch, I input width, O output width, R rank, n parts.
+Under tensor + sequence parallelism (T ranks) only the low-rank activations travel: a column-parallel linear applies its
+replicated A to the local tokens and gathers [S, B, n R]; a row-parallel one reduce-scatters its partial A x before the
+replicated B. The replicated factor sees a slice of the tokens, so its gradient is partial and carries megatron's
+`sequence_parallel` mark; the sharded one carries `tensor_model_parallel`.
+
+Shapes: S tokens, B batch, I input width, O output width, R rank, n parts; under sharding local sizes, tokens S / T.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch.nn import functional
 
 from pipeline.schema import LoraConfig
 
 FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Lay the row blocks of the parts (each [rows_part, k], in part order) out as the fused weight's rows."""
+Move = Callable[[torch.Tensor], torch.Tensor]
+"""Carries low-rank activations between tensor-parallel ranks, differentiably."""
 
 
 class Adapter(torch.nn.Module):
-    """One low-rank pair; A starts Kaiming-uniform and B zero, as in PEFT, so that step 0 is the base model."""
+    """One low-rank pair, A [R, in] and B [out, R]; B starts at zero, A is filled by `weights.init_adapters`."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, like: torch.Tensor) -> None:
         super().__init__()
         self.lora_A = torch.nn.Parameter(torch.empty(rank, in_features, dtype=like.dtype, device=like.device))
         self.lora_B = torch.nn.Parameter(torch.zeros(out_features, rank, dtype=like.dtype, device=like.device))
-        # Drawn in fp32 on the CPU so that a seed gives the same adapters on every device and in every dtype.
-        drawn = torch.empty(rank, in_features)
-        torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-        with torch.no_grad():
-            self.lora_A.copy_(drawn)
+
+
+def initial_a(name: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """What factor A of the adapter called `name` starts from: Kaiming-uniform as in PEFT, fp32 on the CPU.
+
+    A pure function of its arguments, so that a seed gives the same adapters on every device, dtype and rank grid.
+
+    Args:
+        name: canonical tensor name.
+        shape: of the whole factor, [R, in].
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
 class AdapterSet(torch.nn.Module):
-    """The adapters of one (possibly fused) linear.
+    """The adapters of one (possibly fused) linear, or of a tensor-parallel slice of it.
 
     Args:
         lora: rank, scale, dropout.
-        parts: name and output rows of every part of the fused weight, in part order.
+        parts: name and local output rows of every part of the fused weight, in part order.
         adapted: the parts that carry an adapter.
-        in_features: input width I.
+        in_features: local input width I.
         like: the base weight, for dtype and device.
         fuse_rows: row layout of the fused weight; None when there is a single part.
+        move: between A and B under tensor parallelism; None: nothing travels.
     """
 
     def __init__(
@@ -57,13 +82,20 @@ class AdapterSet(torch.nn.Module):
         in_features: int,
         like: torch.Tensor,
         fuse_rows: FuseRows | None,
+        move: Move | None = None,
     ) -> None:
         super().__init__()
-        self.lora, self.parts, self.fuse_rows = lora, tuple(parts), fuse_rows
+        self.lora, self.parts, self.fuse_rows, self.move = lora, tuple(parts), fuse_rows, move
         self.names = tuple(name for name, _ in parts if name in adapted)
         for name, rows in parts:
             if name in adapted:
                 self.add_module(name, Adapter(in_features, rows, lora.rank, like))
+
+    def mark(self, replicated: str, sharded: str) -> None:
+        """Put megatron's marks on the factors (lora_A or lora_B) by how tensor parallelism places them."""
+        for name in self.names:
+            getattr(self._adapter(name), replicated).sequence_parallel = True
+            getattr(self._adapter(name), sharded).tensor_model_parallel = True
 
     def _adapter(self, name: str) -> Adapter:
         adapter = self.get_submodule(name)
@@ -95,12 +127,30 @@ class AdapterSet(torch.nn.Module):
 
         With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
         """
-        dropped = functional.dropout(input_SBI, self.lora.dropout, self.training)
-        low = functional.linear(dropped, self.stacked_a()).flatten(0, -2)
+        low = functional.linear(self._drop(input_SBI), self.stacked_a())
+        if self.move is not None:
+            low = self.move(low)
+        low = low.flatten(0, -2)
         update_b = self.fused_b()
         flat = base_SBO.flatten(0, -2)
         # addmm reads the base output once and writes the sum once: no separate update tensor.
         return torch.addmm(flat, low, update_b.t(), alpha=self.lora.scale).view_as(base_SBO)
+
+    def _drop(self, input_SBI: torch.Tensor) -> torch.Tensor:
+        if not self.lora.dropout or not self.training:
+            return input_SBI
+        if self.move is None:
+            return functional.dropout(input_SBI, self.lora.dropout)
+        # Tensor-parallel ranks hold different tokens or channels here, so each needs masks of its own.
+        with get_cuda_rng_tracker().fork():
+            return functional.dropout(input_SBI, self.lora.dropout)
+
+
+def _require_sequence_parallel(linear: ColumnParallelLinear | RowParallelLinear) -> int:
+    """Tensor-parallel ranks of a linear; above one, activations between layers must be sharded along the tokens."""
+    ranks: int = linear.tp_group.size()
+    assert ranks == 1 or linear.config.sequence_parallel, "spec.transformer_config sets it with tp > 1"
+    return ranks
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
@@ -116,7 +166,12 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.adapters = AdapterSet(lora, parts, adapted, self.input_size, self.weight, fuse_rows)
+        ranks = _require_sequence_parallel(self)
+        local = [(name, rows // ranks) for name, rows in parts]
+        move = partial(gather_from_sequence_parallel_region, group=self.tp_group) if ranks > 1 else None
+        self.adapters = AdapterSet(lora, local, adapted, self.input_size, self.weight, fuse_rows, move)
+        if ranks > 1:
+            self.adapters.mark(replicated="lora_A", sharded="lora_B")
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([S, B, O], bias to be added later or None)."""
@@ -129,8 +184,12 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, lora: LoraConfig, part: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        rows = self.output_size
-        self.adapters = AdapterSet(lora, [(part, rows)], [part], self.input_size_per_partition, self.weight, None)
+        ranks = _require_sequence_parallel(self)
+        move = partial(reduce_scatter_to_sequence_parallel_region, group=self.tp_group) if ranks > 1 else None
+        columns = self.input_size_per_partition
+        self.adapters = AdapterSet(lora, [(part, self.output_size)], [part], columns, self.weight, None, move)
+        if ranks > 1:
+            self.adapters.mark(replicated="lora_B", sharded="lora_A")
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([S, B, O], bias to be added later or None)."""

@@ -3,14 +3,20 @@
 Logits exist for one chunk of tokens at a time. When gradients are wanted the chunk's are computed in the same visit
 (softmax minus one-hot), so that the backward only scales stored gradients: the output matrix is read once, not twice.
 
-Shapes: T tokens, H hidden, V local vocabulary rows.
+Under tensor parallelism each rank holds some rows of the output matrix, and only per-token maxima and sums travel
+(Megatron-LM, arXiv 1909.08053, section 3). Labels IGNORE and ids of other ranks are handled alike.
+
+Shapes: T tokens, C tokens of a chunk, H hidden, V local vocabulary rows.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 IGNORE = -100
 """Label of a token that is not scored (PyTorch's convention)."""
@@ -19,21 +25,65 @@ CHUNK_LOGITS = 1 << 26
 """Logits held at once (fp32: 256 MiB), which sets the chunk's tokens for a vocabulary."""
 
 
+@dataclass(frozen=True)
+class VocabShard:
+    """The vocabulary rows one tensor-parallel rank holds."""
+
+    group: dist.ProcessGroup
+    start: int
+    """First row's token id."""
+    rows: int
+    """Rows that are tokens; what lies beyond in the weight is padding and never scored."""
+
+
 def _chunk_tokens(vocabulary: int) -> int:
     return max(128, CHUNK_LOGITS // vocabulary)
 
 
-def token_losses(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each token in nats, fp32 [T], 0 where the label is IGNORE; no gradients."""
+def _normalize(
+    hidden_CH: torch.Tensor, weight_VH: torch.Tensor, labels_C: torch.Tensor, shard: VocabShard | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses of one chunk, and what their gradient needs.
+
+    Returns:
+        losses fp32 [C]; exp(logit - max) fp32 [C, V] (local columns); its sum over the vocabulary fp32 [C, 1]; the
+        labels' local column, int64 [C], V where another rank (or nobody) holds it.
+    """
+    logits = (hidden_CH @ weight_VH.t()).float()
+    columns = logits.shape[1]
+    local = labels_C if shard is None else labels_C - shard.start
+    rows = columns if shard is None else shard.rows
+    if rows < columns:
+        logits[:, rows:] = -math.inf
+    local = torch.where((local >= 0) & (local < rows), local, columns)
+    largest = logits.amax(dim=1, keepdim=True)
+    if shard is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    logits -= largest
+    picked = torch.where(local < columns, logits.gather(1, local.clamp_max(columns - 1)[:, None])[:, 0], 0.0)
+    powers = logits.exp_()
+    # One collective for both sums over the vocabulary.
+    sums = torch.stack((powers.sum(dim=1), picked))
+    if shard is not None:
+        dist.all_reduce(sums, group=shard.group)
+    losses = torch.where(labels_C != IGNORE, sums[0].log() - sums[1], 0.0)
+    return losses, powers, sums[0][:, None], local
+
+
+def token_losses(
+    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
+) -> torch.Tensor:
+    """Negative log-likelihood of each token in nats, fp32 [T], 0 where the label is IGNORE; no gradients.
+
+    Args:
+        shard: under tensor parallelism, which rows `weight_VH` holds; every rank gets the same losses.
+    """
     losses = torch.zeros(labels_T.shape, dtype=torch.float32, device=hidden_TH.device)
     step = _chunk_tokens(weight_VH.shape[0])
     with torch.no_grad():
         for start in range(0, hidden_TH.shape[0], step):
             piece = slice(start, start + step)
-            logits = (hidden_TH[piece] @ weight_VH.t()).float()
-            losses[piece] = torch.nn.functional.cross_entropy(
-                logits, labels_T[piece], ignore_index=IGNORE, reduction="none"
-            )
+            losses[piece] = _normalize(hidden_TH[piece], weight_VH, labels_T[piece], shard)[0]
     return losses
 
 
@@ -41,27 +91,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over scored tokens of the cross entropy of softmax(h W^T), with its gradients computed in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        labels_T: torch.Tensor,
+        shard: VocabShard | None,
+    ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         grad_hidden = torch.zeros_like(hidden_TH) if wants_hidden else None
         # Summed over chunks in fp32: a bf16 sum over hundreds of chunks would lose the small contributions.
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
-        step = _chunk_tokens(weight_VH.shape[0])
+        columns = weight_VH.shape[0]
+        step = _chunk_tokens(columns)
         for start in range(0, hidden_TH.shape[0], step):
             piece = slice(start, start + step)
-            labels = labels_T[piece]
-            scored = labels != IGNORE
-            target = labels.clamp_min(0).unsqueeze(1)
-            logits = (hidden_TH[piece] @ weight_VH.t()).float()
-            normalizer = torch.logsumexp(logits, dim=1)
-            picked = logits.gather(1, target).squeeze(1)
-            total += torch.where(scored, normalizer - picked, 0.0).sum()
+            losses, slope, sums, local = _normalize(hidden_TH[piece], weight_VH, labels_T[piece], shard)
+            total += losses.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            slope = logits.sub_(normalizer.unsqueeze(1)).exp_()
-            slope.scatter_add_(1, target, slope.new_full((), -1.0).expand_as(target))
-            slope = (slope * scored.unsqueeze(1)).to(hidden_TH.dtype)
+            slope /= sums
+            held = (local < columns).to(slope.dtype)[:, None]
+            slope.scatter_add_(1, local.clamp_max(columns - 1)[:, None], -held)
+            slope = (slope * (labels_T[piece] != IGNORE)[:, None]).to(hidden_TH.dtype)
             if grad_hidden is not None:
                 torch.mm(slope, weight_VH, out=grad_hidden[piece])
             if grad_weight is not None:
@@ -70,22 +123,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         (slope,) = upstream
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * slope.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * slope.to(grad_weight.dtype),
             None,
+            None,
         )
 
 
-def sum_cross_entropy(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+def sum_cross_entropy(
+    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
+) -> torch.Tensor:
     """Sum of the scored tokens' cross entropy in nats, fp32 scalar, differentiable in hidden states and weight.
 
     Args:
         hidden_TH: [T, H], any float dtype; logits are formed in it and reduced in fp32.
-        weight_VH: [V, H] output matrix, same dtype.
+        weight_VH: [V, H] output matrix, or this rank's rows of it, same dtype.
         labels_T: int64 [T]; IGNORE is not scored, and a batch with nothing to score gives 0, not NaN.
+        shard: under tensor parallelism, which rows `weight_VH` holds. Every rank gets the whole loss, and the part of
+            the hidden states' gradient that its rows make: the caller sums it over the group.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T)
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, shard)

@@ -217,6 +217,17 @@ def adapter_shapes(arch: LlamaArch, lora: LoraConfig) -> dict[str, tuple[int, ..
     return shapes
 
 
+def padded_vocab(arch: LlamaArch, tp_size: int) -> int:
+    """Vocabulary rows allocated over all tensor-parallel ranks: the next multiple of their number."""
+    return -(-arch.vocab // tp_size) * tp_size
+
+
+def vocab_range(arch: LlamaArch, tp_rank: int, tp_size: int) -> tuple[int, int]:
+    """[start, stop) of the vocabulary rows a rank holds; its allocated rows beyond are padding, never saved."""
+    share = padded_vocab(arch, tp_size) // tp_size
+    return min(tp_rank * share, arch.vocab), min((tp_rank + 1) * share, arch.vocab)
+
+
 def _even_range(size: int, unit: int, what: str, rank: int, world: int) -> tuple[int, int]:
     """[start, stop) of a rank's equal share of `size` things of `unit` rows each."""
     if size % world:
@@ -231,6 +242,7 @@ def tp_slice(hf_name: str, arch: LlamaArch, tp_rank: int, tp_size: int) -> tuple
     """The slice (dim, start, stop) of a Hugging Face tensor that tensor-parallel rank `tp_rank` holds; None: all of it.
 
     Cuts whole heads (q by query heads, k and v by KV heads), so fusing a rank's slices gives that rank's fused weight.
+    The last slices of a vocabulary that does not divide are shorter than what is allocated.
 
     Raises:
         ConfigError: something to be cut does not divide by `tp_size`.
@@ -238,7 +250,7 @@ def tp_slice(hf_name: str, arch: LlamaArch, tp_rank: int, tp_size: int) -> tuple
     """
     to_ours(hf_name)
     if hf_name in ("model.embed_tokens.weight", "lm_head.weight"):
-        return 0, *_even_range(arch.vocab, 1, "vocabulary rows", tp_rank, tp_size)
+        return 0, *vocab_range(arch, tp_rank, tp_size)
     projection = _split_hf(hf_name)
     if projection is None:
         return None

@@ -26,13 +26,27 @@ from pipeline.model.norm import RMSNorm
 from pipeline.schema import LoraConfig
 
 
+def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:
+    """megatron's spelling of which chunk holds what."""
+    rows = [["decoder"] * len(layers) for layers in stages]
+    rows[0].insert(0, "embedding")
+    rows[-1].append("loss")
+    return rows
+
+
 def transformer_config(
-    arch: LlamaArch, plan: GridPlan, dtype: torch.dtype, device: torch.device, recompute: str
+    arch: LlamaArch,
+    plan: GridPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: str,
+    stages: Sequence[range] = (),
 ) -> TransformerConfig:
     """megatron-core's configuration of this architecture.
 
     Args:
         recompute: `full` keeps only each layer's input and recomputes the rest; `none` keeps everything.
+        stages: layers of every pipeline chunk (`plan.plan_stages`), used where the plan has several stages.
 
     Raises:
         ConfigError: the checkpoint has biases megatron's layers cannot place.
@@ -42,6 +56,13 @@ def transformer_config(
             "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
             "use a Llama-class checkpoint without them."
         )
+    pipeline: dict[str, Any] = {}
+    if plan.pp > 1:
+        pipeline = {
+            "pipeline_model_parallel_layout": _pipeline_layout(stages),
+            # One round of every chunk feeds each stage once (megatron's default, which its own arguments set).
+            "microbatch_group_size_per_vp_stage": plan.pp,
+        }
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=arch.layers,
@@ -74,7 +95,10 @@ def transformer_config(
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        # The loss comes as the sum it is meant to be: megatron must not divide it by anything.
+        calculate_per_token_loss=True,
         batch_p2p_comm=device.type == "cuda",
+        **pipeline,
         **(full if recompute == "full" else {}),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -10,7 +11,25 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
-from pipeline.model.stage import LlamaStage
+from pipeline.model.lora import initial_a
+from pipeline.schema import LoraConfig
+
+
+class Part(Protocol):
+    """A model, or what one rank holds of it: `LlamaStage` and `ModelPart`."""
+
+    arch: LlamaArch
+    lora: LoraConfig
+    tp_rank: int
+    tp_size: int
+
+    def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(our name with global layer indices, parameter)."""
+
+
+VOCABULARY = ("embedding.weight", "output_layer.weight")
+VOCABULARY_HF = ("model.embed_tokens.weight", "lm_head.weight")
+"""Parameters whose rows are tokens, padded to a multiple of tp."""
 
 
 def kind_of(name: str) -> str:
@@ -27,77 +46,144 @@ def kind_of(name: str) -> str:
     return "lm_head" if name == "output_layer.weight" else "base"
 
 
-def load_base(stage: LlamaStage, checkpoint: HfCheckpoint) -> None:
+def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
+    """This rank's slice of a stored tensor; only its bytes are read."""
+    found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
+    return checkpoint.tensor(hf_name) if found is None else checkpoint.slice(hf_name, *found)
+
+
+def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
     """Fill every parameter but the adapters from a Hugging Face checkpoint, casting to the parameter's dtype.
+
+    Each rank reads its own layers and slices. Vocabulary rows that only pad it to a multiple of tp are zero.
 
     Raises:
         CheckpointError: a tensor is missing or misshaped (named).
     """
-    arch = stage.arch
     with torch.no_grad():
-        for name, parameter in stage.named_parameters():
+        for name, parameter in part.canonical_parameters():
             if kind_of(name) == "lora":
                 continue
-            parts = [checkpoint.tensor(hf_name) for hf_name, _ in names.to_hf(name)]
-            parameter.copy_(_assemble(name, parts, arch, parameter.shape))
+            sources = [hf_name for hf_name, _ in names.to_hf(name)]
+            if name in VOCABULARY:
+                _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
+                continue
+            whole = _assemble(name, [_cut(checkpoint, source, part) for source in sources], part.arch)
+            if whole.shape != parameter.shape:
+                raise _misshaped(sources[0], whole, parameter)
+            parameter.copy_(whole)
 
 
-def _assemble(name: str, parts: Sequence[torch.Tensor], arch: LlamaArch, shape: torch.Size) -> torch.Tensor:
-    """Fuse the Hugging Face tensors of one parameter of ours and check the result's shape."""
+def _misshaped(hf_name: str, found: torch.Tensor, parameter: torch.Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"{hf_name}: shape {tuple(found.shape)} in the checkpoint does not fit the {tuple(parameter.shape)} that "
+        "config.json describes; the two files belong to different models."
+    )
+
+
+def _fill_rows(hf_name: str, parameter: torch.Tensor, rows: torch.Tensor, part: Part) -> None:
+    """Copy a vocabulary slice, and zero the padding rows behind it."""
+    first, last = names.vocab_range(part.arch, part.tp_rank, part.tp_size)
+    if rows.shape != (last - first, *parameter.shape[1:]):
+        raise _misshaped(hf_name, rows, parameter[: last - first])
+    parameter[: len(rows)].copy_(rows)
+    parameter[len(rows) :].zero_()
+
+
+def _assemble(name: str, parts: Sequence[torch.Tensor], arch: LlamaArch) -> torch.Tensor:
+    """Fuse the Hugging Face tensors, or like slices of them, of one parameter of ours."""
     if "linear_qkv." in name:
         query, key, value = parts
-        whole = names.fuse_qkv(query, key, value, arch)
-    elif "linear_fc1." in name:
-        whole = names.fuse_gate_up(*parts)
-    else:
-        (whole,) = parts
-    if whole.shape != shape:
-        raise CheckpointError(
-            f"{names.to_hf(name)[0][0]}: shape {tuple(whole.shape)} in the checkpoint does not fit the "
-            f"{tuple(shape)} that config.json describes; the two files belong to different models."
-        )
+        return names.fuse_qkv(query, key, value, arch)
+    if "linear_fc1." in name:
+        return names.fuse_gate_up(*parts)
+    (whole,) = parts
     return whole
 
 
-def mark_trainable(stage: LlamaStage, kinds: Sequence[str]) -> None:
+def init_adapters(part: Part, seed: int) -> None:
+    """Draw every A factor from the seed and its canonical name (see `lora.initial_a`); B factors stay zero."""
+    shapes = names.adapter_shapes(part.arch, part.lora)
+    with torch.no_grad():
+        for name, parameter in part.canonical_parameters():
+            if name.endswith(".lora_A"):
+                ((hf_name, _),) = names.to_hf(name)
+                parameter.copy_(local_slice(initial_a(hf_name, seed, shapes[hf_name]), hf_name, part))
+
+
+def local_slice(whole: torch.Tensor, hf_name: str, part: Part) -> torch.Tensor:
+    """What this tensor-parallel rank holds of a canonical tensor; a view."""
+    if part.tp_size == 1:
+        return whole
+    found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size)
+    return whole if found is None else whole.narrow(found[0], found[1], found[2] - found[1])
+
+
+def mark_trainable(part: Part, kinds: Sequence[str]) -> None:
     """Set requires_grad per parameter; with tied embeddings `lm_head` means the embedding.
 
     Raises:
         ConfigError: nothing would train.
     """
-    wanted = set(kinds) | ({"embed"} if stage.arch.tied and "lm_head" in kinds else set())
-    for name, parameter in stage.named_parameters():
+    wanted = set(kinds) | ({"embed"} if part.arch.tied and "lm_head" in kinds else set())
+    for name, parameter in part.canonical_parameters():
         parameter.requires_grad_(kind_of(name) in wanted)
-    if not any(parameter.requires_grad for parameter in stage.parameters()):
-        raise ConfigError(f"train.trainable: {', '.join(kinds)} selects no parameter of this model.")
+    if not any(parameter.requires_grad for _, parameter in part.canonical_parameters()):
+        raise ConfigError(
+            f"train.trainable: {', '.join(kinds)} selects no parameter of this model, or of a pipeline stage "
+            "of it; add lora or norm."
+        )
 
 
-def trainable(stage: LlamaStage) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+def trainable(part: Part) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
     """(canonical name, kind, parameter) of everything that trains; such parameters are never fused."""
-    for name, parameter in stage.named_parameters():
+    for name, parameter in part.canonical_parameters():
         if parameter.requires_grad:
             ((hf_name, _),) = names.to_hf(name)
             yield hf_name, kind_of(name), parameter
 
 
-def load_trained(stage: LlamaStage, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite trained parameters from a canonical state dict.
+def load_trained(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite this chunk's trained parameters from a canonical state dict of whole tensors.
 
     Raises:
-        CheckpointError: names or shapes differ from what trains here.
+        CheckpointError: a tensor is missing or misshaped.
     """
-    expected = {name: parameter for name, _, parameter in trainable(stage)}
-    if expected.keys() != tensors.keys():
-        odd = sorted(expected.keys() ^ tensors.keys())
+    with torch.no_grad():
+        for name, _, parameter in trainable(part):
+            if name not in tensors:
+                raise CheckpointError(
+                    f"Checkpoint: holds no trained {name}; resume with the lora and train.trainable settings it was "
+                    "made with."
+                )
+            found = local_slice(tensors[name], name, part)
+            if name in VOCABULARY_HF:
+                _fill_rows(name, parameter, found, part)
+            elif found.shape != parameter.shape:
+                raise CheckpointError(
+                    f"Checkpoint: {name} has shape {tuple(tensors[name].shape)}, which does not fit the model's "
+                    f"{tuple(parameter.shape)}; resume with the lora settings it was made with."
+                )
+            else:
+                parameter.copy_(found)
+
+
+def trained_names(arch: LlamaArch, lora: LoraConfig, kinds: Sequence[str]) -> set[str]:
+    """Canonical names of everything that trains, over all ranks: what a checkpoint of such a run must hold."""
+    wanted = set(kinds) | ({"embed"} if arch.tied and "lm_head" in kinds else set())
+    every = [*names.hf_tensor_shapes(arch), *names.adapter_shapes(arch, lora)]
+    return {name for name in every if kind_of(names.to_ours(name)[0]) in wanted}
+
+
+def check_trained(tensors: Mapping[str, torch.Tensor], part: Part, kinds: Sequence[str]) -> None:
+    """Refuse a checkpoint that holds other tensors than those that train here.
+
+    Raises:
+        CheckpointError: names one that only one side has.
+    """
+    odd = sorted(trained_names(part.arch, part.lora, kinds) ^ tensors.keys())
+    if odd:
         raise CheckpointError(
             f"Checkpoint: trained tensors differ from the configuration's ({odd[0]} and {len(odd) - 1} more on one "
             "side only); resume with the lora and train.trainable settings it was made with."
         )
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            if parameter.shape != tensors[name].shape:
-                raise CheckpointError(
-                    f"Checkpoint: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}; "
-                    "resume with the lora settings it was made with."
-                )
-            parameter.copy_(tensors[name])

@@ -13,10 +13,11 @@ from parallel.plan import plan_grid
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model.arch import read_arch
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.model.part import ModelPart
 from pipeline.model.rope import hf_rope_fields, plan_rope
 from pipeline.model.spec import transformer_config
 from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import load_base
+from pipeline.model.weights import init_adapters, load_base
 from pipeline.schema import LoraConfig, RopeSettings
 from tests.single import single_groups
 from tests.tiny_models import KINDS, make_tiny
@@ -33,6 +34,7 @@ def stage_of(
     config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU, "none")
     stage = LlamaStage(arch, rope, lora or LoraConfig(rank=0), config, single_groups().collection)
     load_base(stage, HfCheckpoint(folder))
+    init_adapters(stage, 0)
     return stage.eval()
 
 
@@ -84,7 +86,9 @@ def test_stretched_logits_equal_transformers(rope: dict, tmp_path: Path) -> None
 def test_token_nll_is_the_logits_nll(tmp_path: Path) -> None:
     make_tiny(tmp_path, "smollm2")
     stage = stage_of(tmp_path)
+    model = ModelPart(stage.arch, stage.rope, LoraConfig(rank=0), single_groups(), torch.float32, "none")
+    load_base(model, HfCheckpoint(tmp_path))
     tokens = torch.randint(0, stage.arch.vocab, (2, 33), generator=torch.Generator().manual_seed(3))
     logits = stage.logits(tokens, SequenceLayout.dense(2, 33), FULL)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    assert torch.allclose(stage.token_nll(tokens, FULL), expected, atol=1e-5)
+    assert torch.allclose(model.token_nll(tokens, FULL), expected, atol=1e-5)

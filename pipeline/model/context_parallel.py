@@ -1,0 +1,2 @@
+def context_attend(*a):
+    raise NotImplementedError
