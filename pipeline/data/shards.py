@@ -219,9 +219,9 @@ def remove_leftovers(out: Path) -> None:
     """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
     for kind in ("writing", "old"):
         prefix = f".{out.name}.{kind}-"
-        for entry in list(out.parent.iterdir()):
-            if entry.name.startswith(prefix) and len(entry.name) == len(prefix) + 8:  # as many as mkdtemp adds
-                shutil.rmtree(entry, ignore_errors=True)
+        for name in os.listdir(out.parent):
+            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
+                shutil.rmtree(out.parent / name, ignore_errors=True)
 
 
 def is_prepared(path: Path) -> bool:
@@ -241,9 +241,7 @@ def read_manifest(folder: Path) -> Manifest:
         if record["format"] != FORMAT:
             raise ValueError(f"format is {record['format']!r}")
         if record["version"] != VERSION:
-            raise DataError(
-                f"{file}: is of version {record['version']}, this program reads version {VERSION}; {_MEND}."
-            )
+            raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {_MEND}.")
         record["files"] = tuple(FileEntry(**entry) for entry in record["files"])
         record["sources"] = tuple(SourceEntry(**entry) for entry in record["sources"])
         manifest = Manifest(**record)

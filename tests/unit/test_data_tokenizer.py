@@ -1,4 +1,4 @@
-"""Tokenizers from a Hugging Face folder and from sentencepiece: text is data, and what does not load is one sentence."""
+"""Tokenizers from a Hugging Face folder and from sentencepiece: text is data; what does not load, one sentence."""
 
 from __future__ import annotations
 
