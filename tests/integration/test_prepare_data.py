@@ -192,13 +192,16 @@ def test_several_workers_give_the_order_of_one(
     # Later documents are shorter, so that their workers finish sooner.
     texts = [f"{n} " * (1 + 4000 // (n + 1)) for n in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    alone: list[tuple[int, int, int]] = []
     told: list[tuple[int, int, int]] = []
-    one = prepare(tmp_path / "a.jsonl", tmp_path / "one", light)
-    two = prepare(tmp_path / "a.jsonl", tmp_path / "two", light, workers=2, progress=lambda *now: told.append(now))
+    source = tmp_path / "a.jsonl"
+    one = prepare(source, tmp_path / "one", light, progress=lambda *now: alone.append(now))
+    two = prepare(source, tmp_path / "two", light, workers=2, progress=lambda *now: told.append(now))
     assert one == two and one.documents == 60
     assert same(open_shards(tmp_path / "one", verify=True), open_shards(tmp_path / "two", verify=True))
-    size = (tmp_path / "a.jsonl").stat().st_size
-    assert told == sorted(told) and len(told) > 20 and told[-1] == (size, size, two.tokens)
+    size = source.stat().st_size
+    assert told == alone == sorted(told) and len(told) > 20 and told[-1] == (size, size, two.tokens)
+    assert 0 < told[0][0]
 
 
 def test_an_error_while_workers_are_busy_leaves_nothing(
