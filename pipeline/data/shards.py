@@ -32,6 +32,7 @@ SCAN_TOKENS = 1 << 28
 """Up to so many tokens are checked against the vocabulary when opened; beyond, each window is when it is read."""
 
 _CHUNK = 1 << 22
+_MEND = "prepare the text again with tools.prepare_data"
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,9 @@ def remove_leftovers(out: Path) -> None:
     """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
     for kind in ("writing", "old"):
         prefix = f".{out.name}.{kind}-"
-        for entry in list(out.parent.iterdir()):
-            if entry.name.startswith(prefix) and len(entry.name) == len(prefix) + 8:  # as many as mkdtemp adds
-                shutil.rmtree(entry, ignore_errors=True)
+        for name in os.listdir(out.parent):
+            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
+                shutil.rmtree(out.parent / name, ignore_errors=True)
 
 
 def is_prepared(path: Path) -> bool:
@@ -235,25 +236,24 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: it is missing, damaged, or of another version.
     """
     file = folder / MANIFEST
-    mend = "prepare the text again with tools.prepare_data"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"format is {record['format']!r}")
         if record["version"] != VERSION:
-            raise DataError(f"{file}: is of version {record['version']}, this program reads version {VERSION}; {mend}.")
+            raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {_MEND}.")
         record["files"] = tuple(FileEntry(**entry) for entry in record["files"])
         record["sources"] = tuple(SourceEntry(**entry) for entry in record["sources"])
         manifest = Manifest(**record)
-        _check_types(manifest)
-        for entry in (*manifest.files, *manifest.sources):
+        records: list[Manifest | FileEntry | SourceEntry] = [manifest, *manifest.files, *manifest.sources]
+        for entry in records:
             _check_types(entry)
         if not manifest.files or manifest.files[-1].name != DOCUMENTS:
             raise ValueError(f"its files do not end with {DOCUMENTS}")
     except FileNotFoundError as error:
-        raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {mend}.") from error
+        raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {_MEND}.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file}: is damaged ({error}); {mend}.") from error
+        raise DataError(f"{file}: is damaged ({error}); {_MEND}.") from error
     return manifest
 
 
@@ -349,45 +349,44 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
         DataError: files are missing, of the wrong size or content, or made with another tokenizer.
     """
     manifest = read_manifest(folder)
-    mend = "prepare the text again with tools.prepare_data"
     if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
         raise DataError(
-            f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {mend} and this tokenizer."
+            f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {_MEND} and this tokenizer."
         )
     for entry in manifest.files:
         file = folder / entry.name
         if not file.is_file():
-            raise DataError(f"{file}: is missing; {mend}.")
+            raise DataError(f"{file}: is missing; {_MEND}.")
         size = file.stat().st_size
         if size != entry.size:
-            raise DataError(f"{file}: has {size} bytes where its manifest says {entry.size}; {mend}.")
+            raise DataError(f"{file}: has {size} bytes where its manifest says {entry.size}; {_MEND}.")
         if verify and sha256_of(file) != entry.sha256:
-            raise DataError(f"{file}: is damaged (its sha256 is not the manifest's); {mend}.")
+            raise DataError(f"{file}: is damaged (its sha256 is not the manifest's); {_MEND}.")
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     shards = [folder / entry.name for entry in manifest.files if entry.name.endswith(".bin")]
     try:
         maps: list[NDArray[Any]] = [np.memmap(file, dtype=dtype, mode="r") for file in shards]
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot be opened ({error}); {mend}.") from error
-    starts = _read_starts(folder / DOCUMENTS, mend)
+        raise DataError(f"{folder}: cannot be opened ({error}); {_MEND}.") from error
+    starts = _read_starts(folder / DOCUMENTS)
     if sum(map(len, maps)) != manifest.tokens:
-        raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {mend}.")
+        raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {_MEND}.")
     if not _starts_are_sound(starts, manifest):
-        raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {mend}.")
+        raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {_MEND}.")
     opened = TokenShards(folder, manifest, maps, starts.astype(np.int64))
     if verify or manifest.tokens <= SCAN_TOKENS:
         opened.check_vocabulary()
     return opened
 
 
-def _read_starts(file: Path, mend: str) -> NDArray[Any]:
+def _read_starts(file: Path) -> NDArray[Any]:
     try:
         with file.open("rb") as stream:
             # Not np.load, which opens a zip archive as well.
             return np.lib.format.read_array(stream, allow_pickle=False)
     except Exception as error:  # NumPy evaluates the header: a damaged one raises nearly anything, MemoryError included
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{file}: is damaged ({reason}); {mend}.") from error
+        raise DataError(f"{file}: is damaged ({reason}); {_MEND}.") from error
 
 
 def _starts_are_sound(starts: NDArray[Any], manifest: Manifest) -> bool:

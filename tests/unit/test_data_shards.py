@@ -202,7 +202,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ("change", "words"),
     [
         (lambda r: r.update(format="other"), r"is damaged \(format is 'other'\)"),
-        (lambda r: r.update(version=2), "is of version 2, this program reads version 1"),
+        (lambda r: r.update(version=2), "is of version 2, this program reads 1"),
         (lambda r: r.pop("tokens"), "is damaged .*'tokens'"),
         (lambda r: r.update(colour="red"), "is damaged .*'colour'"),
         (lambda r: r.update(tokens="18"), "is damaged .tokens is '18'"),
