@@ -109,7 +109,7 @@ def install() -> bool:
     import megatron.core.pipeline_parallel.schedules as schedules  # after the triton stand-in, which its import needs
     import megatron.core.tensor_parallel.random as tracker
 
-    schedules.torch = _TorchOnCpu()  # type: ignore[assignment]
+    schedules.torch = _TorchOnCpu()
     tracker._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     _installed = True

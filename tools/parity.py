@@ -1,4 +1,4 @@
-"""What a run computes in its first optimizer steps, whole and under canonical names, to compare one grid with another."""
+"""What a run computes in its first steps, whole and under canonical names, to compare one grid with another."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -64,7 +65,8 @@ class LlamaStage(MegatronModule):
         super().__init__(config=config)
         self.arch, self.rope, self.lora, self.groups = arch, rope, lora, groups
         self.chunk = chunk or Chunk(range(arch.layers))
-        self.vp_stage = self.chunk.virtual  # megatron's schedules look here
+        # megatron's schedules look for these two.
+        self.vp_stage, self.model_type = self.chunk.virtual, ModelType.encoder_or_decoder
         self.tp_rank, self.tp_size = groups.tp.rank(), groups.tp.size()
         vocab = names.padded_vocab(arch, self.tp_size)
         if self.chunk.first:
