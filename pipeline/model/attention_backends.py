@@ -2,7 +2,8 @@
 
 Every backend has `dense` on [B, S, H, D] views with equal query and key lengths, and may have `varlen` on packed
 [T, H, D]; both are causal, aligned bottom-right, and take fewer KV heads than query heads. K and V are expanded only
-inside torch's `math` kernel and for fp32 on CUDA (the memory-efficient kernel has no GQA).
+inside torch's `math` kernel and for fp32 on CUDA (the memory-efficient kernel has no GQA). A backend with `lse` also
+gives the parts from which `attend_pieces` merges attention over keys that lie in two tensors.
 
 Shape suffixes: B segments, S tokens of a segment, T packed tokens, H heads, D head dim.
 """
@@ -28,6 +29,8 @@ HALF = (torch.float16, torch.bfloat16)
 FLASH_ATTN_2 = (2, 1)
 """Oldest flash-attn 2 accepted: since 2.1 causal masks are aligned bottom-right."""
 
+_aten = torch.ops.aten
+
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(q [B, S, Hq, D], k and v [B, S, Hkv, D], scale) -> [B, S, Hq, D]."""
 Varlen = Callable[..., torch.Tensor]
@@ -35,13 +38,28 @@ Varlen = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
+class LseKernel:
+    """An aten attention operator that returns its log-sum-exps, and its backward; tensors are [B, H, S, D] views."""
+
+    name: str
+    runs: Callable[[torch.Tensor, torch.Tensor, bool], bool]
+    """(q, k, causal) -> whether these shapes and this device will do."""
+    forward: Callable[..., tuple[Any, ...]]
+    """(q, k, v, causal, scale) -> (out, natural log-sum-exp of [B, H, Sq] or [B, H, Sq, 1], rest for backward...)."""
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """(dout, q, k, v, out, lse, rest, causal, scale) -> (dq, dk, dv)."""
+
+
+@dataclass(frozen=True)
 class Backend:
-    """A pair of kernels."""
+    """A family of kernels."""
 
     name: str
     dense: Dense
     varlen: Varlen | None
     """None: irregular layouts run segment by segment through `dense`."""
+    lse: tuple[LseKernel, ...] = ()
+    """In order of preference; empty: keys in two tensors are joined first."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,7 +77,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         return Backend("math", _sdpa(SDPBackend.MATH), None)
     if device.type != "cuda":
         if name == "auto":
-            return Backend("cpu", _sdpa(SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), None)
+            return Backend("cpu", _sdpa(SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), None, (_LSE_CPU,))
         raise ConfigError(
             f"attention.backend: {name} needs a CUDA device, but this is {device.type}; use auto or math."
         )
@@ -82,9 +100,10 @@ def _torch_half(name: str, device: torch.device, dtype: torch.dtype, head_dim: i
     # The varlen entry does not pad the head dimension as SDPA does.
     varlen = _torch_varlen if has_flash and head_dim % 8 == 0 else None
     if name in ("auto", "cudnn") and has_cudnn:
-        return Backend("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION), varlen)
+        kernels = (_LSE_CUDNN, _LSE_FLASH)
+        return Backend("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION), varlen, kernels)
     if name in ("auto", "flash") and has_flash:
-        return Backend("flash", _sdpa(SDPBackend.FLASH_ATTENTION), varlen)
+        return Backend("flash", _sdpa(SDPBackend.FLASH_ATTENTION), varlen, (_LSE_FLASH,))
     if name == "auto":
         return Backend("efficient", _efficient, None)
     raise ConfigError(
@@ -133,6 +152,156 @@ def _torch_varlen(
     out = varlen_attn(q_THD, k_THD, v_THD, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=(-1, 0))
     assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
     return out
+
+
+def _params(q_BHSD: torch.Tensor, k_BHSD: torch.Tensor, causal: bool) -> torch.backends.cuda.SDPAParams:
+    return torch.backends.cuda.SDPAParams(q_BHSD, k_BHSD, k_BHSD, None, 0.0, causal, q_BHSD.shape[1] != k_BHSD.shape[1])
+
+
+def _cudnn_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, ...]:
+    # bias None, log-sum-exps True, dropout 0, no debug mask
+    return _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:8]
+
+
+def _cudnn_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rest: tuple[Any, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    cum_q, cum_k, longest_q, longest_k, seed, offset = rest
+    args = (seed, offset, None, cum_q, cum_k, longest_q, longest_k, 0.0, causal)
+    return _aten._scaled_dot_product_cudnn_attention_backward(dout, q, k, v, out, lse, *args, scale=scale)
+
+
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, ...]:
+    return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:8]
+
+
+def _flash_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rest: tuple[Any, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    cum_q, cum_k, longest_q, longest_k, seed, offset = rest
+    args = (cum_q, cum_k, longest_q, longest_k, 0.0, causal, seed, offset)
+    return _aten._scaled_dot_product_flash_attention_backward(dout, q, k, v, out, lse, *args, scale=scale)
+
+
+def _cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, ...]:
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+
+def _cpu_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rest: tuple[Any, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+
+
+_LSE_CUDNN = LseKernel(
+    "cudnn",
+    lambda q, k, causal: torch.backends.cuda.can_use_cudnn_attention(_params(q, k, causal)),
+    _cudnn_forward,
+    _cudnn_backward,
+)
+_LSE_FLASH = LseKernel(
+    "flash",
+    # The operator itself, unlike SDPA, does not pad the head dimension.
+    lambda q, k, causal: q.shape[-1] % 8 == 0 and torch.backends.cuda.can_use_flash_attention(_params(q, k, causal)),
+    _flash_forward,
+    _flash_backward,
+)
+_LSE_CPU = LseKernel("cpu", lambda q, k, causal: True, _cpu_forward, _cpu_backward)
+
+
+class _Pieces(torch.autograd.Function):
+    """softmax over earlier keys (all seen) and own keys (causal square), merged through the two log-sum-exps.
+
+    Both backward calls get the merged output and log-sum-exps, so that each recomputes the true probabilities of its
+    keys: exp(score - lse), and rowsum(dout * out) is that of the whole softmax (FlashAttention-2, arXiv 2307.08691).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        early_k: torch.Tensor,
+        early_v: torch.Tensor,
+        own_k: torch.Tensor,
+        own_v: torch.Tensor,
+        kernel: LseKernel,
+        scale: float,
+    ) -> torch.Tensor:
+        early_out, early_lse, *early_rest = kernel.forward(q, early_k, early_v, False, scale)
+        own_out, own_lse, *own_rest = kernel.forward(q, own_k, own_v, True, scale)
+        share = torch.sigmoid(early_lse - own_lse)  # exp(early) / (exp(early) + exp(own))
+        share = share.view(*own_out.shape[:3], 1)
+        # fp32 for half precision; empty_like keeps the kernel's strides, which its backward expects of `out`.
+        merged = torch.lerp(own_out.to(share.dtype), early_out.to(share.dtype), share)
+        out = torch.empty_like(own_out).copy_(merged)
+        lse = torch.logaddexp(early_lse, own_lse)
+        tensors = [item for item in (*early_rest, *own_rest) if isinstance(item, torch.Tensor)]
+        ctx.save_for_backward(q, early_k, early_v, own_k, own_v, out, lse, *tensors)
+        # None marks a tensor's place; what is no tensor stays as it is.
+        ctx.rest = tuple(
+            tuple((isinstance(item, torch.Tensor), None if isinstance(item, torch.Tensor) else item) for item in rest)
+            for rest in (early_rest, own_rest)
+        )
+        ctx.kernel, ctx.scale = kernel, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, early_k, early_v, own_k, own_v, out, lse, *tensors = ctx.saved_tensors
+        early_rest, own_rest = (
+            tuple(tensors.pop(0) if is_tensor else value for is_tensor, value in rest) for rest in ctx.rest
+        )
+        run, scale = ctx.kernel.backward, ctx.scale
+        early_dq, early_dk, early_dv = run(dout, q, early_k, early_v, out, lse, early_rest, False, scale)
+        dq, own_dk, own_dv = run(dout, q, own_k, own_v, out, lse, own_rest, True, scale)
+        return dq.add_(early_dq), early_dk, early_dv, own_dk, own_dv, None, None
+
+
+def attend_pieces(
+    q_BSHD: torch.Tensor,
+    early_k_BTHD: torch.Tensor,
+    early_v_BTHD: torch.Tensor,
+    own_k_BSHD: torch.Tensor,
+    own_v_BSHD: torch.Tensor,
+    kernel: LseKernel,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of queries [B, Sq, Hq, D] to T earlier keys (no mask) and to their own Sq keys (causal), [B, Sq, Hq, D].
+
+    Equals bottom-right causal attention over the joined keys [B, T + Sq, Hkv, D]; nothing is joined, no mask is made.
+    """
+    views = [x.transpose(1, 2) for x in (q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD)]
+    return _Pieces.apply(*views, kernel, scale).transpose(1, 2)
 
 
 def _installed(distribution: str) -> str | None:

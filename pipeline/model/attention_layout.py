@@ -7,7 +7,7 @@ tensors reach the kernel as views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -171,6 +171,20 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Straddle:
+    """A segment that began before a context-parallel shard: rows [row_start, row_stop) each have one, alike.
+
+    Its queries are the shard's first `length` tokens, its keys the tokens from `start` on.
+    """
+
+    row_start: int
+    row_stop: int
+    start: int
+    """Token of the whole sequence at which the segment begins."""
+    length: int
+
+
+@dataclass(frozen=True)
 class SequenceLayout:
     """Where the real tokens and documents of one micro-batch [B, S] lie; made once, shared by all layers.
 
@@ -229,19 +243,49 @@ class SequenceLayout:
             )
         return self._memo[key]
 
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once for this layout and `key`."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
     def spans(self, group: int | None, shifted: bool, packed: bool) -> tuple[Span, ...]:
         """The segments as few calls: adjacent equal ones as one view, or (`packed`, irregular rows) a row at a time."""
-        key = ("spans", group, shifted, packed)
-        if key not in self._memo:
-            if self.rows is None:
-                found = list(_dense_spans(self.batch, _cut((0, self.sequence), group, shifted)))
-            else:
-                found = []
-                for row, row_segments in groupby(self.segments(group, shifted), key=lambda segment: segment[0]):
-                    cuts = [(start, stop) for _, start, stop in row_segments]
-                    found.extend(_row_spans(row, cuts, packed))
-            self._memo[key] = tuple(found)
-        return self._memo[key]
+        return self.remember(
+            ("spans", group, shifted, packed), lambda: self._as_spans(self.segments(group, shifted), packed)
+        )
+
+    def _as_spans(self, cuts: tuple[tuple[int, int, int], ...], packed: bool) -> tuple[Span, ...]:
+        if self.rows is None:
+            return tuple(_dense_spans(self.batch, [(start, stop) for row, start, stop in cuts if row == 0]))
+        return tuple(
+            span
+            for row, row_cuts in groupby(cuts, key=lambda cut: cut[0])
+            for span in _row_spans(row, [(start, stop) for _, start, stop in row_cuts], packed)
+        )
+
+    def shard_spans(
+        self, group: int | None, shifted: bool, packed: bool, first: int, last: int
+    ) -> tuple[tuple[Span, ...], tuple[Straddle, ...]]:
+        """What a shard of tokens [first, last) attends: segments that begin in it, and those that began before it.
+
+        The spans count tokens from the shard's first; segments are cut at `last`, since later keys are never seen.
+        """
+
+        def make() -> tuple[tuple[Span, ...], tuple[Straddle, ...]]:
+            inside, straddles = [], []
+            for row, start, stop in self.segments(group, shifted):
+                if first <= start < last:
+                    inside.append((row, start - first, min(stop, last) - first))
+                elif start < first < stop:
+                    straddles.append((row, start, min(stop, last) - first))
+            return self._as_spans(tuple(inside), packed), tuple(_join_rows(straddles))
+
+        return self.remember(("shard", group, shifted, packed, first, last), make)
+
+    def fills(self, first: int, last: int) -> bool:
+        """Whether every row holds real tokens at all of [first, last)."""
+        return self.rows is None or all(bool(row) and row[0] <= first and last <= row[-1] for row in self.rows)
 
 
 def _host(name: str, values: Any, shape: tuple[int, int]) -> np.ndarray:
@@ -278,6 +322,15 @@ def _runs(cuts: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     for length, run in groupby(cuts, key=lambda cut: cut[1] - cut[0]):
         members = list(run)
         yield members[0][0], length, len(members)
+
+
+def _join_rows(straddles: list[tuple[int, int, int]]) -> Iterator[Straddle]:
+    """(row, start, length) of rising rows; adjacent rows alike become one."""
+    # Adjacent rows keep the difference to their place in the list.
+    ordered = enumerate(straddles)
+    for (_, start, length), run in groupby(ordered, key=lambda item: (item[1][0] - item[0], *item[1][1:])):
+        rows = [row for _, (row, _, _) in run]
+        yield Straddle(rows[0], rows[-1] + 1, start, length)
 
 
 def _dense_spans(batch: int, cuts: list[tuple[int, int]]) -> Iterator[Span]:

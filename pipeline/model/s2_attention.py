@@ -6,13 +6,14 @@ tokens; `attend` lists the calls, hands each its views of q, k and v, and writes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import Backend, select_backend
+from pipeline.model.attention_backends import Backend, attend_pieces, select_backend
 from pipeline.model.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span
 
 
@@ -33,7 +34,7 @@ class Window(NamedTuple):
         return row[:, self.head_start : self.head_stop].unflatten(0, (span.count, span.length))
 
 
-class _Take(torch.autograd.Function):
+class TakeWindows(torch.autograd.Function):
     """Windows of one tensor as views.
 
     Plain slicing would make autograd allocate and add one full-size zero-padded gradient a window; here each window's
@@ -47,15 +48,23 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        if ctx.disjoint:
-            grad = grads[0].new_empty(ctx.shape)
-            for window, part in zip(ctx.windows, grads, strict=True):
-                window.of(grad).copy_(part)
+        return gather_windows(grads[0], ctx.shape, ctx.windows, grads, ctx.disjoint), None, None
+
+
+def gather_windows(
+    like: torch.Tensor, shape: torch.Size, windows: Sequence[Window], parts: Sequence[torch.Tensor], disjoint: bool
+) -> torch.Tensor:
+    """A tensor of `shape` and the dtype and device of `like` that holds `parts` at `windows`.
+
+    `disjoint` promises that the windows cover it without overlap; otherwise overlaps add and the rest is 0.
+    """
+    whole = like.new_empty(shape) if disjoint else like.new_zeros(shape)
+    for window, part in zip(windows, parts, strict=True):
+        if disjoint:
+            window.of(whole).copy_(part)
         else:
-            grad = grads[0].new_zeros(ctx.shape)
-            for window, part in zip(ctx.windows, grads, strict=True):
-                window.of(grad).add_(part)
-        return grad, None, None
+            window.of(whole).add_(part)
+    return whole
 
 
 class _Place(torch.autograd.Function):
@@ -111,9 +120,9 @@ def attend(
     reuses_kv = HeadPlan.reuses_kv(blocks)
     q_windows = [Window(span, block.q_start, block.q_stop) for block, span in calls]
     kv_windows = [Window(span, block.kv_start, block.kv_stop) for block, span in calls]
-    queries = _Take.apply(q_SBHD, q_windows, covers)
-    keys = _Take.apply(k_SBHD, kv_windows, covers and not reuses_kv)
-    values = _Take.apply(v_SBHD, kv_windows, covers and not reuses_kv)
+    queries = TakeWindows.apply(q_SBHD, q_windows, covers)
+    keys = TakeWindows.apply(k_SBHD, kv_windows, covers and not reuses_kv)
+    values = TakeWindows.apply(v_SBHD, kv_windows, covers and not reuses_kv)
     parts = [
         attend_block(q, k, v, span, span, backend, scale)
         for q, k, v, (_, span) in zip(queries, keys, values, calls, strict=True)
@@ -163,6 +172,39 @@ def attend_block(
         enable_gqa=q_BSHD.shape[2] != k_BSHD.shape[2],
     )
     return out_BHSD.transpose(1, 2)
+
+
+def attend_straddling(
+    q_BSHD: torch.Tensor,
+    early_k_BTHD: torch.Tensor,
+    early_v_BTHD: torch.Tensor,
+    own_k_BSHD: torch.Tensor,
+    own_v_BSHD: torch.Tensor,
+    backend: Backend,
+    scale: float,
+) -> torch.Tensor:
+    """B equal segments whose first T keys lie in another tensor than the last Sq, which are the queries' own.
+
+    q [B, Sq, Hq, D], early k and v [B, T, Hkv, D] with T >= 1, own k and v [B, Sq, Hkv, D] -> [B, Sq, Hq, D]. In half
+    precision on CUDA no mask is ever made: two kernels merged by their log-sum-exps, or else varlen over joined keys.
+    """
+    heads_first = [x.transpose(1, 2) for x in (q_BSHD, early_k_BTHD, own_k_BSHD)]
+    for kernel in backend.lse:
+        q, early_k, own_k = heads_first
+        if kernel.runs(q, early_k, False) and kernel.runs(q, own_k, True):
+            return attend_pieces(q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD, kernel, scale)
+    k_BSHD = torch.cat((early_k_BTHD, own_k_BSHD), dim=1)
+    v_BSHD = torch.cat((early_v_BTHD, own_v_BSHD), dim=1)
+    segments, queries = q_BSHD.shape[:2]
+    keys = k_BSHD.shape[1]
+    if backend.varlen is None:
+        q_span, kv_span = Span(0, segments, 0, queries), Span(0, segments, 0, keys)
+        return attend_block(q_BSHD, k_BSHD, v_BSHD, q_span, kv_span, backend, scale)
+    counts = torch.arange(segments + 1, dtype=torch.int32, device=q_BSHD.device)
+    packed = [x.flatten(0, 1) for x in (q_BSHD, k_BSHD, v_BSHD)]
+    return backend.varlen(*packed, counts * queries, counts * keys, queries, keys, scale).unflatten(
+        0, (segments, queries)
+    )
 
 
 def _edges_on(span: Span, device: torch.device) -> torch.Tensor:
