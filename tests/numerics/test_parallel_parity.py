@@ -23,7 +23,7 @@ model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2
 attention: {attention}
 lora: {{rank: 4, targets: [q, k, v, o, gate, up, down]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {packed}, cache: {cache}}}
-train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-6, warmup_steps: 2, recompute: {recompute},
+train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-5, warmup_steps: 2, recompute: {recompute},
   trainable: [lora, embed, norm{head}]}}
 parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, virtual: {virtual}}}
 output: {output}
@@ -136,6 +136,10 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
         ("odd", Grid(pp=2, virtual=2)),
         ("untied", Grid()),
         ("odd", Grid()),
+        ("untied", Grid(cp=2)),
+        ("tied", Grid(cp=2)),
+        ("odd", Grid(cp=2)),
+        ("full", Grid(cp=2)),
     ],
     4: [
         ("untied", Grid(tp=4)),
@@ -143,6 +147,19 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
         ("untied", Grid(pp=4)),
         ("tied", Grid(pp=2, virtual=2)),
         ("odd", Grid(pp=4)),
+        ("untied", Grid(cp=4)),
+        ("odd", Grid(cp=4)),
+        ("tied", Grid(tp=2, cp=2)),
+        ("untied", Grid(pp=2, cp=2)),
+        ("full", Grid(tp=2, cp=2)),
+        ("tied", Grid(tp=2)),
+    ],
+    8: [
+        ("untied", Grid(cp=8)),
+        ("odd", Grid(cp=8)),
+        ("tied", Grid(tp=2, pp=2, cp=2)),
+        ("untied", Grid(tp=2, pp=2, cp=2)),
+        ("full", Grid(pp=2, cp=2)),
     ],
 }
 
