@@ -12,7 +12,6 @@ only ever reads safetensors and JSON: nothing is executed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,9 +27,18 @@ from safetensors.torch import load_file, save_file
 from parallel.collectives import any_rank
 from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups
-
-FORMAT = 1
-TRAINED, OPTIMIZER, MANIFEST, LATEST = "trained.safetensors", "optimizer.safetensors", "manifest.json", "latest"
+from pipeline.manifest import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    OPTIMIZER,
+    TRAINED,
+    file_sha256,
+    folder_name,
+    latest_checkpoint,
+    read_manifest,
+    step_of,
+)
 
 FREE_TO_CHANGE = (
     "output",
@@ -63,12 +71,6 @@ class Snapshot:
     rng: dict[str, torch.Tensor] | None
     """This rank's generators; None when the checkpoint was written by fewer ranks."""
     manifest: dict[str, Any]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -114,7 +116,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk refused; earlier checkpoints are untouched.
         """
-        final = self.folder / f"step-{step:06d}"
+        final = self.folder / folder_name(step)
         temporary = self.folder / f".writing-{final.name}"
         failure: OSError | SafetensorError | None = None
         if self.groups.is_main:
@@ -160,7 +162,8 @@ class CheckpointStore:
         temporary.rename(final)
         _sync(self.folder)
         _write_text(self.folder / LATEST, final.name + "\n")
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+        whole = [path for path in self.folder.iterdir() if step_of(path.name) is not None]
+        for old in sorted(whole, key=lambda path: step_of(path.name) or 0)[: -self.keep]:
             if old != final:
                 shutil.rmtree(old)
 
@@ -184,53 +187,6 @@ def load_snapshot(folder: Path, rank: int) -> Snapshot:
         rng=load_file(rng_file) if rng_file.name in manifest["files"] else None,
         manifest=manifest,
     )
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Newest whole checkpoint below `<output>/checkpoints`, or None.
-
-    Raises:
-        CheckpointError: `latest` names a folder that is not there.
-    """
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text().strip()
-    target = folder / name
-    if Path(name).name != name or not target.is_dir():
-        raise CheckpointError(
-            f"{pointer}: names {name!r}, which is not a checkpoint beside it; write the name of one that is, or remove "
-            f"{folder} to start over."
-        )
-    return target
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and verify every file against it.
-
-    Raises:
-        CheckpointError: the manifest or a file is missing, damaged or of another format; the file is named.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        version, files, step = manifest["format"], manifest["files"], manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: is not a checkpoint manifest ({type(error).__name__}: {error}); resume from another checkpoint."
-        ) from None
-    if version != FORMAT or not isinstance(step, int) or not isinstance(files, dict):
-        raise CheckpointError(f"{path}: has format {version}, this Longspan reads {FORMAT}; use the matching release.")
-    for name, facts in files.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file}: is missing from the checkpoint; resume from another one.")
-        if file.stat().st_size != facts["bytes"] or file_sha256(file) != facts["sha256"]:
-            raise CheckpointError(f"{file}: does not match its checksum (damaged); resume from another checkpoint.")
-    for name in (TRAINED, OPTIMIZER):
-        if name not in files:
-            raise CheckpointError(f"{folder / name}: is missing from the checkpoint; resume from another one.")
-    return dict(manifest)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

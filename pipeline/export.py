@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.checkpoint import TRAINED, read_manifest
 from pipeline.hf_companions import copy_companions, write_json
 from pipeline.hf_files import (
     SHARD_BYTES,
@@ -25,6 +24,7 @@ from pipeline.hf_files import (
     write_safetensors,
     write_safetensors_sharded,
 )
+from pipeline.manifest import TRAINED, read_manifest
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope

@@ -12,11 +12,12 @@ from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline.build import build_model, check_before_spending, connect, full_attention, open_tokens
-from pipeline.checkpoint import check_resumable, latest_checkpoint, load_snapshot
+from pipeline.checkpoint import check_resumable, load_snapshot
 from pipeline.config import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluate import EvalReport, Shards, evaluate
 from pipeline.hf_files import HfCheckpoint
+from pipeline.manifest import latest_checkpoint
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import check_trained, load_trained, mark_trainable

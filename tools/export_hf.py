@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.checkpoint import latest_checkpoint
 from pipeline.export import FORMATS, export, load_trained_model
+from pipeline.manifest import latest_checkpoint
 
 
 def find_checkpoint(run: Path) -> Path:

@@ -49,6 +49,8 @@ def kind_of(name: str) -> str:
 def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
     """This rank's slice of a stored tensor; only its bytes are read."""
     found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
+    if found is not None and found[1] == found[2]:  # a rank whose vocabulary rows are all padding
+        return checkpoint.tensor(hf_name)[:0]
     return checkpoint.tensor(hf_name) if found is None else checkpoint.slice(hf_name, *found)
 
 

@@ -23,8 +23,8 @@ model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2
 attention: {attention}
 lora: {{rank: 4, targets: [q, k, v, o, gate, up, down]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {packed}, cache: {cache}}}
-train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-5, warmup_steps: 2, recompute: {recompute},
-  trainable: [lora, embed, norm{head}]}}
+train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-5, warmup_steps: 2,
+  recompute: {recompute}, trainable: [lora, embed, norm{head}]}}
 parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, virtual: {virtual}}}
 output: {output}
 """

@@ -128,12 +128,22 @@ def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:
         ("model.layers.0.self_attn.q_proj.weight", 2, "3 key-value heads"),
         ("model.layers.0.self_attn.v_proj.weight", 2, "3 key-value heads"),
         ("model.layers.0.mlp.down_proj.weight", 5, "96 MLP channels"),
-        ("model.embed_tokens.weight", 3, "128 vocabulary rows"),
     ],
 )
 def test_indivisible_slices_are_errors(tmp_path: Path, name: str, size: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         names.tp_slice(name, arch_of(tmp_path, "smollm2"), 0, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 127, 200])
+def test_vocabulary_slices_tile_it_and_fit_the_padded_rows(tmp_path: Path, size: int) -> None:
+    arch = arch_of(tmp_path, "smollm2")
+    share = names.padded_vocab(arch, size) // size
+    assert arch.vocab <= share * size < arch.vocab + size
+    ranges = [names.vocab_range(arch, rank, size) for rank in range(size)]
+    assert [row for start, stop in ranges for row in range(start, stop)] == list(range(arch.vocab))
+    assert all(stop - start <= share for start, stop in ranges)
+    assert names.tp_slice("lm_head.weight", arch, 0, size) == (0, *ranges[0])
 
 
 def test_shapes_of_adapters_and_tied_heads(tmp_path: Path) -> None:
