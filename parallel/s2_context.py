@@ -1,9 +1,9 @@
-"""Moves K and V between context-parallel ranks and their gradients back; knows ranks, rows, heads and tokens, no layout.
+"""Moves K and V between context-parallel ranks, and their gradients back; knows ranks, rows, heads and tokens only.
 
-Two exchanges with one interface: `HaloExchange` sends each rank only the boxes of earlier K and V it needs, straight from
-each owner; `GatherExchange` gives every rank everything (full attention). Each direction is posted by one call and
-awaited by another, so that work can be done in between. Every rank of the group must make the same calls in the same
-order, also when it has nothing to send.
+Two exchanges with one interface: `HaloExchange` sends each rank just the boxes of earlier K and V that it needs,
+straight from each owner; `GatherExchange` gives every rank everything (full attention). Each direction is posted by one
+call and awaited by another, so that work can be done in between. Every rank of the group must make the same calls in
+the same order, also when it has nothing to send.
 
 Shape suffixes: L tokens of a shard, T tokens of a region, B rows, K KV heads, D head dim.
 """

@@ -296,7 +296,7 @@ def attend_pieces(
     kernel: LseKernel,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of queries [B, Sq, Hq, D] to T earlier keys (no mask) and to their own Sq keys (causal), [B, Sq, Hq, D].
+    """Attention of queries [B, Sq, Hq, D] to T earlier keys (all seen) and their own Sq keys (causal), [B, Sq, Hq, D].
 
     Equals bottom-right causal attention over the joined keys [B, T + Sq, Hkv, D]; nothing is joined, no mask is made.
     """

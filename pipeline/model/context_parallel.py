@@ -1,9 +1,9 @@
 """S² and full attention over context-parallel shards (DESIGN.md, "S² context parallelism").
 
 Each rank holds contiguous tokens. Forward: the halo is posted, segments that begin in the shard are computed while it
-flies, then those that straddle its start. Backward: the straddling ones first, their dK and dV are posted, the local ones
-are computed while those fly, then what arrived is added. The order of the backward is autograd's own: it runs the ready
-node made last, and the nodes are made in the order post, local, receive, straddling, place.
+flies, then those that straddle its start. Backward: the straddling ones first, their dK and dV are posted, the local
+ones are computed while those fly, then what arrived is added. The order of the backward is autograd's own: of the ready
+nodes it runs the one made last, and they are made in the order post, local, receive, straddling, place.
 
 Shape suffixes: L tokens of the shard, B batch rows, H query heads, K KV heads, D head dim.
 """
@@ -75,7 +75,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
-    """Disjoint windows into one output, 0 elsewhere; starts the backward of `_Receive` on every rank through `ticket`."""
+    """Disjoint windows into one output, 0 elsewhere; `ticket` makes every rank run the backward of `_Receive`."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
 """What each context-parallel rank needs of earlier ranks' K and V, how many bytes that is, and how the work is spread.
 
-Pure functions of (global layout, attention, heads, shards), the same on every rank and remembered by the layout; no torch.
-A rank's first segment of each kind of heads may begin before its shard: the keys from there to the shard's start are its
-*halo*. It always ends at the shard's start, so where a KV head is read by unshifted and shifted heads the two halos nest
-and the longer one is all that is sent.
+Pure functions of (global layout, attention, heads, shards), the same on every rank and remembered by the layout; no
+torch. A rank's first segment of each kind of heads may begin before its shard: the keys from there to the shard's start
+are its *halo*. It always ends at the shard's start, so where a KV head is read by unshifted and shifted heads the two
+halos nest and the longer one is all that is sent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def shard_work(
 
     def make() -> ShardWork:
         first, last = rank * tokens, (rank + 1) * tokens
-        local, straddling, reads = [], [], []
+        local: list[tuple[HeadBlock, Span]] = []
+        straddling: list[tuple[HeadBlock, Straddle]] = []
+        reads: list[Region] = []
         for block in blocks:
             spans, straddles = layout.shard_spans(group, block.shifted, packed, first, last)
             local.extend((block, span) for span in spans)
@@ -73,21 +75,19 @@ def halo_needs(
 
 def _boxes(earliest: dict[tuple[int, int], int], stop: int) -> list[Region]:
     """{(row, KV head): first token} as boxes: adjacent heads with one start, then adjacent rows with the same boxes."""
-    rows = {}
-    for row in sorted({row for row, _ in earliest}):
-        heads = [(head, earliest[row, head]) for at, head in sorted(earliest) if at == row]
+    by_row: dict[int, list[tuple[int, int]]] = {}
+    for (row, head), start in sorted(earliest.items()):
+        by_row.setdefault(row, []).append((head, start))
+    # Neighbours in a run keep the difference between their value and their place in the list.
+    patterns: list[tuple[int, tuple[tuple[int, int, int], ...]]] = []
+    for row, heads in by_row.items():
         runs = groupby(enumerate(heads), key=lambda item: (item[1][0] - item[0], item[1][1]))
-        rows[row] = tuple(
-            (members[0][1][0], members[-1][1][0] + 1, start)
-            for (_, start), members in ((key, list(run)) for key, run in runs)
-        )
-    boxes = []
-    for (_, pattern), same in groupby(enumerate(rows), key=lambda item: (item[1] - item[0], rows[item[1]])):
-        members_of = [row for _, row in same]
-        boxes.extend(
-            Region(members_of[0], members_of[-1] + 1, head_start, head_stop, start, stop)
-            for head_start, head_stop, start in pattern
-        )
+        ranges = [([head for _, (head, _) in run], start) for (_, start), run in runs]
+        patterns.append((row, tuple((run[0], run[-1] + 1, start) for run, start in ranges)))
+    boxes: list[Region] = []
+    for (_, pattern), same in groupby(enumerate(patterns), key=lambda item: (item[1][0] - item[0], item[1][1])):
+        rows = [row for _, (row, _) in same]
+        boxes.extend(Region(rows[0], rows[-1] + 1, head, head_stop, start, stop) for head, head_stop, start in pattern)
     return boxes
 
 
@@ -138,8 +138,8 @@ def halo_formula(
     """Bytes of K and V that each rank receives a layer, in closed form, for one right-padded document a row.
 
     Rank c's first token is t = c L. Unshifted heads reach back t mod G tokens, shifted ones t if t < G/2 and else
-    (t - G/2) mod G, neither if t lies beyond the `sequence` real tokens; a KV head that both kinds read counts the longer
-    reach once. Bytes: 2 (K, V) x batch x D x element size x the sum of the reaches over the KV heads.
+    (t - G/2) mod G, neither if t lies beyond the `sequence` real tokens; a KV head that both kinds read counts the
+    longer reach once. Bytes: 2 (K, V) x batch x D x element size x the sum of the reaches over the KV heads.
     """
     half = group // 2
     found = []

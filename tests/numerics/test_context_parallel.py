@@ -1,4 +1,4 @@
-"""Context-parallel attention on real processes equals one process: forward, gradients, bytes, order, and a planted fault.
+"""Context-parallel attention on real processes equals one process: forward, gradients, bytes, order, a planted fault.
 
 One launch of eight ranks serves every size: as one group of 8, two of 4 and four of 2, so that ranks within a group
 differ from global ones and ranks without anything to send occur.
@@ -192,8 +192,8 @@ def one_token_early(self: HaloExchange, piece: Region) -> tuple[slice, slice, sl
     )
 
 
-def order_of_events(shard: ContextShard) -> list[str]:
-    """What happens, in order, in one layer's forward and backward."""
+def order_of_events(shard: ContextShard, recompute: bool) -> list[str]:
+    """What happens, in order, in one layer's forward and backward, perhaps within a non-reentrant checkpoint."""
     case, events = Case("order", 2, 12, 16), []
     exchange_calls = {name: getattr(HaloExchange, name) for name in ("send", "receive", "send_back", "receive_back")}
 
@@ -215,6 +215,10 @@ def order_of_events(shard: ContextShard) -> list[str]:
 
     layout, (fused, _) = case.layout(), inputs(case)
     own = fused[shard.start : shard.stop].clone().requires_grad_()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return context_attend(*split(case, x), layout, case.spec(), case.plan(), shard)
+
     with mock.patch.multiple(HaloExchange, **{name: logged(name) for name in exchange_calls}):
         with (
             mock.patch.object(context_parallel, "attend_block", hooked("local", context_parallel.attend_block)),
@@ -222,8 +226,33 @@ def order_of_events(shard: ContextShard) -> list[str]:
                 context_parallel, "attend_straddling", hooked("straddling", context_parallel.attend_straddling)
             ),
         ):
-            context_attend(*split(case, own), layout, case.spec(), case.plan(), shard).sum().backward()
+            if recompute:
+                out = checkpoint(layer, own, use_reentrant=False)
+            else:
+                out = layer(own)
+            out.square().sum().backward()
     return [event for index, event in enumerate(events) if index == 0 or events[index - 1] != event]
+
+
+def without_gradients(shard: ContextShard) -> dict[str, float]:
+    """Errors where k and v need no gradient, and where nothing does."""
+    case = Case("order", 2, 12, 16)
+    layout, (fused, weight) = case.layout(), inputs(case)
+    q, k, v = split(case, fused)
+    at = slice(shard.start, shard.stop)
+    own, whole = q[at].clone().requires_grad_(), q.clone().requires_grad_()
+    args = (layout, case.spec(), case.plan())
+    out, expected = context_attend(own, k[at], v[at], *args, shard), attend(whole, k, v, *args)
+    (grad,) = torch.autograd.grad(out, own, weight[at, :, : q.shape[2]])
+    (expected_grad,) = torch.autograd.grad(expected, whole, weight[:, :, : q.shape[2]])
+    with torch.no_grad():
+        bare = context_attend(own, k[at], v[at], *args, shard)
+    return {
+        "out": (out - expected[at]).abs().max().item(),
+        "dq": (grad - expected_grad[at]).abs().max().item(),
+        "no_grad": (bare - out).abs().max().item(),
+        "sent back": float(shard.meter.sent_back + shard.meter.received_back),
+    }
 
 
 def work(rank: int, world: int) -> dict[str, Any]:
@@ -240,7 +269,9 @@ def work(rank: int, world: int) -> dict[str, Any]:
             shard = ContextShard(group, inner, size, case.tokens)
             found[case.name] = {"errors": errors(case, shard), "meter": shard.meter}
         if size == 2:
-            found["order"] = order_of_events(ContextShard(group, inner, 2, 12))
+            for recompute in (False, True):
+                found["order", recompute] = order_of_events(ContextShard(group, inner, 2, 12), recompute)
+            found["frozen"] = without_gradients(ContextShard(group, inner, 2, 12))
             # Every halo token is seen by every query that sees any, so only other tokens show, not another order.
             case = Case("group fits no shard", 2, 13, 10, (6, 2))
             with mock.patch.object(HaloExchange, "local_slices", one_token_early):
@@ -285,7 +316,7 @@ def test_bytes_moved_are_those_of_plan_and_formula(results: list[dict[str, Any]]
 
 
 def test_local_work_is_done_while_the_halo_flies_both_ways(results: list[dict[str, Any]]) -> None:
-    first, second = results[0]["order"], results[1]["order"]
+    first, second = results[0]["order", False], results[1]["order", False]
     assert first == ["send", "local", "receive", "send_back", "local back", "receive_back"]
     assert second == [
         "send",
@@ -297,6 +328,19 @@ def test_local_work_is_done_while_the_halo_flies_both_ways(results: list[dict[st
         "local back",
         "receive_back",
     ]
+
+
+def test_recompute_exchanges_in_the_same_order_on_every_rank(results: list[dict[str, Any]]) -> None:
+    """NCCL runs a rank's transfers in the order posted: a rank without a halo must not post its backward's first."""
+    exchanges = {"send", "receive", "send_back", "receive_back"}
+    for rank in (0, 1):
+        events = [event for event in results[rank]["order", True] if event in exchanges]
+        assert events == ["send", "receive", "send", "receive", "send_back", "receive_back"], f"rank {rank}"
+
+
+def test_frozen_keys_and_inference(results: list[dict[str, Any]]) -> None:
+    for found in results[:2]:
+        assert max(found["frozen"].values()) <= 1e-12, "errors, and bytes of gradients that nobody needs"
 
 
 def test_a_halo_shifted_by_one_token_is_caught(results: list[dict[str, Any]]) -> None:
