@@ -22,11 +22,13 @@ class Observed:
     """The first steps of a run, on rank 0; other ranks hold the scalars only."""
 
     losses: list[float] = field(default_factory=list)
-    """Mean loss of every step, nats."""
+    """Mean loss of every step and of the one after the last update, nats."""
     norms: list[float] = field(default_factory=list)
-    """Gradient norm of every step, before clipping."""
+    """Gradient norms of the same, before clipping."""
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of the first step, fp32, whole."""
+    gradients_after: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the step after the last update."""
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     """fp32 masters after the last step."""
     frozen_kept: bool = True
@@ -41,7 +43,7 @@ class Difference:
     """Largest over the steps."""
     norm: float
     gradient: float
-    """Worst tensor: norm of the difference over norm of the reference."""
+    """Worst tensor, before and after the updates: norm of the difference over norm of the reference."""
     worst: str
     """Its name."""
     trained: float
@@ -76,6 +78,10 @@ def observe(config: RunConfig, env: RankEnv, steps: int, keep_world: bool = True
             trainer.update(step, row)
             found.losses.append(row["loss"])
             found.norms.append(row["grad_norm"])
+        row = trainer.gradients(steps)
+        found.losses.append(row["loss"])
+        found.norms.append(row["grad_norm"])
+        found.gradients_after = gather(parts.model, kinds, _gradients(run))
         found.trained = whole_state(parts.model, kinds, parts.optimizer)[0]
         found.frozen_kept = frozen_hash(run) == before
     finally:
@@ -106,7 +112,9 @@ def compare(found: Observed, reference: Observed) -> Difference:
         name = max(errors, key=lambda key: errors[key])
         return errors[name], name
 
-    gradient, worst = tensors(found.gradients, reference.gradients)
+    gradient, worst = max(
+        tensors(found.gradients, reference.gradients), tensors(found.gradients_after, reference.gradients_after)
+    )
     trained, _ = tensors(found.trained, reference.trained)
     return Difference(
         loss=scalar(found.losses, reference.losses),

@@ -1,4 +1,4 @@
-"""Every grid of ranks against one process: loss, gradient norm, every gradient, and the weights after three steps."""
+"""Every grid of ranks against one process: loss, norm and every gradient, before and after three steps; the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2
 attention: {attention}
 lora: {{rank: 4, targets: [q, k, v, o, gate, up, down]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {packed}, cache: {cache}}}
-train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-5, warmup_steps: 2,
+train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-4, warmup_steps: 2,
   recompute: {recompute}, trainable: [lora, embed, norm{head}]}}
 parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, virtual: {virtual}}}
 output: {output}
