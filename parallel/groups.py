@@ -73,7 +73,7 @@ class Groups:
             dist.barrier()
 
 
-def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual: int = 1) -> Groups:
+def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual: int = 1, fake: bool = False) -> Groups:
     """Initialize torch.distributed (NCCL on CUDA, gloo on CPU) and megatron's groups.
 
     A single process that nobody launched uses an in-memory store, so that no port is opened.
@@ -83,6 +83,8 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         env: this process's rank.
         timeout_s: seconds after which a collective gives up.
         virtual: pipeline chunks a rank, more than one for the interleaved schedule.
+        fake: be one rank of a world that is not there (torch's fake process group): memory and compute are real,
+            nothing is sent, results mean nothing. For measuring and planning.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -91,7 +93,12 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
-        if env.launched:
+        if fake:
+            # Importing this registers the backend; torch keeps it among its test utilities.
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
+        elif env.launched:
             dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

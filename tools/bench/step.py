@@ -1,0 +1,186 @@
+"""Time whole optimizer steps of one rank on one GPU, with random weights and tokens made in place.
+
+    python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank 0] [--json FILE]
+    torchrun --nproc-per-node 8 -m tools.bench.step --model llama2-70b --sequence 32768 --cp 8
+
+Started alone, the process is rank `--rank` of tp x cp x pp under torch's fake process group: memory and compute are
+real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
+GPU: sequence tokens over the step's time over the ranks that share a sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from parallel.errors import LongspanError
+from parallel.groups import Groups, destroy_groups, make_groups
+from parallel.plan import check_model_fits, plan_grid
+from parallel.rank_env import RankEnv
+from parallel.rng import seed_everything
+from pipeline.data.loader import Batch
+from pipeline.model.arch import LlamaArch
+from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model.part import ModelPart
+from pipeline.model.rope import plan_rope
+from pipeline.model.weights import init_adapters, mark_trainable, trainable
+from pipeline.optim import TrainableAdamW
+from pipeline.reduction import GradientReduction
+from pipeline.schema import LoraConfig, RopeSettings
+
+# hidden, FFN, layers, query heads, KV heads of 128, vocabulary, native context
+MODELS = {
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000, 4096),
+    "llama2-13b": (5120, 13824, 40, 40, 40, 32000, 4096),
+    "llama2-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
+}
+
+
+def arch_of(name: str, layers: int | None) -> LlamaArch:
+    """A published shape, optionally with fewer layers."""
+    hidden, ffn, depth, heads, kv_heads, vocab, native = MODELS[name]
+    return LlamaArch(
+        model_type="llama",
+        hidden=hidden,
+        ffn=ffn,
+        layers=layers or depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        vocab=vocab,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_positions=native,
+        tied=False,
+        attention_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        bos_id=1,
+        eos_id=2,
+    )
+
+
+def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
+    """The rank's part with random weights: LoRA r 8 on q, k, v, o, embedding and norms train."""
+    arch = arch_of(args.model, args.layers)
+    plan = groups.plan
+    check_model_fits(plan, arch.heads, arch.kv_heads, arch.ffn)
+    rope = plan_rope(arch, RopeSettings(type="linear"), max(args.sequence, arch.max_positions))
+    model = ModelPart(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute)
+    with torch.no_grad():
+        for name, parameter in model.canonical_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.fill_(1.0)
+            elif ".adapters." not in name:
+                parameter.normal_(0.0, 0.02)
+    init_adapters(model, 0)
+    mark_trainable(model, ("lora", "embed", "norm"))
+    return model
+
+
+def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
+    """Step times and peaks of one rank."""
+    model = build_part(args, groups).train()
+    named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
+    optimizer = TrainableAdamW(named)
+    reduction = GradientReduction(groups, model)
+    spec = AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
+    shape = (args.micro_batch, args.sequence)
+    times = []
+    for step in range(args.warmup + args.steps):
+        # Different tokens each step: repeated ones could flatter caches.
+        tokens = torch.randint(0, model.arch.vocab, shape, generator=torch.Generator().manual_seed(step))
+        batches = [Batch(tokens, tokens, None)] * args.micro_batches
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        model.train_step(batches, spec, 1 / tokens.numel())
+        reduction.finish(optimizer)
+        norm = float(optimizer.grad_norm(reduction.squares))
+        optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
+        torch.cuda.synchronize()
+        if step >= args.warmup:
+            times.append(time.perf_counter() - began)
+        elif step == args.warmup - 1:
+            torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(times)
+    plan = groups.plan
+    tokens_a_step = args.sequence * args.micro_batch * args.micro_batches
+    gib = 1 << 30
+    return {
+        "rank": groups.env.rank,
+        "seconds": seconds,
+        "spread": max(times) - min(times),
+        "tokens_per_second_per_gpu": tokens_a_step / seconds / (plan.tp * plan.cp * plan.pp),
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / gib,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / gib,
+        "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+    }
+
+
+def main() -> None:
+    """Parse the shape and grid, measure, print a table on rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama2-70b", help="shape (default llama2-70b)")
+    parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
+    parser.add_argument("--sequence", type=int, default=32768, help="tokens a sequence (default 32768)")
+    parser.add_argument("--attention", choices=("s2", "full"), default="s2")
+    parser.add_argument("--group", type=int, help="S² group, tokens (default: a quarter of the sequence)")
+    parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
+    parser.add_argument("--recompute", choices=("full", "none"), default="full")
+    for flag, default, text in (
+        ("--tp", 1, "tensor-parallel ranks"),
+        ("--cp", 1, "context-parallel ranks"),
+        ("--rank", 0, "which rank to be, when alone"),
+        ("--micro-batch", 1, "sequences a forward pass"),
+        ("--micro-batches", 1, "forward passes a step"),
+        ("--warmup", 2, "steps before timing"),
+        ("--steps", 3, "timed steps"),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
+    try:
+        env = RankEnv.read()
+        alone = not env.launched
+        world = args.tp * args.cp if alone else env.world_size
+        if alone:
+            env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
+        groups = make_groups(plan_grid(world, args.tp, args.cp, 1), env, fake=alone and world > 1)
+        seed_everything(0)
+        row = measure(args, groups)
+    except LongspanError as error:
+        parser.exit(2, f"{error}\n")
+    finally:
+        destroy_groups()
+    if not env.is_main and not alone:
+        return
+    told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
+    title = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
+        f"tp {args.tp} cp {args.cp}, recompute {args.recompute}, " + ("fake process group" if alone else "NCCL")
+    )
+    table = Table(title=title)
+    for column in row:
+        table.add_column(column, justify="right")
+    table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=None if Console().is_terminal else 160).print(table)
+    if args.json:
+        facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        with args.json.open("a") as file:
+            file.write(json.dumps({"title": title, **facts, **row}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
