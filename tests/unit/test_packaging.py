@@ -242,6 +242,14 @@ def test_imported_third_parties_are_required() -> None:
                     assert normal(distribution.get(top, top)) in required, f"{path} imports {top}"
 
 
+@pytest.mark.parametrize("module", ["tools.export_hf", "tools.import_hf", "tools.report", "tools.prepare_data"])
+def test_tools_that_train_nothing_start_without_megatron(module: str) -> None:
+    """It takes seconds to import and, on a machine without it, these tools still have work to do."""
+    program = f"import sys, {module}; sys.exit('megatron' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])
 def test_gpu_tests_that_did_not_run_are_counted(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_some.py").write_text(
