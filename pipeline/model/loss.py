@@ -21,8 +21,8 @@ import torch.distributed as dist
 IGNORE = -100
 """Label of a token that is not scored (PyTorch's convention)."""
 
-CHUNK_LOGITS = 1 << 26
-"""Logits held at once (fp32: 256 MiB), which sets the chunk's tokens for a vocabulary."""
+CHUNK_LOGITS = 1 << 25
+"""Logits held at once (fp32: 128 MiB), which sets the chunk's tokens for a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        grad_hidden = torch.zeros_like(hidden_TH) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden_TH) if wants_hidden else None
         # Summed over chunks in fp32: a bf16 sum over hundreds of chunks would lose the small contributions.
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         columns = weight_VH.shape[0]
@@ -114,7 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope /= sums
             held = (local < columns).to(slope.dtype)[:, None]
             slope.scatter_add_(1, local.clamp_max(columns - 1)[:, None], -held)
-            slope = (slope * (labels_T[piece] != IGNORE)[:, None]).to(hidden_TH.dtype)
+            slope *= (labels_T[piece] != IGNORE)[:, None]
+            slope = slope.to(hidden_TH.dtype)
             if grad_hidden is not None:
                 torch.mm(slope, weight_VH, out=grad_hidden[piece])
             if grad_weight is not None:
@@ -125,13 +126,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         (slope,) = upstream
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * slope.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * slope.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        # Scaled in place: a copy of [T, H] would be the step's memory peak. A second backward is refused by autograd,
+        # which sees that a saved tensor was modified.
+        gradients = [None if grad is None else grad.mul_(slope.to(grad.dtype)) for grad in ctx.saved_tensors]
+        return gradients[0], gradients[1], None, None
 
 
 def sum_cross_entropy(
