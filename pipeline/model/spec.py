@@ -23,6 +23,7 @@ from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention
 from pipeline.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from pipeline.model.norm import RMSNorm
+from pipeline.model.swiglu import SwiGlu
 from pipeline.schema import LoraConfig
 
 
@@ -75,6 +76,8 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        # Despite its name: build the activation from the spec (SwiGlu), and give it the whole fused projection.
+        use_te_activation_func=True,
         add_bias_linear=False,
         add_qkv_bias=arch.attention_bias,
         attention_dropout=0.0,
@@ -149,6 +152,7 @@ def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> Transfor
                     linear_fc1=_column(
                         lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, names.fuse_gate_up
                     ),
+                    activation_func=SwiGlu,
                     linear_fc2=_row(lora, "down", adapted),
                 ),
             ),
