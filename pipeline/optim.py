@@ -1,8 +1,8 @@
-"""AdamW on what trains, and only on that: fp32 masters, fp32 gradient sums, nothing at all for frozen weights.
+"""AdamW on what trains, and only on that: fp32 masters and moments, nothing at all for frozen weights.
 
-bf16 keeps 8 significant bits, so neither a sum of micro-batch gradients nor a weight moved by a small learning rate may
-live in it: the first loses terms, the second never moves. Gradients are therefore added into one flat fp32 buffer as
-autograd produces them, and updates happen on fp32 masters. A parameter that is fp32 already is its own master.
+bf16 keeps 8 significant bits, so a weight moved by a small learning rate may not live in it: it never moves. Updates
+happen on fp32 masters; a parameter that is fp32 already is its own master. Data-parallel replicas keep one slice of
+masters and moments each and exchange the updated weights (ZeRO stage 1, arXiv 1910.02054).
 """
 
 from __future__ import annotations
@@ -11,32 +11,45 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from parallel.data_parallel import Piece
 from parallel.errors import CheckpointError
+from pipeline.flat_gradients import FlatGradients
 
 BUCKET_ELEMENTS = 1 << 26
-"""Gradient elements (fp32: 256 MiB) reduced by one collective."""
-
-ALIGN_ELEMENTS = 64
-"""Every parameter's slice of the flat buffer starts at a multiple of this (256 bytes), for vectorized kernels."""
+"""Gradient elements (fp32: 256 MiB) reduced by one collective, and weights gathered by one."""
 
 STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """One trained parameter and what belongs to it."""
+class _Trained:
+    """One trained parameter."""
 
     name: str
     group: str
     parameter: Parameter
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What decides its hyperparameters: its group, and whether it decays."""
+        return self.group, self.parameter.ndim >= 2
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """This rank's piece of a trained parameter and what belongs to it: fp32, 1-D, or the parameter's shape if whole."""
+
+    trained: _Trained
+    piece: Piece
     master: torch.Tensor
-    """fp32, the parameter's shape; shares its memory when the parameter is fp32."""
+    """Shares the parameter's memory when that is fp32."""
     gradient: torch.Tensor
-    """fp32 view of the flat buffer, the parameter's shape."""
+    """View of the flat buffer."""
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     steps: torch.Tensor
@@ -44,7 +57,7 @@ class _Slot:
 
     @property
     def has_copy(self) -> bool:
-        return self.master.data_ptr() != self.parameter.data_ptr()
+        return self.master.dtype != self.trained.parameter.dtype
 
 
 class TrainableAdamW:
@@ -53,15 +66,22 @@ class TrainableAdamW:
     From construction on, each parameter's gradient is added to its slice of one flat fp32 buffer
     (`parameter.main_grad`) as soon as autograd has it, and `parameter.grad` is freed: after a backward it is None.
 
+    With a `group` of several ranks a step is: `zero_grad`; backwards; before the last one `arm_reduce`, so that sums
+    travel while it runs; `reduce_gradients`; `grad_norm`; `step`. With one rank the two reduce calls do nothing.
+
     Args:
-        named_parameters: (canonical name, learning-rate group, parameter), all on one device and requiring gradients.
+        named_parameters: (canonical name, learning-rate group, parameter) in model order, all on one device and
+            requiring gradients.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled, applied to matrices (two dimensions or more) only.
         clip: global L2 norm to clip to; 0 switches clipping off.
+        group: data-parallel replicas (dp x cp), with the same parameters and values on every rank.
+        bucket_elements: gradient elements summed by one collective; None: BUCKET_ELEMENTS.
 
     Raises:
-        ValueError: nothing to train, a frozen parameter, or a name or parameter given twice.
+        ValueError: nothing to train, a frozen parameter, a name or parameter given twice, or, with several ranks, a
+            parameter that is not contiguous.
     """
 
     def __init__(
@@ -72,36 +92,37 @@ class TrainableAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         clip: float = 1.0,
+        group: dist.ProcessGroup | None = None,
+        bucket_elements: int | None = None,
     ) -> None:
         self.betas, self.eps, self.weight_decay, self.clip = betas, eps, weight_decay, clip
-        given = list(named_parameters)
+        given = [_Trained(*row) for row in named_parameters]
         if not given:
             raise ValueError("no parameter to train")
-        if len({name for name, _, _ in given}) < len(given) or len({id(p) for _, _, p in given}) < len(given):
+        if len({one.name for one in given}) < len(given) or len({id(one.parameter) for one in given}) < len(given):
             raise ValueError("a name or a parameter is given twice")
-        frozen = [name for name, _, parameter in given if not parameter.requires_grad]
+        frozen = [one.name for one in given if not one.parameter.requires_grad]
         if frozen:
             raise ValueError(f"{frozen[0]} does not require a gradient")
-        offsets, end = [], 0
-        for _, _, parameter in given:
-            offsets.append(end)
-            end += -(-parameter.numel() // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-        self._flat = torch.zeros(end, dtype=torch.float32, device=given[0][2].device)
-        self._slots = [
-            self._make_slot(name, group, parameter, offset)
-            for (name, group, parameter), offset in zip(given, offsets, strict=True)
-        ]
+        self._trained, self._bucket_elements = given, bucket_elements or BUCKET_ELEMENTS
+        self._gradients = FlatGradients([one.parameter for one in given], group, self._bucket_elements)
+        self._shards = self._gradients.shards
+        self._sharded = self._shards.size > 1
+        strided = [one.name for one in given if self._sharded and not one.parameter.is_contiguous()]
+        if strided:
+            raise ValueError(f"{strided[0]} is not contiguous")
+        self._slots = [self._make_slot(piece) for piece in self._shards.own()]
+        self._done = 0
 
-    def _make_slot(self, name: str, group: str, parameter: Parameter, offset: int) -> _Slot:
-        """Allocate one parameter's state and redirect its gradient."""
-        gradient = self._flat[offset : offset + parameter.numel()].view(parameter.shape)
-        parameter.main_grad = gradient  # type: ignore[attr-defined]
-        parameter.register_post_accumulate_grad_hook(_move_gradient)
-        data = parameter.detach()
+    def _make_slot(self, piece: Piece) -> _Slot:
+        """Allocate the state of one piece."""
+        trained = self._trained[piece.index]
+        data, gradient = trained.parameter.detach(), self._gradients.views[piece.index]
+        if self._sharded:
+            data, gradient = (tensor.view(-1)[piece.start : piece.stop] for tensor in (data, gradient))
         return _Slot(
-            name=name,
-            group=group,
-            parameter=parameter,
+            trained=trained,
+            piece=piece,
             master=data if data.dtype == torch.float32 else data.float(),
             gradient=gradient,
             exp_avg=torch.zeros_like(data, dtype=torch.float32),
@@ -111,7 +132,7 @@ class TrainableAdamW:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of moments and master copies (a parameter that is its own master adds none)."""
+        """Bytes of this rank's moments and master copies (a parameter that is its own master adds none)."""
         tensors = [t for slot in self._slots for t in (slot.exp_avg, slot.exp_avg_sq)]
         tensors += [slot.master for slot in self._slots if slot.has_copy]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -119,45 +140,72 @@ class TrainableAdamW:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of the flat fp32 gradient buffer."""
-        return self._flat.numel() * self._flat.element_size()
+        return self._gradients.flat.numel() * self._gradients.flat.element_size()
 
     def zero_grad(self) -> None:
-        """Forget the gradients summed so far."""
-        self._flat.zero_()
-        for slot in self._slots:
-            slot.parameter.grad = None
+        """Forget the gradients summed so far and begin a step.
+
+        Raises:
+            RuntimeError: sums over the ranks were started and not finished.
+        """
+        self._gradients.zero()
 
     def flat_gradients(self) -> list[torch.Tensor]:
-        """Views of the whole flat fp32 gradient buffer, in order: what data parallelism sums, one collective each."""
-        return list(self._flat.split(BUCKET_ELEMENTS))
+        """Views of the whole flat fp32 gradient buffer, in order."""
+        return list(self._gradients.flat.split(self._bucket_elements))
+
+    def arm_reduce(self, parameters: Iterable[Parameter] | None = None) -> None:
+        """Before the last micro-batch's backward: sums over the replicas may start as its gradients arrive.
+
+        Args:
+            parameters: those whose last backward comes next (a model chunk under an interleaved schedule); None: all.
+                A parameter that gets several gradients in one backward must not be armed.
+
+        Raises:
+            RuntimeError: armed twice, after the sums, or a parameter that does not train here.
+        """
+        self._gradients.arm(parameters)
+
+    def reduce_gradients(self) -> None:
+        """Complete the sum over the replicas, armed or not; collective.
+
+        Raises:
+            RuntimeError: called twice in a step.
+        """
+        self._gradients.finish()
+
+    def sum_marked(self, attribute: str, group: dist.ProcessGroup) -> int:
+        """Sum the gradients of parameters with a true `attribute` over another group, after `reduce_gradients`.
+
+        For `sequence_parallel` over the tensor-parallel group, and the tied embedding over first and last stage.
+        Collective, at most one call each; returns the elements summed.
+
+        Raises:
+            RuntimeError: before `reduce_gradients`, or twice in a step.
+        """
+        return self._gradients.sum_marked(attribute, group)
 
     def grad_norm(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Global L2 norm of the summed gradients: fp32 scalar, before clipping.
 
+        Parameters with `shared_copy` set (the last stage's copy of tied embeddings) are counted elsewhere, not here.
+
         Args:
-            reduce: for tensor parallelism; gets the squared sums, fp64 [2], of (parameters alike on all ranks,
-                parameters with `tensor_model_parallel` set) and returns them as the whole model has them: the first
-                unchanged, the second summed over the ranks. Gradients of `sequence_parallel` parameters must have been
-                summed over the tensor-parallel group before, which makes them alike.
+            reduce: for model parallelism; gets the squared sums, fp64 [2], of (parameters alike on all tensor-parallel
+                ranks, parameters with `tensor_model_parallel` set) and returns them as the whole model has them: both
+                summed over pipeline stages, the second over tensor-parallel ranks too. Gradients of
+                `sequence_parallel` parameters must have been summed before (`sum_marked`), which makes them alike.
+
+        Raises:
+            RuntimeError: before `reduce_gradients`.
         """
-        replicated: list[torch.Tensor] = []
-        sharded: list[torch.Tensor] = []
-        for slot in self._slots:
-            if getattr(slot.parameter, "shared_copy", False):
-                continue
-            is_sharded = getattr(slot.parameter, "tensor_model_parallel", False)
-            (sharded if is_sharded else replicated).append(slot.gradient)
-        norms = [torch.nn.utils.get_total_norm(part).to(self._flat.device) for part in (replicated, sharded)]
-        if reduce is None and not sharded:
-            return norms[0]
-        squares = torch.stack(norms).double().square()
-        if reduce is not None:
-            squares = reduce(squares)
-        return squares.sum().sqrt().float()
+        return self._gradients.norm(reduce)
 
     @torch.no_grad()
     def step(self, rates: Mapping[str, float], norm: float) -> None:
-        """Clip the summed gradients in place, update the masters, and round them into the parameters.
+        """Clip the summed gradients of this rank's slice in place, update its masters, and renew all parameters.
+
+        Collective when sharded.
 
         Args:
             rates: learning rate of every group.
@@ -166,12 +214,18 @@ class TrainableAdamW:
 
         Raises:
             KeyError: a group has no rate.
+            RuntimeError: before `reduce_gradients`.
         """
+        self._gradients.require_sums()
+        # Looked up for all parameters, not this rank's: an error must be everyone's, or the others would wait.
+        settings = {one.kind: rates[one.group] for one in self._trained}
         scale = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
         if scale < 1.0:
-            self._flat.mul_(scale)
-        for group, decays in sorted({_update_kind(slot) for slot in self._slots}):
-            chosen = [slot for slot in self._slots if _update_kind(slot) == (group, decays)]
+            self._gradients.own_slice().mul_(scale)
+        for kind in sorted(settings):
+            chosen = [slot for slot in self._slots if slot.trained.kind == kind]
+            if not chosen:
+                continue
             adamw(
                 [slot.master for slot in chosen],
                 [slot.gradient for slot in chosen],
@@ -184,37 +238,77 @@ class TrainableAdamW:
                 amsgrad=False,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
-                lr=rates[group],
-                weight_decay=self.weight_decay if decays else 0.0,
+                lr=settings[kind],
+                weight_decay=self.weight_decay if kind[1] else 0.0,
                 eps=self.eps,
                 maximize=False,
             )
-        self._round_masters()
+        self._done += 1
+        self._renew_parameters()
 
-    def _round_masters(self) -> None:
-        """Copy the masters into parameters of a narrower dtype."""
-        for slot in self._slots:
-            if slot.has_copy:
-                slot.parameter.detach().copy_(slot.master)
+    def _renew_parameters(self) -> None:
+        """Copy the masters into the parameters, rounded to their dtype."""
+        if not self._sharded:
+            for slot in self._slots:
+                if slot.has_copy:
+                    slot.trained.parameter.detach().copy_(slot.master)
+            return
+        dtypes = {one.parameter.dtype for one in self._trained}
+        self._shards.gather(
+            [slot.master for slot in self._slots],
+            [one.parameter.detach().view(-1) for one in self._trained],
+            # Rounding before the journey gives the same bits as after it, for half the bytes.
+            dtypes.pop() if len(dtypes) == 1 else torch.float32,
+            self._gradients.flat.device,
+            self._bucket_elements,
+        )
 
-    def masters(self) -> dict[str, torch.Tensor]:
-        """fp32 masters by canonical name; live tensors, not copies."""
-        return {slot.name: slot.master for slot in self._slots}
+    def masters(self, everywhere: bool = True) -> dict[str, torch.Tensor]:
+        """fp32 masters by canonical name, each of its parameter's shape.
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Live moments `<name>.exp_avg` and `<name>.exp_avg_sq` (fp32), and `step` (int64 scalar): updates applied.
+        Live tensors in one process. When sharded: collective, whole copies in host memory, since a save must not set
+        the GPU's peak.
 
-        Together with `masters` this is everything the next update depends on.
+        Args:
+            everywhere: False: only the group's first rank gets them, others an empty dict.
         """
-        state = {f"{slot.name}.{moment}": getattr(slot, moment) for slot in self._slots for moment in MOMENTS}
-        state[STEP] = self._slots[0].steps.detach().to("cpu", torch.int64)
+        return self._whole("master", "", everywhere)
+
+    def state_dict(self, everywhere: bool = True) -> dict[str, torch.Tensor]:
+        """Moments `<name>.exp_avg` and `<name>.exp_avg_sq` (fp32), and `step` (int64 scalar): updates applied.
+
+        Together with `masters` this is everything the next update depends on; same rules as there.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for moment in MOMENTS:
+            state |= self._whole(moment, f".{moment}", everywhere)
+        if state:
+            state[STEP] = torch.tensor(self._done, dtype=torch.int64)
         return state
+
+    def _whole(self, field: str, suffix: str, everywhere: bool) -> dict[str, torch.Tensor]:
+        """One field of every slot as tensors of the parameters' shapes."""
+        local = [getattr(slot, field) for slot in self._slots]
+        if not self._sharded:
+            return {f"{slot.trained.name}{suffix}": values for slot, values in zip(self._slots, local, strict=True)}
+        wanted = everywhere or self._shards.rank == 0
+        whole = [torch.empty(one.parameter.shape, dtype=torch.float32) if wanted else None for one in self._trained]
+        self._shards.gather(
+            local,
+            [None if tensor is None else tensor.view(-1) for tensor in whole],
+            torch.float32,
+            self._gradients.flat.device,
+            self._bucket_elements,
+        )
+        pairs = zip(self._trained, whole, strict=True)
+        return {f"{one.name}{suffix}": tensor for one, tensor in pairs if tensor is not None}
 
     @torch.no_grad()
     def load_state_dict(self, masters: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Restore masters and moments bit for bit, and round the masters into the parameters.
 
-        Everything is checked before anything is changed.
+        Everything is checked before anything is changed. Not collective: every rank is given whole tensors, written by
+        any number of ranks, and keeps its slice.
 
         Args:
             masters: as from `masters`.
@@ -223,37 +317,30 @@ class TrainableAdamW:
         Raises:
             CheckpointError: a tensor is missing, unknown, misshaped or not fp32, or the step is no count.
         """
-        _check(masters, self.masters(), "trained weights")
-        _check({k: v for k, v in state.items() if k != STEP}, self._moments(), "optimizer state")
+        shapes = {one.name: one.parameter.shape for one in self._trained}
+        moments = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in MOMENTS}
+        _check(masters, shapes, "trained weights")
+        _check({k: v for k, v in state.items() if k != STEP}, moments, "optimizer state")
         done = state.get(STEP)
         if done is None or done.numel() != 1 or done.dtype != torch.int64 or int(done) < 0:
             raise CheckpointError(
                 "Checkpoint: the optimizer state has no step count (int64 `step`); resume from another checkpoint."
             )
+        for one in self._trained:
+            one.parameter.detach().copy_(masters[one.name])
         for slot in self._slots:
-            slot.master.copy_(masters[slot.name])
-            for moment in MOMENTS:
-                getattr(slot, moment).copy_(state[f"{slot.name}.{moment}"])
+            name, piece = slot.trained.name, slot.piece
+            for target, whole in (
+                (slot.master, masters[name]),
+                *((getattr(slot, moment), state[f"{name}.{moment}"]) for moment in MOMENTS),
+            ):
+                target.copy_(whole.reshape(-1)[piece.start : piece.stop].view(target.shape))
             slot.steps.fill_(int(done))
-        self._round_masters()
-
-    def _moments(self) -> dict[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self.state_dict().items() if name != STEP}
+        self._done = int(done)
 
 
-def _move_gradient(parameter: torch.Tensor) -> None:
-    """Add a fresh gradient to the fp32 sum and free it (a post-accumulate hook)."""
-    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-    parameter.grad = None
-
-
-def _update_kind(slot: _Slot) -> tuple[str, bool]:
-    """What decides a slot's hyperparameters: its group, and whether it decays."""
-    return slot.group, slot.parameter.ndim >= 2
-
-
-def _check(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], noun: str) -> None:
-    """Raise CheckpointError unless names, shapes and dtypes agree."""
+def _check(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], noun: str) -> None:
+    """Raise CheckpointError unless names and shapes agree and all is fp32."""
     odd = sorted(given.keys() ^ expected.keys())
     if odd:
         side = "holds" if odd[0] in given else "lacks"
@@ -261,10 +348,10 @@ def _check(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tenso
             f"Checkpoint: the {noun} {side} {odd[0]} ({len(odd)} such names), unlike the run; resume with the lora and "
             "train.trainable settings it was made with."
         )
-    for name, tensor in expected.items():
+    for name, shape in expected.items():
         found = given[name]
-        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+        if found.shape != shape or found.dtype != torch.float32:
             raise CheckpointError(
-                f"Checkpoint: {name} is {found.dtype} {tuple(found.shape)} where the run has {tensor.dtype} "
-                f"{tuple(tensor.shape)}; resume with the lora settings it was made with."
+                f"Checkpoint: {name} is {found.dtype} {tuple(found.shape)} where the run has torch.float32 "
+                f"{tuple(shape)}; resume with the lora settings it was made with."
             )
