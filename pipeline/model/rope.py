@@ -126,16 +126,12 @@ def _served_context(arch: LlamaArch, settings: RopeSettings) -> int:
     return arch.max_positions if original is None else max(arch.max_positions, round(original * scaling["factor"]))
 
 
-def _check_settings(arch: LlamaArch, settings: RopeSettings, context: int) -> None:
+def _check_window(arch: LlamaArch, context: int) -> None:
     if arch.sliding_window is not None and context > arch.sliding_window:
         raise ConfigError(
             f"model.context: {context} exceeds the checkpoint's sliding_window {arch.sliding_window}, and "
             "sliding-window attention is not supported; use a Mistral release without it (v0.2 or later)."
         )
-    if settings.theta is not None and settings.type not in ("abf", "ntk"):
-        raise ConfigError(f"model.rope.theta: type {settings.type} does not use it; set type: abf, or remove theta.")
-    if settings.factor is not None and settings.type in ("none", "abf"):
-        raise ConfigError(f"model.rope.factor: type {settings.type} does not use it; remove it, or set type: linear.")
 
 
 def _auto(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan:
@@ -197,7 +193,7 @@ def plan_rope(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan
     Raises:
         ConfigError: the settings contradict each other or the checkpoint.
     """
-    _check_settings(arch, settings, context)
+    _check_window(arch, context)
     if settings.type == "auto":
         return _auto(arch, settings, context)
     return _forced(settings.type, arch, settings, context)
