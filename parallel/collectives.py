@@ -1,11 +1,25 @@
-"""Sums over the data-parallel group, in a fixed order, and nothing when the group is one rank."""
+"""Sums over a group, in a fixed order, and nothing when the group is one rank; work that rank 0 does for all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+
+from parallel.errors import CheckpointError, ConfigError, DataError, LongspanError
+from parallel.groups import Groups
+
+_POLL_S = (0.02, 0.5)
+"""First and longest pause between two looks at the store."""
+_FAREWELL_S = 10.0
+"""Rank 0, which may host the store, stays so long to let every rank read why it fails."""
+_ERRORS = {error.__name__: error for error in (CheckpointError, ConfigError, DataError, LongspanError)}
+_calls = itertools.count()
+"""Every rank makes these calls in the same order, so the count names them alike everywhere."""
 
 
 def sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
@@ -27,3 +41,61 @@ def sum_buckets(group: dist.ProcessGroup, buckets: Iterable[torch.Tensor]) -> No
 def any_rank(group: dist.ProcessGroup, flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true on any rank of `group`; every rank learns the same answer."""
     return bool(sum_over(group, torch.tensor(int(flag), device=device)).item())
+
+
+def share_from_main(groups: Groups, make: Callable[[], str]) -> str:
+    """The text that rank 0 makes, on every rank; however long it takes. Every rank of the world must call this.
+
+    The others ask the rendezvous store now and then, on any backend: no collective is pending whose timeout a long
+    work of rank 0 would exceed.
+
+    Raises:
+        LongspanError: rank 0's work raised it; the same class and sentence on every rank.
+        Exception: on rank 0 whatever else `make` raised; the other ranks get a LongspanError naming it.
+    """
+    if groups.plan.world_size == 1:
+        return make()
+    store, key = dist.distributed_c10d._get_default_store(), f"longspan/main/{next(_calls)}"
+    if not groups.is_main:
+        _pause_until(lambda: store.check([key]))
+        kind, text = json.loads(store.get(key))
+        if kind == "done":
+            return str(text)
+        store.add(f"{key}/told", 1)
+        raise _ERRORS[kind](text)
+    try:
+        text = make()
+    except BaseException as error:
+        known = type(error).__name__ in _ERRORS
+        kind = type(error).__name__ if known else LongspanError.__name__
+        told = str(error) if known else f"Rank 0 failed ({type(error).__name__}: {error}); see its traceback."
+        store.set(key, json.dumps([kind, told]))
+        others = groups.plan.world_size - 1
+        _pause_until(lambda: store.add(f"{key}/told", 0) >= others, _FAREWELL_S)
+        raise
+    store.set(key, json.dumps(["done", text]))
+    return text
+
+
+def on_main_first[T](groups: Groups, work: Callable[[], T]) -> T:
+    """Do `work` on rank 0, then on all the others (which find on the disk what it left); see `share_from_main`.
+
+    Returns:
+        Each rank's own result.
+    """
+    results: list[T] = []
+
+    def first() -> str:
+        results.append(work())
+        return ""
+
+    share_from_main(groups, first)
+    return results[0] if results else work()
+
+
+def _pause_until(happened: Callable[[], bool], limit_s: float = float("inf")) -> None:
+    """Sleep between looks, ever longer, until it happened or the limit passed."""
+    began, (pause, longest) = time.monotonic(), _POLL_S
+    while not happened() and time.monotonic() - began < limit_s:
+        time.sleep(pause)
+        pause = min(2 * pause, longest)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from parallel.collectives import on_main_first, share_from_main
 from parallel.errors import ConfigError
 from parallel.groups import Groups, make_groups
 from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from parallel.process import collective_timeout_s
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything, set_rng_state
 from pipeline.checkpoint import CheckpointStore, check_resumable, load_snapshot
@@ -21,6 +23,7 @@ from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
+from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
@@ -84,6 +87,17 @@ def full_attention(attention: AttentionConfig) -> AttentionSpec:
     return AttentionSpec("full", 2, attention.shifted_heads, False, attention.backend)
 
 
+def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
+    """The base checkpoint, its tensors those config.json describes: checked before a model is allocated.
+
+    Raises:
+        CheckpointError: a file is damaged, or a tensor missing, misshaped or unknown (named).
+    """
+    base = HfCheckpoint(Path(config.model.path))
+    base.check(names.hf_tensor_shapes(arch), names.is_derived)
+    return base
+
+
 def build_model(
     config: RunConfig, arch: LlamaArch, rope: RopePlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint
 ) -> ModelPart:
@@ -114,7 +128,7 @@ def connect(config: RunConfig, env: RankEnv) -> Groups:
     """Join the other ranks and seed."""
     parallel = config.parallel
     plan = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    groups = make_groups(plan, env, virtual=parallel.virtual)
+    groups = make_groups(plan, env, collective_timeout_s(parallel.timeout_s), virtual=parallel.virtual)
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
@@ -127,10 +141,7 @@ def connect(config: RunConfig, env: RankEnv) -> Groups:
 def open_tokens(config: RunConfig, source: str, tokenizer: TextTokenizer, groups: Groups) -> TokenShards:
     """Open prepared shards, or tokenize raw text once (rank 0) and share it through the cache folder."""
     cache = Path(config.data.cache or Path(config.output) / "data")
-    if groups.is_main:
-        open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field)
-    groups.barrier()
-    return open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field)
+    return on_main_first(groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field))
 
 
 def build(config: RunConfig, env: RankEnv) -> Run:
@@ -140,7 +151,7 @@ def build(config: RunConfig, env: RankEnv) -> Run:
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     arch, rope = check_before_spending(config, env)
-    base = HfCheckpoint(Path(config.model.path))
+    base = open_base(config, arch)
     groups = connect(config, env)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     if tokenizer.vocab_size > arch.vocab:
@@ -182,7 +193,7 @@ def build(config: RunConfig, env: RankEnv) -> Run:
         manifest={
             "config": config_dict(config),
             "base": str(Path(config.model.path).resolve()),
-            "base_hash": base.base_hash(),
+            "base_hash": share_from_main(groups, base.base_hash),
             "data_fingerprint": dataset.fingerprint,
         },
     )

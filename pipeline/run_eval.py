@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 
-from parallel.collectives import sum_over
+from parallel.collectives import share_from_main, sum_over
 from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, destroy_groups
 from parallel.rank_env import RankEnv
-from pipeline.build import build_model, check_before_spending, connect, full_attention, open_tokens
+from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
 from pipeline.checkpoint import check_resumable, load_snapshot
 from pipeline.config import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluate import EvalReport, Shards, evaluate
-from pipeline.hf_files import HfCheckpoint
 from pipeline.manifest import latest_checkpoint
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
@@ -86,7 +85,7 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
     folder = latest_checkpoint(Path(config.output) / "checkpoints")
     if state == "trained" and folder is None:
         raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
-    base = HfCheckpoint(Path(config.model.path))
+    base = open_base(config, arch)
     try:
         groups = connect(config, env)
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
@@ -96,7 +95,7 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
         if state == "trained":
             assert folder is not None
             snapshot = load_snapshot(folder, groups.env.rank)
-            own = {"base_hash": base.base_hash(), "config": config_dict(config)}
+            own = {"base_hash": share_from_main(groups, base.base_hash), "config": config_dict(config)}
             check_resumable(snapshot.manifest, {**own, "data_fingerprint": snapshot.manifest["data_fingerprint"]})
             mark_trainable(model, config.train.trainable)
             check_trained(snapshot.trained, model, config.train.trainable)

@@ -1,0 +1,82 @@
+"""Composing a run: what is refused before anything is allocated, and what only rank 0 reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from parallel.errors import CheckpointError
+from parallel.groups import destroy_groups
+from parallel.rank_env import RankEnv
+from pipeline import build as composition
+from pipeline import run_eval
+from pipeline.config import load_config
+from pipeline.hf_files import HfCheckpoint
+from tests.numerics.test_training import write_run
+from tests.ranks import run_ranks
+
+
+def change(base: Path, how: str) -> None:
+    """Damage a base checkpoint in one of the ways downloads and mix-ups do."""
+    weights = load_file(base / "model.safetensors")
+    if how == "missing":
+        del weights["model.layers.1.mlp.up_proj.weight"]
+    elif how == "extra":
+        weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    else:
+        weights["model.norm.weight"] = torch.zeros(3)
+    save_file(weights, base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "tensor"),
+    [
+        ("missing", "model.layers.1.mlp.up_proj.weight"),
+        ("extra", "model.layers.7.mlp.up_proj.weight"),
+        ("misshaped", "model.norm.weight"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_before_allocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, tensor: str
+) -> None:
+    config = load_config(write_run(tmp_path, "run"), [])
+    change(tmp_path / "base", how)
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was allocated")
+
+    monkeypatch.setattr(composition, "ModelPart", never)
+    for work in (
+        lambda: composition.build(config, RankEnv()),
+        lambda: run_eval.evaluate_state(config, RankEnv(), "untrained"),
+    ):
+        with pytest.raises(CheckpointError) as refused:
+            work()
+        assert tensor in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def build_and_count(rank: int, world: int, path: str) -> tuple[str, int]:
+    """The base hash in the manifest, and how often this rank computed it."""
+    computed: list[int] = []
+    original = HfCheckpoint.base_hash
+
+    def counted(self: HfCheckpoint) -> str:
+        computed.append(rank)
+        return original(self)
+
+    HfCheckpoint.base_hash = counted  # type: ignore[method-assign]
+    run = composition.build(load_config(Path(path), []), RankEnv.read())
+    run.trainer.parts.loader.close()
+    destroy_groups()
+    return run.trainer.parts.manifest["base_hash"], len(computed)
+
+
+def test_only_rank_0_reads_all_weights_for_their_hash(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "run")
+    own = HfCheckpoint(tmp_path / "base").base_hash()
+    assert run_ranks(build_and_count, 2, str(path)) == [(own, 1), (own, 0)]
