@@ -25,11 +25,12 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         result = torch.empty_like(gate_up)
         grad_gate, grad_up = result.chunk(2, dim=-1)
-        # The operations of eager autograd in its order, so that results are the same to the bit; written in place.
-        scratch = grad * up
-        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=grad_gate)
-        torch.ops.aten.silu.out(gate, out=scratch)
-        torch.mul(grad, scratch, out=grad_up)
+        # The operations of eager autograd, so that results are the same to the bit, but each half is its own scratch:
+        # this is where a recomputed layer's memory peaks.
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        torch.ops.aten.silu.out(gate, out=grad_up)
+        grad_up.mul_(grad)
         return result
 
 
