@@ -50,12 +50,6 @@ class Groups:
         tp, cp, dp, _ = self.plan.coordinates(self.env.rank)
         return self.plan.rank(tp, cp, dp, stage % self.plan.pp)
 
-    @property
-    def owns_state(self) -> bool:
-        """Whether this rank is the one of its replicas that writes its model shard."""
-        _, cp, dp, _ = self.plan.coordinates(self.env.rank)
-        return cp == dp == 0
-
     def context_shard(self, tokens: int) -> ContextShard | None:
         """This rank's `tokens` tokens of a sequence under context parallelism; None without it."""
         if self.plan.cp == 1:

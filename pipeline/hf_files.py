@@ -236,11 +236,6 @@ class HfCheckpoint:
                 "files belong to different models."
             )
 
-    def header_hash(self) -> str:
-        """SHA-256 of names, shapes and dtypes: instant, tells architectures apart, not weights."""
-        lines = [f"{name} {fact.shape} {_CODES[fact.dtype]}" for name, fact in sorted(self.facts.items())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
     def base_hash(self) -> str:
         """SHA-256 over the sorted SHA-256 of every weight file: identifies the weights; reads them all, once a
         process."""

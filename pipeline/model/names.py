@@ -10,7 +10,6 @@ Shapes: D head width, G KV groups, M query heads a group.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import torch
 
@@ -269,8 +268,3 @@ def tp_slice(hf_name: str, arch: LlamaArch, tp_rank: int, tp_size: int) -> tuple
         # Query heads travel with their KV group.
         _even_range(arch.kv_heads, arch.head_dim, "key-value heads", tp_rank, tp_size)
     return (1 if row_parallel else 0), *_even_range(size, unit, what, tp_rank, tp_size)
-
-
-def describe(shape: Sequence[int]) -> str:
-    """A shape as people write it, e.g. 576 x 1536."""
-    return " x ".join(str(size) for size in shape)

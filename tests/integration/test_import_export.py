@@ -278,7 +278,7 @@ def test_shards_round_trip_and_slices(tmp_path: Path) -> None:
     tensors = shard(base)
     sharded = HfCheckpoint(base)
     assert len(sharded.files) > 2 and sharded.names == sorted(tensors) == whole.names
-    assert sharded.header_hash() == whole.header_hash()
+    assert sharded.facts == whole.facts
     for name, tensor in tensors.items():
         assert torch.equal(sharded.tensor(name), tensor)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -305,7 +305,6 @@ def test_mixed_dtypes_load_anywhere(tmp_path: Path) -> None:
 def test_hash_tells_weights_apart(tmp_path: Path) -> None:
     one, same, other = (make_tiny(tmp_path / str(i), "llama2", seed=seed) for i, seed in enumerate((0, 0, 1)))
     assert HfCheckpoint(one).base_hash() == HfCheckpoint(same).base_hash() != HfCheckpoint(other).base_hash()
-    assert HfCheckpoint(one).header_hash() == HfCheckpoint(other).header_hash()
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
