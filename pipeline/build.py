@@ -23,6 +23,7 @@ from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
+from pipeline.invariants import run_checks
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_layout import AttentionSpec
@@ -196,8 +197,12 @@ def build(config: RunConfig, env: RankEnv) -> Run:
             "base_hash": share_from_main(groups, base.base_hash),
             "data_fingerprint": dataset.fingerprint,
         },
+        checks=run_checks(groups, model, optimizer) if config.checks else None,
     )
-    return Run(config, groups, Trainer(parts, resume(parts)), tokenizer)
+    start = resume(parts)
+    if parts.checks is not None:
+        parts.checks.at_start(start)
+    return Run(config, groups, Trainer(parts, start), tokenizer)
 
 
 def resume(parts: TrainerParts) -> int:

@@ -7,7 +7,7 @@ masters and moments each and exchange the updated weights (ZeRO stage 1, arXiv 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -285,6 +285,12 @@ class TrainableAdamW:
         if state:
             state[STEP] = torch.tensor(self._done, dtype=torch.int64)
         return state
+
+    def own_moments(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, this rank's piece) of every moment, live; not collective."""
+        for slot in self._slots:
+            for moment in MOMENTS:
+                yield f"{slot.trained.name}.{moment}", getattr(slot, moment)
 
     def _whole(self, field: str, suffix: str, everywhere: bool) -> dict[str, torch.Tensor]:
         """One field of every slot as tensors of the parameters' shapes."""

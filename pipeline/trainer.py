@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from parallel.checks import RunChecks
 from parallel.collectives import sum_over
 from parallel.groups import Groups
 from parallel.rng import rng_state
@@ -45,6 +46,8 @@ class TrainerParts:
     """Full attention, for the last `attention.full_last_steps` steps."""
     manifest: dict[str, Any]
     """What every checkpoint records of the run: config, base hash, data fingerprint."""
+    checks: RunChecks | None = None
+    """Run-time invariants; None: `checks` is off."""
 
 
 class Trainer:
@@ -95,6 +98,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step; collective."""
         parts = self.parts
+        if parts.checks is not None:
+            parts.checks.before_save(self.step)
         trained, optimizer = whole_state(parts.model, parts.config.train.trainable, parts.optimizer)
         parts.store.save(
             self.step,
@@ -150,6 +155,8 @@ class Trainer:
         }
         if parts.guard.check(row["loss"], row["grad_norm"]):
             parts.optimizer.step(rates, row["grad_norm"])
+        if parts.checks is not None:
+            parts.checks.after_step(step + 1)
         row |= {"lr": rates["lora"], "skipped": parts.guard.skipped}
 
     def _rate(self, step: int, peak: float) -> float:

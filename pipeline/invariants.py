@@ -1,0 +1,27 @@
+"""The run-time invariants of a training run (`checks: true`): which parameter must keep what."""
+
+from __future__ import annotations
+
+from parallel.checks import Checked, RunChecks
+from parallel.groups import Groups
+from pipeline.model import names
+from pipeline.model.part import ModelPart
+from pipeline.optim import TrainableAdamW
+
+
+def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> RunChecks:
+    """Take note of the frozen weights as they are now; make it before the first step."""
+    tied = model.arch.tied and groups.plan.pp > 1
+    checked = []
+    for name, parameter in model.canonical_parameters():
+        checked.append(
+            Checked(
+                # A fused frozen weight goes by the first of the tensors it holds.
+                name=names.to_hf(name)[0][0],
+                parameter=parameter,
+                trained=parameter.requires_grad,
+                starts_zero=name.endswith(".lora_B"),
+                tied=tied and name == "embedding.weight",
+            )
+        )
+    return RunChecks(groups, checked, optimizer.own_moments)
