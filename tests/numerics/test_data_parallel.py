@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 @pytest.fixture(scope="module")
 def results() -> list[dict[Any, Any]]:
     """What four ranks found, by global rank."""
-    return run_ranks(work, 4, timeout=120)
+    return run_ranks(work, 4, timeout=240)
 
 
 SIZES = pytest.mark.parametrize("size", [2, 4])
