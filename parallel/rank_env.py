@@ -17,6 +17,14 @@ class RankEnv:
     local_rank: int = 0
     launched: bool = False
     """True when a launcher (torchrun, srun wrapper, tests) set the variables."""
+    master_host: str = "127.0.0.1"
+    """Where the ranks meet."""
+    master_port: int = 29500
+    """Where the ranks meet."""
+    agent_store: bool = False
+    """True when the launcher hosts the store the ranks meet at (torchrun does), False when rank 0 has to."""
+    attempt: int = 0
+    """How often the launcher has restarted the job."""
 
     @property
     def is_main(self) -> bool:
@@ -25,7 +33,7 @@ class RankEnv:
 
     @classmethod
     def read(cls) -> RankEnv:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, and where the ranks meet.
 
         Raises:
             ConfigError: only some are set, or they contradict each other.
@@ -42,8 +50,22 @@ class RankEnv:
             )
         try:
             rank, world, local = (int(found[name]) for name in names)
+            port = int(os.environ.get("MASTER_PORT", cls.master_port))
+            attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         except ValueError:
-            raise ConfigError(f"Environment: RANK, WORLD_SIZE, LOCAL_RANK must be integers, got {found}.") from None
+            raise ConfigError(
+                f"Environment: RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be integers, got {found} and "
+                f"MASTER_PORT {os.environ.get('MASTER_PORT')}."
+            ) from None
         if not 0 <= rank < world:
             raise ConfigError(f"Environment: RANK {rank} is outside the world of {world} processes.")
-        return cls(rank, world, local, launched=True)
+        return cls(
+            rank,
+            world,
+            local,
+            launched=True,
+            master_host=os.environ.get("MASTER_ADDR", cls.master_host),
+            master_port=port,
+            agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=attempt,
+        )

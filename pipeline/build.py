@@ -179,6 +179,7 @@ def build(config: RunConfig, env: RankEnv) -> Run:
         eps=config.train.eps,
         weight_decay=config.train.weight_decay,
         clip=config.train.clip,
+        group=groups.data,
     )
     parts = TrainerParts(
         config=config,

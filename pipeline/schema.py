@@ -300,8 +300,12 @@ class ParallelConfig:
     """Pipeline chunks a rank; more than one runs the interleaved schedule."""
     engine: str = "megatron"
     """megatron | zero3."""
+    timeout_s: float = 600.0
+    """Seconds without progress on any rank after which the job ends; loading, evaluating and saving may take six times
+    as long."""
 
     def __post_init__(self) -> None:
+        at_least("parallel.timeout_s", self.timeout_s, 1)
         for axis in ("tp", "cp", "pp", "virtual"):
             at_least(f"parallel.{axis}", getattr(self, axis), 1)
         one_of("parallel.engine", self.engine, ("megatron", "zero3"))

@@ -11,11 +11,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
 from parallel.rank_env import RankEnv
 from pipeline.config import dump_config, load_config
 from pipeline.schema import RunConfig
+
+if TYPE_CHECKING:  # it imports torch
+    from parallel.process import Watch
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,10 +33,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> None:
+def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch: Watch | None = None) -> None:
     """Compose and run; raises LongspanError with one sentence for whatever a user can mend."""
     # Heavy imports wait until the configuration is known to be good.
     from parallel.groups import destroy_groups
+    from parallel.process import Watch
     from pipeline.build import build
     from pipeline.metrics import MetricsWriter
     from pipeline.progress import TrainProgress
@@ -40,26 +45,35 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> Non
     from pipeline.run_facts import record_run
 
     quiet()
+    watch = watch or Watch()
     began = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(destroy_groups)
-        run = build(config, env)
+        # Before groups are torn down: peers must hear the error, not see connections close.
+        cleanup.push(watch.report)
+        with watch.patient("loading"):
+            run = build(config, env)
         cleanup.callback(run.trainer.parts.loader.close)
         main = run.groups.is_main
         if main:
             run.output.mkdir(parents=True, exist_ok=True)
             (run.output / "config.yaml").write_text(dump_config(config))
         trainer = run.trainer
+        for stage in trainer.parts.model.stages:
+            # Every micro-batch and every window of an evaluation passes here, whatever schedule drives it.
+            stage.decoder.register_forward_pre_hook(lambda *_: watch.touch())
         evaluator = None
         if config.eval.path is not None:
-            evaluator = Evaluator(config, trainer.parts.model, run.groups, run.tokenizer)
+            with watch.patient("reading the evaluation text"):
+                evaluator = Evaluator(config, trainer.parts.model, run.groups, run.tokenizer)
         metrics = MetricsWriter(run.output, trainer.step) if main else None
         progress = TrainProgress(config.train.steps, trainer.step, enabled=main)
 
         def assess(label: str, step: int, *, shown: bool = True) -> None:
             if evaluator is None:
                 return
-            report = evaluator.run(label, step, shown=shown)
+            with watch.patient("evaluation"):
+                report = evaluator.run(label, step, shown=shown)
             progress.say(f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in report.perplexity.items()))
             if metrics is not None:
                 metrics.write_perplexity(step, report.perplexity)
@@ -74,7 +88,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> Non
         else:
             progress.say(f"resumed at step {began_at}")
         with progress:
-            trainer.run(metrics, progress, on_step, stop_after)
+            trainer.run(metrics, progress, on_step, stop_after, watch)
         if trainer.step == config.train.steps > began_at:
             assess("after", trainer.step)
         if metrics is not None:
@@ -83,16 +97,26 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None) -> Non
             record_run(run, time.perf_counter() - began)
 
 
+def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
+    from parallel.process import watch_ranks  # imports torch, for which a wrong configuration need not wait
+
+    return watch_ranks(env, *timeout_s)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence on standard error."""
+    """Exit code 0, or 2 with one sentence on standard error; of several ranks, one speaks for all."""
     args = parse(argv)
-    rank = ""
+    env, config = RankEnv(), None
     try:
         env = RankEnv.read()
-        rank = f" [rank {env.rank}]" if env.rank else ""
-        train(load_config(args.config, args.set), env, args.stop_after)
+        config = load_config(args.config, args.set)
+        with _watch_ranks(env, config.parallel.timeout_s) as watch:
+            train(config, env, args.stop_after, watch)
     except LongspanError as error:
-        print(f"error{rank}: {error}", file=sys.stderr)
+        if config is None and env.world_size > 1:
+            with _watch_ranks(env):  # the other ranks may have read a good file, and would wait
+                raise
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ import torch
 from parallel.checks import RunChecks
 from parallel.collectives import sum_over
 from parallel.groups import Groups
+from parallel.process import Watch
 from parallel.rng import rng_state
 from pipeline.checkpoint import CheckpointStore
 from pipeline.data.loader import TrainLoader
@@ -62,6 +63,7 @@ class Trainer:
         progress: TrainProgress,
         on_step: Callable[[int], None] = lambda step: None,
         stop_after: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Train to the last step, saving as configured.
 
@@ -70,6 +72,7 @@ class Trainer:
             progress: the live display.
             on_step: called after each optimizer step with the number of steps done (periodic evaluation).
             stop_after: stop, saved, once so many steps are done; None: the configured end.
+            watch: learns of every step begun, so that a rank that stands still is noticed.
 
         Raises:
             TrainingDiverged: too many non-finite steps in a row.
@@ -77,7 +80,9 @@ class Trainer:
         """
         config = self.parts.config
         end = min(config.train.steps, stop_after or config.train.steps)
+        watch = watch or Watch()
         while self.step < end:
+            watch.progress(self.step + 1)
             began = time.perf_counter()
             row = self._one_step(self.step)
             self.step += 1
@@ -92,7 +97,8 @@ class Trainer:
                 metrics.write(row)
             progress.update(self.step, row)
             if self.step == end or (config.save.every and self.step % config.save.every == 0):
-                self.save()
+                with watch.patient("saving"):
+                    self.save()
             on_step(self.step)
 
     def save(self) -> None:
@@ -138,7 +144,9 @@ class Trainer:
         scored, tokens = (int(n) for n in sum_over(groups.replicas, counts))
         parts.model.train()
         parts.optimizer.zero_grad()
-        total = parts.model.train_step(batches, self._spec(step), 1 / max(scored, 1))
+        total = parts.model.train_step(
+            batches, self._spec(step), 1 / max(scored, 1), before_last_backward=parts.optimizer.arm_reduce
+        )
         parts.reduction.finish(parts.optimizer)
         return {
             "loss": float(parts.reduction.total(total)) / max(scored, 1),
