@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,6 @@ def sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def sum_buckets(group: dist.ProcessGroup, buckets: Iterable[torch.Tensor]) -> None:
-    """Sum flat fp32 gradient buckets over `group`, all in flight at once, then wait for them."""
-    if dist.get_world_size(group) == 1:
-        return
-    pending = [dist.all_reduce(bucket, group=group, async_op=True) for bucket in buckets]
-    for work in pending:
-        work.wait()
 
 
 def any_rank(group: dist.ProcessGroup, flag: bool, device: torch.device) -> bool:

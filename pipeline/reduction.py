@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.nn import Parameter
 
-from parallel.collectives import sum_buckets, sum_over
+from parallel.collectives import sum_over
 from parallel.groups import Groups
 from pipeline.model.part import ModelPart
 from pipeline.optim import TrainableAdamW
@@ -26,30 +25,18 @@ class GradientReduction:
 
     def __init__(self, groups: Groups, model: ModelPart) -> None:
         self.groups = groups
-        trained = [parameter for _, parameter in model.canonical_parameters() if parameter.requires_grad]
-        self._partial: list[Parameter] = []
-        if groups.plan.tp > 1:
-            self._partial = [parameter for parameter in trained if getattr(parameter, "sequence_parallel", False)]
-        self._tied: list[Parameter] = []
-        if model.arch.tied and groups.plan.pp > 1 and groups.stage in (0, groups.plan.pp - 1):
-            self._tied = [
-                parameter
-                for name, parameter in model.canonical_parameters()
-                if name == "embedding.weight" and parameter.requires_grad
-            ]
+        self._tied = model.arch.tied and groups.plan.pp > 1 and groups.stage in (0, groups.plan.pp - 1)
+        for name, parameter in model.canonical_parameters():
+            if self._tied and name == "embedding.weight":
+                parameter.tied_over_stages = True  # type: ignore[attr-defined]
 
     def finish(self, optimizer: TrainableAdamW) -> None:
         """Sum the gradients in `parameter.main_grad`; collective."""
-        sum_buckets(self.groups.data, optimizer.flat_gradients())
-        if self._partial:
-            gradients = [main_grad(parameter) for parameter in self._partial]
-            # One collective for hundreds of small tensors.
-            packed = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(packed, group=self.groups.collection.tp)
-            for gradient, part in zip(gradients, packed.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        for parameter in self._tied:
-            dist.all_reduce(main_grad(parameter), group=self.groups.collection.embd)
+        optimizer.reduce_gradients()
+        if self.groups.plan.tp > 1:
+            optimizer.sum_marked("sequence_parallel", self.groups.collection.tp)
+        if self._tied:
+            optimizer.sum_marked("tied_over_stages", self.groups.collection.embd)
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """The step's summed loss from each rank's share (zero but on the last stage), alike on every rank."""

@@ -15,9 +15,10 @@ def whole_state(
     model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """fp32 masters and optimizer state as a checkpoint holds them, whole, on rank 0; collective."""
-    state = optimizer.state_dict()
-    trained = gather(model, kinds, optimizer.masters())
-    whole = {STEP: state[STEP]}
+    # Of the replicas the first one has everything; it is the one that gather asks.
+    state = optimizer.state_dict(everywhere=False)
+    trained = gather(model, kinds, optimizer.masters(everywhere=False))
+    whole = {STEP: state[STEP]} if STEP in state else {}
     for moment in MOMENTS:
         local = {name.removesuffix(f".{moment}"): value for name, value in state.items() if name.endswith(f".{moment}")}
         whole |= {f"{name}.{moment}": value for name, value in gather(model, kinds, local).items()}

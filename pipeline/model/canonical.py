@@ -59,14 +59,15 @@ def gather(model: ModelPart, kinds: Sequence[str], tensors: Mapping[str, torch.T
                 if cut is not None:
                     piece_shape[cut[0]] = cut[2] - cut[1]
                 if groups.env.rank == owner:
-                    piece = tensors[name].detach()
+                    # Through host memory: a save must not set the GPU's peak.
+                    piece = tensors[name].detach().cpu()
                     if name in VOCABULARY_HF:
                         piece = piece[: piece_shape[0]]
                     if owner:
                         dist.send(piece.contiguous(), 0)
                         continue
                 else:
-                    piece = torch.empty(piece_shape, dtype=torch.float32, device=groups.device)
+                    piece = torch.empty(piece_shape, dtype=torch.float32)
                     dist.recv(piece, owner)
                 target = whole.setdefault(name, torch.empty(shape, dtype=torch.float32))
                 (target if cut is None else target.narrow(cut[0], cut[1], cut[2] - cut[1])).copy_(piece)

@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
     """Step times and peaks of one rank."""
     model = build_part(args, groups).train()
     named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
-    optimizer = TrainableAdamW(named)
+    optimizer = TrainableAdamW(named, group=groups.data)
     reduction = GradientReduction(groups, model)
     spec = AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
     shape = (args.micro_batch, args.sequence)
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
         torch.cuda.synchronize()
         began = time.perf_counter()
         optimizer.zero_grad()
-        model.train_step(batches, spec, 1 / tokens.numel())
+        model.train_step(batches, spec, 1 / tokens.numel(), optimizer.arm_reduce)
         reduction.finish(optimizer)
         norm = float(optimizer.grad_norm(reduction.squares))
         optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
