@@ -341,10 +341,9 @@ class RankWatch(Watch):
             with contextlib.suppress(*_LOST):
                 self._tell(verdict)
         else:
-            # Without a store nobody can be asked: the lowest rank of each machine speaks (by the last beats: to look
-            # again would find those that have spoken and left).
-            here = [b.rank for b in self._peers.running() if b.rank != verdict.rank and b.host == self._peers.host]
-            if self._env.rank == min(here, default=self._env.rank) and not self._closing:
+            # Without a store nobody can be asked: on each machine the first process speaks, or the second for it.
+            dead_first = verdict.rank == self._env.rank - self._env.local_rank
+            if self._env.local_rank == int(dead_first) and not self._closing:
                 self._print(verdict)
         self._leave(verdict.code)
 
