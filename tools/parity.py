@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -59,18 +60,31 @@ def frozen_hash(run: Run) -> str:
     return digest.hexdigest()
 
 
-def observe(config: RunConfig, env: RankEnv, steps: int, keep_world: bool = True) -> Observed:
+def _nothing(run: Run) -> None: ...
+
+
+def observe(
+    config: RunConfig,
+    env: RankEnv,
+    steps: int,
+    keep_world: bool = True,
+    before: Callable[[Run], None] = _nothing,
+    after: Callable[[Run], None] = _nothing,
+) -> Observed:
     """Build the run of `config` on this process's grid and take `steps` optimizer steps; collective.
 
     Args:
         config: its output folder must hold no checkpoint.
         keep_world: leave torch.distributed up for another grid.
+        before: called with the run as it was built, on every rank.
+        after: called after the last update and the gradients that follow it.
     """
     found = Observed()
     run = build(config, env)
     try:
         trainer, parts, kinds = run.trainer, run.trainer.parts, config.train.trainable
-        before = frozen_hash(run)
+        frozen = frozen_hash(run)
+        before(run)
         for step in range(steps):
             row = trainer.gradients(step)
             if step == 0:
@@ -83,7 +97,8 @@ def observe(config: RunConfig, env: RankEnv, steps: int, keep_world: bool = True
         found.norms.append(row["grad_norm"])
         found.gradients_after = gather(parts.model, kinds, _gradients(run))
         found.trained = whole_state(parts.model, kinds, parts.optimizer)[0]
-        found.frozen_kept = frozen_hash(run) == before
+        after(run)
+        found.frozen_kept = frozen_hash(run) == frozen
     finally:
         run.trainer.parts.loader.close()
         destroy_groups(keep_world=keep_world)

@@ -1,0 +1,143 @@
+"""`tools.doctor` passes what is right and finds each planted fault in the row that names it; its command's exit codes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from parallel.errors import ConfigError
+from parallel.plan import plan_stages
+from pipeline.config import load_config
+from pipeline.schema import RunConfig
+from tests.tiny_models import make_tiny
+from tools.doctor import Report, main, run_doctor, run_doctors, show
+from tools.local_ranks import RankFailed
+from tools.shrink import VOCAB, shrink
+
+ROOT = Path(__file__).parents[2]
+YAML = """
+model: {{path: {model}, context: 32768}}
+lora: {{dropout: 0.1}}
+data: {{path: data/none}}
+train: {{steps: 1000, trainable: [lora, embed, norm]}}
+parallel: {{tp: {tp}, cp: {cp}, pp: {pp}}}
+output: runs/none
+"""
+
+
+def write(folder: Path, model: str = "models/none", tp: int = 1, cp: int = 1, pp: int = 1) -> Path:
+    path = folder / f"tp{tp}-cp{cp}-pp{pp}.yaml"
+    path.write_text(YAML.format(model=model, tp=tp, cp=cp, pp=pp))
+    return path
+
+
+def failed(report: Report) -> set[str]:
+    return {row.name for row in report.rows if not row.passed}
+
+
+def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> None:
+    base = make_tiny(tmp_path / "base", "smollm2", num_attention_heads=12, num_key_value_heads=4, head_dim=12)
+    context = load_config(write(tmp_path, tp=2, cp=2))
+    stages = load_config(write(tmp_path, model=str(base), tp=2, pp=2))
+    reports = run_doctors(
+        [
+            (context, None),
+            (stages, None),
+            (context, "tests.plants:norms_wrong_group"),
+            (context, "tests.plants:local_heads"),
+            (context, "tests.plants:shifted_halo"),
+            (stages, "tests.plants:wrap_leak"),
+            (context, "tests.plants:thawed_frozen_weight"),
+        ],
+        processes=4,
+        timeout_s=240,
+    )
+    right, tied, norms, heads, halo, wrap, frozen = reports
+    assert not failed(right) and right.passed and len(right.rows) == 14
+    assert not failed(tied) and tied.shrunk.model["tie_word_embeddings"]
+
+    assert {"worst gradient, step 1", "copies in sync after 3 steps"} <= failed(norms)
+    assert "loss, step 1" not in failed(norms), "the forward pass is right"
+    worst = next(row for row in norms.rows if row.name == "worst gradient, step 1")
+    assert "norm.weight" in worst.value and "group" in worst.hint
+
+    assert {"loss, step 1", "token losses, grid against one process"} <= failed(heads)
+    assert {"loss, step 1", "token losses, grid against one process"} <= failed(halo)
+    # Neither is a leak of the future, nor lets ranks drift apart.
+    probe = "one-token probe: earlier losses move by"
+    for report in (heads, halo):
+        assert not failed(report) & {probe, "copies in sync after 3 steps", "frozen weights unchanged"}
+
+    # One process has it too, so nothing but the probe can see it.
+    assert failed(wrap) == {probe}
+    assert "also in one process" in next(row.value for row in wrap.rows if row.name == probe) or wrap.rows
+    assert "frozen weights unchanged" in failed(frozen)
+    assert "rank 3" in next(row.value for row in frozen.rows if row.name == "frozen weights unchanged")
+
+    told = io.StringIO()
+    show(norms, Console(file=told, width=140), 1.0)
+    assert "FAIL" in told.getvalue() and "look at which group" in told.getvalue() and "lora.dropout" in told.getvalue()
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write(tmp_path))
+    assert main(["--config", config, "--set", "attention.kind=full", "--processes", "1"]) == 0
+    assert "against one process" in capsys.readouterr().out
+    assert main(["--config", config, "--set", "attention.kinds=full"]) == 2
+    assert "did you mean attention.kind" in capsys.readouterr().err
+    assert main(["--config", config, "--set", "parallel.tp=3"]) == 2
+    assert "does not divide" in capsys.readouterr().err
+
+
+def test_a_hang_ends_in_time_and_is_told(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    with pytest.raises(RankFailed, match=r"ranks \[0\] still ran after 1 s"):
+        run_doctor(config, 1, timeout_s=1)
+
+
+def shrunk(tmp_path: Path, processes: int | None = None, **axes: int) -> tuple[RunConfig, int]:
+    config = load_config(write(tmp_path))
+    config = replace(config, parallel=replace(config.parallel, **axes))
+    found = shrink(config, tmp_path / "tiny", processes)
+    return found.config, found.processes
+
+
+def test_shrinking_keeps_axes_and_makes_nothing_fit_smoothly(tmp_path: Path) -> None:
+    for axes in ({"tp": 2}, {"cp": 4}, {"tp": 2, "cp": 2}, {"pp": 4}, {"cp": 8}, {"pp": 2, "virtual": 2}, {"tp": 8}):
+        config, processes = shrunk(tmp_path, **axes)
+        grid = config.parallel
+        assert {axis: getattr(grid, axis) for axis in axes} == axes
+        size = grid.tp * grid.cp * grid.pp
+        assert processes == (2 * size if 2 * size <= 8 else size)
+        assert VOCAB % grid.tp or grid.tp == 1
+        if grid.tp * grid.cp > 1:
+            assert config.sequence % (grid.tp * grid.cp)
+        shard = -(-config.sequence // (grid.tp * grid.cp)) * grid.tp
+        if grid.cp > 1:
+            assert shard % (config.group // 2), "both kinds of heads need a halo"
+        assert 0.2 < config.group / config.sequence < 0.4 or grid.cp > 1
+
+
+def test_a_grid_too_large_is_cut_down_and_told(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, tp=8, cp=8))
+    found = shrink(config, tmp_path)
+    assert (found.config.parallel.tp, found.config.parallel.cp, found.processes) == (2, 4, 8)
+    assert any(note.startswith("tp 8 is run as tp 2") for note in found.notes)
+    with pytest.raises(ConfigError, match="cannot hold"):
+        shrunk(tmp_path, 4, tp=2, cp=2, pp=2)
+    with pytest.raises(ConfigError, match="multiple of tp x cp x pp = 4"):
+        shrunk(tmp_path, 6, tp=2, cp=2)
+
+
+def test_every_shipped_configuration_shrinks(tmp_path: Path) -> None:
+    paths = sorted((ROOT / "launch/configs").glob("*.yaml"))
+    assert len(paths) > 5
+    for path in paths:
+        found = shrink(load_config(path), tmp_path)
+        grid = found.config.parallel
+        plan_stages(found.model["num_hidden_layers"], grid.pp, grid.virtual)
+        assert found.model["num_attention_heads"] % found.model["num_key_value_heads"] == 0
