@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from parallel.halo_plan import Region
 from parallel.s2_context import HaloExchange
 from pipeline.model import attention
 from pipeline.model.attention import CoreAttention
@@ -44,13 +45,15 @@ def local_heads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shifted_halo() -> Iterator[None]:
-    """The halo lies one token off: each key where the one before it belongs."""
-    honest = HaloExchange.receive
+    """The halo lies one token early: its last token is missing, and one of another group is in it."""
+    honest = HaloExchange.local_slices
 
-    def shifted(self: HaloExchange, flight: Any) -> list[torch.Tensor]:
-        return [region.roll(1, 0) for region in honest(self, flight)]
+    def shifted(self: HaloExchange, piece: Region) -> tuple[slice, slice, slice]:
+        tokens, rows, heads = honest(self, piece)
+        assert tokens.start > 0, "there is a token before it"
+        return slice(tokens.start - 1, tokens.stop - 1), rows, heads
 
-    with mock.patch.object(HaloExchange, "receive", shifted):
+    with mock.patch.object(HaloExchange, "local_slices", shifted):
         yield
 
 
@@ -59,7 +62,9 @@ def wrap_leak() -> Iterator[None]:
     """The published roll: the first half group of a shifted head also sees the last one. In one process, too."""
     honest = attention.attend
 
-    def leaking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, spec: Any, plan: Any, scale: Any) -> Any:
+    def leaking(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, spec: Any, plan: Any, scale: Any
+    ) -> Any:
         out, half = honest(q, k, v, layout, spec, plan, scale), spec.group // 2
         if spec.kind != "s2":
             return out

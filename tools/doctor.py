@@ -108,9 +108,7 @@ def run_doctors(
         (folder / "jobs.json").write_text(json.dumps(jobs))
         run_local("tools.doctor_rank", [str(folder / "jobs.json")], world, folder, timeout_s, cuda)
         tables = json.loads((folder / "findings.json").read_text())
-        return [
-            Report(tiny, tuple(Finding(**row) for row in rows)) for tiny, rows in zip(shrunk, tables, strict=True)
-        ]
+        return [Report(tiny, tuple(Finding(**row) for row in rows)) for tiny, rows in zip(shrunk, tables, strict=True)]
 
 
 def show(report: Report, console: Console, seconds: float) -> None:

@@ -126,7 +126,9 @@ def examine(config: RunConfig, env: RankEnv, keep_world: bool) -> tuple[Observed
     return found, Probed(*probed[0], violations)
 
 
-def findings(found: tuple[Observed, Probed], reference: tuple[Observed, Probed], wraps: bool, limit: float) -> list[Row]:
+def findings(
+    found: tuple[Observed, Probed], reference: tuple[Observed, Probed], wraps: bool, limit: float
+) -> list[Row]:
     """The table of one grid; `wraps`: the configuration asks for the leak of the published roll."""
     (mine, seen), (theirs, seen_alone) = found, reference
     first, later = compare(_first_step(mine), _first_step(theirs)), compare(mine, theirs)

@@ -104,7 +104,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, deadline: float,
         if time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
-    failed = next((rank for rank, process in enumerate(processes) if process.poll()), None) if failed is None else failed
+    failed = (
+        next((rank for rank, process in enumerate(processes) if process.poll()), None) if failed is None else failed
+    )
     if failed is not None:
         text = (logs / f"rank-{failed}.log").read_text(errors="replace")
         code = processes[failed].poll()
