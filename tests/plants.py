@@ -69,10 +69,11 @@ def wrap_leak() -> Iterator[None]:
         if spec.kind != "s2":
             return out
         parts = [out]
+        end = layout.rows[0][-1] if layout.rows else layout.sequence  # padding lies behind
         for block in (block for block in plan.blocks if block.shifted):
             queries = q[:half, :, block.q_start : block.q_stop].permute(1, 2, 0, 3)
             keys, values = (
-                torch.cat((x[-half:], x[:half]))[:, :, block.kv_start : block.kv_stop].permute(1, 2, 0, 3)
+                torch.cat((x[end - half : end], x[:half]))[:, :, block.kv_start : block.kv_stop].permute(1, 2, 0, 3)
                 for x in (k, v)
             )
             mask = torch.ones(half, 2 * half, dtype=torch.bool).tril(half)

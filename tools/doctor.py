@@ -130,8 +130,8 @@ def show(report: Report, console: Console, seconds: float) -> None:
     model, config = tiny.model, tiny.config
     console.print(
         f"Shrunk to {model['num_hidden_layers']} layers, {model['num_attention_heads']} query and "
-        f"{model['num_key_value_heads']} KV heads, vocabulary {model['vocab_size']}, {config.sequence} tokens in groups "
-        f"of {config.group}; fp32, larger learning rate and epsilon than a run's.",
+        f"{model['num_key_value_heads']} KV heads, vocabulary {model['vocab_size']}, {config.sequence} tokens in "
+        f"groups of {config.group}; fp32, larger learning rate and epsilon than a run's.",
         highlight=False,
     )
     for note in tiny.notes:

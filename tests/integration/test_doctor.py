@@ -1,4 +1,4 @@
-"""`tools.doctor` passes what is right and finds each planted fault in the row that names it; its command's exit codes."""
+"""`tools.doctor` passes what is right, finds each planted fault in the row that names it, and exits as it says."""
 
 from __future__ import annotations
 
