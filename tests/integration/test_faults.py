@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -23,8 +24,10 @@ from tests.numerics.test_training import write_run
 from tests.ranks import _reserved_port
 
 ROOT = Path(__file__).parents[2]
-START_S = 45.0
-"""Two processes import torch and megatron on two busy cores."""
+START_S = 180.0
+"""Longest a job may take: processes import torch and megatron, perhaps on two cores that others keep busy."""
+END_S = 30.0
+"""Longest from a fault to the end of every process; on an idle machine it is about a second."""
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -36,6 +39,8 @@ class Ended:
     """Of the launcher, or of every rank."""
     text: str
     """Standard output and error of all."""
+    at: float = field(default_factory=time.time)
+    """Seconds of the clock."""
 
     @property
     def told(self) -> list[str]:
@@ -108,6 +113,9 @@ def run(mark: str, *words: object, torchrun: bool = True) -> Ended:
 def only_message(ended: Ended, *parts: str) -> None:
     """The one error told, which holds every part, of a job that failed on all ranks."""
     assert all(ended.codes), ended
+    faulted = re.search(r"^fault at ([\d.]+)$", ended.text, re.MULTILINE)
+    if "up" not in ended.text.splitlines():  # there the test itself did it, and timed it
+        assert faulted and ended.at - float(faulted[1]) < END_S
     assert len(ended.told) == 1, ended.text
     assert all(part in ended.told[0] for part in parts), ended.told[0]
 
