@@ -61,6 +61,12 @@ class Groups:
         """Whether this process speaks to the user and writes shared files."""
         return self.env.is_main
 
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """All ranks of the world."""
+        world: dist.ProcessGroup = dist.group.WORLD
+        return world
+
     def barrier(self) -> None:
         """Wait for every rank of the world."""
         if self.plan.world_size > 1:

@@ -148,7 +148,7 @@ class CheckpointStore:
         return final
 
     def _any(self, flag: bool) -> bool:
-        return any_rank(self.groups.data, flag, self.groups.device)
+        return any_rank(self.groups.everyone, flag, self.groups.device)
 
     def _publish(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         """Checksums, manifest, sync, rename, `latest`, then forget old checkpoints."""
