@@ -64,7 +64,8 @@ class Groups:
     @property
     def everyone(self) -> dist.ProcessGroup:
         """All ranks of the world."""
-        world: dist.ProcessGroup = dist.group.WORLD
+        world = dist.group.WORLD
+        assert world is not None, "make_groups has initialized it"
         return world
 
     def barrier(self) -> None:
