@@ -164,10 +164,13 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
 }
 
 
+# Eight processes on two cores beside another test worker: minutes, most of them imports and waiting.
+@pytest.mark.timeout(900)
+@pytest.mark.slow
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_grids_equal_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
     paths = [str(write_config(tmp_path, name, grid)) for name, grid in CASES[world]]
-    found = run_ranks(_observe, world, paths, timeout=280)[0]
+    found = run_ranks(_observe, world, paths, timeout=600)[0]
     for (name, grid), mine in zip(CASES[world], found, strict=True):
         difference = compare(Observed(**mine), references[name])
         told = f"{name} {grid}: {difference}"
