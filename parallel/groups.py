@@ -18,6 +18,9 @@ cpu.install()  # before megatron.core: without triton its import needs the stand
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
+START = datetime.timedelta(minutes=10)
+"""Time the last rank may come after the first."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -74,6 +77,17 @@ class Groups:
             dist.barrier()
 
 
+def _arrive(env: RankEnv, patience: datetime.timedelta) -> dist.Store:
+    """The launcher's store, once every rank has reached it: on a busy machine ranks import for seconds to minutes,
+    which the time-out of a collective need not cover."""
+    store, _, _ = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=patience))
+    key = f"longspan/arrived/{env.attempt}"
+    if store.add(key, 1) == env.world_size:
+        store.set(f"{key}/all", "")
+    store.wait([f"{key}/all"], patience)
+    return dist.PrefixStore(f"longspan/groups/{env.attempt}", store)
+
+
 def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual: int = 1, fake: bool = False) -> Groups:
     """Initialize torch.distributed (NCCL on CUDA, gloo on CPU) and megatron's groups.
 
@@ -100,7 +114,9 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
 
             dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
         elif env.launched:
-            dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timeout)
+            store = _arrive(env, max(timeout, START))
+            store.set_timeout(timeout)
+            dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
