@@ -123,6 +123,8 @@ retry() {
 }
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# deepspeed is built from source: without its CUDA operators, none of which Longspan uses.
+export DS_BUILD_OPS=0
 # setuptools is pinned too: the package itself is built with it, not with a fresh download (--no-build-isolation).
 retry "$venv/bin/python" -m pip install --quiet --constraint constraints.txt pip setuptools
 echo "setup: installing (torch and its CUDA libraries are about 3 GB; the wheel serves CPUs too)"

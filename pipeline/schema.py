@@ -9,28 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from parallel.errors import ConfigError
+from pipeline.schema_checks import at_least, between, one_of
+from pipeline.schema_parallel import ParallelConfig
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
 ROPE_TYPES = ("auto", "none", "linear", "ntk", "abf", "yarn", "llama3")
-
-
-def one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(allowed)}.")
-
-
-def at_least(where: str, value: float, low: float) -> None:
-    """Raise ConfigError unless `value` >= `low`."""
-    if not value >= low:
-        raise ConfigError(f"{where}: must be at least {low}, got {value}.")
-
-
-def between(where: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless `low` <= `value` <= `high`."""
-    if not low <= value <= high:
-        raise ConfigError(f"{where}: must lie in [{low}, {high}], got {value}.")
 
 
 @dataclass(frozen=True)
@@ -284,35 +268,6 @@ class SaveConfig:
     def __post_init__(self) -> None:
         at_least("save.every", self.every, 0)
         at_least("save.keep", self.keep, 1)
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The rank grid; data parallelism takes what tp x cp x pp leaves of the world."""
-
-    tp: int = 1
-    """Tensor-parallel ranks."""
-    cp: int = 1
-    """Context-parallel ranks."""
-    pp: int = 1
-    """Pipeline-parallel ranks."""
-    virtual: int = 1
-    """Pipeline chunks a rank; more than one runs the interleaved schedule."""
-    engine: str = "megatron"
-    """megatron | zero3."""
-    timeout_s: float = 600.0
-    """Seconds without progress on any rank after which the job ends; loading, evaluating and saving may take six times
-    as long."""
-
-    def __post_init__(self) -> None:
-        at_least("parallel.timeout_s", self.timeout_s, 1)
-        for axis in ("tp", "cp", "pp", "virtual"):
-            at_least(f"parallel.{axis}", getattr(self, axis), 1)
-        one_of("parallel.engine", self.engine, ("megatron", "zero3"))
-        if self.engine == "zero3" and self.pp > 1:
-            raise ConfigError(
-                f"parallel.pp: engine zero3 has no pipeline stages, got {self.pp}; use 1, or engine: megatron."
-            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,23 @@
+"""Checks of a setting's value, for the sections of the configuration."""
+
+from __future__ import annotations
+
+from parallel.errors import ConfigError
+
+
+def one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(allowed)}.")
+
+
+def at_least(where: str, value: float, low: float) -> None:
+    """Raise ConfigError unless `value` >= `low`."""
+    if not value >= low:
+        raise ConfigError(f"{where}: must be at least {low}, got {value}.")
+
+
+def between(where: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless `low` <= `value` <= `high`."""
+    if not low <= value <= high:
+        raise ConfigError(f"{where}: must lie in [{low}, {high}], got {value}.")
