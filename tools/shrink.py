@@ -75,8 +75,6 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None) -> Shr
     Raises:
         ConfigError: the configuration could not run, or does not fit the processes.
     """
-    if config.parallel.engine != "megatron":
-        raise ConfigError("parallel.engine: zero3 is not built yet; use engine: megatron.")
     notes: list[str] = []
     path = Path(config.model.path)
     if path.is_dir():
