@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 
-def to_receive(like: torch.Tensor, shape: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
+def to_receive(like: torch.Tensor, shape: tuple[int, ...], group: dist.ProcessGroup | None) -> torch.Tensor:
     """A buffer that `group` is about to fill; under a fake group, which fills nothing, it holds small random numbers.
 
     Garbage could be NaN, and arithmetic on NaN or zeros draws less power and so runs faster than real work.

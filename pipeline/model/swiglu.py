@@ -8,7 +8,6 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-
 CHUNK_ELEMENTS = 1 << 26
 """Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""
 
@@ -16,8 +15,8 @@ CHUNK_ELEMENTS = 1 << 26
 class _SwiGlu(torch.autograd.Function):
     """silu(gate) * up. Eager autograd would keep silu(gate) and a copy of `up` too: half as much again as the input.
 
-    The backward writes the gradient over its saved input, chunk by chunk: the widest tensors of a layer meet here, where
-    a recomputed layer's memory peaks. A second backward through the same forward is then refused by autograd, which
+    The backward writes the gradient over its saved input, chunk by chunk: the widest tensors of a layer meet here,
+    where a recomputed layer's memory peaks. A second backward through the same forward is then refused by autograd, which
     sees that a saved tensor was modified. An input that the user made (a leaf) is left alone.
     """
 
