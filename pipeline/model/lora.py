@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn import functional
 
+from pipeline.model.last_linear import LastRowParallelLinear
 from pipeline.schema import LoraConfig
 
 FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -179,7 +180,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return self.adapters(input_, base), bias
 
 
-class LoraRowParallelLinear(RowParallelLinear):
+class _LoraRow(RowParallelLinear):
     """Row-parallel linear with an adapter; A is sharded like the weight's columns, B replicated."""
 
     def __init__(self, *args: Any, lora: LoraConfig, part: str, **kwargs: Any) -> None:
@@ -195,3 +196,11 @@ class LoraRowParallelLinear(RowParallelLinear):
         """[S, B, I] -> ([S, B, O], bias to be added later or None)."""
         base, bias = super().forward(input_)
         return self.adapters(input_, base), bias
+
+
+class LoraRowParallelLinear(_LoraRow):
+    """An adapted o_proj."""
+
+
+class LoraLastRowParallelLinear(_LoraRow, LastRowParallelLinear):
+    """An adapted down_proj: the frozen product is skipped while recomputing, the adapter's is not worth it."""

@@ -21,7 +21,8 @@ from parallel.plan import GridPlan
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention
-from pipeline.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
+from pipeline.model.last_linear import LastRowParallelLinear
+from pipeline.model.lora import LoraColumnParallelLinear, LoraLastRowParallelLinear, LoraRowParallelLinear
 from pipeline.model.norm import RMSNorm
 from pipeline.model.swiglu import SwiGlu
 from pipeline.schema import LoraConfig
@@ -119,9 +120,10 @@ def _column(
 
 
 def _row(lora: LoraConfig, part: str, adapted: Sequence[str]) -> Callable[..., Any]:
+    last = part == "down"
     if not lora.rank or part not in adapted:
-        return RowParallelLinear
-    return partial(LoraRowParallelLinear, lora=lora, part=part)
+        return LastRowParallelLinear if last else RowParallelLinear
+    return partial(LoraLastRowParallelLinear if last else LoraRowParallelLinear, lora=lora, part=part)
 
 
 def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> TransformerBlockSubmodules:

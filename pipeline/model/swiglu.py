@@ -16,8 +16,8 @@ class _SwiGlu(torch.autograd.Function):
     """silu(gate) * up. Eager autograd would keep silu(gate) and a copy of `up` too: half as much again as the input.
 
     The backward writes the gradient over its saved input, chunk by chunk: the widest tensors of a layer meet here,
-    where a recomputed layer's memory peaks. A second backward through the same forward is then refused by autograd, which
-    sees that a saved tensor was modified. An input that the user made (a leaf) is left alone.
+    where a recomputed layer's memory peaks. A second backward through the same forward is then refused by autograd,
+    which sees that a saved tensor was modified. An input that the user made (a leaf) is left alone.
     """
 
     @staticmethod
