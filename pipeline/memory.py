@@ -137,6 +137,10 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     at_work = (5 * arch.ffn + 2 * heads) // grid.tp + 2 * arch.hidden
     stored = inputs if config.train.recompute == "full" else kept
     return {
-        "layer inputs" if config.train.recompute == "full" else "activations": tokens * stored * width * layers * grid.pp,
+        "layer inputs" if config.train.recompute == "full" else "activations": tokens
+        * stored
+        * width
+        * layers
+        * grid.pp,
         "one layer at work": tokens * at_work * width,
     }

@@ -113,8 +113,8 @@ def check_gpu_memory(gpus: Sequence[Gpu], processes: int, estimate: MemoryEstima
         )
     elif least.free < need:
         problem = (
-            f"GPU memory: GPU {index} has {gib(least.free)} free of {gib(least.total)} and about {gib(need)} are needed; "
-            "end the other processes on it (nvidia-smi lists them)."
+            f"GPU memory: GPU {index} has {gib(least.free)} free of {gib(least.total)} and needs about {gib(need)}; end "
+            "the other processes on it (nvidia-smi lists them)."
         )
     return Finding("GPU memory", f"{gib(least.free)} free of {gib(least.total)}", gib(need) + " each", problem)
 
@@ -180,7 +180,7 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
     """The checkpoint: config.json, and every weight file that the index names, whole.
 
     Args:
-        verify: opens the weights' headers and gives their bytes; raises LongspanError. Injected, since it imports torch.
+        verify: opens the weights' headers and gives their bytes; raises LongspanError. Injected: it imports torch.
     """
     arch, found = None, str(folder)
     problem = ""
