@@ -135,12 +135,7 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     # In the backward pass gradients of gate, up and their product stand beside them; sequence parallelism gathers
     # whole rows of the MLP's input and output.
     at_work = (5 * arch.ffn + 2 * heads) // grid.tp + 2 * arch.hidden
-    stored = inputs if config.train.recompute == "full" else kept
-    return {
-        "layer inputs" if config.train.recompute == "full" else "activations": tokens
-        * stored
-        * width
-        * layers
-        * grid.pp,
-        "one layer at work": tokens * at_work * width,
-    }
+    full = config.train.recompute == "full"
+    name, stored = ("layer inputs", inputs) if full else ("activations", kept)
+    # As many micro-batches are under way as there are stages, of each a stage's layers.
+    return {name: tokens * stored * width * layers * grid.pp, "one layer at work": tokens * at_work * width}

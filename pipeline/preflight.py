@@ -91,8 +91,8 @@ def check_gpus(gpus: Sequence[Gpu], processes: int) -> Finding:
         )
     elif len(gpus) < processes:
         problem = (
-            f"GPUs: {processes} processes need one each and {len(gpus)} are visible; pass --nproc {len(gpus)}, or check "
-            "CUDA_VISIBLE_DEVICES."
+            f"GPUs: {processes} processes need one each and {len(gpus)} are visible; pass --nproc {len(gpus)}, or "
+            "check CUDA_VISIBLE_DEVICES."
         )
     return Finding("GPUs", found, str(processes), problem)
 
@@ -113,8 +113,8 @@ def check_gpu_memory(gpus: Sequence[Gpu], processes: int, estimate: MemoryEstima
         )
     elif least.free < need:
         problem = (
-            f"GPU memory: GPU {index} has {gib(least.free)} free of {gib(least.total)} and needs about {gib(need)}; end "
-            "the other processes on it (nvidia-smi lists them)."
+            f"GPU memory: GPU {index} has {gib(least.free)} free of {gib(least.total)} and needs about {gib(need)}; "
+            "end the other processes on it (nvidia-smi lists them)."
         )
     return Finding("GPU memory", f"{gib(least.free)} free of {gib(least.total)}", gib(need) + " each", problem)
 
