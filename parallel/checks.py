@@ -37,6 +37,8 @@ class Checked:
     """LoRA's B factor."""
     tied: bool = False
     """The first and the last pipeline stage each hold a copy."""
+    sharded: bool = False
+    """Every rank of dp x cp holds another share (engine zero3): there is no copy to compare with."""
 
     @property
     def replicated(self) -> bool:
@@ -97,7 +99,8 @@ class RunChecks:
         Args:
             everything: frozen ones too, such as base checkpoints that differ between machines.
         """
-        self._agree(self._out_of_sync(step, self.parameters if everything else self.trained))
+        copies = [one for one in self.parameters if not one.sharded]
+        self._agree(self._out_of_sync(step, copies if everything else self.trained))
 
     def check_frozen(self, step: int) -> None:
         """No frozen weight changed since the run began."""

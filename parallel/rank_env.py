@@ -69,3 +69,8 @@ class RankEnv:
             agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=attempt,
         )
+
+
+def export_local_rank(env: RankEnv) -> None:
+    """Set LOCAL_RANK where no launcher has: DeepSpeed reads it."""
+    os.environ.setdefault("LOCAL_RANK", str(env.local_rank))

@@ -14,6 +14,7 @@ from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan
 from parallel.process import collective_timeout_s
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything, set_rng_state
+from parallel.zero3 import FrozenShards, deepspeed_config
 from pipeline.checkpoint import CheckpointStore, check_resumable, load_snapshot
 from pipeline.config import config_dict
 from pipeline.data.loader import TrainLoader
@@ -44,8 +45,6 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
         ConfigError, CheckpointError, DataError: one sentence each.
     """
     parallel = config.parallel
-    if parallel.engine != "megatron":
-        raise ConfigError("parallel.engine: zero3 is not built yet; use engine: megatron.")
     grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
     batch = plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
     check_interleaving(parallel.pp, parallel.virtual, batch.accumulation)
@@ -104,7 +103,16 @@ def build_model(
 ) -> ModelPart:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable."""
     dtype = compute_dtype(config.model.dtype, groups.device)
-    model = ModelPart(arch, rope, lora, groups, dtype, config.train.recompute, config.parallel.virtual)
+    parallel, train = config.parallel, config.train
+    shards = None
+    if parallel.engine == "zero3":
+        offload, plan = parallel.offload.params == "cpu", groups.plan
+        batch = plan_batch(train.global_batch, train.micro_batch, plan.dp)
+        described = deepspeed_config(dtype, train.micro_batch, batch.accumulation, plan.dp * plan.cp, offload)
+        shards = FrozenShards(groups, dtype, offload, described)
+    model = ModelPart(
+        arch, rope, lora, groups, dtype, train.recompute, parallel.virtual, shards=shards, kinds=train.trainable
+    )
     load_base(model, base)
     init_adapters(model, config.train.seed)
     return model
@@ -180,6 +188,7 @@ def build(config: RunConfig, env: RankEnv) -> Run:
         weight_decay=config.train.weight_decay,
         clip=config.train.clip,
         group=groups.data,
+        offload=config.parallel.offload.optimizer == "cpu",
     )
     parts = TrainerParts(
         config=config,

@@ -204,6 +204,13 @@ class HfCheckpoint:
         part: torch.Tensor = whole[start:stop] if dim == 0 else whole[:, start:stop]
         return part
 
+    def block(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """[start, stop) rows, and columns, of a matrix; only those rows' bytes are read."""
+        whole = self._handle(name).get_slice(name)
+        first, last = columns or (0, self.facts[name].shape[1])
+        part: torch.Tensor = whole[rows[0] : rows[1], first:last]
+        return part
+
     def check(self, shapes: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = lambda name: False) -> None:
         """Compare with the tensors config.json implies (`names.hf_tensor_shapes`).
 

@@ -14,6 +14,8 @@ def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> R
     tied = model.arch.tied and groups.plan.pp > 1
     checked = []
     for name, parameter in model.canonical_parameters():
+        if model.is_sharded(parameter):
+            continue
         checked.append(
             Checked(
                 # A fused frozen weight goes by the first of the tensors it holds.
@@ -24,4 +26,6 @@ def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> R
                 tied=tied and name == "embedding.weight",
             )
         )
+    if model.shards is not None:
+        checked += [Checked(name, share, trained=False, sharded=True) for name, share in model.shards.shares()]
     return RunChecks(groups, checked, optimizer.own_moments)

@@ -47,7 +47,7 @@ class _Slot:
     trained: _Trained
     piece: Piece
     master: torch.Tensor
-    """Shares the parameter's memory when that is fp32."""
+    """Shares the parameter's memory when that is fp32, unless the state is offloaded."""
     gradient: torch.Tensor
     """View of the flat buffer."""
     exp_avg: torch.Tensor
@@ -57,7 +57,11 @@ class _Slot:
 
     @property
     def has_copy(self) -> bool:
-        return self.master.dtype != self.trained.parameter.dtype
+        parameter = self.trained.parameter
+        return self.master.dtype != parameter.dtype or self.offloaded
+
+    offloaded: bool = False
+    """Master and moments are in host memory, where the update is computed."""
 
 
 class TrainableAdamW:
@@ -78,6 +82,8 @@ class TrainableAdamW:
         clip: global L2 norm to clip to; 0 switches clipping off.
         group: data-parallel replicas (dp x cp), with the same parameters and values on every rank.
         bucket_elements: gradient elements summed by one collective; None: BUCKET_ELEMENTS.
+        offload: keep masters and moments in host memory and update them there (ZeRO-Offload, arXiv 2101.06840); an
+            update then moves this rank's slice of the gradients down and of the weights up.
 
     Raises:
         ValueError: nothing to train, a frozen parameter, a name or parameter given twice, or, with several ranks, a
@@ -94,7 +100,9 @@ class TrainableAdamW:
         clip: float = 1.0,
         group: dist.ProcessGroup | None = None,
         bucket_elements: int | None = None,
+        offload: bool = False,
     ) -> None:
+        self._offload = offload
         self.betas, self.eps, self.weight_decay, self.clip = betas, eps, weight_decay, clip
         given = [_Trained(*row) for row in named_parameters]
         if not given:
@@ -120,14 +128,17 @@ class TrainableAdamW:
         data, gradient = trained.parameter.detach(), self._gradients.views[piece.index]
         if self._sharded:
             data, gradient = (tensor.view(-1)[piece.start : piece.stop] for tensor in (data, gradient))
+        home = torch.device("cpu") if self._offload else data.device
+        master = data if data.dtype == torch.float32 and not self._offload else data.to(home, torch.float32, copy=True)
         return _Slot(
             trained=trained,
             piece=piece,
-            master=data if data.dtype == torch.float32 else data.float(),
+            master=master,
             gradient=gradient,
-            exp_avg=torch.zeros_like(data, dtype=torch.float32),
-            exp_avg_sq=torch.zeros_like(data, dtype=torch.float32),
-            steps=torch.zeros((), dtype=torch.float32, device=data.device),
+            exp_avg=torch.zeros_like(data, dtype=torch.float32, device=home),
+            exp_avg_sq=torch.zeros_like(data, dtype=torch.float32, device=home),
+            steps=torch.zeros((), dtype=torch.float32, device=home),
+            offloaded=self._offload,
         )
 
     @property
@@ -228,7 +239,7 @@ class TrainableAdamW:
                 continue
             adamw(
                 [slot.master for slot in chosen],
-                [slot.gradient for slot in chosen],
+                [slot.gradient.to(slot.master.device) for slot in chosen],
                 [slot.exp_avg for slot in chosen],
                 [slot.exp_avg_sq for slot in chosen],
                 [],

@@ -49,7 +49,12 @@ class Evaluator:
         """
         settings, spec = self.config.eval, full_attention(self.config.attention)
         lengths = settings.lengths or (self.config.model.context,)
-        shards = Shards(self.groups.data_rank, self.groups.plan.dp, lambda table: sum_over(self.groups.replicas, table))
+        shards = Shards(
+            self.groups.data_rank,
+            self.groups.plan.dp,
+            lambda table: sum_over(self.groups.replicas, table),
+            lockstep=self.model.shards is not None,
+        )
         mode = self.model.training
         self.model.eval()
         windows = len(range(shards.rank, settings.windows, shards.world)) * len(lengths)

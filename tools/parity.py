@@ -54,9 +54,9 @@ class Difference:
 def frozen_hash(run: Run) -> str:
     """SHA-256 of this rank's frozen weights."""
     digest = hashlib.sha256()
-    for parameter in run.trainer.parts.model.parameters():
-        if not parameter.requires_grad:
-            digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    for _, tensor in run.trainer.parts.model.frozen():
+        if tensor.numel():
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ Shapes: D head width, G KV groups, M query heads a group.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 
@@ -268,3 +269,40 @@ def tp_slice(hf_name: str, arch: LlamaArch, tp_rank: int, tp_size: int) -> tuple
         # Query heads travel with their KV group.
         _even_range(arch.kv_heads, arch.head_dim, "key-value heads", tp_rank, tp_size)
     return (1 if row_parallel else 0), *_even_range(size, unit, what, tp_rank, tp_size)
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Consecutive rows of a rank's matrix that lie as consecutive rows in one stored tensor."""
+
+    row: int
+    """First row in the rank's matrix."""
+    count: int
+    hf_name: str
+    source: int
+    """First row in the stored tensor."""
+    columns: tuple[int, int] | None
+    """[start, stop) of the stored columns the rank holds; None: all."""
+
+
+def row_runs(our_name: str, arch: LlamaArch, tp_rank: int, tp_size: int) -> list[RowRun]:
+    """Where every row of a rank's weight matrix comes from, in its row order; vocabulary padding comes from nowhere."""
+    found: list[RowRun] = []
+    pieces = []
+    for hf_name, part in to_hf(our_name):
+        cut = tp_slice(hf_name, arch, tp_rank, tp_size) if tp_size > 1 else None
+        columns = cut[1:] if cut is not None and cut[0] == 1 else None
+        if part is None:
+            first, last = vocab_range(arch, tp_rank, tp_size)
+        else:
+            first, last = cut[1:] if cut is not None and cut[0] == 0 else (0, _features(part, arch)[0])
+        pieces.append((hf_name, columns, first, last))
+    # Only q, k and v interleave: a group of query heads, then its key and its value head.
+    groups = arch.kv_heads // tp_size if len(pieces) == 3 else 1
+    row = 0
+    for group in range(groups):
+        for hf_name, columns, first, last in pieces:
+            count = (last - first) // groups
+            found.append(RowRun(row, count, hf_name, first + group * count, columns))
+            row += count
+    return found

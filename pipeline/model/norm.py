@@ -18,7 +18,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        # None: the default device, which megatron's linears take too when they initialize on the CPU.
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         # Under sequence parallelism each rank sees a slice of the tokens, so this gradient is partial: the mark tells
         # the reduction (megatron's own convention).

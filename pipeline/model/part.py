@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,12 +16,14 @@ from parallel.collectives import sum_over
 from parallel.groups import Groups
 from parallel.plan import plan_stages
 from parallel.stages import relay, run_schedule
+from parallel.zero3 import FrozenShards
 from pipeline.data.loader import Batch
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.model.loss import IGNORE
 from pipeline.model.rope import RopePlan
+from pipeline.model.sharding import shard_stage
 from pipeline.model.spec import transformer_config
 from pipeline.model.stage import Chunk, LlamaStage
 from pipeline.schema import LoraConfig
@@ -50,6 +53,8 @@ class ModelPart(torch.nn.Module):
         dtype: of the weights.
         recompute: see `spec.transformer_config`.
         virtual: pipeline chunks a rank.
+        shards: engine zero3: takes the frozen matrices; None: every rank holds its slice of them.
+        kinds: train.trainable, which decides what `shards` takes.
     """
 
     def __init__(
@@ -61,14 +66,19 @@ class ModelPart(torch.nn.Module):
         dtype: torch.dtype,
         recompute: str,
         virtual: int = 1,
+        shards: FrozenShards | None = None,
+        kinds: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.shards = shards
         self.arch, self.rope, self.lora, self.groups, self.dtype = arch, rope, lora, groups, dtype
         plan = groups.plan
         self.tp_rank, self.tp_size = groups.collection.tp.rank(), plan.tp
         self.virtual = virtual
         layers = plan_stages(arch.layers, plan.pp, virtual)
-        config = transformer_config(arch, plan, dtype, groups.device, recompute, layers)
+        # Sharded weights are never allocated whole, so the modules are made without memory first.
+        home = contextlib.nullcontext() if shards is None else torch.device("meta")
+        config = transformer_config(arch, plan, dtype, groups.device, recompute, layers, sharded=shards is not None)
         self.chunks = torch.nn.ModuleList()
         for number in range(groups.stage, len(layers), plan.pp):
             chunk = Chunk(
@@ -77,7 +87,11 @@ class ModelPart(torch.nn.Module):
                 last=number == len(layers) - 1,
                 virtual=number // plan.pp if virtual > 1 else None,
             )
-            self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk))
+            with home:
+                self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk))
+        if shards is not None:
+            (stage,) = self.stages
+            shard_stage(stage, kinds, shards)
 
     @property
     def stages(self) -> list[LlamaStage]:
@@ -157,8 +171,33 @@ class ModelPart(torch.nn.Module):
             loss = forward(number, self.stages[0])
             if number == len(placed) - 1:
                 before_last_backward()
-            loss.backward()
+            with self._backward():
+                loss.backward()
         return total
+
+    @contextlib.contextmanager
+    def _backward(self) -> Iterator[None]:
+        """Within, layers come from the last to the first."""
+        if self.shards is None:
+            yield
+            return
+        self.shards.backward = True
+        try:
+            yield
+        finally:
+            self.shards.backward = False
+
+    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of all frozen weights this rank keeps: parameters, and engine zero3's shares of a unit."""
+        for name, parameter in self.canonical_parameters():
+            if not parameter.requires_grad and not self.is_sharded(parameter):
+                yield name, parameter
+        if self.shards is not None:
+            yield from self.shards.shares()
+
+    def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether engine zero3 keeps a share of this parameter instead of all of it."""
+        return self.shards is not None and self.shards.holds(parameter)
 
     @torch.no_grad()
     def token_nll(self, tokens_BS: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

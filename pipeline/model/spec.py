@@ -42,12 +42,14 @@ def transformer_config(
     device: torch.device,
     recompute: str,
     stages: Sequence[range] = (),
+    sharded: bool = False,
 ) -> TransformerConfig:
     """megatron-core's configuration of this architecture.
 
     Args:
         recompute: `full` keeps only each layer's input and recomputes the rest; `none` keeps everything.
         stages: layers of every pipeline chunk (`plan.plan_stages`), used where the plan has several stages.
+        sharded: modules are made on torch's default device, for engine zero3 to give them memory.
 
     Raises:
         ConfigError: the checkpoint has biases megatron's layers cannot place.
@@ -89,7 +91,7 @@ def transformer_config(
         context_parallel_size=plan.cp,
         pipeline_model_parallel_size=plan.pp,
         sequence_parallel=plan.tp > 1,
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=sharded or device.type == "cpu",
         perform_initialization=False,
         # Fusions below need CUDA extensions or a second code path; RoPE and attention are ours anyway.
         apply_rope_fusion=False,

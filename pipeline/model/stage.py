@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,8 @@ class LlamaStage(MegatronModule):
             # A tied output matrix on another stage than the embedding is a copy: its gradient joins the original's, and
             # the gradient norm counts it once.
             self.output_layer.weight.shared_copy = arch.tied
+        self.before_output: Callable[[], None] = lambda: None
+        """Called before the output matrix is read (engine zero3 gathers it)."""
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -167,6 +169,7 @@ class LlamaStage(MegatronModule):
 
     def _scored(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [T, H] of all local tokens and their labels [T]."""
+        self.before_output()
         if self.config.sequence_parallel:
             # The gradient of the gathered states is this rank's vocabulary rows' part: summed and cut in the backward.
             hidden = gather_from_sequence_parallel_region(hidden, group=self.groups.tp)
@@ -193,4 +196,6 @@ class LlamaStage(MegatronModule):
     @torch.no_grad()
     def logits(self, tokens_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec) -> torch.Tensor:
         """Logits [B, S, V] of a whole model in the parameters' dtype; for tests and short inputs only."""
-        return (self(tokens_BS, layout, spec) @ self.output_weight.t()).transpose(0, 1)
+        hidden = self(tokens_BS, layout, spec)
+        self.before_output()
+        return (hidden @ self.output_weight.t()).transpose(0, 1)

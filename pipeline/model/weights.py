@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
+from parallel.zero3 import FrozenShards
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
@@ -22,6 +23,8 @@ class Part(Protocol):
     lora: LoraConfig
     tp_rank: int
     tp_size: int
+    shards: FrozenShards | None
+    """Engine zero3's frozen matrices; their parameters are empty until used."""
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(our name with global layer indices, parameter)."""
@@ -46,6 +49,12 @@ def kind_of(name: str) -> str:
     return "lm_head" if name == "output_layer.weight" else "base"
 
 
+def trains(name: str, kinds: Sequence[str], arch: LlamaArch) -> bool:
+    """Whether `train.trainable` selects a parameter of ours; with tied embeddings `lm_head` means the embedding."""
+    wanted = set(kinds) | ({"embed"} if arch.tied and "lm_head" in kinds else set())
+    return kind_of(name) in wanted
+
+
 def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
     """This rank's slice of a stored tensor; only its bytes are read."""
     found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
@@ -64,7 +73,7 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
     """
     with torch.no_grad():
         for name, parameter in part.canonical_parameters():
-            if kind_of(name) == "lora":
+            if kind_of(name) == "lora" or (part.shards is not None and part.shards.holds(parameter)):
                 continue
             sources = [hf_name for hf_name, _ in names.to_hf(name)]
             if name in VOCABULARY:
@@ -74,6 +83,26 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
             if whole.shape != parameter.shape:
                 raise _misshaped(sources[0], whole, parameter)
             parameter.copy_(whole)
+        if part.shards is not None:
+            _fill_shares(part, part.shards, checkpoint)
+
+
+def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> None:
+    """Read this rank's stretch of every sharded matrix, and no other row, into its share."""
+    known = {id(parameter): name for name, parameter in part.canonical_parameters()}
+    for piece in shards.pieces():
+        name = known[id(piece.parameter)]
+        columns = piece.shape[1]
+        first, last = piece.start // columns, -(-(piece.start + len(piece.target)) // columns)
+        rows = torch.zeros(last - first, columns, dtype=piece.target.dtype)
+        for run in names.row_runs(name, part.arch, part.tp_rank, part.tp_size):
+            low, high = max(run.row, first), min(run.row + run.count, last)
+            if low < high:
+                source = run.source + low - run.row
+                found = checkpoint.block(run.hf_name, (source, source + high - low), run.columns)
+                rows[low - first : high - first].copy_(found)
+        begin = piece.start - first * columns
+        piece.target.copy_(rows.view(-1)[begin : begin + len(piece.target)])
 
 
 def _misshaped(hf_name: str, found: torch.Tensor, parameter: torch.Tensor) -> CheckpointError:
@@ -127,9 +156,8 @@ def mark_trainable(part: Part, kinds: Sequence[str]) -> None:
     Raises:
         ConfigError: nothing would train.
     """
-    wanted = set(kinds) | ({"embed"} if part.arch.tied and "lm_head" in kinds else set())
     for name, parameter in part.canonical_parameters():
-        parameter.requires_grad_(kind_of(name) in wanted)
+        parameter.requires_grad_(trains(name, kinds, part.arch))
     if not any(parameter.requires_grad for _, parameter in part.canonical_parameters()):
         raise ConfigError(
             f"train.trainable: {', '.join(kinds)} selects no parameter of this model, or of a pipeline stage "
@@ -172,9 +200,8 @@ def load_trained(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def trained_names(arch: LlamaArch, lora: LoraConfig, kinds: Sequence[str]) -> set[str]:
     """Canonical names of everything that trains, over all ranks: what a checkpoint of such a run must hold."""
-    wanted = set(kinds) | ({"embed"} if arch.tied and "lm_head" in kinds else set())
     every = [*names.hf_tensor_shapes(arch), *names.adapter_shapes(arch, lora)]
-    return {name for name in every if kind_of(names.to_ours(name)[0]) in wanted}
+    return {name for name in every if trains(names.to_ours(name)[0], kinds, arch)}
 
 
 def check_trained(tensors: Mapping[str, torch.Tensor], part: Part, kinds: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every grid of ranks against one process: loss, norm and every gradient, before and after three steps; the weights."""
+"""Every grid of ranks against one process: loss, norm and every gradient, before and after five steps; the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
 from tools.parity import Observed, compare, observe
 
-STEPS = 3
+STEPS = 5
 YAML = """
 model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2}}}}
 attention: {attention}
@@ -25,7 +25,7 @@ lora: {{rank: 4, targets: [q, k, v, o, gate, up, down]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {packed}, cache: {cache}}}
 train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-4, warmup_steps: 2,
   recompute: {recompute}, trainable: [lora, embed, norm{head}]}}
-parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, virtual: {virtual}}}
+parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, virtual: {virtual}{engine}}}
 output: {output}
 """
 S2 = "{kind: s2, group_size: 16}"
@@ -67,12 +67,18 @@ class Grid:
     cp: int = 1
     pp: int = 1
     virtual: int = 1
+    engine: str = ""
+    """More settings of `parallel`."""
+
+
+OFFLOAD = ", engine: zero3, offload: {params: cpu, optimizer: cpu}"
+ZERO3 = ", engine: zero3"
 
 
 def write_config(folder: Path, name: str, grid: Grid) -> Path:
     model = MODELS[name]
     base, text = folder / name / "base", folder / "text"
-    path = folder / name / f"tp{grid.tp}-cp{grid.cp}-pp{grid.pp}-v{grid.virtual}.yaml"
+    path = folder / name / f"tp{grid.tp}-cp{grid.cp}-pp{grid.pp}-v{grid.virtual}{len(grid.engine)}.yaml"
     if not base.exists():
         make_tiny(base, model.kind, **model.over)
         write_tokenizer(base)
@@ -82,7 +88,7 @@ def write_config(folder: Path, name: str, grid: Grid) -> Path:
         for part in range(120):
             words = rng.integers(0, 50, rng.integers(3, 60))
             (text / f"{part:03d}.txt").write_text(" ".join(f"w{word % 25}{'abc'[word % 3]}" for word in words))
-    fields = {key: getattr(grid, key) for key in ("tp", "cp", "pp", "virtual")}
+    fields = {key: getattr(grid, key) for key in ("tp", "cp", "pp", "virtual", "engine")}
     head = "" if model.over.get("tie_word_embeddings") or model.kind == "smollm2" else ", lm_head"
     path.write_text(
         YAML.format(
@@ -140,6 +146,12 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
         ("tied", Grid(cp=2)),
         ("odd", Grid(cp=2)),
         ("full", Grid(cp=2)),
+        # Engine zero3: replicas and context-parallel ranks share the frozen weights.
+        ("untied", Grid(engine=ZERO3)),
+        ("tied", Grid(engine=OFFLOAD)),
+        ("tied", Grid(cp=2, engine=ZERO3)),
+        ("odd", Grid(cp=2, engine=OFFLOAD)),
+        ("full", Grid(engine=OFFLOAD)),
     ],
     4: [
         ("untied", Grid(tp=4)),
@@ -153,6 +165,14 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
         ("untied", Grid(pp=2, cp=2)),
         ("full", Grid(tp=2, cp=2)),
         ("tied", Grid(tp=2)),
+        ("untied", Grid(engine=ZERO3)),
+        ("tied", Grid(engine=OFFLOAD)),
+        ("untied", Grid(tp=2, engine=OFFLOAD)),
+        ("tied", Grid(tp=2, engine=ZERO3)),
+        ("odd", Grid(cp=4, engine=ZERO3)),
+        ("untied", Grid(cp=4, engine=OFFLOAD)),
+        ("tied", Grid(cp=2, engine=OFFLOAD)),
+        ("full", Grid(cp=2, engine=ZERO3)),
     ],
     8: [
         ("untied", Grid(cp=8)),
