@@ -18,7 +18,7 @@ GRADIENT = 4
 OPTIMIZER = 12
 """Bytes a trained element: fp32 master and Adam's two moments, cut over dp x cp."""
 GATHER_SLOTS = 2
-"""Layers whose gathered weights engine zero3 holds at once: the one at work and the next."""
+"""Buffers of engine zero3 for gathered weights: of the layer at work and of the next (the output matrix is one too)."""
 LOGITS = 3 * 4 * (1 << 25)
 """Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
 CUDA_CONTEXT = 3 * GIB
@@ -35,8 +35,10 @@ class ParameterCounts:
     """Matrices and biases of one layer: frozen."""
     head: int
     """Frozen output matrix; 0 when it is tied to the embedding or trains."""
-    other: int
-    """Frozen embedding and norms."""
+    embedding: int
+    """Frozen embedding; 0 when it trains."""
+    norms: int
+    """Frozen norms; 0 when they train."""
     trained: int
     """Adapters, and of embedding, norms and output matrix what trains."""
 
@@ -65,7 +67,8 @@ def count_parameters(config: RunConfig, arch: LlamaArch) -> ParameterCounts:
     return ParameterCounts(
         layer=layer,
         head=0 if arch.tied or "lm_head" in kinds else embedding,
-        other=("embed" not in kinds) * embedding + ("norm" not in kinds) * norms,
+        embedding=("embed" not in kinds) * embedding,
+        norms=("norm" not in kinds) * norms,
         trained=trained,
     )
 
@@ -103,13 +106,13 @@ def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> Memor
     zero3 = config.parallel.engine == "zero3"
     offload = config.parallel.offload
     layers = -(-arch.layers // grid.pp)
-    layered = (layers * counts.layer + counts.head) * width // grid.tp
+    layered = (layers * counts.layer + counts.head + counts.embedding) * width // grid.tp
     if zero3:
         layered //= shards
     trained = counts.trained // grid.tp
     optimizer = OPTIMIZER * trained // shards
     gpu = {
-        "frozen weights": counts.other * width // grid.tp,
+        "frozen norms": counts.norms * width,
         "trained weights": trained * width,
         "gradients": trained * GRADIENT,
         **_activations(config, arch, grid, layers, width),
@@ -117,10 +120,10 @@ def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> Memor
         "context": CUDA_CONTEXT,
     }
     host = {"process": PROCESS}
-    (host if offload.params == "cpu" else gpu)["frozen weights, shard" if zero3 else "layers' weights"] = layered
+    (host if offload.params == "cpu" else gpu)["frozen weights, shard" if zero3 else "frozen weights"] = layered
     (host if offload.optimizer == "cpu" else gpu)["optimizer"] = optimizer
     if zero3:
-        gpu["gathered weights"] = (GATHER_SLOTS * counts.layer + counts.head) * width // grid.tp
+        gpu["gathered weights"] = GATHER_SLOTS * max(counts.layer, counts.head, counts.embedding) * width // grid.tp
     saved = OPTIMIZER * counts.trained
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 

@@ -121,7 +121,7 @@ def check_gpu_memory(gpus: Sequence[Gpu], processes: int, estimate: MemoryEstima
 
 def _smaller(part: str) -> str:
     """What shrinks the largest part of the estimate."""
-    if part == "layers' weights":
+    if part == "frozen weights":
         return "set parallel.engine: zero3, or raise parallel.tp"
     if part == "frozen weights, shard":
         return "set parallel.offload.params: cpu, or use more GPUs"

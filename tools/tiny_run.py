@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="longspan-tiny-") as name:
             outcome = run_tiny(config, Path(name), args.nproc, args.timeout)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # `shrink` speaks of the doctor's option.
+        print(f"error: {str(error).replace('--processes', '--nproc')}", file=sys.stderr)
         return 2
     except LongspanError as error:
         print(f"FAIL: {error}", file=sys.stderr)

@@ -50,7 +50,7 @@ def test_gpu_memory_too_small_names_the_largest_part_and_what_shrinks_it() -> No
     assert "needs about 21.0 GiB (most of it layer inputs, 20.0 GiB) and GPU 1 has 16.0 GiB; raise parallel.cp" in told
     assert not preflight.check_gpu_memory((A100, small), 1, ESTIMATE).problem, "the second GPU is not used"
     for part, mend in (
-        ("layers' weights", "parallel.engine: zero3"),
+        ("frozen weights", "parallel.engine: zero3"),
         ("frozen weights, shard", "parallel.offload.params: cpu"),
         ("activations", "train.recompute: full"),
     ):
