@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.fake import to_receive
+
 Span = tuple[int, int]
 """[start, stop) of a parameter in the flat space, in elements."""
 
@@ -224,7 +226,7 @@ class FlatShards:
                 low, high = max(place, 0), min(place + values.numel(), count)
                 if low < high:
                     sent[low:high].copy_(values[low - place : high - place])
-            got = torch.empty(self.size, count, dtype=dtype, device=device)
+            got = to_receive(sent, (self.size, count), self.group or dist.group.WORLD)
             # As bytes: no backend then needs to know the dtype.
             dist.all_gather_into_tensor(got.view(-1).view(torch.uint8), sent.view(torch.uint8), group=self.group)
             for rank, row in enumerate(got):

@@ -37,6 +37,8 @@ class Groups:
     """Ranks holding the same shard of the model and of the sequences, and different sequences (dp)."""
     model: dist.ProcessGroup
     """Ranks that hold one replica of the model between them (tp x pp)."""
+    fake: bool = False
+    """The other ranks are not there (see `make_groups`)."""
 
     @property
     def data_rank(self) -> int:
@@ -135,6 +137,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replicas=parallel_state.get_data_parallel_group(with_context_parallel=False),
         model=parallel_state.get_model_parallel_group(),
+        fake=fake,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from parallel.fake import to_receive
 from parallel.halo_plan import HaloPlan, Message, Region
 
 
@@ -134,7 +135,7 @@ class HaloExchange:
             torch.cat([x[self.local_slices(piece)].reshape(-1) for piece in message.pieces for x in (k_LBKD, v_LBKD)])
             for message in self.outgoing
         ]
-        arriving = [k_LBKD.new_empty(message.vectors * dim) for message in self.incoming]
+        arriving = [to_receive(k_LBKD, (message.vectors * dim,), self.shard.group) for message in self.incoming]
         self.shard.meter.sent += _bytes(leaving)
         self.shard.meter.received += _bytes(arriving)
         return self._post(
@@ -170,7 +171,7 @@ class HaloExchange:
                 if common is not None:
                     for target, source in zip(pair, read_grads, strict=True):
                         target[common.slices(piece)].add_(source[common.slices(read)])
-        arriving = [like.new_empty(message.vectors * dim) for message in self.outgoing]
+        arriving = [to_receive(like, (message.vectors * dim,), self.shard.group) for message in self.outgoing]
         self.shard.meter.sent_back += _bytes(leaving)
         self.shard.meter.received_back += _bytes(arriving)
         return self._post([m.sender for m in self.incoming], leaving, [m.receiver for m in self.outgoing], arriving)
@@ -235,7 +236,7 @@ class GatherExchange:
         size = self.shard.size
         self._shape = k_LBKD.shape
         leaving = [k_LBKD.contiguous(), v_LBKD.contiguous()]
-        arriving = [x.new_empty((size * x.shape[0], *x.shape[1:])) for x in leaving]
+        arriving = [to_receive(x, (size * x.shape[0], *x.shape[1:]), self.shard.group) for x in leaving]
         works = [
             dist.all_gather_into_tensor(whole, own, group=self.shard.group, async_op=True)
             for whole, own in zip(arriving, leaving, strict=True)
@@ -257,7 +258,7 @@ class GatherExchange:
         for read, *read_grads in zip(self.reads, grads[0::2], grads[1::2], strict=True):
             for target, source in zip(leaving, read_grads, strict=True):
                 target[self._slices(read)].add_(source)
-        arriving = [x.new_empty(self._shape) for x in leaving]
+        arriving = [to_receive(x, self._shape, self.shard.group) for x in leaving]
         works = [
             dist.reduce_scatter_tensor(own, whole, group=self.shard.group, async_op=True)
             for own, whole in zip(arriving, leaving, strict=True)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from parallel.errors import LongspanError
+from parallel.fake import to_receive
 from parallel.groups import Groups
 from parallel.rank_env import export_local_rank
 
@@ -207,7 +208,8 @@ class FrozenShards:
                 unit.flat.ds_tensor.data = self._arena[begin : begin + share]
                 begin += share
         largest = max(unit.numel for unit in self.units)
-        self._slots = [torch.empty(largest, dtype=self.dtype, device=self.device) for _ in range(SLOTS)]
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._slots = [to_receive(like, (largest,), self.group) for _ in range(SLOTS)]
 
     def pieces(self) -> Iterator[ShardPiece]:
         """What this rank's shares hold of every parameter; to be filled once, before the first `use`."""
@@ -304,11 +306,11 @@ class FrozenShards:
     def _pin(self, arena: torch.Tensor) -> None:
         """Page-lock host memory as it is, without rounding."""
         size = arena.numel() * arena.element_size()
-        error = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)
-        if int(error) != 0:
+        error = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0))
+        if error:
             raise LongspanError(
-                f"parallel.offload.params: {size / 2**30:.1f} GiB of host memory could not be pinned (CUDA error {int(error)}); "
-                "raise `ulimit -l`, or free host memory."
+                f"parallel.offload.params: {size / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error "
+                f"{error}); raise `ulimit -l`, or free host memory."
             )
         self._pinned = size
 

@@ -133,11 +133,11 @@ class Run:
         return Path(self.config.output)
 
 
-def connect(config: RunConfig, env: RankEnv) -> Groups:
-    """Join the other ranks and seed."""
+def connect(config: RunConfig, env: RankEnv, fake: bool = False) -> Groups:
+    """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed."""
     parallel = config.parallel
     plan = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    groups = make_groups(plan, env, collective_timeout_s(parallel.timeout_s), virtual=parallel.virtual)
+    groups = make_groups(plan, env, collective_timeout_s(parallel.timeout_s), virtual=parallel.virtual, fake=fake)
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
@@ -153,15 +153,21 @@ def open_tokens(config: RunConfig, source: str, tokenizer: TextTokenizer, groups
     return on_main_first(groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field))
 
 
-def build(config: RunConfig, env: RankEnv) -> Run:
+def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Run:
     """Compose a training run, resumed from its newest checkpoint when there is one.
+
+    Args:
+        config: of the run.
+        env: this process among its peers.
+        base: weights to start from; None: those of `model.path`.
+        fake: be one rank of a world that is not there, for measuring.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     arch, rope = check_before_spending(config, env)
-    base = open_base(config, arch)
-    groups = connect(config, env)
+    base = base or open_base(config, arch)
+    groups = connect(config, env, fake)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     if tokenizer.vocab_size > arch.vocab:
         raise ConfigError(

@@ -35,7 +35,14 @@ def write_files(config: RunConfig, model: dict[str, Any]) -> None:
     save_file(_weights(read_arch(base)), base / "model.safetensors", metadata={"format": "pt"})
     assert config.data.tokenizer is not None
     file = Path(config.data.tokenizer)
-    _write_tokenizer(file)
+    write_tokenizer(file)
+    write_tokens(config)
+
+
+def write_tokens(config: RunConfig) -> None:
+    """Write random documents of the tiny tokenizer, prepared as shards, for every step of `config`."""
+    assert config.data.tokenizer is not None
+    file = Path(config.data.tokenizer)
     rng = np.random.default_rng(0)
     windows = config.train.global_batch * config.train.steps + 1
     lengths = rng.integers(5, LONGEST_DOCUMENT, 2 * windows * config.sequence // LONGEST_DOCUMENT + 2, dtype=np.int64)
@@ -63,7 +70,8 @@ def _weights(arch: LlamaArch) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _write_tokenizer(file: Path) -> None:
+def write_tokenizer(file: Path) -> None:
+    """Write a sentencepiece model of TOKENS single characters."""
     # sentencepiece loads in a moment; a Hugging Face tokenizer would cost every process seconds of transformers.
     model = io.BytesIO()
     letters = [chr(0x4E00 + number) for number in range(TOKENS - 4)]

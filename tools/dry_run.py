@@ -1,0 +1,253 @@
+"""Rank 0's share of a run on this machine's one GPU, before a node is booked: `python -m tools.dry_run --config X`
+
+All layers, real data path, a few optimizer steps of one micro-batch each, under torch's fake process group: memory and
+compute are those of rank 0 of `--nproc`, nothing is sent, losses mean nothing. A base model or text that is not on this
+machine is stood in for by random weights of its shape and random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from parallel.errors import ConfigError, LongspanError
+from parallel.groups import destroy_groups
+from parallel.rank_env import RankEnv
+from pipeline.build import build, check_before_spending
+from pipeline.config import load_config
+from pipeline.hf_files import HfCheckpoint, TensorFact
+from pipeline.model import names
+from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.schema import DataConfig, EvalConfig, RunConfig, SaveConfig
+from tools.tiny_checkpoint import write_tokenizer, write_tokens
+
+GIB = 1 << 30
+# hidden, FFN, layers, query heads, KV heads: what a folder's name stands for when it is not here.
+SHAPES = {
+    "70b": (8192, 28672, 80, 64, 8),
+    "13b": (5120, 13824, 40, 40, 40),
+    "7b": (4096, 11008, 32, 32, 32),
+}
+
+
+class RandomBase(HfCheckpoint):
+    """Weights of a shape that nobody has to download: normal, deviation 0.02; norms one; on the GPU if there is one."""
+
+    def __init__(self, arch: LlamaArch, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.folder = Path("random")
+        self.facts = {name: TensorFact(shape, dtype) for name, shape in names.hf_tensor_shapes(arch).items()}
+        self.files = ()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _make(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        values = torch.empty(tuple(shape), dtype=self.facts[name].dtype, device=self._device)
+        return values.fill_(1.0) if "norm" in name else values.normal_(0.0, 0.02)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Fresh values on every call."""
+        return self._make(name, self.facts[name].shape)
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Fresh values of that range's shape."""
+        shape = list(self.facts[name].shape)
+        shape[dim] = stop - start
+        return self._make(name, shape)
+
+    def block(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Fresh values of that block's shape."""
+        first, last = columns or (0, self.facts[name].shape[1])
+        return self._make(name, (rows[1] - rows[0], last - first))
+
+    def base_hash(self) -> str:
+        """Not a hash: nothing can be resumed from this."""
+        return "random"
+
+
+def _stand_in_model(path: Path, folder: Path) -> None:
+    """Write config.json of the shape that a missing folder's name tells.
+
+    Raises:
+        ConfigError: it tells none.
+    """
+    known = next((name for name in SHAPES if name in path.name.lower()), None)
+    if known is None:
+        raise ConfigError(
+            f"model.path: {path} is not here and its name tells no known size ({', '.join(SHAPES)}); download its "
+            "config.json at least."
+        )
+    hidden, ffn, layers, heads, kv_heads = SHAPES[known]
+    folder.mkdir()
+    described = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+def prepare(
+    config: RunConfig, folder: Path, nproc: int, steps: int
+) -> tuple[RunConfig, HfCheckpoint | None, list[str]]:
+    """The run to measure, its stand-in weights if the real ones are not here, and notes on what differs."""
+    notes = ["one micro-batch a step: accumulation only adds more of the same"]
+    parallel = config.parallel
+    replicas = max(1, nproc // (parallel.tp * parallel.cp * parallel.pp))
+    batch = config.train.micro_batch * replicas * (parallel.pp if parallel.pp > 1 else 1)
+    changed = replace(
+        config,
+        train=replace(config.train, steps=steps, global_batch=batch, warmup_steps=0),
+        eval=EvalConfig(),
+        save=SaveConfig(every=0),
+        output=str(folder / "run"),
+        attention=replace(config.attention, full_last_steps=0),
+    )
+    base: HfCheckpoint | None = None
+    path = Path(config.model.path)
+    weights = list(path.glob("*.safetensors")) if path.is_dir() else []
+    if not weights:
+        if not (path / "config.json").is_file():
+            _stand_in_model(path, folder / "base")
+            path = folder / "base"
+            changed = replace(changed, model=replace(config.model, path=str(path)))
+        base = RandomBase(read_arch(path))
+        notes.append(f"random weights stand in for {config.model.path}")
+    if not Path(config.data.path).exists() or base is not None:
+        write_tokenizer(folder / "tokenizer.model")
+        data = DataConfig(
+            path=str(folder / "tokens"),
+            sequence=config.data.sequence,
+            tokenizer=str(folder / "tokenizer.model"),
+            mask_documents=config.data.mask_documents,
+        )
+        changed = replace(changed, data=data)
+        write_tokens(changed)
+        notes.append(f"random tokens stand in for {config.data.path}")
+    return changed, base, notes
+
+
+def measure(config: RunConfig, base: HfCheckpoint | None, nproc: int, rank: int, warmup: int) -> dict[str, Any]:
+    """Take the steps; figures of this rank.
+
+    Raises:
+        LongspanError: see `pipeline.build.build`.
+    """
+    cuda = torch.cuda.is_available()
+    synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
+    began = time.perf_counter()
+    run = build(config, RankEnv(rank=rank, world_size=nproc), base=base, fake=nproc > 1)
+    trainer, shards = run.trainer, run.trainer.parts.model.shards
+    loaded = time.perf_counter() - began
+    rows, seconds = [], []
+    try:
+        for step in range(config.train.steps):
+            if step == warmup and cuda:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            row = trainer.gradients(step)
+            trainer.update(step, row)
+            synchronize()
+            rows.append(row)
+            if step >= warmup:
+                seconds.append(time.perf_counter() - began)
+    finally:
+        trainer.parts.loader.close()
+    plan = run.groups.plan
+    # As many micro-batches a step as pipeline stages: the stages cancel out.
+    tokens = config.train.micro_batch * config.sequence / (plan.tp * plan.cp)
+    median = statistics.median(seconds)
+    found: dict[str, Any] = {
+        "seconds a step": round(median, 3),
+        "tokens/s/GPU": round(tokens / median, 1),
+        "skipped steps": rows[-1]["skipped"],
+        "host GiB (resident)": round(psutil.Process().memory_info().rss / GIB, 2),
+        "host GiB (peak)": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20), 2),
+        "pinned GiB": round((shards.pinned_bytes if shards else 0) / GIB, 3),
+        "loading seconds": round(loaded, 1),
+    }
+    if cuda:
+        stats = torch.cuda.memory_stats()
+        found |= {
+            "peak GiB allocated": round(torch.cuda.max_memory_allocated() / GIB, 2),
+            "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 2),
+            "allocator flushes": stats["num_alloc_retries"],
+        }
+    if shards is not None:
+        shards.close()
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.dry_run", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
+    parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")
+    parser.add_argument("--rank", type=int, default=0, help="which of them to be (default 0)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up (default 3)")
+    parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
+    parser.add_argument("--json", type=Path, help="append the figures here, one line a run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence."""
+    args = parse(argv)
+    try:
+        if args.cap_gib and torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total))
+        config = load_config(args.config, args.set)
+        with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
+            changed, base, notes = prepare(config, Path(name), args.nproc, args.steps + 1)
+            check_before_spending(changed, RankEnv(rank=args.rank, world_size=args.nproc))
+            found = measure(changed, base, args.nproc, args.rank, warmup=1)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except LongspanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        destroy_groups()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    grid = config.parallel
+    title = f"{args.config.stem}: rank {args.rank} of {args.nproc}, {grid.engine}, tp {grid.tp} cp {grid.cp}, {device}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in found.items():
+        table.add_row(key, str(value))
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(f"Note: {note}.", highlight=False)
+    if args.json:
+        with args.json.open("a") as file:
+            file.write(json.dumps({"title": title, "set": args.set, "cap": args.cap_gib, **found}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
