@@ -1,10 +1,11 @@
-"""A run's configuration made tiny, with every option and axis kept: what `tools.doctor` runs on CPU processes.
+"""A run's configuration made tiny, with every option and axis kept: what `tools.doctor` and `tools.tiny_run` run on CPU
+processes.
 
-Kept: tp, cp, pp, virtual; attention kind, shifted heads, wrap, share of a group in the sequence; RoPE as it is (the
-context stays, only the sequences are short); LoRA rank, scale, targets; what trains; recompute; document masks;
-schedule; of the model: query heads a KV head, tied or untied, biases. Made awkward on purpose: a sequence that is no
-multiple of the shards, groups that cross them, layers that do not divide over the stages, a vocabulary that does not
-divide over tp. No torch: a wrong configuration is told at once.
+Kept: engine, offload, tp, cp, pp, virtual; attention kind, shifted heads, wrap, share of a group in the sequence; RoPE
+as it is (the context stays, only the sequences are short); LoRA rank, scale, targets; what trains; recompute; document
+masks; schedule; of the model: query heads a KV head, tied or untied, biases. Made awkward on purpose: a sequence that
+is no multiple of the shards, groups that cross them, layers that do not divide over the stages, a vocabulary that does
+not divide over tp. No torch: a wrong configuration is told at once.
 """
 
 from __future__ import annotations
@@ -66,11 +67,12 @@ class Shrunk:
     """What differs from the user's run and why, a sentence each."""
 
 
-def shrink(config: RunConfig, folder: Path, processes: int | None = None) -> Shrunk:
+def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: int = DEFAULT_PROCESSES) -> Shrunk:
     """The tiny run of `config`, whose files will lie in `folder`.
 
     Args:
-        processes: to run on; None: tp x cp x pp, twice that (two replicas) if at most eight.
+        processes: to run on; None: tp x cp x pp, twice that (two replicas) if at most `most`.
+        most: processes started without being asked for.
 
     Raises:
         ConfigError: the configuration could not run, or does not fit the processes.
@@ -86,7 +88,7 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None) -> Shr
     whole = plan_grid(asked.tp * asked.cp * asked.pp, asked.tp, asked.cp, asked.pp)
     check_model_fits(whole, arch.heads, arch.kv_heads, arch.ffn)
     plan_stages(arch.layers, asked.pp, asked.virtual)
-    parallel, count = _fit(asked, processes)
+    parallel, count = _fit(asked, processes, most)
     for axis in ("tp", "cp", "pp"):
         if getattr(parallel, axis) != getattr(asked, axis):
             notes.append(f"{axis} {getattr(asked, axis)} is run as {axis} {getattr(parallel, axis)} to fit {count}.")
@@ -136,9 +138,9 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None) -> Shr
     return Shrunk(tiny, _model(arch, parallel), count, tuple(notes))
 
 
-def _fit(asked: ParallelConfig, processes: int | None) -> tuple[ParallelConfig, int]:
+def _fit(asked: ParallelConfig, processes: int | None, most: int) -> tuple[ParallelConfig, int]:
     """Axes halved, the longest first and none to below 2, until a replica fits; and the processes to use."""
-    limit = DEFAULT_PROCESSES if processes is None else processes
+    limit = most if processes is None else processes
     sizes = {axis: getattr(asked, axis) for axis in ("tp", "cp", "pp")}
 
     def model() -> int:
@@ -151,7 +153,7 @@ def _fit(asked: ParallelConfig, processes: int | None) -> tuple[ParallelConfig, 
                 f"--processes: {limit} cannot hold tp x cp x pp with every axis in use at least 2; give {model()}."
             )
         sizes[longest] = max(2, sizes[longest] // 2)
-    count = processes or (2 * model() if 2 * model() <= DEFAULT_PROCESSES else model())
+    count = processes or (2 * model() if 2 * model() <= most else model())
     if count % model():
         raise ConfigError(f"--processes: {count} is not a multiple of tp x cp x pp = {model()}; use {model()}.")
     return replace(asked, **sizes, virtual=min(asked.virtual, 4)), count

@@ -93,6 +93,14 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not divide" in capsys.readouterr().err
 
 
+def test_engine_zero3_is_examined_as_it_is(tmp_path: Path) -> None:
+    away = ["parallel.engine=zero3", "parallel.offload.params=cpu", "parallel.offload.optimizer=cpu"]
+    report = run_doctor(load_config(write(tmp_path, cp=2), away), 4, timeout_s=240)
+    grid = report.shrunk.config.parallel
+    assert (grid.engine, grid.offload.params, grid.offload.optimizer, grid.cp) == ("zero3", "cpu", "cpu", 2)
+    assert report.passed and len(report.rows) == 14
+
+
 def test_a_hang_ends_in_time_and_is_told(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
     with pytest.raises(RankFailed, match=r"ranks \[0\] still ran after 1 s"):

@@ -1,0 +1,69 @@
+# Sourced by launch/run_*.sh, which set `name` and `config`: parses the command line and runs it from the root.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+  cat <<TEXT
+launch/$name.sh [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
+  trains $config on this machine's GPUs; the same command resumes
+  --dry-run    rank 0's share of it on the one GPU at hand: memory and tokens/s
+  --tiny       the same settings shrunk, on at most four CPU processes: trains, stops, resumes, compares
+  --nproc N    processes on each machine (default 8, one a GPU)
+  --set a.b=c  overrides a setting of the YAML; repeatable
+Several machines: start it on each, with NNODES, NODE_RANK and MASTER_ADDR (MASTER_PORT) set, or through
+srun --ntasks-per-node=1. LONGSPAN_PYTHON names a Python that has everything; otherwise .venv is used.
+TEXT
+}
+refuse() { echo "$name: $*" >&2; exit 2; }
+
+mode=train nproc="" settings=()
+while (($#)); do
+  case $1 in
+    --dry-run | --tiny)
+      [[ $mode == train ]] || refuse "--dry-run and --tiny exclude each other; give one."
+      mode=${1#--}; shift ;;
+    --nproc)
+      [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || refuse "--nproc needs a number of processes, got '${2:-}'."
+      nproc=$2; shift 2 ;;
+    --set)
+      [[ ${2:-} == *=* ]] || refuse "--set needs section.key=value, got '${2:-}'."
+      settings+=(--set "$2"); shift 2 ;;
+    -h | --help) usage; exit 0 ;;
+    *) refuse "unknown argument $1; --help lists what there is." ;;
+  esac
+done
+
+python=${LONGSPAN_PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || refuse "$python is not there; run launch/setup.sh, or set LONGSPAN_PYTHON."
+python() { command "$python" -W ignore "$@"; }
+common=(--config "$config" ${settings[@]+"${settings[@]}"})
+
+case $mode in
+  dry-run) exec "$python" -W ignore -m tools.dry_run "${common[@]}" --nproc "${nproc:-8}" ;;
+  tiny) exec "$python" -W ignore -m tools.tiny_run "${common[@]}" ${nproc:+--nproc "$nproc"} ;;
+esac
+
+nproc=${nproc:-8}
+nodes=${NNODES:-${SLURM_NNODES:-1}}
+if ((nodes > 1)); then
+  node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
+  [[ $node_rank ]] || refuse "NNODES is $nodes but NODE_RANK is not set; number the machines from 0."
+  ((${SLURM_LOCALID:-0} == 0)) || refuse "srun started it twice on a machine; use srun --ntasks-per-node=1."
+  head=${MASTER_ADDR:-}
+  if [[ -z $head && ${SLURM_JOB_NODELIST:-} ]]; then
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  fi
+  [[ $head ]] || refuse "NNODES is $nodes but MASTER_ADDR is not set; give the name of machine 0."
+  meet=(--nnodes "$nodes" --node-rank "$node_rank" --master-addr "$head" --master-port "${MASTER_PORT:-29500}")
+else
+  meet=(--standalone)
+fi
+
+python -m tools.preflight "${common[@]}" --nproc "$nproc" --nnodes "$nodes"
+
+# torchrun would give every process one thread, and the optimizer's share in host memory is updated by the CPU.
+threads=$(($(nproc) / nproc))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
+# Segments that grow leave no gaps between layers' tensors, which the allocator would have to flush to use.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+exec "$python" -W ignore -m torch.distributed.run "${meet[@]}" --nproc-per-node "$nproc" -m pipeline.train "${common[@]}"

@@ -1,0 +1,81 @@
+"""Is everything there that a run needs? `python -m tools.preflight --config run.yaml --nproc 8` on each machine.
+
+Nothing is loaded: GPUs, memory, disk, weight files (their headers), text and batch are checked in seconds. Exit code 0:
+all there; 2: something is missing, one sentence each on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from parallel.errors import ConfigError, LongspanError
+from pipeline.config import load_config
+from pipeline.preflight import Finding, Launch, survey
+from tools.machine import read_machine
+
+
+def weights_bytes(folder: Path) -> int:
+    """Check a checkpoint's files against its index, headers and config.json; returns the bytes of its tensors.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or of another model; it is named.
+    """
+    # torch, which nothing else in a failing preflight needs
+    from pipeline.hf_files import HfCheckpoint
+    from pipeline.model import names
+    from pipeline.model.arch import read_arch
+
+    weights = HfCheckpoint(folder)
+    weights.check(names.hf_tensor_shapes(read_arch(folder)), names.is_derived)
+    return sum(fact.nbytes for fact in weights.facts.values())
+
+
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """Print the table."""
+    table = Table(title="Preflight", title_justify="left")
+    for column in ("", "found", "needed", ""):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        mark = "[bold red]MISSING[/]" if finding.problem else "[green]ok[/]"
+        table.add_row(escape(finding.name), escape(finding.found), escape(finding.needed), mark)
+    console.print(table)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.preflight", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
+    parser.add_argument("--nproc", type=int, default=8, metavar="N", help="processes on this machine (default 8)")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines (default 1)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 when something is missing or the configuration is wrong."""
+    args = parse(argv)
+    try:
+        for name in ("nproc", "nnodes"):
+            if getattr(args, name) < 1:
+                raise ConfigError(f"--{name}: must be at least 1, got {getattr(args, name)}.")
+        config = load_config(args.config, args.set)
+        findings = survey(config, Launch(args.nproc, args.nnodes), read_machine(), weights_bytes)
+    except LongspanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(findings, Console())
+    problems = [finding.problem for finding in findings if finding.problem]
+    for problem in problems:
+        print(f"missing: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
