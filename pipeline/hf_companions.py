@@ -28,14 +28,63 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, target: Path, context: int | None = None) -> None:
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with none of these has no tokenizer."""
+
+
+def copy_companions(source: Path, target: Path, context: int | None = None, tokenizer: Path | None = None) -> None:
     """Copy tokenizer and generation files that exist; raise the tokenizer's length limit to `context` where it is
-    lower."""
+    lower.
+
+    Args:
+        tokenizer: a folder whose tokenizer, if it has one, is taken instead: never files of both.
+    """
+    own = tokenizer is not None and any((tokenizer / name).is_file() for name in TOKENIZERS)
     for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        origin = tokenizer if own and tokenizer is not None and name != "generation_config.json" else source
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, target / name)
     path = target / "tokenizer_config.json"
     if context is not None and path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(settings.get("model_max_length"), int) and settings["model_max_length"] < context:
             write_json(path, {**settings, "model_max_length": context})
+
+
+def _edit(path: Path, **fields: Any) -> None:
+    """Set fields of a JSON file, made where it is missing."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**settings, **fields})
+
+
+def add_pad_token(folder: Path, token: str, number: int) -> bool:
+    """Give a tokenizer folder a padding token with id `number`, as LongLoRA's scripts do ("[PAD]", 32000).
+
+    Works on the files: tokenizer.json (fast tokenizers), and the JSON files beside a sentencepiece tokenizer.model.
+
+    Returns:
+        False where the folder has no tokenizer, or one with a padding token or this id: nothing is changed.
+    """
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    fast, plain = folder / "tokenizer.json", folder / "tokenizer.model"
+    if settings.get("pad_token") is not None or not (fast.is_file() or plain.is_file()):
+        return False
+    entry = {"content": token, "special": True}
+    entry |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    if fast.is_file():
+        whole = json.loads(fast.read_text(encoding="utf-8"))
+        added = list(whole.get("added_tokens") or [])
+        if any(item["id"] == number or item["content"] == token for item in added):
+            return False
+        whole["added_tokens"] = [*added, {"id": number, **entry}]
+        # Not write_json: the order of a vocabulary's keys is part of some readers' behaviour.
+        fast.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+    if plain.is_file():
+        _edit(folder / "added_tokens.json", **{token: number})
+    decoder = {**settings.get("added_tokens_decoder", {}), str(number): entry}
+    _edit(
+        config, pad_token=token, **({"added_tokens_decoder": decoder} if settings.get("added_tokens_decoder") else {})
+    )
+    _edit(folder / "special_tokens_map.json", pad_token=token)
+    return True
