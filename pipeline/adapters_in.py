@@ -41,7 +41,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
-            f"{path}: is not a plain torch.save of tensors, so it is not read ({reason}); {mend}."
+            f"{path}: is no plain torch.save of tensors, so it is not read ({reason}); {mend}."
         ) from (None)
     if not isinstance(found, dict) or not all(isinstance(k, str) and type(v) is torch.Tensor for k, v in found.items()):
         raise CheckpointError(f"{path}: holds other things than named tensors; {mend}.")

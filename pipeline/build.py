@@ -162,8 +162,8 @@ def build(config: RunConfig, env: RankEnv) -> Run:
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     if tokenizer.vocab_size > arch.vocab:
         raise ConfigError(
-            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own tokenizer, "
-            f"or set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
+            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own "
+            f"tokenizer, or set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
         )
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups), config.sequence)
     loader = TrainLoader(

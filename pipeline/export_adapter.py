@@ -40,14 +40,15 @@ base = AutoModelForCausalLM.from_pretrained({base!r}, config=config{mismatch})
 {grow}model = PeftModel.from_pretrained(base, "{folder}")
 ```
 
-Made at step {step} from a base whose hash is `{base_hash}`. Needs peft >= {peft} (tested with {tested}); the embedding and
-norms are in {saved}.
+Made at step {step} from a base whose hash is `{base_hash}`. Needs peft >= {peft} (tested with {tested}); embedding
+and norms are in {saved}.
 """
 LONGLORA_README = """# LongLoRA's two files, context {context}
 
 `{trainable}.safetensors` and `.bin` (the same tensors; LongLoRA's scripts read the `.bin`) hold embedding and norms,
 `{adapter}.safetensors` the LoRA factors. Merge with `python -m tools.merge_lora --adapter THIS --base BASE --context
-{context}`, or with LongLoRA's `merge_lora_weights_and_save_hf_model.py`. RoPE: {rope}. Base hash `{base_hash}`, step {step}.
+{context}`, or with LongLoRA's `merge_lora_weights_and_save_hf_model.py`. RoPE: {rope}.
+Base hash `{base_hash}`, step {step}.
 """
 
 

@@ -122,9 +122,7 @@ def _statements(model: TrainedModel, form: str, layerwise: bool) -> tuple[list[s
     missing = ["Logits of long sequences: few tokens were placed at long positions instead."]
     if layerwise:
         size = verify_logits.whole_bytes(model) / 2**30
-        checked.append(
-            "fp32 logits, one layer in memory at a time, through transformers' layers with the export's files."
-        )
+        checked.append("fp32 logits, one layer in memory at a time, transformers' layers with the export's files.")
         missing.append(
             f"Loading by {reader} as a whole: that takes about {size:.1f} GiB, more than is free here; run verify on a "
             "larger machine for that."

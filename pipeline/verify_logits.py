@@ -1,4 +1,4 @@
-"""Logits of an export and of the trained tensors applied by hand: whole models, or layer by layer where they do not fit.
+"""Logits of an export and of the trained tensors applied by hand: whole models, or layer by layer where too large.
 
 Tokens stand at positions of the caller's choice: a few of them spread over the whole context meet the long distances of
 RoPE without the cost of a long sequence.
@@ -61,11 +61,11 @@ def _run(network: Any, tokens_BS: torch.Tensor, positions_S: torch.Tensor) -> to
 def reference_logits(
     model: TrainedModel, tokens_BS: torch.Tensor, form: str, positions: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Logits fp32 [B, S, V], one for each of `positions`, of transformers' model with the trained tensors put in by hand.
+    """Logits fp32 [B, S, V], one for each of `positions`, of transformers' model with training put in by hand.
 
     Sums are taken in the order the export's reader takes them (`merged`: one rounded weight; adapters: W x, then scale
-    B A x): a deep model amplifies a last-place difference a thousandfold on random tokens, so another order would need a
-    tolerance that hides real faults.
+    B A x): a deep model amplifies a last-place difference a thousandfold on random tokens, so another order would need
+    a tolerance that hides real faults.
     """
     values = extended_config(model)
     config = AutoConfig.for_model(values.pop("model_type"), **values)

@@ -1,8 +1,8 @@
 """Make a clean Hugging Face folder from another one or a GGUF file: `python -m tools.import_hf SOURCE OUTPUT`.
 
-Not needed to train: a Hugging Face folder is read directly, each rank its slices. An import checks every tensor, records
-hashes that later damage is found by, casts, and adds rows for a padding token. A folder streams, shard by shard; a GGUF
-file is read by transformers, whole.
+Not needed to train: a Hugging Face folder is read directly, each rank its slices. An import checks every tensor,
+records hashes that later damage is found by, casts, and adds rows for a padding token. A folder streams, shard by
+shard; a GGUF file is read by transformers, whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Merge an adapter into its base: `python -m tools.merge_lora --adapter DIR --base BASE --output OUT [--context N]`.
 
-DIR is a PEFT adapter, LongLoRA's two files (`trainable_params` beside `adapter_model`), or, with --checkpoint or --run, a
-Longspan checkpoint. The result is a plain Hugging Face model in the base's dtype.
+DIR is a PEFT adapter, LongLoRA's two files (`trainable_params` beside `adapter_model`), or, with --checkpoint or --run,
+a Longspan checkpoint. The result is a plain Hugging Face model in the base's dtype.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def read_arch(folder: Path) -> LlamaArch:
         raise read.fail(f"head_dim {head_dim} is odd, but RoPE rotates pairs; check that this is the model's own file")
     max_positions = read.positive("max_position_embeddings", POSITIONS.get(model_type, 2048))
     theta, scaling = _scaling(read, max_positions)
-    # transformers' Llama puts one switch on q, k, v and o; its Mistral has no biases, its Qwen2 always those of q, k, v.
+    # transformers' Llama has one switch for q, k, v and o; its Mistral has none, its Qwen2 always q's, k's and v's.
     bias = model_type == "llama" and read.flag("attention_bias")
     return LlamaArch(
         model_type=model_type,
