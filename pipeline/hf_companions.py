@@ -57,25 +57,44 @@ def _edit(path: Path, **fields: Any) -> None:
     write_json(path, {**settings, **fields})
 
 
-def add_pad_token(folder: Path, token: str, number: int) -> bool:
-    """Give a tokenizer folder a padding token with id `number`, as LongLoRA's scripts do ("[PAD]", 32000).
+def tokenizer_size(folder: Path) -> int | None:
+    """One more than the largest token id of a tokenizer.json or tokenizer.model folder; None: it has neither."""
+    fast, plain, added = (folder / name for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json"))
+    if fast.is_file():
+        whole = json.loads(fast.read_text(encoding="utf-8"))
+        vocab = whole["model"]["vocab"]
+        ids = [item["id"] for item in whole.get("added_tokens") or []]
+        ids += vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
+        return max(ids) + 1
+    if plain.is_file():
+        from sentencepiece import SentencePieceProcessor  # only when one is used
+
+        size = int(SentencePieceProcessor(model_file=str(plain)).vocab_size())
+        more = json.loads(added.read_text(encoding="utf-8")).values() if added.is_file() else []
+        return max([size, *(number + 1 for number in more)])
+    return None
+
+
+def add_pad_token(folder: Path, token: str) -> bool:
+    """Give a tokenizer folder a padding token with the next free id, as LongLoRA's scripts do ("[PAD]", 32000).
 
     Works on the files: tokenizer.json (fast tokenizers), and the JSON files beside a sentencepiece tokenizer.model.
 
     Returns:
-        False where the folder has no tokenizer, or one with a padding token or this id: nothing is changed.
+        False where the folder has no tokenizer, or one with a padding token or this token: nothing is changed.
     """
+    number = tokenizer_size(folder)
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     fast, plain = folder / "tokenizer.json", folder / "tokenizer.model"
-    if settings.get("pad_token") is not None or not (fast.is_file() or plain.is_file()):
+    if settings.get("pad_token") is not None or number is None:
         return False
     entry = {"content": token, "special": True}
     entry |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     if fast.is_file():
         whole = json.loads(fast.read_text(encoding="utf-8"))
         added = list(whole.get("added_tokens") or [])
-        if any(item["id"] == number or item["content"] == token for item in added):
+        if any(item["content"] == token for item in added):
             return False
         whole["added_tokens"] = [*added, {"id": number, **entry}]
         # Not write_json: the order of a vocabulary's keys is part of some readers' behaviour.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.hf_companions import add_pad_token, copy_companions
+from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size
 from pipeline.hf_files import HfCheckpoint
 from pipeline.manifest import TRAINED, read_manifest
 from pipeline.model import names
@@ -237,5 +237,5 @@ def extended_config(model: TrainedModel) -> dict[str, Any]:
 def companions(model: TrainedModel, folder: Path) -> None:
     """Put tokenizer and generation files into an export; one added row that no token names is LongLoRA's `[PAD]`."""
     copy_companions(model.base, folder, model.context, model.source)
-    if model.arch.vocab == read_arch(model.base).vocab + 1:
-        add_pad_token(folder, PAD_TOKEN, model.arch.vocab - 1)
+    if model.arch.vocab == read_arch(model.base).vocab + 1 and tokenizer_size(folder) == model.arch.vocab - 1:
+        add_pad_token(folder, PAD_TOKEN)

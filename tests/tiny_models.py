@@ -133,11 +133,13 @@ def make_tiny(
     return folder
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A fast tokenizer of single ASCII characters that fits any tiny vocabulary."""
+def write_tokenizer(folder: Path, size: int = 0) -> None:
+    """A fast tokenizer of single ASCII characters that fits any tiny vocabulary; filled up to `size` tokens."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for code in [10, *range(32, 127)]:
         vocab[chr(code)] = len(vocab)
+    while len(vocab) < size:
+        vocab[chr(0x4E00 + len(vocab))] = len(vocab)
     special = [
         {"id": number, "content": text, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -20,7 +20,7 @@ import torch
 
 from parallel.errors import CheckpointError, LongspanError
 from pipeline.export import source_files
-from pipeline.hf_companions import add_pad_token, copy_companions, write_json
+from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import SHARD_BYTES, new_folder, resumable_folder, write_safetensors_sharded
 from pipeline.model import names
@@ -53,7 +53,7 @@ def import_model(
     Args:
         source: a Hugging Face folder, a .gguf file, or a folder holding one.
         dtype: bf16 | fp16 | fp32 | keep (a GGUF's weights, being quantized, are kept as fp32).
-        pad_token: add this token, and a row that is the mean of all, as LongLoRA does ("[PAD]").
+        pad_token: add this token, as LongLoRA does ("[PAD]"), and, where no row is free, one that is the mean of all.
         shown: display progress.
 
     Raises:
@@ -112,7 +112,8 @@ def _import_folder(
     if checkpoint.recorded().files:
         # What was recorded when it was made or downloaded, if anything was.
         checkpoint.digests()
-    rows = arch.vocab + (pad_token is not None)
+    # A vocabulary padded to more rows than the tokenizer has tokens has room already.
+    rows = arch.vocab if pad_token is None else max(arch.vocab, (tokenizer_size(source) or 0) + 1)
     shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
     config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "vocab_size": rows}
 
@@ -127,7 +128,7 @@ def _import_folder(
     job = {"source": source_files(checkpoint), "from": str(source.resolve()), "config": config}
     with resumable_folder(output, force, {**job, "dtype": str(dtype), "shard_bytes": shard_bytes}) as folder:
         copy_companions(source, folder)
-        if pad_token is not None and not add_pad_token(folder, pad_token, arch.vocab):
+        if pad_token is not None and not add_pad_token(folder, pad_token):
             raise CheckpointError(
                 f"{source}: has no tokenizer to add {pad_token} to, or one with a padding token; import without "
                 "--pad-token."
