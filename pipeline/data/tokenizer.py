@@ -127,9 +127,7 @@ class SentencePieceTokenizer:
             try:
                 self.vocab_size = max([self.vocab_size, *(int(n) + 1 for n in json.loads(added.read_text()).values())])
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{added}: holds no token ids ({error}); copy the model's again."
-                ) from error
+                raise DataError(f"{added}: holds no token ids ({error}); copy the model's again.") from error
             files.append(added)
         self.fingerprint = _fingerprint(files)
 

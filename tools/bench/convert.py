@@ -253,7 +253,7 @@ def main() -> int:
     for row in rows[2:4]:
         peak, hours = idle + (row["anon_gib"] - idle) * ratio, row["seconds"] * 138e9 / size / 3600
         console.print(
-            f"Llama-2-70B, 138 GB, by formula (idle + the rest times {ratio:.2f}, as its largest tensor is so much larger): "
+            f"Llama-2-70B, 138 GB, by formula (idle + the rest times {ratio:.2f}, the ratio of largest tensors): "
             f"{row['step']} {peak:.2f} GiB, {hours:.2f} h; bound 2 shards + 1 GiB = {(2 * SHARD_BYTES + GIB) / GIB:.2f}"
         )
     if args.json:
