@@ -22,7 +22,7 @@ from pipeline.export import export_merged
 from pipeline.hashes import HASHES
 from pipeline.hf_companions import add_pad_token, tokenizer_size
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import write_safetensors_sharded
+from pipeline.hf_write import new_folder, write_safetensors_sharded
 from pipeline.safetensors_io import SafetensorsFile, TensorFact, Written, tensor_digest
 from pipeline.trained_model import load_trained_model
 from pipeline.verify import verify
@@ -279,3 +279,16 @@ def test_padding_token_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     assert after.encode("some words") == before.encode("some words")
     assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"[PAD]": before.vocab_size}
     assert import_hf.tokenizer_size(tmp_path) == after.vocab_size
+
+
+def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), new_folder(target, False) as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    target.mkdir()
+    (target / "precious.txt").touch()
+    with pytest.raises(CheckpointError, match="is not a model folder, so --force will not"), new_folder(target, True):
+        pass
+    assert (target / "precious.txt").exists() and len(list(tmp_path.iterdir())) == 1

@@ -19,7 +19,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.export import export, export_adapter, export_merged
 from pipeline.export_adapter import peft_config
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import new_folder, plan_shards, write_safetensors_sharded
+from pipeline.hf_write import plan_shards, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.model.rope import plan_rope
@@ -390,16 +390,3 @@ def test_check_against_the_architecture(tmp_path: Path) -> None:
         check(extra__weight=torch.zeros(3))
     with pytest.raises(CheckpointError, match="has no tensor nothing"):
         HfCheckpoint(base).tensor("nothing")
-
-
-def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with pytest.raises(RuntimeError), new_folder(target, False) as folder:
-        (folder / "half").touch()
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    target.mkdir()
-    (target / "precious.txt").touch()
-    with pytest.raises(CheckpointError, match="is not a model folder, so --force will not"), new_folder(target, True):
-        pass
-    assert (target / "precious.txt").exists() and len(list(tmp_path.iterdir())) == 1

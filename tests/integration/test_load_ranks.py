@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from parallel.groups import destroy_groups, make_groups
 from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
+from parallel.rng import seed_everything
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import read_arch
@@ -32,6 +33,7 @@ def load_and_score(rank: int, world: int, folder: str, tokens: torch.Tensor) -> 
     torch.set_num_threads(1)
     results = []
     groups = make_groups(plan_grid(world, 2, 1, 2), RankEnv.read())
+    seed_everything(0)
     for kind, added in CASES:
         base = Path(folder) / kind
         stored = read_arch(base)
