@@ -25,7 +25,7 @@ FEW = 8
 """`auto` keeps single rows where at most one in so many changed."""
 PEFT_MINIMUM = "0.18"
 """`ensure_weight_tying` appeared there; without it tied output weights would stay those of the base."""
-PEFT_TESTED = "0.21"
+PEFT_TESTED = "0.18.0 and 0.21.2"
 README = """# LongLoRA adapter, context {context}
 
 RoPE scaling is part of the model, and a PEFT adapter cannot carry it: the base model must be loaded with this folder's

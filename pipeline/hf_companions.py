@@ -28,6 +28,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+SHORT = 20
+"""transformers' default `max_length`, which no one meant as a context."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with none of these has no tokenizer."""
 
@@ -49,6 +51,12 @@ def copy_companions(source: Path, target: Path, context: int | None = None, toke
         settings = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(settings.get("model_max_length"), int) and settings["model_max_length"] < context:
             write_json(path, {**settings, "model_max_length": context})
+    path = target / "generation_config.json"
+    if context is not None and path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        # Llama-2's says 4096, its context: left there, generate() would stop a prompt of 32k at once.
+        if isinstance(settings.get("max_length"), int) and SHORT < settings["max_length"] < context:
+            write_json(path, {**settings, "max_length": context})
 
 
 def _edit(path: Path, **fields: Any) -> None:

@@ -262,6 +262,14 @@ def test_export_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(arguments) == 0 and (tmp_path / "second/adapter_model.safetensors").is_file()
 
 
+def test_generation_settings_come_along(tmp_path: Path) -> None:
+    base = make_tiny(tmp_path / "base", "llama2")
+    (base / "generation_config.json").write_text(json.dumps({"max_length": 64, "eos_token_id": [2, 5], "top_p": 0.9}))
+    export_merged(trained_model(base), tmp_path / "out")
+    told = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert told == {"max_length": 256, "eos_token_id": [2, 5], "top_p": 0.9}
+
+
 def test_padding_token_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
