@@ -30,6 +30,7 @@ from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import RopePlan, plan_rope
+from pipeline.model.vocabulary import check_growth
 from pipeline.model.weights import check_trained, init_adapters, load_base, load_trained, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
@@ -59,6 +60,9 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
     arch = read_arch(folder)
+    if config.model.vocab is not None:
+        check_growth(arch.vocab, config.model.vocab, "model.vocab")
+        arch = replace(arch, vocab=config.model.vocab)
     check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
     plan_stages(arch.layers, parallel.pp, parallel.virtual)
     return arch, plan_rope(arch, config.model.rope, config.model.context)
@@ -94,7 +98,8 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
         CheckpointError: a file is damaged, or a tensor missing, misshaped or unknown (named).
     """
     base = HfCheckpoint(Path(config.model.path))
-    base.check(names.hf_tensor_shapes(arch), names.is_derived)
+    # Added tokens have no rows there yet.
+    base.check(names.hf_tensor_shapes(replace(arch, vocab=read_arch(base.folder).vocab)), names.is_derived)
     return base
 
 
@@ -171,7 +176,8 @@ def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fak
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     if tokenizer.vocab_size > arch.vocab:
         raise ConfigError(
-            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own tokenizer."
+            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own "
+            f"tokenizer, or set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
         )
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups), config.sequence)
     loader = TrainLoader(

@@ -1,94 +1,23 @@
-"""Hugging Face checkpoint folders: checked lazy reading, streaming writing. safetensors and JSON only: nothing is
-executed.
-
-A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range) and the
-bytes.
-"""
+"""Hugging Face checkpoint folders, checked and read lazily. safetensors and JSON only: nothing is executed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from parallel.errors import CheckpointError
+from pipeline.hashes import Hashes, read_hashes
+from pipeline.safetensors_io import SafetensorsFile, TensorFact, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER = 100_000_000
-"""Bytes; the format's own limit, so that a damaged length cannot ask for terabytes."""
-SHARD_BYTES = 4_000_000_000
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""Floating dtypes weights come in; integer or fp8 weights are quantized models, which are refused."""
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorFact:
-    """What is known of a tensor without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
-
-def read_header(path: Path) -> dict[str, TensorFact]:
-    """Tensors a safetensors file declares, after checking that their bytes are all there.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, or holds a dtype that is not a plain float.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER, size - 8):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        need = 8 + length + max(ends, default=0)
-        if need != size:
-            raise ValueError(f"it has {size} bytes instead of {need}")
-        facts = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(
-                    f"{path}: {name} has dtype {entry['dtype']}, which is not a plain float; use the bf16, fp16 or "
-                    "fp32 release of this model."
-                )
-            facts[name] = TensorFact(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            start, stop = entry["data_offsets"]
-            if stop - start != facts[name].nbytes:
-                raise ValueError(f"{name} has {stop - start} bytes instead of {facts[name].nbytes}")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; download the checkpoint again.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{path}: is truncated or damaged ({error}); download it again.") from None
-    return facts
+MEAN_ROWS = 1 << 13
+"""Rows summed at a time for a mean."""
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
@@ -132,7 +61,7 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
 
 
 class HfCheckpoint:
-    """A folder of safetensors, single or sharded, opened lazily; tensors are memory-mapped.
+    """A folder of safetensors, single or sharded, opened lazily; see `safetensors_io` for how.
 
     Raises:
         CheckpointError: the index or a shard is missing, truncated or disagrees with the other; the file is named.
@@ -143,8 +72,8 @@ class HfCheckpoint:
         self.facts: dict[str, TensorFact] = {}
         """Name -> shape and dtype."""
         self._file: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
-        self._hash: str | None = None
+        self._open: dict[str, SafetensorsFile] = {}
+        self._digests: dict[str, str] | None = None
         shards = _shards(self.folder)
         self.files = tuple(sorted(shards))
         """Names of the weight files."""
@@ -171,16 +100,26 @@ class HfCheckpoint:
             weight[fact.dtype] = weight.get(fact.dtype, 0) + fact.nbytes
         return max(weight, key=lambda dtype: weight[dtype])
 
-    def _handle(self, name: str) -> Any:
+    def file_of(self, name: str) -> str:
+        """The weight file that holds a tensor.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
         if name not in self._file:
             raise CheckpointError(f"{self.folder}: has no tensor {name}; the weights do not fit its config.json.")
-        file = self._file[name]
+        return self._file[name]
+
+    def _handle(self, name: str) -> SafetensorsFile:
+        file = self.file_of(name)
         if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file}: cannot be read ({error}); download it again.") from None
+            self._open[file] = SafetensorsFile(self.folder / file)
         return self._open[file]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from the disk so far (hashing of whole files not counted)."""
+        return sum(file.bytes_read for file in self._open.values())
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, in its stored dtype, on the CPU.
@@ -188,8 +127,7 @@ class HfCheckpoint:
         Raises:
             CheckpointError: there is none of this name.
         """
-        tensor: torch.Tensor = self._handle(name).get_tensor(name)
-        return tensor
+        return self._handle(name).tensor(name)
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """`tensor(name)` restricted to [start, stop) along dim 0 or 1; only those bytes are read.
@@ -197,27 +135,43 @@ class HfCheckpoint:
         Raises:
             CheckpointError: there is none of this name, or the range leaves it.
         """
-        whole = self._handle(name).get_slice(name)
-        shape = self.facts[name].shape
-        if not (0 <= dim < min(len(shape), 2) and 0 <= start < stop <= shape[dim]):
-            raise CheckpointError(f"{name}: shape {shape} has no range {start}:{stop} along dim {dim}.")
-        part: torch.Tensor = whole[start:stop] if dim == 0 else whole[:, start:stop]
-        return part
+        return self._handle(name).slice(name, dim, start, stop)
 
     def block(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
         """[start, stop) rows, and columns, of a matrix; only those rows' bytes are read."""
-        whole = self._handle(name).get_slice(name)
-        first, last = columns or (0, self.facts[name].shape[1])
-        part: torch.Tensor = whole[rows[0] : rows[1], first:last]
-        return part
+        found = self.slice(name, 0, *rows)
+        return found if columns is None else found[:, columns[0] : columns[1]]
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = lambda name: False) -> None:
+    def digest(self, name: str) -> str:
+        """Hex SHA-256 of a tensor's bytes."""
+        return self._handle(name).digest(name)
+
+    def mean_row(self, name: str) -> torch.Tensor:
+        """Mean of all stored rows of a matrix [R, H], fp32 [H]: what added tokens start from.
+
+        Summed in fp64 in a fixed order, so that every rank that asks finds the same bits, whatever it holds itself.
+        """
+        rows, width = self.facts[name].shape
+        total = torch.zeros(width, dtype=torch.float64)
+        for start in range(0, rows, MEAN_ROWS):
+            total += self.slice(name, 0, start, min(start + MEAN_ROWS, rows)).double().sum(0)
+        return (total / rows).float()
+
+    def check(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        ignore: Callable[[str], bool] = lambda name: False,
+        one_dtype: bool = True,
+    ) -> None:
         """Compare with the tensors config.json implies (`names.hf_tensor_shapes`).
 
         An `lm_head.weight` beside tied embeddings is accepted when it equals them.
 
+        Args:
+            one_dtype: refuse tensors of other dtypes than most have; False where they are cast anyway.
+
         Raises:
-            CheckpointError: a tensor is missing, misshaped or unknown; the file and tensor are named.
+            CheckpointError: a tensor is missing, misshaped, unknown or of another dtype; the file and tensor are named.
         """
         for name, shape in shapes.items():
             if name not in self.facts:
@@ -226,6 +180,12 @@ class HfCheckpoint:
                 raise CheckpointError(
                     f"{self.folder / self._file[name]}: {name} has shape {self.facts[name].shape}, but config.json "
                     f"describes {tuple(shape)}; the two files belong to different models."
+                )
+        for name in shapes if one_dtype else ():
+            if self.facts[name].dtype is not self.dtype:
+                raise CheckpointError(
+                    f"{self.folder / self._file[name]}: {name} is {_short(self.facts[name].dtype)} where most weights "
+                    f"are {_short(self.dtype)}; make them one with python -m tools.import_hf --dtype bf16."
                 )
         for name in self.names:
             if name in shapes or ignore(name):
@@ -243,154 +203,50 @@ class HfCheckpoint:
                 "files belong to different models."
             )
 
-    def base_hash(self) -> str:
-        """SHA-256 over the sorted SHA-256 of every weight file: identifies the weights; reads them all, once a
-        process."""
-        if self._hash is None:
+    def recorded(self) -> Hashes:
+        """Hashes recorded of this folder when it was made or downloaded; empty where there are none."""
+        return read_hashes(self.folder, self.files)
+
+    def digests(self) -> dict[str, str]:
+        """Weight file -> SHA-256, compared with what is recorded; reads every byte, once a process.
+
+        Raises:
+            CheckpointError: a file differs from its recorded hash; it and the tensor are named.
+        """
+        if self._digests is None:
             with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                digests = sorted(pool.map(_file_digest, (self.folder / file for file in self.files)))
-            self._hash = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        return self._hash
+                found = dict(zip(self.files, pool.map(file_digest, map(self.folder.joinpath, self.files)), strict=True))
+            recorded = self.recorded()
+            for file, digest in found.items():
+                if recorded.files.get(file, digest) != digest:
+                    raise self._damaged(file, recorded)
+            self._digests = found
+        return self._digests
+
+    def _damaged(self, file: str, recorded: Hashes) -> CheckpointError:
+        """Find the tensor in a file whose hash is wrong."""
+        handle = SafetensorsFile(self.folder / file)
+        told = [name for name in handle.facts if name in recorded.tensors]
+        wrong = [name for name in told if handle.digest(name) != recorded.tensors[name]]
+        if told:
+            where = f"tensor {wrong[0]} changed" if wrong else "its header changed, its tensors did not"
+        else:
+            where = f"which tensor is not recorded, the file holds {len(handle.facts)}"
+        return CheckpointError(
+            f"{self.folder / file}: does not match the SHA-256 in {recorded.source} ({where}); download or import it "
+            "again."
+        )
+
+    def base_hash(self) -> str:
+        """SHA-256 over the sorted SHA-256 of every weight file: identifies the weights; see `digests`."""
+        return hashlib.sha256("\n".join(sorted(self.digests().values())).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plan_shards(facts: Mapping[str, TensorFact], max_bytes: int) -> list[list[str]]:
-    """Names of each shard: in the given order, as many as fit `max_bytes`; a larger tensor stands alone."""
-    shards: list[list[str]] = []
-    room = 0
-    for name, fact in facts.items():
-        if not shards or fact.nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(name)
-        room -= fact.nbytes
-    return shards
-
-
-def write_safetensors(
-    path: Path, facts: Mapping[str, TensorFact], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write one file tensor by tensor, never holding two; synced, under a temporary name until it is whole.
-
-    Raises:
-        CheckpointError: `read` gave a tensor other than announced, or the disk refused.
-    """
-    # Widest elements first keeps every tensor aligned to its element size, which readers that map the file rely on.
-    order = sorted(facts, key=lambda name: -facts[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for name in order:
-        fact = facts[name]
-        end = offset + fact.nbytes
-        header[name] = {"dtype": _CODES[fact.dtype], "shape": list(fact.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                tensor = read(name).detach().to(device="cpu").contiguous()
-                if TensorFact(tuple(tensor.shape), tensor.dtype) != facts[name]:
-                    raise CheckpointError(
-                        f"{path}: {name} came as {tuple(tensor.shape)} {tensor.dtype}, announced as {facts[name]}."
-                    )
-                # numpy has no bfloat16: hand the bytes over as they lie.
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: could not be written ({error}); free space or fix permissions, and rerun."
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_safetensors_sharded(
-    folder: Path,
-    facts: Mapping[str, TensorFact],
-    read: Callable[[str], torch.Tensor],
-    max_shard_bytes: int = SHARD_BYTES,
-) -> list[str]:
-    """Write a model's weights as Hugging Face shards with an index (a single file when it fits); returns the file
-    names.
-
-    Args:
-        facts: announced tensors, in the order shards are filled.
-        read: gives a tensor when its turn comes (in no particular order), so that memory holds one at a time.
-
-    Raises:
-        CheckpointError: the disk is too full (found out first), or refused.
-    """
-    check_space(folder, sum(fact.nbytes for fact in facts.values()))
-    shards = plan_shards(facts, max_shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(folder / SINGLE, facts, read, {})
-        return [SINGLE]
-    weight_map: dict[str, str] = {}
-    files = []
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {name: facts[name] for name in shard}, read, {})
-        weight_map |= dict.fromkeys(shard, file)
-        files.append(file)
-    total = sum(fact.nbytes for fact in facts.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [*files, INDEX]
-
-
-def check_space(folder: Path, need: int) -> None:
-    """Refuse to start writing `need` bytes where they do not fit.
-
-    Raises:
-        CheckpointError: naming both amounts.
-    """
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise CheckpointError(
-            f"{folder}: needs {need / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}; free space or choose another "
-            "output."
-        )
-
-
-@contextmanager
-def new_folder(output: Path, force: bool) -> Iterator[Path]:
-    """Give a temporary folder beside `output` that becomes `output` when the block succeeds, and vanishes when it
-    fails.
-
-    Raises:
-        CheckpointError: `output` exists and is not empty (without `force`), or is not a model folder that may be
-        replaced.
-    """
-    output = Path(os.path.abspath(output))
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output}: is a file; choose another output folder.")
-    if output.is_dir() and any(output.iterdir()):
-        if not force:
-            raise CheckpointError(f"{output}: is not empty; choose another output folder, or replace it with --force.")
-        if not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(f"{output}: is not a model folder, so --force will not replace it; choose another.")
-    temporary = output.with_name(f".writing-{output.name}-{os.getpid()}")
-    replaced = output.with_name(f".replaced-{output.name}-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        if output.exists():
-            output.rename(replaced)
-        temporary.rename(output)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output}: could not be written ({error}); free space or fix permissions, and rerun."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,15 @@ from typing import Any, Self
 
 from rich import get_console
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as RichProgress
 
 
@@ -156,3 +164,49 @@ class EvalProgress:
             self._live.stop()
         if self.enabled and error is None:
             _say(self._console, f"{self.label}: {self.done} windows in {duration(self._clock() - self._began)}")
+
+
+class ByteProgress:
+    """Shows a conversion by bytes: a bar with rate and time left on a terminal, a line a file elsewhere.
+
+    Args:
+        total: bytes to be written.
+        label: what is done, e.g. "import".
+        enabled, console: as for `TrainProgress`.
+    """
+
+    def __init__(self, total: int, label: str, *, enabled: bool = True, console: Console | None = None) -> None:
+        self.total, self.label, self.enabled, self.done = total, label, enabled, 0
+        self._console = console or get_console()
+        self._live: RichProgress | None = None
+        if enabled and self._console.is_terminal:
+            columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+            self._live = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), *columns, console=self._console, transient=True
+            )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+            self._task = self._live.add_task(self.label, total=self.total)
+        return self
+
+    def advance(self, count: int, note: str | None = None) -> None:
+        """Count finished bytes, and say `note`."""
+        self.done += count
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=self.done)
+        if note is not None:
+            self.say(note)
+
+    def say(self, text: str) -> None:
+        """Print a line, with how far it is where there is no bar."""
+        if self.enabled and self._live is None:
+            _say(self._console, f"{self.label}: {text} ({self.done / 2**30:.2f} of {self.total / 2**30:.2f} GiB)")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()

@@ -58,9 +58,12 @@ class ModelConfig:
     dtype: str = "auto"
     """Compute and frozen-weight dtype: bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)."""
     rope: RopeSettings = field(default_factory=RopeSettings)
+    vocab: int | None = None
+    """Embedding rows, more than the checkpoint's where tokens were added (new rows: mean of the old); None: its own."""
 
     def __post_init__(self) -> None:
         at_least("model.context", self.context, 2)
+        at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
         one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
 
 

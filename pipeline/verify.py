@@ -1,24 +1,31 @@
-"""Proof of an export: load it as its users will, and compare logits with the trained tensors applied by hand."""
+"""Proof of an export: every tensor compared by its bytes, then logits of what its users will load.
+
+The report (`verify.json` in the output folder) says what was checked and what was not.
+"""
 
 from __future__ import annotations
 
 import gc
-import warnings
+import importlib.metadata
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel.errors import CheckpointError
-from pipeline.export import TrainedModel, extended_config
+from pipeline import verify_logits
+from pipeline.adapters_in import load_adapter
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
+from pipeline.model import names
+from pipeline.safetensors_io import tensor_digest
+from pipeline.trained_model import TrainedModel, extended_config, partner_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference of fp32 logits. The same sums in the same order should give no difference at all."""
+REPORT = "verify.json"
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -27,56 +34,102 @@ def sample_tokens(vocab: int, length: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
-def reference_logits(model: TrainedModel, tokens_BS: torch.Tensor, form: str) -> torch.Tensor:
-    """Logits fp32 [B, S, V] of transformers' model with the trained tensors put in by hand.
+def sample_positions(length: int, context: int) -> dict[str, torch.Tensor]:
+    """Positions of `length` tokens, int64 [length]: `short` at the start, `long` spread over the whole context."""
+    short = torch.arange(length)
+    if context <= length:
+        return {"short": short}
+    return {"short": short, "long": (short * (context - 1)) // (length - 1)}
 
-    Sums are taken in the order the export's reader takes them (`merged`: one rounded weight; `adapter`: W x, then
-    scale B A x): a deep model amplifies a last-place difference a thousandfold on random tokens, so another order would
-    need a tolerance that hides real faults.
+
+def compare_tensors(model: TrainedModel, folder: Path, form: str) -> dict[str, Any]:
+    """Compare every tensor of an export, one at a time, by its bytes.
+
+    `merged`: untouched tensors with the base's, the others with the sum computed again. Adapters: read back by
+    `load_adapter` and compared with the trained tensors.
+
+    Returns:
+        `bit_equal` (nothing was computed), `recomputed` (W + scale B A, whole or mean rows), `file_hashes`; numbers.
+
+    Raises:
+        CheckpointError: one differs, is missing, or a setting does not come back; named.
     """
-    values = extended_config(model)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    base = HfCheckpoint(model.base)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            weight = base.tensor(name)
-            is_plain = form == "adapter" and name not in model.trained
-            parameter.copy_(weight if is_plain else model.merged(name, weight if form == "merged" else weight.float()))
-        if form == "adapter":
-            for name in model.adapters:
-                stem = name.removesuffix(".lora_A.weight")
-                if stem != name:
-                    network.get_submodule(stem).register_forward_hook(_low_rank(model, stem))
-        logits: torch.Tensor = network(tokens_BS).logits
-    return logits
-
-
-def _low_rank(model: TrainedModel, stem: str) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds the adapter of module `stem`."""
-    low, high = (model.trained[f"{stem}.lora_{side}.weight"].float() for side in "AB")
-
-    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        linear = torch.nn.functional.linear
-        return output + linear(linear(inputs[0], low), high) * model.lora.scale
-
-    return add
-
-
-def exported_logits(model: TrainedModel, folder: Path, form: str, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits fp32 [B, S, V] of an exported folder, loaded by transformers (and PEFT) in fp32."""
+    counts = {"bit_equal": 0, "recomputed": 0, "file_hashes": 0}
     if form == "merged":
-        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        out, base = HfCheckpoint(folder), HfCheckpoint(model.base)
+        out.check(names.hf_tensor_shapes(model.arch), one_dtype=False)
+        # The bytes on the disk, against what was written.
+        counts["file_hashes"] = len(out.digests())
+        told = out.recorded().tensors
+        for name in names.hf_tensor_shapes(model.arch):
+            touched = model.changes(name)
+            if touched:
+                want = tensor_digest(model.merged(name, model.base_tensor(base, name)))
+            else:
+                want = base.digest(name)
+            if told[name] != want:
+                raise CheckpointError(f"{folder / out.file_of(name)}: {name} is not what training made of it.")
+            counts["recomputed" if touched else "bit_equal"] += 1
+        if json.loads((folder / "config.json").read_text(encoding="utf-8")) != extended_config(model):
+            raise CheckpointError(f"{folder / 'config.json'}: is not what the export wrote.")
+        return counts
+    back = load_adapter(folder, model.base, base_hash=model.base_hash)
+    wanted = set(model.trained) | ({"model.embed_tokens.weight"} if model.grown else set())
+    odd = sorted(wanted - set(back.trained))
+    if odd:
+        raise CheckpointError(f"{folder}: lacks {odd[0]}, which was trained.")
+    same = (back.rope, back.context, back.lora.scale) == (model.rope, model.context, model.lora.scale)
+    if not same or back.arch.vocab != model.arch.vocab:
+        raise CheckpointError(f"{folder}: its RoPE, context, scale or vocabulary is not the trained model's.")
+    base = HfCheckpoint(model.base)
+    for name in sorted(wanted):
+        tensor = model.trained[name] if name in model.trained else model.base_tensor(base, name)
+        kept = tensor.to(torch.float32 if partner_of(name) else base.facts[name].dtype)
+        if tensor_digest(back.trained[name]) != tensor_digest(kept):
+            raise CheckpointError(f"{folder}: {name} is not the trained one.")
+        counts["bit_equal" if name in model.trained else "recomputed"] += 1
+    return counts
+
+
+def _logits(model: TrainedModel, folder: Path, form: str, tokens: torch.Tensor, layerwise: bool) -> dict[str, Any]:
+    """Largest difference and largest logit at every set of positions."""
+    sets = sample_positions(tokens.shape[1], model.context)
+    positions = list(sets.values())
+    if layerwise:
+        wanted = verify_logits.layerwise_logits(model, verify_logits.trained_weights(model, form), tokens, positions)
+        weight = verify_logits.exported_weights(model, folder, form)
+        found = verify_logits.layerwise_logits(model, weight, tokens, positions)
     else:
-        config = AutoConfig.from_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(model.base, config=config, dtype=torch.float32)
-        with warnings.catch_warnings():
-            # PEFT only warns when the file does not hold what the model wants; here that is a failure.
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            network = PeftModel.from_pretrained(base, folder)
-    with torch.no_grad():
-        logits: torch.Tensor = network.eval()(tokens_BS).logits
-    return logits
+        wanted = verify_logits.reference_logits(model, tokens, form, positions)
+        gc.collect()
+        found = verify_logits.exported_logits(model, folder, form, tokens, positions)
+    return {
+        name: {
+            "max_abs_difference": (found[i] - wanted[i]).abs().max().item(),
+            "max_abs_logit": wanted[i].abs().max().item(),
+            "positions": [int(positions[i][0]), int(positions[i][-1])],
+        }
+        for i, name in enumerate(sets)
+    }
+
+
+def _statements(model: TrainedModel, form: str, layerwise: bool) -> tuple[list[str], list[str]]:
+    """What was checked, what was not; sentences."""
+    reader = "transformers" if form == "merged" else "transformers and PEFT"
+    checked = ["Every tensor of the export, by its bytes.", "The weight files' SHA-256 as they lie on the disk."]
+    if form != "merged":
+        checked[1] = "RoPE, context, LoRA scale and vocabulary as read back from the folder."
+    missing = ["Logits of long sequences: few tokens were placed at long positions instead."]
+    if layerwise:
+        size = verify_logits.whole_bytes(model) / 2**30
+        checked.append("fp32 logits, one layer in memory at a time, transformers' layers with the export's files.")
+        missing.append(
+            f"Loading by {reader} as a whole: that takes about {size:.1f} GiB, more than is free here; run verify on a "
+            "larger machine for that."
+        )
+    else:
+        checked.append(f"fp32 logits of the folder as {reader} load it.")
+    return checked, missing
 
 
 def verify(
@@ -86,39 +139,55 @@ def verify(
     tokens_BS: torch.Tensor | None = None,
     reference: Logits | None = None,
     tolerance: float = TOLERANCE,
+    layerwise: bool | None = None,
 ) -> dict[str, Any]:
-    """Reload an export, compare logits, and write `verify.json` into it; returns what was written.
+    """Check an export, and write `verify.json` into it; returns what was written.
 
     Args:
         tokens_BS: int64 [B, S]; None draws 2 x 32 at random.
-        reference: logits [B, S, V] to compare with; None applies the trained tensors to transformers' model by hand.
+        reference: logits [B, S, V] to compare with, at short positions; None applies the trained tensors to
+            transformers' model by hand, at short and at long positions.
+        layerwise: hold one layer at a time; None does so when the model does not fit into memory.
 
     Raises:
-        CheckpointError: the largest absolute difference exceeds `tolerance` (verify.json is written all the same).
+        CheckpointError: a tensor differs, or logits by more than `tolerance` (verify.json is written all the same).
     """
     tokens = sample_tokens(model.arch.vocab) if tokens_BS is None else tokens_BS
-    if reference is None:
-        wanted = reference_logits(model, tokens, form)
-    else:
-        wanted = reference(tokens).float()
-    gc.collect()
-    found = exported_logits(model, folder, form, tokens)
-    difference = (found - wanted).abs().max().item()
-    # Not `difference > tolerance`: a NaN must fail.
-    passed = difference <= tolerance
-    report = {
+    layerwise = not verify_logits.fits(model) if layerwise is None else layerwise
+    checked, missing = _statements(model, form, layerwise)
+    report: dict[str, Any] = {
         "format": form,
-        "max_abs_logit_difference": difference,
-        "max_abs_logit": wanted.abs().max().item(),
+        "mode": "layer by layer" if layerwise else "whole model",
+        "base_hash": model.base_hash,
         "tolerance": tolerance,
         "tokens": list(tokens.shape),
         "reference": "trained tensors applied to the base by hand" if reference is None else "given by the caller",
-        "passed": passed,
+        "checked": checked,
+        "not_checked": missing,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "passed": False,
     }
-    write_json(folder / "verify.json", report)
+    try:
+        report["tensors"] = compare_tensors(model, folder, form)
+    except CheckpointError as error:
+        write_json(folder / REPORT, {**report, "error": str(error)})
+        raise CheckpointError(f"{error} Do not use this export; report it with {folder / REPORT}.") from None
+    if reference is None:
+        logits = _logits(model, folder, form, tokens, layerwise)
+    else:
+        wanted = reference(tokens).float()
+        (found,) = verify_logits.exported_logits(model, folder, form, tokens, [torch.arange(tokens.shape[1])])
+        difference = (found - wanted).abs().max().item()
+        logits = {"short": {"max_abs_difference": difference, "max_abs_logit": wanted.abs().max().item()}}
+    differences = [facts["max_abs_difference"] for facts in logits.values()]
+    # Not `difference > tolerance`: a NaN must fail.
+    passed = all(difference <= tolerance for difference in differences)
+    worst = next((d for d in differences if d != d), max(differences))
+    report |= {"logits": logits, "max_abs_logit_difference": worst, "passed": passed}
+    write_json(folder / REPORT, report)
     if not passed:
         raise CheckpointError(
-            f"{folder}: its logits differ from the trained model's by {difference:.3g}, more than {tolerance:g}; do "
+            f"{folder}: its logits differ from the trained model's by {worst:.3g}, more than {tolerance:g}; do "
             "not use it, and report this with verify.json."
         )
     return report

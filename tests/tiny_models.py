@@ -65,6 +65,26 @@ KINDS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "rope_theta": 1000000.0,
     },
+    # Llama-3.2's small ones: tied, a factor of 32, a head width told apart.
+    "llama32": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": {**_LLAMA3_ROPE, "factor": 32.0},
+        "max_position_embeddings": 128,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "sliding_window": 64,
+        "max_window_layers": 2,
+    },
     "codellama": {"rope_theta": 1000000.0, "hidden_size": 48, "vocab_size": 144},
 }
 """What each kind changes of the common config; head widths stay even and small."""
@@ -113,11 +133,13 @@ def make_tiny(
     return folder
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A fast tokenizer of single ASCII characters that fits any tiny vocabulary."""
+def write_tokenizer(folder: Path, size: int = 0) -> None:
+    """A fast tokenizer of single ASCII characters that fits any tiny vocabulary; filled up to `size` tokens."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for code in [10, *range(32, 127)]:
         vocab[chr(code)] = len(vocab)
+    while len(vocab) < size:
+        vocab[chr(0x4E00 + len(vocab))] = len(vocab)
     special = [
         {"id": number, "content": text, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

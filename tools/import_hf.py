@@ -1,4 +1,9 @@
-"""Make a clean Hugging Face folder from another one or a GGUF file: `python -m tools.import_hf SOURCE OUTPUT`."""
+"""Make a clean Hugging Face folder from another one or a GGUF file: `python -m tools.import_hf SOURCE OUTPUT`.
+
+Not needed to train: a Hugging Face folder is read directly, each rank its slices. An import checks every tensor,
+records hashes that later damage is found by, casts, and adds rows for a padding token. A folder streams, shard by
+shard; a GGUF file is read by transformers, whole.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +12,49 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.hf_companions import copy_companions, write_json
-from pipeline.hf_files import HfCheckpoint, TensorFact, new_folder, write_safetensors_sharded
+from pipeline.export import source_files
+from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
+from pipeline.hf_files import HfCheckpoint
+from pipeline.hf_write import SHARD_BYTES, new_folder, resumable_folder, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
+from pipeline.model.vocabulary import grown_tensor
+from pipeline.progress import ByteProgress
+from pipeline.safetensors_io import TensorFact
 from pipeline.schema import RopeSettings
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
+FINITE_ROWS = 4096
+"""Rows looked at together."""
 
 
-def import_model(source: Path, output: Path, dtype: str = "keep", force: bool = False) -> None:
-    """Write config.json, safetensors and tokenizer files of `source` into `output`, whole or not at all.
+def import_model(
+    source: Path,
+    output: Path,
+    dtype: str = "keep",
+    force: bool = False,
+    pad_token: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    shown: bool = False,
+) -> None:
+    """Write config.json, safetensors, their hashes and tokenizer files of `source` into `output`, whole or not at all.
+
+    Interrupted, the same call goes on where it stopped (not with a GGUF file).
 
     Args:
         source: a Hugging Face folder, a .gguf file, or a folder holding one.
-        dtype: bf16 | fp32 | keep (a GGUF's weights, being quantized, are kept as fp32).
+        dtype: bf16 | fp16 | fp32 | keep (a GGUF's weights, being quantized, are kept as fp32).
+        pad_token: add this token, as LongLoRA does ("[PAD]"), and, where no row is free, one that is the mean of all.
+        shown: display progress.
 
     Raises:
         CheckpointError, ConfigError: the source is damaged or unsupported, or `output` is taken.
@@ -43,9 +68,11 @@ def import_model(source: Path, output: Path, dtype: str = "keep", force: bool = 
             raise CheckpointError(f"{source}: holds {len(files)} GGUF files; name one of them, e.g. {files[0]}.")
         gguf = files[0] if files else None
     if gguf is None:
-        _import_folder(source, output, DTYPES[dtype], force)
+        _import_folder(source, output, DTYPES[dtype], force, pad_token, shard_bytes, shown)
     elif not gguf.is_file():
         raise CheckpointError(f"{gguf}: does not exist; check the path.")
+    elif pad_token is not None:
+        raise CheckpointError("--pad-token: is for Hugging Face folders; import the GGUF file first, then its folder.")
     else:
         _import_gguf(gguf, output, DTYPES[dtype] or torch.float32, force)
 
@@ -56,6 +83,8 @@ def _write_model(
     facts: Mapping[str, TensorFact],
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+    shown: bool = False,
 ) -> None:
     """config.json with its dtype, and the weights cast to it."""
     wanted = {name: TensorFact(fact.shape, dtype or fact.dtype) for name, fact in facts.items()}
@@ -63,18 +92,49 @@ def _write_model(
     # transformers 4 reads torch_dtype; 5 reads either.
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     write_json(folder / "config.json", {**kept, "torch_dtype": names_dtype})
-    write_safetensors_sharded(folder, wanted, lambda name: read(name).to(wanted[name].dtype))
+    total = sum(fact.nbytes for fact in wanted.values())
+    with ByteProgress(total, "import", enabled=shown) as progress:
+        write_safetensors_sharded(folder, wanted, lambda name: read(name).to(wanted[name].dtype), shard_bytes, progress)
 
 
-def _import_folder(source: Path, output: Path, dtype: torch.dtype | None, force: bool) -> None:
+def _import_folder(
+    source: Path,
+    output: Path,
+    dtype: torch.dtype | None,
+    force: bool,
+    pad_token: str | None,
+    shard_bytes: int,
+    shown: bool,
+) -> None:
     checkpoint = HfCheckpoint(source)
     arch = read_arch(source)
-    shapes = names.hf_tensor_shapes(arch)
-    checkpoint.check(shapes, names.is_derived)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    with new_folder(output, force) as folder:
+    checkpoint.check(names.hf_tensor_shapes(arch), names.is_derived, one_dtype=dtype is None)
+    if checkpoint.recorded().files:
+        # What was recorded when it was made or downloaded, if anything was.
+        checkpoint.digests()
+    # A vocabulary padded to more rows than the tokenizer has tokens has room already.
+    rows = arch.vocab if pad_token is None else max(arch.vocab, (tokenizer_size(source) or 0) + 1)
+    shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
+    config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "vocab_size": rows}
+
+    def read(name: str) -> torch.Tensor:
+        tensor = grown_tensor(checkpoint, name, rows)
+        if not all(bool(block.isfinite().all()) for block in tensor.split(FINITE_ROWS)):
+            raise CheckpointError(
+                f"{source / checkpoint.file_of(name)}: {name} holds a value that is not finite; download it again."
+            )
+        return tensor
+
+    job = {"source": source_files(checkpoint), "from": str(source.resolve()), "config": config}
+    with resumable_folder(output, force, {**job, "dtype": str(dtype), "shard_bytes": shard_bytes}) as folder:
         copy_companions(source, folder)
-        _write_model(folder, config, {name: checkpoint.facts[name] for name in shapes}, checkpoint.tensor, dtype)
+        if pad_token is not None and not add_pad_token(folder, pad_token):
+            raise CheckpointError(
+                f"{source}: has no tokenizer to add {pad_token} to, or one with a padding token; import without "
+                "--pad-token."
+            )
+        facts = {name: TensorFact(shape, checkpoint.facts[name].dtype) for name, shape in shapes.items()}
+        _write_model(folder, config, facts, read, dtype, shard_bytes, shown)
 
 
 def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
@@ -128,10 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="Hugging Face folder or .gguf file")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="keep")
+    parser.add_argument("--pad-token", help='add this padding token and its embedding row, e.g. "[PAD]"')
     parser.add_argument("--force", action="store_true", help="replace an earlier import at OUTPUT")
     options = parser.parse_args(arguments)
     try:
-        import_model(options.source, options.output, options.dtype, options.force)
+        import_model(options.source, options.output, options.dtype, options.force, options.pad_token, shown=True)
     except LongspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

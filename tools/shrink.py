@@ -16,7 +16,7 @@ from typing import Any
 
 from parallel.errors import ConfigError
 from parallel.plan import check_model_fits, plan_grid, plan_stages
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.model.arch import ARCHITECTURES, LlamaArch, read_arch
 from pipeline.schema import DataConfig, EvalConfig, ParallelConfig, RunConfig, SaveConfig
 
 VOCAB = 131
@@ -105,7 +105,7 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: 
     ratio = 1.0 if train.lr_embed_norm is None else train.lr_embed_norm / train.lr
     tiny = replace(
         config,
-        model=replace(config.model, path=str(folder / "base"), dtype="fp32"),
+        model=replace(config.model, vocab=None, path=str(folder / "base"), dtype="fp32"),
         attention=replace(
             config.attention, group_size=group, full_last_steps=min(config.attention.full_last_steps, 1), backend="auto"
         ),
@@ -189,7 +189,7 @@ def _model(arch: LlamaArch, parallel: ParallelConfig) -> dict[str, Any]:
     chunks = parallel.pp * parallel.virtual
     scaling = dict(arch.rope_scaling) if arch.rope_scaling else None
     return {
-        "architectures": ["MistralForCausalLM" if arch.model_type == "mistral" else "LlamaForCausalLM"],
+        "architectures": [name for name, kind in ARCHITECTURES.items() if kind == arch.model_type],
         "model_type": arch.model_type,
         "hidden_size": WIDTH,
         "intermediate_size": 24 * max(2, parallel.tp),

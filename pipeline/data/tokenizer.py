@@ -7,6 +7,7 @@ control token, so only `eos_id` written by us ends a document. No code from the 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,7 +121,15 @@ class SentencePieceTokenizer:
             raise DataError(f"{file}: has no end-of-text piece; train the sentencepiece model with eos_id >= 0.")
         bos = int(self._processor.bos_id())
         self.bos_id = bos if bos >= 0 else None
-        self.fingerprint = _fingerprint([file])
+        files, added = [file], file.with_name("added_tokens.json")
+        if added.is_file():
+            # Tokens beyond the model's own, such as LongLoRA's [PAD]: never made from text, but rows of the embedding.
+            try:
+                self.vocab_size = max([self.vocab_size, *(int(n) + 1 for n in json.loads(added.read_text()).values())])
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise DataError(f"{added}: holds no token ids ({error}); copy the model's again.") from error
+            files.append(added)
+        self.fingerprint = _fingerprint(files)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without any special token."""

@@ -13,9 +13,12 @@ from typing import Any
 
 from parallel.errors import ConfigError
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")
 DEFAULT_THETA = 10000.0
+KV_HEADS = {"mistral": 8, "qwen2": 32}
+POSITIONS = {"mistral": 131072, "qwen2": 32768}
+"""transformers' defaults where config.json has none; elsewhere as many KV heads as query heads, and 2048 positions."""
 MISTRAL_WINDOW = 4096
 """transformers' default where a Mistral config.json has no `sliding_window`."""
 
@@ -25,7 +28,7 @@ class LlamaArch:
     """Sizes and constants of a Llama-class model."""
 
     model_type: str
-    """transformers' name: llama | mistral."""
+    """transformers' name: llama | mistral | qwen2."""
     hidden: int
     """Width of the residual stream."""
     ffn: int
@@ -125,7 +128,7 @@ def _model_type(read: _Reader) -> str:
     if name not in ARCHITECTURES:
         raise read.fail(
             f"architecture {name or model_type!r} is not supported; use one of {', '.join(ARCHITECTURES)} (Llama-2, "
-            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral without sliding window)"
+            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral and Qwen2 without sliding window)"
         )
     return ARCHITECTURES[name]
 
@@ -171,6 +174,12 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
 
 
 def _window(read: _Reader, model_type: str, max_positions: int) -> int | None:
+    # Qwen2 declares a window that it does not use unless told to; transformers 5 then lists the layers that do.
+    kinds = read.config.get("layer_types") or []
+    if model_type == "qwen2" and (read.flag("use_sliding_window") or "sliding_attention" in kinds):
+        raise read.fail(
+            "sliding-window attention is not supported; set use_sliding_window to false if you can do without"
+        )
     if model_type != "mistral":
         return None
     window = read.config.get("sliding_window", MISTRAL_WINDOW)
@@ -203,7 +212,7 @@ def read_arch(folder: Path) -> LlamaArch:
     if activation not in ("silu", "swish"):
         raise read.fail(f"hidden_act {activation!r} is not supported; only silu (SwiGLU models) is")
     hidden, heads = read.positive("hidden_size"), read.positive("num_attention_heads")
-    kv_heads = read.positive("num_key_value_heads", 8 if model_type == "mistral" else heads)
+    kv_heads = read.positive("num_key_value_heads", KV_HEADS.get(model_type, heads))
     if heads % kv_heads:
         raise read.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if read.config.get("head_dim") is None and hidden % heads:
@@ -213,9 +222,9 @@ def read_arch(folder: Path) -> LlamaArch:
     head_dim = read.positive("head_dim", hidden // heads)
     if head_dim % 2:
         raise read.fail(f"head_dim {head_dim} is odd, but RoPE rotates pairs; check that this is the model's own file")
-    max_positions = read.positive("max_position_embeddings", 131072 if model_type == "mistral" else 2048)
+    max_positions = read.positive("max_position_embeddings", POSITIONS.get(model_type, 2048))
     theta, scaling = _scaling(read, max_positions)
-    # transformers' Llama puts one switch on q, k, v and o; its Mistral has no biases at all.
+    # transformers' Llama has one switch for q, k, v and o; its Mistral has none, its Qwen2 always q's, k's and v's.
     bias = model_type == "llama" and read.flag("attention_bias")
     return LlamaArch(
         model_type=model_type,
@@ -231,7 +240,7 @@ def read_arch(folder: Path) -> LlamaArch:
         rope_scaling=scaling,
         max_positions=max_positions,
         tied=read.flag("tie_word_embeddings"),
-        attention_bias=bias,
+        attention_bias=bias or model_type == "qwen2",
         o_bias=bias,
         mlp_bias=model_type == "llama" and read.flag("mlp_bias"),
         bos_id=read.token("bos_token_id"),

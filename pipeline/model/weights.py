@@ -13,6 +13,7 @@ from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.lora import initial_a
+from pipeline.model.vocabulary import VOCABULARY_HF, read_rows
 from pipeline.schema import LoraConfig
 
 
@@ -31,7 +32,6 @@ class Part(Protocol):
 
 
 VOCABULARY = ("embedding.weight", "output_layer.weight")
-VOCABULARY_HF = ("model.embed_tokens.weight", "lm_head.weight")
 """Parameters whose rows are tokens, padded to a multiple of tp."""
 
 
@@ -57,16 +57,17 @@ def trains(name: str, kinds: Sequence[str], arch: LlamaArch) -> bool:
 
 def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
     """This rank's slice of a stored tensor; only its bytes are read."""
+    if hf_name in VOCABULARY_HF:
+        return read_rows(checkpoint, hf_name, *names.vocab_range(part.arch, part.tp_rank, part.tp_size))
     found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
-    if found is not None and found[1] == found[2]:  # a rank whose vocabulary rows are all padding
-        return checkpoint.tensor(hf_name)[:0]
     return checkpoint.tensor(hf_name) if found is None else checkpoint.slice(hf_name, *found)
 
 
 def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
     """Fill every parameter but the adapters from a Hugging Face checkpoint, casting to the parameter's dtype.
 
-    Each rank reads its own layers and slices. Vocabulary rows that only pad it to a multiple of tp are zero.
+    Each rank reads its own layers and slices. Vocabulary rows that only pad it to a multiple of tp are zero; those the
+    architecture has beyond the stored ones (added tokens) are the mean of all stored ones, alike on every rank.
 
     Raises:
         CheckpointError: a tensor is missing or misshaped (named).
@@ -99,7 +100,11 @@ def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> 
             low, high = max(run.row, first), min(run.row + run.count, last)
             if low < high:
                 source = run.source + low - run.row
-                found = checkpoint.block(run.hf_name, (source, source + high - low), run.columns)
+                span = (source, source + high - low)
+                if run.hf_name in VOCABULARY_HF:
+                    found = read_rows(checkpoint, run.hf_name, *span)
+                else:
+                    found = checkpoint.block(run.hf_name, span, run.columns)
                 rows[low - first : high - first].copy_(found)
         begin = piece.start - first * columns
         piece.target.copy_(rows.view(-1)[begin : begin + len(piece.target)])

@@ -16,12 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.export import TrainedModel, export, export_adapter, export_merged, load_trained_model, peft_config
-from pipeline.hf_files import HfCheckpoint, TensorFact, new_folder, plan_shards, write_safetensors_sharded
+from pipeline.export import export, export_adapter, export_merged
+from pipeline.export_adapter import peft_config
+from pipeline.hf_files import HfCheckpoint
+from pipeline.hf_write import plan_shards, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.model.rope import plan_rope
+from pipeline.safetensors_io import TensorFact
 from pipeline.schema import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.trained_model import TrainedModel, load_trained_model
 from pipeline.verify import sample_tokens, verify
 from tests.tiny_models import KINDS, make_tiny
 from tools.export_hf import main as export_main
@@ -156,16 +160,23 @@ def test_bf16_base_stays_bf16_in_shards(tmp_path: Path) -> None:
     assert stored[f"base_model.model.{name}.lora_A.weight"].dtype is torch.float32
 
 
-def test_verify_fails_on_a_wrong_export(tmp_path: Path) -> None:
+def test_verify_fails_on_a_wrong_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
     export_merged(model, tmp_path / "out")
     path = tmp_path / "out/config.json"
     config = json.loads(path.read_text())
     config["rope_scaling"] = config["rope_parameters"] = None
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="logits differ from the trained model's by"):
+    with pytest.raises(CheckpointError, match="config.json: is not what the export wrote"):
+        verify(model, tmp_path / "out", "merged")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match="logits differ from the trained model's by"),
+    ):
+        patch.setattr("pipeline.verify.compare_tensors", lambda *_: {})
         verify(model, tmp_path / "out", "merged")
     assert json.loads((tmp_path / "out/verify.json").read_text())["passed"] is False
+    export_merged(model, tmp_path / "out", force=True)
     with pytest.raises(CheckpointError, match="logits differ"):
         verify(model, tmp_path / "out", "merged", reference=lambda tokens: torch.full((2, 32, 128), float("nan")))
 
@@ -267,6 +278,7 @@ def shard(folder: Path) -> dict[str, torch.Tensor]:
     """Rewrite a tiny checkpoint as several shards; returns its tensors."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
+    (folder / "longspan_hashes.json").unlink(missing_ok=True)
     facts = {name: TensorFact(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     write_safetensors_sharded(folder, facts, tensors.__getitem__, 60_000)
     return tensors
@@ -298,7 +310,7 @@ def test_mixed_dtypes_load_anywhere(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
     with pytest.raises(CheckpointError, match="announced as"):
         write_safetensors_sharded(tmp_path, facts, lambda name: tensors[name].double())
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["longspan_hashes.json", "model.safetensors"]
     assert plan_shards(facts, 40) == [["a"], ["b"], ["c", "d"]]
 
 
@@ -378,16 +390,3 @@ def test_check_against_the_architecture(tmp_path: Path) -> None:
         check(extra__weight=torch.zeros(3))
     with pytest.raises(CheckpointError, match="has no tensor nothing"):
         HfCheckpoint(base).tensor("nothing")
-
-
-def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with pytest.raises(RuntimeError), new_folder(target, False) as folder:
-        (folder / "half").touch()
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    target.mkdir()
-    (target / "precious.txt").touch()
-    with pytest.raises(CheckpointError, match="is not a model folder, so --force will not"), new_folder(target, True):
-        pass
-    assert (target / "precious.txt").exists() and len(list(tmp_path.iterdir())) == 1

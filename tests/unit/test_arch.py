@@ -29,7 +29,7 @@ def test_every_kind_is_read(tmp_path: Path, kind: str) -> None:
     assert arch.head_dim == config.get("head_dim", arch.hidden // arch.heads)
     assert (arch.tied, arch.rope_theta) == (config["tie_word_embeddings"], config["rope_theta"])
     assert (arch.vocab, arch.bos_id, arch.eos_id) == (config["vocab_size"], 1, 2)
-    assert not (arch.attention_bias or arch.o_bias or arch.mlp_bias)
+    assert arch.attention_bias is (kind == "qwen2") and not (arch.o_bias or arch.mlp_bias)
 
 
 def test_both_dialects_agree(tmp_path: Path) -> None:
@@ -82,6 +82,8 @@ def test_lists_biases_and_missing_keys(tmp_path: Path) -> None:
         ("llama2", {"intermediate_size": True}, "intermediate_size must be a positive integer"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama2", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ("qwen2", {"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
         ("mistral", {"sliding_window": 32}, "sliding_window 32 is shorter than the context 64"),
         ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window 4096"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),

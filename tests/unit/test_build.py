@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline import build as composition
@@ -80,3 +80,15 @@ def test_only_rank_0_reads_all_weights_for_their_hash(tmp_path: Path) -> None:
     path = write_run(tmp_path, "run")
     own = HfCheckpoint(tmp_path / "base").base_hash()
     assert run_ranks(build_and_count, 2, str(path)) == [(own, 1), (own, 0)]
+
+
+def test_model_vocab_adds_rows_and_never_drops_them(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "run")
+    grown = load_config(path, ["model.vocab=131"])
+    arch, _ = composition.check_before_spending(grown, RankEnv())
+    assert arch.vocab == 131
+    # The base is checked against its own rows, and the model is allocated with the new ones.
+    base = composition.open_base(grown, arch)
+    assert base.facts["model.embed_tokens.weight"].shape[0] == 128
+    with pytest.raises(ConfigError, match="model.vocab: 100 rows are fewer than the checkpoint's 128"):
+        composition.check_before_spending(load_config(path, ["model.vocab=100"]), RankEnv())

@@ -1,0 +1,236 @@
+"""Model folders out: shards with an index and recorded hashes, resumable, never half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.errors import CheckpointError
+from pipeline.hashes import write_hashes
+from pipeline.hf_companions import write_json
+from pipeline.hf_files import INDEX, SINGLE, file_digest
+from pipeline.progress import ByteProgress
+from pipeline.safetensors_io import TensorFact, Written, write_safetensors
+
+SHARD_BYTES = 4_000_000_000
+FINISHED = ".finished.json"
+"""Inside an unfinished folder: the job it belongs to and the shards that are done."""
+
+
+def plan_shards(facts: Mapping[str, TensorFact], max_bytes: int) -> list[list[str]]:
+    """Names of each shard: in the given order, as many as fit `max_bytes`; a larger tensor stands alone."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, fact in facts.items():
+        if not shards or fact.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= fact.nbytes
+    return shards
+
+
+def write_safetensors_sharded(
+    folder: Path,
+    facts: Mapping[str, TensorFact],
+    read: Callable[[str], torch.Tensor],
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: ByteProgress | None = None,
+) -> list[str]:
+    """Write a model's weights as Hugging Face shards with an index (a single file when it fits), and their hashes.
+
+    In a folder of `resumable_folder`, shards that an interrupted run finished are kept when their bytes still match.
+
+    Args:
+        facts: announced tensors, in the order shards are filled.
+        read: gives a tensor when its turn comes (in no particular order), so that memory holds one at a time.
+        progress: told of finished bytes.
+
+    Returns:
+        Names of the files written, index included.
+
+    Raises:
+        CheckpointError: the disk is too full (found out first), or refused.
+    """
+    progress = progress or ByteProgress(0, "", enabled=False)
+    shards = plan_shards(facts, max_shard_bytes)
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE]
+    done = _kept(folder)
+    todo = [(file, shard) for file, shard in zip(files, shards, strict=True) if file not in done]
+    check_space(folder, sum(facts[name].nbytes for _, shard in todo for name in shard))
+    for file, shard in zip(files, shards, strict=True):
+        if file in done:
+            progress.advance(sum(facts[name].nbytes for name in shard), f"{file} kept")
+            continue
+        wanted = {name: facts[name] for name in shard}
+        done[file] = write_safetensors(folder / file, wanted, read, {}, progress.advance)
+        progress.say(f"{file} written")
+        _remember(folder, done)
+    write_hashes(
+        folder,
+        {file: done[file].sha256 for file in files},
+        {name: digest for file in files for name, digest in sorted(done[file].tensors.items())},
+    )
+    if len(shards) == 1:
+        return files
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    total = sum(fact.nbytes for fact in facts.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*files, INDEX]
+
+
+def _remember(folder: Path, done: Mapping[str, Written]) -> None:
+    """Note finished shards, where the folder may be resumed."""
+    path = folder / FINISHED
+    if path.is_file():
+        note = json.loads(path.read_text())
+        note["shards"] = {file: vars(written) for file, written in done.items()}
+        temporary = path.with_name(path.name + ".tmp")
+        write_json(temporary, note)
+        temporary.replace(path)
+
+
+def _kept(folder: Path) -> dict[str, Written]:
+    """Shards an interrupted run finished whose bytes still have the recorded hash."""
+    path = folder / FINISHED
+    if not path.is_file():
+        return {}
+    kept = {}
+    for file, told in json.loads(path.read_text()).get("shards", {}).items():
+        whole = (folder / file).is_file() and (folder / file).stat().st_size == told["nbytes"]
+        if whole and file_digest(folder / file) == told["sha256"]:
+            kept[file] = Written(**told)
+    return kept
+
+
+def check_space(folder: Path, need: int) -> None:
+    """Refuse to start writing `need` bytes where they do not fit.
+
+    Raises:
+        CheckpointError: naming both amounts.
+    """
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise CheckpointError(
+            f"{folder}: needs {need / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}; free space or choose another "
+            "output."
+        )
+
+
+@contextmanager
+def new_folder(output: Path, force: bool) -> Iterator[Path]:
+    """Give a temporary folder beside `output` that becomes `output` when the block succeeds, and vanishes when it
+    fails.
+
+    Raises:
+        CheckpointError: `output` exists and is not empty (without `force`), or is not a model folder that may be
+        replaced.
+    """
+    output = _free(output, force)
+    temporary = output.with_name(f".writing-{output.name}-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _publish(temporary, output)
+    except OSError as error:
+        raise _refused(output, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _free(output: Path, force: bool) -> Path:
+    """The absolute path, after checking that it may be written."""
+    output = Path(os.path.abspath(output))
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output}: is a file; choose another output folder.")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            raise CheckpointError(f"{output}: is not empty; choose another output folder, or replace it with --force.")
+        if not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise CheckpointError(f"{output}: is not a model folder, so --force will not replace it; choose another.")
+    return output
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    """Put a finished folder in place of what was there."""
+    replaced = output.with_name(f".replaced-{output.name}-{os.getpid()}")
+    try:
+        if output.exists():
+            output.rename(replaced)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _refused(output: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{output}: could not be written ({error}); free space or fix permissions, and rerun.")
+
+
+@contextmanager
+def resumable_folder(output: Path, force: bool, job: Mapping[str, Any]) -> Iterator[Path]:
+    """Like `new_folder`, but an interrupted block leaves its finished shards for the same job to go on with.
+
+    The folder is `.writing-<name>` beside `output`, locked while a process writes it. Another job starts afresh.
+
+    Args:
+        job: whatever decides the bytes written: source files, dtype, shard size.
+
+    Raises:
+        CheckpointError: as `new_folder`; or another process is writing the same output.
+    """
+    output = _free(output, force)
+    temporary = output.with_name(f".writing-{output.name}")
+    identity = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
+    lock = None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            lock = None
+            raise CheckpointError(f"{output}: another process is writing it; wait for that one to end.") from None
+        note = temporary / FINISHED
+        if not _same_job(note, identity):
+            for path in temporary.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_json(note, {"job": identity, "shards": {}})
+        yield temporary
+        note.unlink()
+        _publish(temporary, output)
+    except OSError as error:
+        raise _refused(output, error) from None
+    finally:
+        # Kept only when there is something to go on with.
+        if lock is not None:
+            if temporary.is_dir() and not _kept_names(temporary / FINISHED):
+                shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
+def _same_job(note: Path, identity: str) -> bool:
+    try:
+        return bool(json.loads(note.read_text())["job"] == identity)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _kept_names(note: Path) -> list[str]:
+    try:
+        return list(json.loads(note.read_text())["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,31 @@
+"""Merge an adapter into its base: `python -m tools.merge_lora --adapter DIR --base BASE --output OUT [--context N]`.
+
+DIR is a PEFT adapter, LongLoRA's two files (`trainable_params` beside `adapter_model`), or, with --checkpoint or --run,
+a Longspan checkpoint. The result is a plain Hugging Face model in the base's dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from parallel.errors import LongspanError
+from tools.sources import add_source_arguments, finish
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_source_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        finish(options, "merged")
+    except LongspanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
