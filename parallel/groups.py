@@ -129,7 +129,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         create_gloo_process_groups=False,
         order="tp-cp-ep-dp-pp",
     )
-    return Groups(
+    groups = Groups(
         env=env,
         plan=plan,
         device=device,
@@ -139,6 +139,38 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         model=parallel_state.get_model_parallel_group(),
         fake=fake,
     )
+    check_groups(groups)
+    return groups
+
+
+def check_groups(groups: Groups) -> None:
+    """Compare megatron's groups with the plan's reshape: an axis order that changed there would be silently wrong here.
+
+    Raises:
+        RuntimeError: a group holds other ranks, or holds them in another order.
+    """
+    plan, rank = groups.plan, groups.env.rank
+    own = plan.coordinates(rank)
+    expected = {
+        "tp": (groups.collection.tp, (0,)),
+        "cp": (groups.collection.cp, (1,)),
+        "pp": (groups.collection.pp, (3,)),
+        "dp": (groups.replicas, (2,)),
+        "dp x cp": (groups.data, (1, 2)),
+        "tp x pp": (groups.model, (0, 3)),
+    }
+    for name, (group, free) in expected.items():
+        ranks = [
+            other
+            for other in range(plan.world_size)
+            if all(
+                axis in free or mine == theirs
+                for axis, (mine, theirs) in enumerate(zip(own, plan.coordinates(other), strict=True))
+            )
+        ]
+        found = dist.get_process_group_ranks(group)
+        if found != ranks:
+            raise RuntimeError(f"megatron's {name} group of rank {rank} is {found}, not the plan's {ranks}")
 
 
 def destroy_groups(keep_world: bool = False) -> None:

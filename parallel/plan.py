@@ -48,13 +48,15 @@ def plan_grid(world_size: int, tp: int, cp: int, pp: int) -> GridPlan:
     """Give data parallelism what tp x cp x pp leaves of the world.
 
     Raises:
-        ConfigError: the model-parallel axes do not divide the world.
+        ConfigError: the model-parallel axes do not divide the world; names the nearest worlds that work.
     """
     model = tp * cp * pp
     if world_size % model:
+        low = world_size // model * model
+        nearest = f"{low} or {low + model}" if low else f"{model}"
         raise ConfigError(
             f"parallel: tp {tp} x cp {cp} x pp {pp} = {model} does not divide the {world_size} launched processes; "
-            f"launch a multiple of {model}, or shrink an axis."
+            f"launch {nearest}, or shrink an axis."
         )
     return GridPlan(tp=tp, cp=cp, dp=world_size // model, pp=pp)
 

@@ -9,17 +9,17 @@ import torch
 from megatron.core import tensor_parallel
 
 
-def seed_everything(seed: int, data_rank: int = 0) -> None:
+def seed_everything(seed: int, stream: int = 0) -> None:
     """Seed Python, NumPy, torch and megatron's tracker (whose dropout stream differs by tensor-parallel rank).
 
     Args:
         seed: the run's seed.
-        data_rank: replicas see different dropout masks, so the torch stream is offset by it.
+        stream: ranks with different streams draw different dropout masks.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed + 100 * data_rank)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * data_rank, force_reset_rng=True)
+    torch.manual_seed(seed + 100 * stream)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * stream, force_reset_rng=True)
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import RopePlan, plan_rope
+from pipeline.model.spec import refuse_biases
 from pipeline.model.vocabulary import check_growth
 from pipeline.model.weights import check_trained, init_adapters, load_base, load_trained, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
@@ -63,6 +64,7 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
     if config.model.vocab is not None:
         check_growth(arch.vocab, config.model.vocab, "model.vocab")
         arch = replace(arch, vocab=config.model.vocab)
+    refuse_biases(arch)
     check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
     plan_stages(arch.layers, parallel.pp, parallel.virtual)
     return arch, plan_rope(arch, config.model.rope, config.model.context)
@@ -146,9 +148,9 @@ def connect(config: RunConfig, env: RankEnv, fake: bool = False) -> Groups:
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
-    _, cp, dp, _ = plan.coordinates(env.rank)
-    # Ranks with other tokens draw other dropout masks.
-    seed_everything(config.train.seed, cp + plan.cp * dp)
+    # Ranks with other tokens or other layers draw other dropout masks. Tensor-parallel ranks, neighbours on the fastest
+    # axis, share a stream: megatron's tracker tells them apart where they must differ.
+    seed_everything(config.train.seed, env.rank // plan.tp)
     return groups
 
 

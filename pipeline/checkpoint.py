@@ -42,6 +42,7 @@ from pipeline.manifest import (
 
 FREE_TO_CHANGE = (
     "output",
+    "checks",
     "save.",
     "eval.",
     "parallel.",

@@ -307,6 +307,10 @@ class RunConfig:
                 f"attention.legacy_wrap: the group of {self.group} tokens must divide the sequence of {self.sequence}; "
                 "change attention.group_size or data.sequence."
             )
+        if self.attention.legacy_wrap and self.data.mask_documents:
+            raise ConfigError(
+                "attention.legacy_wrap: the published roll knows no document borders; set data.mask_documents to false."
+            )
         if self.attention.legacy_wrap and self.parallel.cp > 1:
             raise ConfigError(
                 "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "

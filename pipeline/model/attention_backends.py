@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -320,7 +321,8 @@ def _flash_attn_package(device: torch.device) -> Backend:
     if two is None:
         hint = "it needs compute capability 9 or newer" if four else "it is not installed"
         raise ConfigError(f"attention.backend: flash_attn cannot be used, {hint}; install flash-attn 2 or use auto.")
-    if tuple(int(part) for part in two.split(".")[:2]) < FLASH_ATTN_2:
+    # 2.2rc1 counts as 2.2; a name without numbers as older than any.
+    if tuple(int(part) for part in re.findall(r"\d+", two)[:2]) < FLASH_ATTN_2:
         raise ConfigError(f"attention.backend: flash-attn {two} is too old; install 2.1 or newer, or use auto.")
     if major < 8:
         raise ConfigError(f"attention.backend: flash-attn {two} needs compute capability 8 or newer; use auto.")

@@ -36,6 +36,15 @@ def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:
     return rows
 
 
+def refuse_biases(arch: LlamaArch) -> None:
+    """Raise ConfigError for a checkpoint with biases that megatron's layers cannot place."""
+    if arch.o_bias or arch.mlp_bias:
+        raise ConfigError(
+            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
+            "use a Llama-class checkpoint without them."
+        )
+
+
 def transformer_config(
     arch: LlamaArch,
     plan: GridPlan,
@@ -55,11 +64,7 @@ def transformer_config(
     Raises:
         ConfigError: the checkpoint has biases megatron's layers cannot place.
     """
-    if arch.o_bias or arch.mlp_bias:
-        raise ConfigError(
-            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
-            "use a Llama-class checkpoint without them."
-        )
+    refuse_biases(arch)
     pipeline: dict[str, Any] = {}
     if plan.pp > 1:
         pipeline = {

@@ -66,7 +66,16 @@ def test_padded_logits_equal_transformers(pad_left: bool, tmp_path: Path) -> Non
     assert (found - expected)[mask].abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("rope", [{"type": "linear"}, {"type": "yarn"}, {"type": "ntk"}, {"type": "abf", "theta": 5e5}])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "linear"},
+        {"type": "yarn"},
+        {"type": "ntk"},
+        {"type": "abf", "theta": 5e5},
+        {"type": "llama3"},
+    ],
+)
 def test_stretched_logits_equal_transformers(rope: dict, tmp_path: Path) -> None:
     """The stretched model equals transformers reading the rope fields we would export."""
     make_tiny(tmp_path, "llama2")

@@ -24,7 +24,7 @@ attention: {attention}
 lora: {{rank: 4, targets: [q, k, v, o, gate, up, down]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {packed}, cache: {cache}}}
 train: {{steps: 6, global_batch: {batch}, micro_batch: {micro}, lr: 1.0e-3, eps: 1.0e-4, warmup_steps: 2,
-  recompute: {recompute}, trainable: [lora, embed, norm{head}]}}
+  recompute: {recompute}, trainable: [{trainable}]}}
 parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, virtual: {virtual}{engine}}}
 output: {output}
 """
@@ -42,6 +42,13 @@ class Model:
     packed: bool = False
     micro: int = 1
     recompute: str = "none"
+    trainable: str = ""
+    """train.trainable; empty: all that can train."""
+
+    @property
+    def tied(self) -> bool:
+        """The output matrix is the embedding."""
+        return bool(self.over.get("tie_word_embeddings")) or self.kind == "smollm2"
 
 
 MODELS = {
@@ -57,8 +64,31 @@ MODELS = {
     ),
     # 9 query and 3 KV heads: the S² split falls inside a KV group; tied.
     "odd": Model("smollm2", {"num_hidden_layers": 4}),
-    "full": Model("llama2", {"num_hidden_layers": 4, "num_key_value_heads": 4}, attention="{kind: full}", packed=True),
+    # Full attention, packed documents, and padding wherever ranks cut the sequence.
+    "full": Model(
+        "llama2",
+        {"num_hidden_layers": 4, "num_key_value_heads": 4, "vocab_size": 131},
+        attention="{kind: full}",
+        sequence=61,
+        packed=True,
+    ),
+    "full tied": Model("smollm2", {"num_hidden_layers": 4}, attention="{kind: full}"),
+    # Odd KV groups shifted, packed and padded; the last steps of the run (from the third on) are full attention.
+    "alternate": Model(
+        "tinyllama",
+        {"num_hidden_layers": 4, "num_key_value_heads": 4, "tie_word_embeddings": True, "vocab_size": 131},
+        attention="{kind: s2, group_size: 16, shifted_heads: alternate, full_last_steps: 4}",
+        sequence=61,
+        packed=True,
+    ),
 }
+
+FROZEN_ENDS = {
+    # Embedding and output matrix are frozen, and so are sharded by engine zero3; tied, one unit is used at both ends.
+    "frozen": Model("llama2", {"num_hidden_layers": 5, "vocab_size": 131}, sequence=61, trainable="lora, norm"),
+    "frozen tied": Model("smollm2", {"num_hidden_layers": 3}, recompute="full", trainable="lora"),
+}
+MODELS |= FROZEN_ENDS
 
 
 @dataclass(frozen=True)
@@ -89,7 +119,7 @@ def write_config(folder: Path, name: str, grid: Grid) -> Path:
             words = rng.integers(0, 50, rng.integers(3, 60))
             (text / f"{part:03d}.txt").write_text(" ".join(f"w{word % 25}{'abc'[word % 3]}" for word in words))
     fields = {key: getattr(grid, key) for key in ("tp", "cp", "pp", "virtual", "engine")}
-    head = "" if model.over.get("tie_word_embeddings") or model.kind == "smollm2" else ", lm_head"
+    trainable = model.trainable or ("lora, embed, norm" if model.tied else "lora, embed, norm, lm_head")
     path.write_text(
         YAML.format(
             base=base,
@@ -101,7 +131,7 @@ def write_config(folder: Path, name: str, grid: Grid) -> Path:
             micro=model.micro,
             batch=8,
             recompute=model.recompute,
-            head=head,
+            trainable=trainable,
             output=folder / "never-written",
             **fields,
         )
@@ -132,56 +162,71 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
     }
 
 
-CASES: dict[int, list[tuple[str, Grid]]] = {
+TP2, TP4, CP2, CP4, CP8 = Grid(tp=2), Grid(tp=4), Grid(cp=2), Grid(cp=4), Grid(cp=8)
+PP2, PP4, INTERLEAVED = Grid(pp=2), Grid(pp=4), Grid(pp=2, virtual=2)
+TP2_PP2, TP2_CP2, PP2_CP2, TP2_PP2_CP2 = Grid(2, 1, 2), Grid(2, 2), Grid(1, 2, 2), Grid(2, 2, 2)
+# By processes; what a grid leaves is data parallel.
+CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
+    2: {
+        Grid(): ("untied", "odd", "full"),
+        TP2: ("untied", "tied", "full"),
+        PP2: ("untied", "tied", "full", "full tied"),
+        INTERLEAVED: ("odd", "full"),
+        CP2: ("untied", "tied", "odd", "full"),
+    },
+    4: {
+        TP2: ("tied",),
+        TP4: ("untied", "alternate", "full"),
+        PP4: ("untied", "odd", "full", "full tied"),
+        INTERLEAVED: ("tied", "full tied"),
+        CP4: ("untied", "odd", "alternate", "full"),
+        TP2_PP2: ("untied", "tied", "full"),
+        TP2_CP2: ("untied", "tied", "alternate", "full"),
+        PP2_CP2: ("untied", "odd", "alternate", "full"),
+    },
+    8: {
+        CP8: ("untied", "odd", "alternate", "full"),
+        TP2_PP2_CP2: ("untied", "tied", "alternate", "full"),
+        PP2_CP2: ("full",),
+    },
+}
+# Engine zero3: the same, with frozen weights sharded over dp x cp.
+ZERO3_CASES: dict[int, list[tuple[str, Grid]]] = {
     2: [
-        ("untied", Grid(tp=2)),
-        ("tied", Grid(tp=2)),
-        ("full", Grid(tp=2)),
-        ("untied", Grid(pp=2)),
-        ("tied", Grid(pp=2)),
-        ("odd", Grid(pp=2, virtual=2)),
-        ("untied", Grid()),
-        ("odd", Grid()),
-        ("untied", Grid(cp=2)),
-        ("tied", Grid(cp=2)),
-        ("odd", Grid(cp=2)),
-        ("full", Grid(cp=2)),
-        # Engine zero3: replicas and context-parallel ranks share the frozen weights.
         ("untied", Grid(engine=ZERO3)),
         ("tied", Grid(engine=OFFLOAD)),
+        ("frozen", Grid(engine=OFFLOAD)),
+        ("frozen tied", Grid(engine=ZERO3)),
         ("tied", Grid(cp=2, engine=ZERO3)),
         ("odd", Grid(cp=2, engine=OFFLOAD)),
-        ("full", Grid(engine=OFFLOAD)),
+        ("full", Grid(cp=2, engine=OFFLOAD)),
     ],
     4: [
-        ("untied", Grid(tp=4)),
-        ("tied", Grid(tp=2, pp=2)),
-        ("untied", Grid(pp=4)),
-        ("tied", Grid(pp=2, virtual=2)),
-        ("odd", Grid(pp=4)),
-        ("untied", Grid(cp=4)),
-        ("odd", Grid(cp=4)),
-        ("tied", Grid(tp=2, cp=2)),
-        ("untied", Grid(pp=2, cp=2)),
-        ("full", Grid(tp=2, cp=2)),
-        ("tied", Grid(tp=2)),
         ("untied", Grid(engine=ZERO3)),
         ("tied", Grid(engine=OFFLOAD)),
-        ("untied", Grid(tp=2, engine=OFFLOAD)),
+        ("frozen", Grid(tp=2, engine=OFFLOAD)),
         ("tied", Grid(tp=2, engine=ZERO3)),
         ("odd", Grid(cp=4, engine=ZERO3)),
         ("untied", Grid(cp=4, engine=OFFLOAD)),
-        ("tied", Grid(cp=2, engine=OFFLOAD)),
+        ("frozen tied", Grid(cp=2, engine=OFFLOAD)),
         ("full", Grid(cp=2, engine=ZERO3)),
     ],
-    8: [
-        ("untied", Grid(cp=8)),
-        ("odd", Grid(cp=8)),
-        ("tied", Grid(tp=2, pp=2, cp=2)),
-        ("untied", Grid(tp=2, pp=2, cp=2)),
-        ("full", Grid(pp=2, cp=2)),
-    ],
 }
+S2_MODELS = {name for name, model in MODELS.items() if "s2" in model.attention}
+EVERY = (TP2, TP4, PP2, PP4, CP2, CP4, CP8, Grid(), TP2_PP2, TP2_CP2, PP2_CP2, TP2_PP2_CP2, INTERLEAVED)
+
+
+@pytest.mark.parametrize("grid", EVERY, ids=str)
+def test_every_grid_is_listed_with_both_kinds_of_attention(grid: Grid) -> None:
+    """S² and full; and packed rows, tied and untied matrices wherever both meet the grid in another way."""
+    names = {name for cases in CASES.values() for name in cases.get(grid, ())}
+    assert names & S2_MODELS and names - S2_MODELS
+    assert any(MODELS[name].packed for name in names)
+    if grid.cp > 1 or grid.tp > 1:
+        # 61 tokens never divide: padding.
+        assert any(MODELS[name].sequence == 61 and name in S2_MODELS for name in names)
+    if grid.tp > 1 or grid.pp > 1:
+        assert {MODELS[name].tied for name in names} == {True, False}
 
 
 # Eight processes on two cores beside another test worker: minutes, most of them imports and waiting.
@@ -189,9 +234,22 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_grids_equal_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
-    paths = [str(write_config(tmp_path, name, grid)) for name, grid in CASES[world]]
-    found = run_ranks(_observe, world, paths, timeout=600)[0]
-    for (name, grid), mine in zip(CASES[world], found, strict=True):
+    cases = [(name, grid) for grid, names in CASES[world].items() for name in names]
+    _compare_all(world, cases, references, tmp_path)
+    assert len(references["untied"].gradients) > 50
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.parametrize("world", sorted(ZERO3_CASES))
+def test_zero3_equals_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
+    _compare_all(world, ZERO3_CASES[world], references, tmp_path)
+
+
+def _compare_all(world: int, cases: list[tuple[str, Grid]], references: dict[str, Observed], folder: Path) -> None:
+    paths = [str(write_config(folder, name, grid)) for name, grid in cases]
+    found = run_ranks(_observe, world, paths, timeout=840)[0]
+    for (name, grid), mine in zip(cases, found, strict=True):
         difference = compare(Observed(**mine), references[name])
         told = f"{name} {grid}: {difference}"
         assert difference.loss <= 1e-5, told
@@ -200,4 +258,3 @@ def test_grids_equal_one_process(world: int, references: dict[str, Observed], tm
         assert difference.trained <= 1e-5, told
         assert mine["frozen_kept"], told
         print(told)
-    assert len(references["untied"].gradients) > 50

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +60,25 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
             work()
         assert tensor in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_biases_that_cannot_be_placed_are_refused_before_tokenizing(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, "run"), [])
+    described = json.loads((tmp_path / "base" / "config.json").read_text()) | {"mlp_bias": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"^model\.path: this checkpoint has biases on o_proj or the MLP"):
+        composition.check_before_spending(config, RankEnv())
+
+
+def test_ranks_with_other_tokens_or_layers_draw_other_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(write_run(tmp_path, "run"), ["parallel={tp: 2, cp: 2, pp: 2}"])
+    streams: list[int] = []
+    monkeypatch.setattr(composition, "make_groups", lambda *_, **__: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(composition, "seed_everything", lambda seed, stream: streams.append(stream))
+    for rank in range(16):
+        composition.connect(config, RankEnv(rank, 16, rank, launched=True))
+    assert streams[0::2] == streams[1::2], "tensor-parallel ranks share a stream"
+    assert len(set(streams[0::2])) == 8, "and nobody else does"
 
 
 def build_and_count(rank: int, world: int, path: str) -> tuple[str, int]:

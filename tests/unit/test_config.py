@@ -189,6 +189,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         (["attention.group_size=1023"], "attention.group_size: 1023 is odd"),
         (["attention.group_fraction=0"], "attention.group_fraction: must lie in (0, 1]"),
         (["attention.legacy_wrap=true", "attention.group_size=5000"], "the group of 5000 tokens must divide"),
+        (
+            ["attention.legacy_wrap=true", "data.mask_documents=true"],
+            "attention.legacy_wrap: the published roll knows no",
+        ),
+        (["attention.legacy_wrap=true", "parallel.cp=2"], "attention.legacy_wrap: wraps around the whole sequence"),
         (["attention.legacy_wrap=true", "attention.kind=full"], "attention.legacy_wrap: full attention has no shift"),
         (["attention.full_last_steps=101"], "attention.full_last_steps: 101 exceeds train.steps 100"),
         (["attention.kind=sparse"], "attention.kind: 'sparse' is not one of s2, full."),

@@ -42,8 +42,11 @@ def test_data_parallelism_takes_the_rest_of_the_world(tp: int, cp: int, pp: int,
         grid = plan_grid(world, tp, cp, pp)
         assert (grid.tp, grid.cp, grid.pp, grid.world_size) == (tp, cp, pp, world)
         return
-    with pytest.raises(ConfigError, match=rf"tp {tp} x cp {cp} x pp {pp} = {model} .* {world} launched"):
+    with pytest.raises(ConfigError, match=rf"tp {tp} x cp {cp} x pp {pp} = {model} .* {world} launched") as refused:
         plan_grid(world, tp, cp, pp)
+    named = [int(n) for n in re.findall(r"launch ([\d or]+),", str(refused.value))[0].split(" or ")]
+    working = [n for n in range(1, world + model + 1) if n % model == 0]
+    assert named == [n for n in working if n < world][-1:] + [n for n in working if n > world][:1]
 
 
 @given(GRIDS, st.integers(1, 100_000))

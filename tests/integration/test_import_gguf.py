@@ -1,0 +1,109 @@
+"""A GGUF file, as llama.cpp writes one (quantized, q and k rows interleaved), becomes the folder it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
+
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.hf_files import HfCheckpoint
+from pipeline.model import names
+from pipeline.model.arch import read_arch
+from tests.tiny_models import make_tiny
+from tools.import_hf import main
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+def gguf_name(name: str) -> str:
+    name = name.replace("model.layers.", "blk.")
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring channels: its converter reorders the rows of q and k."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(base: Path, file: Path) -> dict[str, torch.Tensor]:
+    """Write the tiny checkpoint `base` as 8-bit GGUF; returns the weights it then holds, under their own names."""
+    arch = read_arch(base)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(arch.max_positions)
+    writer.add_embedding_length(arch.hidden)
+    writer.add_block_count(arch.layers)
+    writer.add_feed_forward_length(arch.ffn)
+    writer.add_head_count(arch.heads)
+    writer.add_head_count_kv(arch.kv_heads)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    writer.add_rope_freq_base(arch.rope_theta)
+    writer.add_rope_dimension_count(arch.head_dim)
+    writer.add_vocab_size(arch.vocab)
+    letters = [chr(code) for code in range(33, 127)]
+    extra = (f"<extra{i}>" for i in range(arch.vocab - 4 - len(letters)))
+    tokens = ["<unk>", "<s>", "</s>", *letters, "ab", *extra]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    kept = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        values = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            values = interleaved(values, arch.heads if "q_proj" in name else arch.kv_heads)
+        if values.ndim == 1:
+            writer.add_tensor(gguf_name(name), values)
+            kept[name] = tensor
+        else:
+            packed = quantize(values, Q8)
+            writer.add_tensor(gguf_name(name), packed, raw_dtype=Q8)
+            exact = quantize(tensor.numpy(), Q8)  # blocks lie along a row, so reordered rows keep their values
+            kept[name] = torch.from_numpy(dequantize(exact, Q8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_gives_back_its_model(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_tiny(tmp_path / "base", "llama3", tie_word_embeddings=tied, rope_scaling=None)
+    expected = write_gguf(base, tmp_path / "tiny.gguf")
+    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    arch, own = read_arch(tmp_path / "out"), read_arch(base)
+    for size in ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab", "max_positions", "tied"):
+        assert getattr(arch, size) == getattr(own, size), size
+    assert (arch.rope_theta, arch.rope_scaling, arch.norm_eps) == (500000.0, None, pytest.approx(1e-5))
+    found = HfCheckpoint(tmp_path / "out")
+    found.check(names.hf_tensor_shapes(arch), names.is_derived)
+    for name, tensor in expected.items():
+        assert torch.equal(found.tensor(name), tensor), name
+        assert tensor.abs().max() > 0.1
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.eos_id == 2 and tokenizer.encode("abc!")

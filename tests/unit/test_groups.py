@@ -1,0 +1,41 @@
+"""Megatron's process groups are those of the plan's one reshape, on every rank, and another order is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from parallel.groups import check_groups, destroy_groups, make_groups
+from parallel.plan import GridPlan
+from parallel.rank_env import RankEnv
+
+
+@pytest.fixture
+def no_groups() -> Iterator[None]:
+    """Groups of a test before are torn down, and so are this one's."""
+    destroy_groups()
+    yield
+    destroy_groups()
+
+
+@pytest.mark.parametrize("plan", [GridPlan(2, 2, 2, 2), GridPlan(4, 1, 3, 1), GridPlan(1, 4, 1, 2)], ids=str)
+def test_every_rank_has_the_groups_of_the_plan(plan: GridPlan, no_groups: None) -> None:
+    """torch's fake process group stands in for the world: nothing is sent."""
+    for rank in range(plan.world_size):
+        groups = make_groups(plan, RankEnv(rank, plan.world_size, launched=True), fake=True)
+        tp, cp, dp, pp = plan.coordinates(rank)
+        assert dist.get_process_group_ranks(groups.collection.tp) == [plan.rank(i, cp, dp, pp) for i in range(plan.tp)]
+        assert dist.get_process_group_ranks(groups.collection.cp) == [plan.rank(tp, i, dp, pp) for i in range(plan.cp)]
+        assert dist.get_process_group_ranks(groups.replicas) == [plan.rank(tp, cp, i, pp) for i in range(plan.dp)]
+        assert groups.stage == pp and groups.data_rank == dp
+        destroy_groups()
+
+
+@pytest.mark.parametrize("other", [GridPlan(1, 2, 1, 4), GridPlan(4, 2, 1, 1), GridPlan(2, 1, 2, 2)], ids=str)
+def test_groups_of_another_order_are_noticed(other: GridPlan, no_groups: None) -> None:
+    groups = make_groups(GridPlan(2, 2, 1, 2), RankEnv(5, 8, launched=True), fake=True)
+    with pytest.raises(RuntimeError, match=r"megatron's .* group of rank 5 is \[.*\], not the plan's \["):
+        check_groups(replace(groups, plan=other))
