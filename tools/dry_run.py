@@ -2,7 +2,7 @@
 
 All layers, real data path, a few optimizer steps of one micro-batch each, under torch's fake process group: memory and
 compute are those of rank 0 of `--nproc`, nothing is sent, losses mean nothing. A base model or text that is not on this
-machine is stood in for by random weights of its shape and random tokens.
+machine is stood in for by random weights of its shape and random tokens. Started by torchrun, all ranks are there.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def prepare(
     return changed, base, notes
 
 
-def measure(config: RunConfig, base: HfCheckpoint | None, nproc: int, rank: int, warmup: int) -> dict[str, Any]:
-    """Take the steps; figures of this rank.
+def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: int) -> dict[str, Any]:
+    """Take the steps; figures of this rank, which is alone unless torchrun started it.
 
     Raises:
         LongspanError: see `pipeline.build.build`.
@@ -158,7 +158,7 @@ def measure(config: RunConfig, base: HfCheckpoint | None, nproc: int, rank: int,
     cuda = torch.cuda.is_available()
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
     began = time.perf_counter()
-    run = build(config, RankEnv(rank=rank, world_size=nproc), base=base, fake=nproc > 1)
+    run = build(config, env, base=base, fake=env.world_size > 1 and not env.launched)
     trainer, shards = run.trainer, run.trainer.parts.model.shards
     loaded = time.perf_counter() - began
     rows, seconds = [], []
@@ -220,11 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.cap_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total))
+        env = RankEnv.read()
+        if not env.launched:
+            env = RankEnv(rank=args.rank, world_size=args.nproc)
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
-            changed, base, notes = prepare(config, Path(name), args.nproc, args.steps + 1)
-            check_before_spending(changed, RankEnv(rank=args.rank, world_size=args.nproc))
-            found = measure(changed, base, args.nproc, args.rank, warmup=1)
+            changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
+            check_before_spending(changed, env)
+            found = measure(changed, base, env, warmup=1)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -233,9 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         destroy_groups()
+    if env.launched and not env.is_main:
+        return 0
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     grid = config.parallel
-    title = f"{args.config.stem}: rank {args.rank} of {args.nproc}, {grid.engine}, tp {grid.tp} cp {grid.cp}, {device}"
+    title = (
+        f"{args.config.stem}: rank {env.rank} of {env.world_size}, {grid.engine}, tp {grid.tp} cp {grid.cp}, {device}"
+    )
+    title += ", all there" if env.launched else ""
     table = Table(title=title, title_justify="left", show_header=False)
     for key, value in found.items():
         table.add_row(key, str(value))
