@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.tensors import whole_trained
 from pipeline.hf_companions import copy_companions, write_json
 from pipeline.hf_files import (
     SHARD_BYTES,
@@ -24,7 +25,6 @@ from pipeline.hf_files import (
     write_safetensors,
     write_safetensors_sharded,
 )
-from pipeline.manifest import TRAINED, read_manifest
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
@@ -115,7 +115,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
     Raises:
         CheckpointError: the checkpoint is damaged, or the base is missing or another model.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint).raw
     try:
         config = manifest["config"]
         model, lora = config["model"], config["lora"]
@@ -138,7 +138,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
         )
     arch = read_arch(folder)
     plan = plan_rope(arch, rope, context)
-    trained = load_file(checkpoint / TRAINED)
+    trained = whole_trained(checkpoint)
     return TrainedModel(folder, expected, arch, plan, context, adapters, trained, int(manifest["step"]))
 
 

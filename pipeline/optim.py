@@ -292,6 +292,37 @@ class TrainableAdamW:
             for moment in MOMENTS:
                 yield f"{slot.trained.name}.{moment}", getattr(slot, moment)
 
+    def own_pieces(self) -> Iterator[tuple[str, int, int, dict[str, torch.Tensor]]]:
+        """(name, start, stop, state) of what this rank keeps; not collective.
+
+        [start, stop) counts elements of the flattened parameter; state holds `master` and MOMENTS, live, fp32, 1-D.
+        """
+        for slot in self._slots:
+            state = {"master": slot.master} | {moment: getattr(slot, moment) for moment in MOMENTS}
+            flat = {field: tensor.reshape(-1) for field, tensor in state.items()}
+            yield slot.trained.name, slot.piece.start, slot.piece.stop, flat
+
+    @property
+    def updates(self) -> int:
+        """Updates applied."""
+        return self._done
+
+    @torch.no_grad()
+    def load_pieces(self, read: Callable[[str, str, int, int], torch.Tensor], updates: int) -> None:
+        """Restore what this rank keeps, bit for bit, and renew all parameters from it; collective when sharded.
+
+        Args:
+            read: gives (name, `master` or one of MOMENTS, start, stop) as `own_pieces` counts them: fp32, 1-D.
+            updates: see there.
+        """
+        for slot in self._slots:
+            for field in ("master", *MOMENTS):
+                target: torch.Tensor = getattr(slot, field)
+                target.copy_(read(slot.trained.name, field, slot.piece.start, slot.piece.stop).view(target.shape))
+            slot.steps.fill_(updates)
+        self._done = updates
+        self._renew_parameters()
+
     def _whole(self, field: str, suffix: str, everywhere: bool) -> dict[str, torch.Tensor]:
         """One field of every slot as tensors of the parameters' shapes."""
         local = [getattr(slot, field) for slot in self._slots]

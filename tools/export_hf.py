@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parallel.errors import CheckpointError, LongspanError
+from pipeline.checkpoint.choose import newest
 from pipeline.export import FORMATS, export, load_trained_model
-from pipeline.manifest import latest_checkpoint
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -18,7 +18,7 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    folder = latest_checkpoint(run / "checkpoints")
+    folder = newest(run / "checkpoints")
     if folder is None:
         raise CheckpointError(f"{run}: holds no checkpoint; give the output folder of a run that has saved one.")
     return folder
