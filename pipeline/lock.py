@@ -94,7 +94,7 @@ class OutputLock:
         if living:
             mend = "wait for it or end it" if here else f"wait for it, or {STALE_S:.0f} s if it is gone"
             raise ConfigError(
-                f"output: {self.path.parent} is in use by another job ({told}); {mend}, or choose another output folder."
+                f"output: {self.path.parent} is in use by another job ({told}); {mend}, or choose another output."
             )
         how = "which no longer runs" if here else f"not heard of for {age:.0f} s"
         self.took_over = f"{self.path}: was left by {told}, {how}; taken over."

@@ -74,7 +74,7 @@ def check_trained(model: ModelPart, kinds: Sequence[str], reader: CheckpointRead
     if odd:
         raise CheckpointError(
             f"{reader.manifest.folder}: its trained tensors differ from the configuration's ({odd[0]} and "
-            f"{len(odd) - 1} more on one side only); resume with the lora and train.trainable settings it was made with."
+            f"{len(odd) - 1} more on one side only); resume with the lora and train.trainable settings it had."
         )
     for name, entry in tensors.items():
         if entry.shape != shapes[name]:
@@ -87,7 +87,7 @@ def check_trained(model: ModelPart, kinds: Sequence[str], reader: CheckpointRead
 def whole_state(
     model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """fp32 masters and optimizer state of all ranks, whole, on rank 0; collective. For comparing runs, not for saving."""
+    """fp32 masters and optimizer state of all ranks, whole, on rank 0; collective. To compare runs, not to save."""
     # Of the replicas the first one has everything; it is the one that gather asks.
     state = optimizer.state_dict(everywhere=False)
     trained = gather(model, kinds, optimizer.masters(everywhere=False))

@@ -120,7 +120,7 @@ def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 (save.signal_exit_code after a signal), or 2 with one sentence on standard error, told by one rank."""
+    """Exit code 0 (save.signal_exit_code after a signal), or 2 with one sentence on standard error, of one rank."""
     args = parse(argv)
     env, config = RankEnv(), None
     try:

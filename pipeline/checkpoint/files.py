@@ -28,7 +28,7 @@ BLOCK = 1 << 23
 """Bytes hashed and written, or read, at a time."""
 MAX_JSON = 1 << 26
 """Bytes of a manifest or a header: a longer one is an attack or damage."""
-CODES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 """What a checkpoint holds: state, random state, counts."""
 
 
@@ -197,7 +197,7 @@ def facts_of(path: Path, told: Callable[[int], None] = lambda count: None) -> Fi
 
 @dataclass(frozen=True)
 class _Entry:
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
     """In the file, bytes."""

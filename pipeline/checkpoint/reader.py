@@ -1,4 +1,4 @@
-"""A checkpoint read back: proof that it is whole, and any range of any tensor from the pieces that hold it. No torch."""
+"""A checkpoint read back: proof that it is whole, and any range of any tensor from its pieces. No torch."""
 
 from __future__ import annotations
 

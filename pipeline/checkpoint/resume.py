@@ -77,7 +77,7 @@ def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> 
                 f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or "
                 "choose another output folder."
             )
-    old, new = defaults() | flatten(manifest["config"]), flatten(current["config"])
+    old, new = (defaults() | flatten(side["config"]) for side in (manifest, current))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
             raise ConfigError(

@@ -1,8 +1,8 @@
 """Saving beside training: a pause for a copy to host memory, then a thread writes; nothing fails silently.
 
 The thread of each rank writes that rank's files and uses no collective. At every step boundary the main threads agree,
-in one tiny all-reduce, on whether all are done, whether one failed, and whether a signal asks to stop; when all are done
-rank 0 publishes.
+in one tiny all-reduce, on whether all are done, whether one failed, and whether a signal asks to stop; when all are
+done rank 0 publishes.
 """
 
 from __future__ import annotations
