@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,30 @@ def sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def any_rank(group: dist.ProcessGroup, flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank of `group`; every rank learns the same answer."""
-    return bool(sum_over(group, torch.tensor(int(flag), device=device)).item())
+def agree(groups: Groups, numbers: Sequence[int], failure: str | None = None) -> tuple[list[int], str | None]:
+    """The largest of every number over all ranks, and the reason of a rank that failed; alike on every rank.
+
+    Tiny, and in host memory: a GPU is not waited for. Every rank of the world must call this.
+
+    Args:
+        numbers: at least 0.
+        failure: why this rank failed, if it did.
+
+    Returns:
+        The maxima, and the highest failed rank's reason (None: none failed).
+    """
+    if groups.plan.world_size == 1:
+        return list(numbers), failure
+    store, key, me = dist.distributed_c10d._get_default_store(), f"longspan/agree/{next(_calls)}", groups.env.rank
+    if failure is not None:
+        store.set(f"{key}/{me}", failure)
+    found = torch.tensor([*numbers, 0 if failure is None else me + 1], dtype=torch.int64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    *largest, failed = found.tolist()
+    if not failed:
+        return largest, None
+    reason = store.get(f"{key}/{failed - 1}").decode()
+    return largest, reason if failed - 1 == me else f"rank {failed - 1}: {reason}"
 
 
 def share_from_main(groups: Groups, make: Callable[[], str]) -> str:

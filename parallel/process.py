@@ -160,7 +160,8 @@ class RankWatch(Watch):
         # Python runs a handler only once its main thread returns from the collective it stands in; the byte in this
         # pipe arrives at once. It lets the thread say why the launcher ends everybody: it saw the dead rank first.
         self._old_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._handler = lambda *_: None
+        self._old_handler = signal.signal(signal.SIGTERM, self._handler)
         self._publish(False)  # before anything can fail: whoever dies at once has been known
         self._thread = threading.Thread(target=self._run, name="longspan-watch", daemon=True)
         self._thread.start()
@@ -232,11 +233,13 @@ class RankWatch(Watch):
         """The thread."""
         try:
             while True:
-                terminated, lost = self._sleep(self._interval), False
+                signaled, lost = self._sleep(self._interval), False
+                # Another handler is the trainer's, which saves and leaves in good order, unless a peer is dead.
+                terminated = signaled and signal.getsignal(signal.SIGTERM) is self._handler
                 try:
                     verdict = self._exchange()
-                    if terminated and verdict is None:
-                        verdict = self._last_words()
+                    if signaled and verdict is None:
+                        verdict = self._last_words(terminated)
                 except _LOST:
                     if self._closing:
                         return  # the host had nobody left to wait for
@@ -309,13 +312,13 @@ class RankWatch(Watch):
         """The first verdict proposed by any rank."""
         return Verdict.decode(self._store.compare_set("verdict", "", verdict.encode()))
 
-    def _last_words(self) -> Verdict | None:
+    def _last_words(self, ended: bool) -> Verdict | None:
         """On SIGTERM: the reason, if one is known within a moment; otherwise tell the peers that it was in order."""
-        verdict = self._exchange(ended=True)
+        verdict = self._exchange(ended)
         until = time.monotonic() + (2 * BEAT_S if self._hosting else BEAT_S)
         while verdict is None and time.monotonic() < until:
             time.sleep(0.1)
-            verdict = self._exchange(ended=True)
+            verdict = self._exchange(ended)
         return verdict
 
     def _without_store(self) -> Verdict | None:

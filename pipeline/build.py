@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from parallel.process import collective_timeout_s
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything, set_rng_state
 from parallel.zero3 import FrozenShards, deepspeed_config
-from pipeline.checkpoint import CheckpointStore, check_resumable, load_snapshot
+from pipeline.checkpoint.choose import Choice, candidates, choose
+from pipeline.checkpoint.files import remove, rename
+from pipeline.checkpoint.manifest import step_of
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.resume import check_cursor, check_resumable
+from pipeline.checkpoint.saver import CheckpointSaver
+from pipeline.checkpoint.writer import clear_unfinished
 from pipeline.config import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
@@ -32,11 +39,11 @@ from pipeline.model.part import ModelPart
 from pipeline.model.rope import RopePlan, plan_rope
 from pipeline.model.spec import refuse_biases
 from pipeline.model.vocabulary import check_growth
-from pipeline.model.weights import check_trained, init_adapters, load_base, load_trained, mark_trainable, trainable
+from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
 from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
-from pipeline.state import load_whole_state
+from pipeline.state import load_state, own_pieces
 from pipeline.trainer import Trainer, TrainerParts
 
 
@@ -133,6 +140,8 @@ class Run:
     groups: Groups
     trainer: Trainer
     tokenizer: TextTokenizer
+    resumed: Choice | None = None
+    """The checkpoint it goes on from; None: it starts."""
 
     @property
     def output(self) -> Path:
@@ -212,39 +221,75 @@ def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fak
         reduction=GradientReduction(groups, model),
         loader=loader,
         guard=NonFiniteGuard(config.train.bad_steps),
-        store=CheckpointStore(Path(config.output) / "checkpoints", config.save.keep, groups),
+        saver=CheckpointSaver(
+            Path(config.output) / "checkpoints",
+            groups,
+            config.save.keep,
+            config.save.keep_every,
+            config.save.background,
+        ),
         spec=attention_spec(config.attention, config.group),
         full_spec=full_attention(config.attention),
         manifest={
             "config": config_dict(config),
+            "layout": layout_of(config, groups),
             "base": str(Path(config.model.path).resolve()),
             "base_hash": share_from_main(groups, base.base_hash),
             "data_fingerprint": dataset.fingerprint,
         },
         checks=run_checks(groups, model, optimizer) if config.checks else None,
     )
-    start = resume(parts)
+    choice = resume(parts)
+    start = 0 if choice is None else choice.step
     if parts.checks is not None:
         parts.checks.at_start(start)
-    return Run(config, groups, Trainer(parts, start), tokenizer)
+    parts.saver.prepare(own_pieces(model, config.train.trainable, optimizer))
+    return Run(config, groups, Trainer(parts, start), tokenizer, choice)
 
 
-def resume(parts: TrainerParts) -> int:
-    """Restore the newest checkpoint, if any; returns the optimizer steps already done.
+def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
+    """What a checkpoint records of who wrote it; random state means something on the same layout only."""
+    plan, parallel = groups.plan, config.parallel
+    axes = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp, "virtual": parallel.virtual}
+    return {"engine": parallel.engine, **axes}
+
+
+def resume(parts: TrainerParts) -> Choice | None:
+    """Restore the newest whole checkpoint, if any; collective. Damaged newer ones are set aside, under another name.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: none is whole, or it holds something else.
         ConfigError: it was made under settings that compute something else.
     """
-    folder = parts.store.latest()
-    if folder is None:
-        return 0
-    snapshot = load_snapshot(folder, parts.groups.env.rank)
-    check_resumable(snapshot.manifest, parts.manifest)
-    check_trained(snapshot.trained, parts.model, parts.config.train.trainable)
-    load_trained(parts.model, snapshot.trained)
-    load_whole_state(parts.model, parts.optimizer, snapshot.trained, snapshot.optimizer)
-    parts.guard.load_state_dict(snapshot.manifest["guard"])
-    if snapshot.rng is not None:
-        set_rng_state(snapshot.rng)
-    return snapshot.step
+    groups, folder = parts.groups, parts.saver.folder
+
+    def pick() -> str:
+        choice = choose(folder)
+        clear_unfinished(folder)
+        if choice is None:
+            return ""
+        for path in candidates(folder):
+            if (step_of(path.name) or 0) > choice.step:
+                remove(path.with_name(f"damaged-{path.name}"))
+                rename(path, path.with_name(f"damaged-{path.name}"))
+        return json.dumps([choice.folder.name, choice.step, choice.reason, choice.warnings])
+
+    picked = share_from_main(groups, pick)
+    if not picked:
+        return None
+    name, step, reason, warnings = json.loads(picked)
+    with CheckpointReader(folder / name) as reader:
+        manifest = reader.manifest
+        check_resumable(manifest.raw, parts.manifest)
+        check_cursor(manifest)
+        load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
+        parts.guard.load_state_dict(manifest.raw["guard"])
+        rng = reader.rng(groups.env.rank) if manifest.layout == parts.manifest["layout"] else None
+    if rng is not None:
+        set_rng_state({key: torch.from_numpy(value) for key, value in rng.items()})
+    else:
+        # Another layout draws other dropout masks anyhow; they must not be those of the first steps once more.
+        _, cp, dp, _ = groups.plan.coordinates(groups.env.rank)
+        seed_everything((parts.config.train.seed + 1_000_003 * step) % 2**31, cp + groups.plan.cp * dp)
+    parts.saver.saved_step = step
+    return Choice(folder / name, step, reason, tuple(warnings))

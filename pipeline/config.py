@@ -138,6 +138,19 @@ def _all_paths(kind: type, prefix: str = "") -> list[str]:
     return paths
 
 
+def defaults(kind: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> default of every setting that has one, tuples as lists."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(typing.cast(Any, kind)):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            found |= defaults(typing.cast(type, hint), f"{prefix}{item.name}.")
+        elif item.default is not dataclasses.MISSING:
+            found[prefix + item.name] = list(item.default) if isinstance(item.default, tuple) else item.default
+    return found
+
+
 def _section[T](kind: type[T], value: Any, path: str, where: str) -> T:
     """Build one config dataclass from a mapping; refuse unknown keys, name missing ones."""
     if not isinstance(value, dict):

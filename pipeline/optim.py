@@ -55,13 +55,12 @@ class _Slot:
     steps: torch.Tensor
     """fp32 scalar on the parameter's device: torch's kernels advance it. One each, since they write to it."""
 
+    offloaded: bool
+    """Master and moments are in host memory, where the update is computed."""
+
     @property
     def has_copy(self) -> bool:
-        parameter = self.trained.parameter
-        return self.master.dtype != parameter.dtype or self.offloaded
-
-    offloaded: bool = False
-    """Master and moments are in host memory, where the update is computed."""
+        return self.offloaded or self.master.dtype != self.trained.parameter.dtype
 
 
 class TrainableAdamW:
@@ -129,17 +128,10 @@ class TrainableAdamW:
         if self._sharded:
             data, gradient = (tensor.view(-1)[piece.start : piece.stop] for tensor in (data, gradient))
         home = torch.device("cpu") if self._offload else data.device
-        master = data if data.dtype == torch.float32 and not self._offload else data.to(home, torch.float32, copy=True)
-        return _Slot(
-            trained=trained,
-            piece=piece,
-            master=master,
-            gradient=gradient,
-            exp_avg=torch.zeros_like(data, dtype=torch.float32, device=home),
-            exp_avg_sq=torch.zeros_like(data, dtype=torch.float32, device=home),
-            steps=torch.zeros((), dtype=torch.float32, device=home),
-            offloaded=self._offload,
-        )
+        master = data.to(home, torch.float32, copy=self._offload)
+        moments = [torch.zeros_like(master) for _ in MOMENTS]
+        steps = torch.zeros((), dtype=torch.float32, device=home)
+        return _Slot(trained, piece, master, gradient, *moments, steps, self._offload)
 
     @property
     def state_bytes(self) -> int:
@@ -302,6 +294,37 @@ class TrainableAdamW:
         for slot in self._slots:
             for moment in MOMENTS:
                 yield f"{slot.trained.name}.{moment}", getattr(slot, moment)
+
+    def own_pieces(self) -> Iterator[tuple[str, int, int, dict[str, torch.Tensor]]]:
+        """(name, start, stop, state) of what this rank keeps; not collective.
+
+        [start, stop) counts elements of the flattened parameter; state holds `master` and MOMENTS, live, fp32, 1-D.
+        """
+        for slot in self._slots:
+            state = {"master": slot.master} | {moment: getattr(slot, moment) for moment in MOMENTS}
+            flat = {field: tensor.reshape(-1) for field, tensor in state.items()}
+            yield slot.trained.name, slot.piece.start, slot.piece.stop, flat
+
+    @property
+    def updates(self) -> int:
+        """Updates applied."""
+        return self._done
+
+    @torch.no_grad()
+    def load_pieces(self, read: Callable[[str, str, int, int], torch.Tensor], updates: int) -> None:
+        """Restore what this rank keeps, bit for bit, and renew all parameters from it; collective when sharded.
+
+        Args:
+            read: gives (name, `master` or one of MOMENTS, start, stop) as `own_pieces` counts them: fp32, 1-D.
+            updates: see there.
+        """
+        for slot in self._slots:
+            for field in ("master", *MOMENTS):
+                target: torch.Tensor = getattr(slot, field)
+                target.copy_(read(slot.trained.name, field, slot.piece.start, slot.piece.stop).view(target.shape))
+            slot.steps.fill_(updates)
+        self._done = updates
+        self._renew_parameters()
 
     def _whole(self, field: str, suffix: str, everywhere: bool) -> dict[str, torch.Tensor]:
         """One field of every slot as tensors of the parameters' shapes."""

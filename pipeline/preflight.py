@@ -15,10 +15,10 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
 from parallel.plan import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from pipeline.checkpoint.manifest import step_of
 from pipeline.data.records import find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest, token_dtype
-from pipeline.manifest import step_of
 from pipeline.memory import GIB, MemoryEstimate, estimate_memory
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.schema import RunConfig

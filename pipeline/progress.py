@@ -114,6 +114,8 @@ class TrainProgress:
         ]
         if metrics.get("skipped"):
             facts.append(f"{metrics['skipped']} skipped")
+        if metrics.get("saving") is not None:
+            facts.append(f"saving {metrics['saving']:.0%}")
         return "  ".join(facts)
 
 

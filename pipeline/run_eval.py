@@ -12,16 +12,19 @@ from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
-from pipeline.checkpoint import check_resumable, load_snapshot
+from pipeline.checkpoint.choose import newest
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.resume import check_resumable
+from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluate import EvalReport, Shards, evaluate
-from pipeline.manifest import latest_checkpoint
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
-from pipeline.model.weights import check_trained, load_trained, mark_trainable
+from pipeline.model.weights import load_trained, mark_trainable
 from pipeline.progress import EvalProgress
 from pipeline.schema import LoraConfig, RopeSettings, RunConfig
+from pipeline.state import check_trained
 
 STATES = ("shipped", "untrained", "trained")
 
@@ -87,29 +90,36 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
     arch, rope = check_before_spending(config, env)
     if state == "shipped":
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-    folder = latest_checkpoint(Path(config.output) / "checkpoints")
-    if state == "trained" and folder is None:
-        raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
     base = open_base(config, arch)
     try:
         groups = connect(config, env)
+        if state == "trained":
+            folder = Path(share_from_main(groups, lambda: _newest(config)))
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
         model = build_model(config, arch, rope, lora, groups, base)
         step = 0
         if state == "trained":
-            assert folder is not None
-            snapshot = load_snapshot(folder, groups.env.rank)
             own = {"base_hash": share_from_main(groups, base.base_hash), "config": config_dict(config)}
-            check_resumable(snapshot.manifest, {**own, "data_fingerprint": snapshot.manifest["data_fingerprint"]})
-            mark_trainable(model, config.train.trainable)
-            check_trained(snapshot.trained, model, config.train.trainable)
-            load_trained(model, snapshot.trained)
-            step = snapshot.step
+            with CheckpointReader(folder) as reader:
+                saved = reader.manifest
+                check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
+                mark_trainable(model, config.train.trainable)
+                check_trained(model, config.train.trainable, reader)
+            load_trained(model, whole_trained(folder))
+            step = saved.step
         model.requires_grad_(False)
         return Evaluator(config, model, groups, tokenizer).run("after" if state == "trained" else state, step)
     finally:
         destroy_groups()
+
+
+def _newest(config: RunConfig) -> str:
+    """The run's newest whole checkpoint."""
+    folder = newest(Path(config.output) / "checkpoints")
+    if folder is None:
+        raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
+    return str(folder)
 
 
 def quiet() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import platform
@@ -16,8 +15,7 @@ from pipeline.build import Run
 from pipeline.model import names
 from pipeline.model.weights import kind_of, trained_names
 from pipeline.schema import RunConfig
-
-PACKAGES = ("torch", "megatron-core", "transformers", "peft", "safetensors", "numpy")
+from pipeline.versions import versions
 
 
 def device_name() -> str:
@@ -39,17 +37,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + (" (modified)" if changes else "")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def parameter_counts(run: Run) -> dict[str, int]:

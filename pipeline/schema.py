@@ -267,10 +267,18 @@ class SaveConfig:
     """Optimizer steps between checkpoints; the last step is always saved; 0: only the last."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Also keep, for ever, checkpoints whose step is a multiple of this; 0: none."""
+    background: bool = True
+    """Write beside training, which pauses for a copy to host memory only (12 bytes a trained parameter, over ranks)."""
+    signal_exit_code: int = 0
+    """Exit code after SIGTERM or SIGUSR1, once the state is saved (a scheduler may requeue on another than 0)."""
 
     def __post_init__(self) -> None:
         at_least("save.every", self.every, 0)
         at_least("save.keep", self.keep, 1)
+        at_least("save.keep_every", self.keep_every, 0)
+        between("save.signal_exit_code", self.signal_exit_code, 0, 125)
 
 
 @dataclass(frozen=True)

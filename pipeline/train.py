@@ -33,12 +33,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch: Watch | None = None) -> None:
-    """Compose and run; raises LongspanError with one sentence for whatever a user can mend."""
+def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch: Watch | None = None) -> int:
+    """Compose and run; returns the exit code.
+
+    Raises:
+        LongspanError: one sentence for whatever a user can mend.
+    """
     # Heavy imports wait until the configuration is known to be good.
     from parallel.groups import destroy_groups
     from parallel.process import Watch
+    from parallel.stop import StopSignals, signal_name
     from pipeline.build import build
+    from pipeline.lock import locked
     from pipeline.metrics import MetricsWriter
     from pipeline.progress import TrainProgress
     from pipeline.run_eval import Evaluator, quiet
@@ -51,12 +57,14 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         cleanup.callback(destroy_groups)
         # Before groups are torn down: peers must hear the error, not see connections close.
         cleanup.push(watch.report)
+        lock = cleanup.enter_context(locked(Path(config.output), env.is_main))
         with watch.patient("loading"):
             run = build(config, env)
+        cleanup.callback(run.trainer.parts.saver.close)
         cleanup.callback(run.trainer.parts.loader.close)
         main = run.groups.is_main
-        if main:
-            run.output.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            run.trainer.parts.saver.still_ours = lock.check
             (run.output / "config.yaml").write_text(dump_config(config))
         trainer = run.trainer
         for stage in trainer.parts.model.stages:
@@ -83,18 +91,26 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 assess(f"step-{step:06d}", step, shown=False)
 
         began_at = trainer.step
-        if began_at == 0:
+        warnings = run.resumed.warnings if run.resumed is not None else ()
+        for warning in (*filter(None, [lock and lock.took_over]), *warnings):
+            progress.say(f"warning: {warning}")
+        if run.resumed is None:
             assess("untrained", 0)
         else:
-            progress.say(f"resumed at step {began_at}")
-        with progress:
-            trainer.run(metrics, progress, on_step, stop_after, watch)
+            progress.say(f"resumed at step {began_at} from {run.resumed.folder.name}: {run.resumed.reason}")
+        with StopSignals() as signals, progress:
+            stopped = trainer.run(metrics, progress, on_step, stop_after, watch, signals)
+        if stopped:
+            progress.say(
+                f"{signal_name(stopped)}: stopped and saved at step {trainer.step}; the same command goes on from there"
+            )
         if trainer.step == config.train.steps > began_at:
             assess("after", trainer.step)
         if metrics is not None:
             metrics.close()
         if main:
             record_run(run, time.perf_counter() - began)
+    return config.save.signal_exit_code if stopped else 0
 
 
 def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
@@ -104,21 +120,20 @@ def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence on standard error; of several ranks, one speaks for all."""
+    """Exit code 0 (save.signal_exit_code after a signal), or 2 with one sentence on standard error, of one rank."""
     args = parse(argv)
     env, config = RankEnv(), None
     try:
         env = RankEnv.read()
         config = load_config(args.config, args.set)
         with _watch_ranks(env, config.parallel.timeout_s) as watch:
-            train(config, env, args.stop_after, watch)
+            return train(config, env, args.stop_after, watch)
     except LongspanError as error:
         if config is None and env.world_size > 1:
             with _watch_ranks(env):  # the other ranks may have read a good file, and would wait
                 raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

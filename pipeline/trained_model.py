@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.tensors import whole_trained
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size
 from pipeline.hf_files import HfCheckpoint
-from pipeline.manifest import TRAINED, read_manifest
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
@@ -149,16 +150,6 @@ def partner_of(name: str) -> str | None:
     return None
 
 
-def trained_tensors(checkpoint: Path, manifest: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    """The trained tensors of a Longspan checkpoint under canonical names, read when asked for.
-
-    The only place that knows in which of a checkpoint's files they stand.
-    """
-    stem = TRAINED.removesuffix(".safetensors")
-    files = [name for name in manifest["files"] if name.startswith(stem) and name.endswith(".safetensors")]
-    return LazyTensors([checkpoint / name for name in sorted(files)])
-
-
 def find_base(recorded: str, given: Path | None) -> Path:
     """The base model's folder.
 
@@ -190,7 +181,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
     Raises:
         CheckpointError: the checkpoint is damaged, or the base is missing or another model.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint).raw
     try:
         config = manifest["config"]
         model, lora = config["model"], config["lora"]
@@ -204,7 +195,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
             "checkpoint."
         ) from None
     # Opened before the base is hashed, which takes minutes: by then the run may have deleted the checkpoint.
-    trained = trained_tensors(checkpoint, manifest)
+    trained = whole_trained(checkpoint)
     folder = find_base(recorded, base)
     found = HfCheckpoint(folder).base_hash()
     if found != expected:

@@ -14,9 +14,11 @@ from parallel.collectives import sum_over
 from parallel.groups import Groups
 from parallel.process import Watch
 from parallel.rng import rng_state
-from pipeline.checkpoint import CheckpointStore
+from parallel.stop import StopSignals
+from pipeline.checkpoint.resume import data_cursor
+from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.data.loader import TrainLoader
-from pipeline.guard import NonFiniteGuard
+from pipeline.guard import NonFiniteGuard, TrainingDiverged
 from pipeline.metrics import MetricsWriter, peak_memory_gib
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.loss import IGNORE
@@ -26,7 +28,8 @@ from pipeline.progress import TrainProgress
 from pipeline.reduction import GradientReduction
 from pipeline.schedule import learning_rate
 from pipeline.schema import RunConfig
-from pipeline.state import whole_state
+from pipeline.state import own_pieces
+from pipeline.versions import versions
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,19 @@ class TrainerParts:
     reduction: GradientReduction
     loader: TrainLoader
     guard: NonFiniteGuard
-    store: CheckpointStore
+    saver: CheckpointSaver
     spec: AttentionSpec
     """Training attention."""
     full_spec: AttentionSpec
     """Full attention, for the last `attention.full_last_steps` steps."""
     manifest: dict[str, Any]
-    """What every checkpoint records of the run: config, base hash, data fingerprint."""
+    """What every checkpoint records of the run: config, layout, base hash, data fingerprint."""
     checks: RunChecks | None = None
     """Run-time invariants; None: `checks` is off."""
+
+
+class _Stopped(Exception):
+    """All ranks leave an optimizer step unfinished, at the same micro-batch."""
 
 
 class Trainer:
@@ -56,6 +63,10 @@ class Trainer:
 
     def __init__(self, parts: TrainerParts, start: int) -> None:
         self.parts, self.step = parts, start
+        self._signals: StopSignals | None = None
+        self._stop = 0
+        self._rng = rng_state()
+        """At the beginning of the step in progress: an abandoned one is done again."""
 
     def run(
         self,
@@ -64,7 +75,8 @@ class Trainer:
         on_step: Callable[[int], None] = lambda step: None,
         stop_after: int | None = None,
         watch: Watch | None = None,
-    ) -> None:
+        signals: StopSignals | None = None,
+    ) -> int:
         """Train to the last step, saving as configured.
 
         Args:
@@ -73,18 +85,37 @@ class Trainer:
             on_step: called after each optimizer step with the number of steps done (periodic evaluation).
             stop_after: stop, saved, once so many steps are done; None: the configured end.
             watch: learns of every step begun, so that a rank that stands still is noticed.
+            signals: a wish to stop; heeded between micro-batches (between steps under pipelining), saved.
+
+        Returns:
+            The signal that stopped it, 0 if none did; alike on all ranks, and so is the step saved.
 
         Raises:
             TrainingDiverged: too many non-finite steps in a row.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: a checkpoint could not be written; of one written beside training, at the next step.
         """
-        config = self.parts.config
+        config, saver = self.parts.config, self.parts.saver
         end = min(config.train.steps, stop_after or config.train.steps)
         watch = watch or Watch()
+        self._signals, self._stop = signals, 0
         while self.step < end:
             watch.progress(self.step + 1)
-            began = time.perf_counter()
-            row = self._one_step(self.step)
+            self._rng = rng_state()
+            try:
+                self._heed()
+                self._show(progress)
+                began = time.perf_counter()
+                row = self._one_step(self.step)
+            except _Stopped:
+                with watch.patient("saving"):
+                    saver.wait()
+                    if saver.saved_step != self.step:
+                        self.save()
+                self._show(progress)
+                return self._stop
+            except TrainingDiverged:
+                saver.wait()  # all ranks come here, and an earlier state is still being written
+                raise
             self.step += 1
             seconds = time.perf_counter() - began
             row |= {
@@ -95,25 +126,51 @@ class Trainer:
             }
             if metrics is not None:
                 metrics.write(row)
-            progress.update(self.step, row)
+            progress.update(self.step, row | {"saving": saver.progress})
             if self.step == end or (config.save.every and self.step % config.save.every == 0):
+                self._rng = rng_state()
                 with watch.patient("saving"):
-                    self.save()
+                    self.save(wait=self.step == end)
+                self._show(progress)
             on_step(self.step)
+        return 0
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step; collective."""
+    def save(self, wait: bool = True) -> None:
+        """Save a checkpoint of the current step, with the random state it began with; collective.
+
+        Args:
+            wait: until it is whole; False: see `CheckpointSaver.settle`.
+        """
         parts = self.parts
         if parts.checks is not None:
             parts.checks.before_save(self.step)
-        trained, optimizer = whole_state(parts.model, parts.config.train.trainable, parts.optimizer)
-        parts.store.save(
+        parts.saver.start(
             self.step,
-            trained,
-            optimizer,
-            rng_state(),
-            {**parts.manifest, "guard": parts.guard.state_dict()},
+            own_pieces(parts.model, parts.config.train.trainable, parts.optimizer),
+            self._rng,
+            {
+                **parts.manifest,
+                "updates": parts.optimizer.updates,
+                "cursor": data_cursor(self.step, parts.manifest["config"]),
+                "guard": parts.guard.state_dict(),
+                "versions": versions(),
+                "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
         )
+        if wait:
+            parts.saver.wait()
+
+    def _heed(self) -> None:
+        """Agree with the other ranks on the save under way and on stopping; collective. Raises _Stopped."""
+        self._stop = self.parts.saver.settle(0 if self._signals is None else self._signals.number)
+        if self._stop:
+            raise _Stopped
+
+    def _show(self, progress: TrainProgress) -> None:
+        """Lines the saver has for the display."""
+        for line in self.parts.saver.news:
+            progress.say(line)
+        self.parts.saver.news.clear()
 
     def _spec(self, step: int) -> AttentionSpec:
         config = self.parts.config
@@ -145,7 +202,11 @@ class Trainer:
         parts.model.train()
         parts.optimizer.zero_grad()
         total = parts.model.train_step(
-            batches, self._spec(step), 1 / max(scored, 1), before_last_backward=parts.optimizer.arm_reduce
+            batches,
+            self._spec(step),
+            1 / max(scored, 1),
+            before_last_backward=parts.optimizer.arm_reduce,
+            between=self._heed,
         )
         parts.reduction.finish(parts.optimizer)
         return {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError
 from pipeline.adapters_in import load_adapter
+from pipeline.checkpoint.choose import newest
 from pipeline.export import export
-from pipeline.manifest import latest_checkpoint
 from pipeline.schema import RopeSettings
 from pipeline.trained_model import TrainedModel, load_trained_model
 
@@ -19,7 +19,7 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    folder = latest_checkpoint(run / "checkpoints")
+    folder = newest(run / "checkpoints")
     if folder is None:
         raise CheckpointError(f"{run}: holds no checkpoint; give the output folder of a run that has saved one.")
     return folder

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from parallel.plan import plan_stages
 from pipeline.model import names
 from pipeline.model.part import ModelPart
-from pipeline.model.weights import VOCABULARY_HF, local_slice, trained_names
+from pipeline.model.weights import VOCABULARY_HF, trained_names
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -72,19 +72,3 @@ def gather(model: ModelPart, kinds: Sequence[str], tensors: Mapping[str, torch.T
                 target = whole.setdefault(name, torch.empty(shape, dtype=torch.float32))
                 (target if cut is None else target.narrow(cut[0], cut[1], cut[2] - cut[1])).copy_(piece)
     return whole
-
-
-def localize(model: ModelPart, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This rank's slices of whole canonical tensors, shaped as its trained parameters (padding rows are zero)."""
-    found: dict[str, torch.Tensor] = {}
-    for our_name, parameter in model.canonical_parameters():
-        if not parameter.requires_grad:
-            continue
-        ((name, _),) = names.to_hf(our_name)
-        if name not in tensors:
-            continue
-        piece = local_slice(tensors[name], name, model)
-        if name in VOCABULARY_HF and len(piece) < len(parameter):
-            piece = torch.cat((piece, piece.new_zeros(len(parameter) - len(piece), *piece.shape[1:])))
-        found[name] = piece
-    return found

@@ -136,6 +136,7 @@ class ModelPart(torch.nn.Module):
         spec: AttentionSpec,
         scale: float,
         before_last_backward: Callable[[], None] = lambda: None,
+        between: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Forward and backward of one optimizer step's micro-batches on this rank.
 
@@ -146,6 +147,7 @@ class ModelPart(torch.nn.Module):
             spec: attention.
             scale: factor of the loss: one over all scored tokens of the step.
             before_last_backward: called when the last micro-batch's backward comes next (not under pipelining).
+            between: called between two micro-batches (not under pipelining); may raise to abandon the step.
 
         Returns:
             This rank's sum of losses, fp64 scalar: over its tokens, zero but on the last stage.
@@ -168,6 +170,8 @@ class ModelPart(torch.nn.Module):
             run_schedule(self.groups, self.stages, forward, len(placed), placed[0].layout.sequence, rows)
             return total
         for number in range(len(placed)):
+            if number:
+                between()
             loss = forward(number, self.stages[0])
             if number == len(placed) - 1:
                 before_last_backward()

@@ -207,17 +207,3 @@ def trained_names(arch: LlamaArch, lora: LoraConfig, kinds: Sequence[str]) -> se
     """Canonical names of everything that trains, over all ranks: what a checkpoint of such a run must hold."""
     every = [*names.hf_tensor_shapes(arch), *names.adapter_shapes(arch, lora)]
     return {name for name in every if trains(names.to_ours(name)[0], kinds, arch)}
-
-
-def check_trained(tensors: Mapping[str, torch.Tensor], part: Part, kinds: Sequence[str]) -> None:
-    """Refuse a checkpoint that holds other tensors than those that train here.
-
-    Raises:
-        CheckpointError: names one that only one side has.
-    """
-    odd = sorted(trained_names(part.arch, part.lora, kinds) ^ tensors.keys())
-    if odd:
-        raise CheckpointError(
-            f"Checkpoint: trained tensors differ from the configuration's ({odd[0]} and {len(odd) - 1} more on one "
-            "side only); resume with the lora and train.trainable settings it was made with."
-        )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from parallel.errors import ConfigError
 from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
+from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config import load_config
 from pipeline.train import train
 from tests.ranks import run_ranks
@@ -67,7 +68,7 @@ def losses(folder: Path) -> list[float]:
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
     step = (folder / "checkpoints" / "latest").read_text().strip()
-    return load_file(folder / "checkpoints" / step / "trained.safetensors")
+    return whole_trained(folder / "checkpoints" / step)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

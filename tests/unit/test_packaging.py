@@ -242,7 +242,9 @@ def test_imported_third_parties_are_required() -> None:
                     assert normal(distribution.get(top, top)) in required, f"{path} imports {top}"
 
 
-@pytest.mark.parametrize("module", ["tools.export_hf", "tools.import_hf", "tools.report", "tools.prepare_data"])
+@pytest.mark.parametrize(
+    "module", ["tools.export_hf", "tools.import_hf", "tools.report", "tools.prepare_data", "tools.inspect_checkpoint"]
+)
 def test_tools_that_train_nothing_start_without_megatron(module: str) -> None:
     """It takes seconds to import and, on a machine without it, these tools still have work to do."""
     program = f"import sys, {module}; sys.exit('megatron' in sys.modules or 'transformers' in sys.modules)"

@@ -1,0 +1,19 @@
+"""Installed versions of what a run's numbers depend on. No torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "peft", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Package -> version; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,97 @@
+"""Saving beside training: what is written is what was at the pause, and a failure is told at the next step."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.errors import CheckpointError
+from parallel.rng import rng_state
+from pipeline.checkpoint import files, saver, writer
+from pipeline.checkpoint.choose import choose
+from pipeline.checkpoint.manifest import FIELDS
+from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
+from pipeline.checkpoint.tensors import whole_trained
+from tests.single import single_groups
+
+MANIFEST: dict[str, Any] = {"updates": 1, "config": {}}
+NAME = "model.norm.weight"
+
+
+def piece(value: float) -> StatePiece:
+    return StatePiece(NAME, (6,), None, 0, 6, {field: torch.full((6,), value) for field in FIELDS})
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, inner = threading.Event(), writer.write_part
+
+    def slow(*args: Any) -> None:
+        assert gate.wait(30)
+        inner(*args)
+
+    monkeypatch.setattr(saver, "write_part", slow)
+    made, live = CheckpointSaver(tmp_path, single_groups(), 2), piece(1.0)
+    made.prepare([live])
+    made.start(3, [live], rng_state(), MANIFEST)
+    for tensor in live.state.values():
+        tensor.fill_(2.0)  # the next step
+    assert made.settle() == 0 and made.progress == 0.0 and choose(tmp_path) is None
+    assert made.settle(15) == 15, "a wish to stop travels with it"
+    gate.set()
+    made.wait()
+    assert made.progress is None and made.saved_step == 3
+    assert torch.equal(whole_trained(tmp_path / "step-000003")[NAME], torch.ones(6))
+    assert [line.split()[0] for line in made.news] == ["saving", "saved"]
+    made.start(4, [live], rng_state(), MANIFEST)
+    made.wait()
+    assert torch.equal(whole_trained(tmp_path / "step-000004")[NAME], torch.full((6,), 2.0))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_failed_write_is_an_error_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    made = CheckpointSaver(tmp_path, single_groups(), 2, background=background)
+    made.start(1, [piece(1.0)], rng_state(), MANIFEST)
+    made.wait()
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_arrays", full)
+    made.start(2, [piece(2.0)], rng_state(), MANIFEST)
+    job = made._job
+    assert job is not None
+    if job.thread is not None:
+        job.thread.join()
+    with pytest.raises(CheckpointError, match=r"step-000002: could not be written \(.*No space left .* untouched"):
+        made.settle()
+    monkeypatch.undo()
+    choice = choose(tmp_path)
+    assert choice is not None and choice.step == 1 and not choice.warnings
+    made.start(2, [piece(2.0)], rng_state(), MANIFEST)
+    made.wait()
+    assert (tmp_path / "latest").read_text() == "step-000002\n"
+
+
+def test_a_failed_publication_and_a_lost_lock_are_errors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CheckpointSaver(tmp_path, single_groups(), 2)
+
+    def taken() -> None:
+        raise CheckpointError("another job took over.")
+
+    made.still_ours = taken
+    made.start(1, [piece(1.0)], rng_state(), MANIFEST)
+    with pytest.raises(CheckpointError, match=r"step-000001: could not be written \(another job took over"):
+        made.wait()
+    made.still_ours = lambda: None
+    (tmp_path / "a file").write_text("")
+    blocked = CheckpointSaver(tmp_path / "a file", single_groups(), 2)
+    blocked.start(1, [piece(1.0)], rng_state(), MANIFEST)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        blocked.wait()
+    assert files.PRIVATE_FILE == 0o600
