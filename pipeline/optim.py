@@ -129,9 +129,9 @@ class TrainableAdamW:
             data, gradient = (tensor.view(-1)[piece.start : piece.stop] for tensor in (data, gradient))
         home = torch.device("cpu") if self._offload else data.device
         master = data.to(home, torch.float32, copy=self._offload)
-        moments = [torch.zeros_like(master) for _ in MOMENTS]
+        first, second = (torch.zeros_like(master) for _ in MOMENTS)
         steps = torch.zeros((), dtype=torch.float32, device=home)
-        return _Slot(trained, piece, master, gradient, *moments, steps, self._offload)
+        return _Slot(trained, piece, master, gradient, first, second, steps, self._offload)
 
     @property
     def state_bytes(self) -> int:

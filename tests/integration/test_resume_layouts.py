@@ -28,10 +28,14 @@ LAYOUTS: list[Layout] = [
     {"pp": 2, "cp": 2},
     {"pp": 2},
     {"cp": 2},
+    {"engine": "zero3", "cp": 2, "offload.params": "cpu", "offload.optimizer": "cpu"},
+    {"engine": "zero3", "tp": 2},
+    {"tp": 2, "pp": 2},
+    {"engine": "zero3", "offload.optimizer": "cpu"},
 ]
-"""Of four ranks; each is saved on and resumed on by its neighbour. Another engine is one more line."""
-FROM_ONE = [0, 3, 8]
-TO_ONE = [1, 4, 6]
+"""Of four ranks; each is saved on and resumed on by its neighbour. Both engines."""
+FROM_ONE = [0, 3, 8, 9]
+TO_ONE = [1, 4, 6, 9]
 
 
 def run_on(path: str, layout: Layout, output: Path, steps: int) -> tuple[float, dict[str, torch.Tensor], int]:

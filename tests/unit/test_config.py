@@ -115,7 +115,10 @@ def test_the_resolved_config_reads_back_equal(minimal: Path, tmp_path: Path) -> 
         ("attenton.kind=full", "attenton: unknown key in {where}; did you mean attention?"),
         ("lr=3", "lr: unknown key in {where}; did you mean train.lr?"),
         ("model.rope.tipe=none", "model.rope.tipe: unknown key in {where}; did you mean model.rope.type?"),
-        ("save.xyzzy=1", "save.xyzzy: unknown key in {where}; known here: every, keep."),
+        (
+            "save.xyzzy=1",
+            "save.xyzzy: unknown key in {where}; known here: every, keep, keep_every, background, signal_exit_code.",
+        ),
         ("train.steps=many", "train.steps: expected an integer, got 'many' (in {where})."),
         ("train.steps=1.0", "train.steps: expected an integer, got 1.0 (in {where})."),
         ("train.steps=true", "train.steps: expected an integer, got true (in {where})."),
