@@ -289,7 +289,6 @@ def resume(parts: TrainerParts) -> Choice | None:
         set_rng_state({key: torch.from_numpy(value) for key, value in rng.items()})
     else:
         # Another layout draws other dropout masks anyhow; they must not be those of the first steps once more.
-        _, cp, dp, _ = groups.plan.coordinates(groups.env.rank)
-        seed_everything((parts.config.train.seed + 1_000_003 * step) % 2**31, cp + groups.plan.cp * dp)
+        seed_everything((parts.config.train.seed + 1_000_003 * step) % 2**31, groups.env.rank // groups.plan.tp)
     parts.saver.saved_step = step
     return Choice(folder / name, step, reason, tuple(warnings))

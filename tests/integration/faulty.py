@@ -92,7 +92,8 @@ def loop(fault: str, rank: int, step: int, timeout_s: float) -> int:
         dist.destroy_process_group()
     import threading
 
-    print("left:", [thread.name for thread in threading.enumerate()], flush=True)
+    # One write: ranks share the pipe, and a line of one must not end up inside another's.
+    os.write(1, f"left: {[thread.name for thread in threading.enumerate()]}\n".encode())
     return 0
 
 
