@@ -1,4 +1,4 @@
-"""Every grid of ranks against one process: loss, norm and every gradient, before and after five steps; the weights."""
+"""Every grid of ranks against one process: loss, norm and every gradient, before and after three steps; the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
 from tools.parity import Observed, compare, observe
 
-STEPS = 5
+STEPS = 3
 YAML = """
 model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2}}}}
 attention: {attention}
@@ -139,12 +139,12 @@ def write_config(folder: Path, name: str, grid: Grid) -> Path:
     return path
 
 
-def _observe(rank: int, world: int, paths: list[str]) -> list[dict[str, Any]]:
+def _observe(rank: int, world: int, paths: list[str], steps: int) -> list[dict[str, Any]]:
     """Each configuration in turn, in the same processes; `Observed` as dicts, which travel by value."""
     found = []
     for path in paths:
         try:
-            found.append(vars(observe(load_config(Path(path), []), RankEnv.read(), STEPS)))
+            found.append(vars(observe(load_config(Path(path), []), RankEnv.read(), steps)))
         except Exception as error:
             raise AssertionError(path) from error
     return found if rank == 0 else []
@@ -153,12 +153,18 @@ def _observe(rank: int, world: int, paths: list[str]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
     """What one process computes, by model."""
+    return observe_alone(
+        tmp_path_factory.mktemp("reference"), [name for name in MODELS if name not in FROZEN_ENDS], STEPS
+    )
+
+
+def observe_alone(folder: Path, names: list[str], steps: int) -> dict[str, Observed]:
+    """What this process alone computes, by model."""
     destroy_groups()
-    folder = tmp_path_factory.mktemp("reference")
     torch.set_num_threads(1)
     return {
-        name: observe(load_config(write_config(folder, name, Grid()), []), RankEnv(), STEPS, keep_world=False)
-        for name in MODELS
+        name: observe(load_config(write_config(folder, name, Grid()), []), RankEnv(), steps, keep_world=False)
+        for name in names
     }
 
 
@@ -190,28 +196,6 @@ CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
         PP2_CP2: ("full",),
     },
 }
-# Engine zero3: the same, with frozen weights sharded over dp x cp.
-ZERO3_CASES: dict[int, list[tuple[str, Grid]]] = {
-    2: [
-        ("untied", Grid(engine=ZERO3)),
-        ("tied", Grid(engine=OFFLOAD)),
-        ("frozen", Grid(engine=OFFLOAD)),
-        ("frozen tied", Grid(engine=ZERO3)),
-        ("tied", Grid(cp=2, engine=ZERO3)),
-        ("odd", Grid(cp=2, engine=OFFLOAD)),
-        ("full", Grid(cp=2, engine=OFFLOAD)),
-    ],
-    4: [
-        ("untied", Grid(engine=ZERO3)),
-        ("tied", Grid(engine=OFFLOAD)),
-        ("frozen", Grid(tp=2, engine=OFFLOAD)),
-        ("tied", Grid(tp=2, engine=ZERO3)),
-        ("odd", Grid(cp=4, engine=ZERO3)),
-        ("untied", Grid(cp=4, engine=OFFLOAD)),
-        ("frozen tied", Grid(cp=2, engine=OFFLOAD)),
-        ("full", Grid(cp=2, engine=ZERO3)),
-    ],
-}
 S2_MODELS = {name for name, model in MODELS.items() if "s2" in model.attention}
 EVERY = (TP2, TP4, PP2, PP4, CP2, CP4, CP8, Grid(), TP2_PP2, TP2_CP2, PP2_CP2, TP2_PP2_CP2, INTERLEAVED)
 
@@ -235,20 +219,15 @@ def test_every_grid_is_listed_with_both_kinds_of_attention(grid: Grid) -> None:
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_grids_equal_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
     cases = [(name, grid) for grid, names in CASES[world].items() for name in names]
-    _compare_all(world, cases, references, tmp_path)
+    compare_all(world, cases, references, tmp_path)
     assert len(references["untied"].gradients) > 50
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.slow
-@pytest.mark.parametrize("world", sorted(ZERO3_CASES))
-def test_zero3_equals_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
-    _compare_all(world, ZERO3_CASES[world], references, tmp_path)
-
-
-def _compare_all(world: int, cases: list[tuple[str, Grid]], references: dict[str, Observed], folder: Path) -> None:
+def compare_all(
+    world: int, cases: list[tuple[str, Grid]], references: dict[str, Observed], folder: Path, steps: int = STEPS
+) -> None:
     paths = [str(write_config(folder, name, grid)) for name, grid in cases]
-    found = run_ranks(_observe, world, paths, timeout=840)[0]
+    found = run_ranks(_observe, world, paths, steps, timeout=840)[0]
     for (name, grid), mine in zip(cases, found, strict=True):
         difference = compare(Observed(**mine), references[name])
         told = f"{name} {grid}: {difference}"

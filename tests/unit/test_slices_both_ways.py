@@ -30,6 +30,7 @@ class RankPart:
         self, arch: LlamaArch, tp_rank: int, tp_size: int, layers: range, ends: tuple[bool, bool], dtype
     ) -> None:
         self.arch, self.lora, self.tp_rank, self.tp_size = arch, LoraConfig(rank=0), tp_rank, tp_size
+        self.shards = None
         rows: dict[str, list[tuple[int, ...]]] = {}
         for name, shape in names.hf_tensor_shapes(arch).items():
             layer = name.split(".")[2] if name.startswith("model.layers.") else None
