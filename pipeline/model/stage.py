@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from parallel.s2_context import ContextShard
+from parallel.zero3 import FrozenShards
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
@@ -99,6 +100,8 @@ class LlamaStage(MegatronModule):
             # A tied output matrix on another stage than the embedding is a copy: its gradient joins the original's, and
             # the gradient norm counts it once.
             self.output_layer.weight.shared_copy = arch.tied
+        self.shards: FrozenShards | None = None
+        """As in any `weights.Part`; a whole `ModelPart` may have them."""
         self.before_output: Callable[[], None] = lambda: None
         """Called before the output matrix is read (engine zero3 gathers it)."""
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
