@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def test_export_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     base = make_tiny(tmp_path / "base", "llama2")
     run = tmp_path / "run/checkpoints"
     for step in (12, 24):
-        write_checkpoint(trained_model(base), run / f"step-{step:06d}")
+        write_checkpoint(replace(trained_model(base), step=step), run / f"step-{step:06d}")
     # Deleted after it was opened: what was opened stays readable.
     model = load_trained_model(run / "step-000012")
     shutil.rmtree(run / "step-000012")
