@@ -213,7 +213,7 @@ def write_checkpoint(model: TrainedModel, folder: Path) -> Path:
         "model": {"path": str(model.base), "context": CONTEXT, "rope": {"type": "linear", "original_context": 64}},
         "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q", "k", "v", "o"], "rslora": False},
     }
-    manifest = {"format": 1, "step": 12, "config": config, "files": files}
+    manifest = {"format": 1, "step": model.step, "config": config, "files": files}
     manifest |= {"base": str(model.base), "base_hash": model.base_hash}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
