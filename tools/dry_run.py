@@ -244,10 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.config.stem}: rank {env.rank} of {env.world_size}, {grid.engine}, tp {grid.tp} cp {grid.cp}, {device}"
     )
     title += ", all there" if env.launched else ""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for key, value in found.items():
         table.add_row(key, str(value))
     console = Console()
+    console.print(title, highlight=False, soft_wrap=True)
     console.print(table)
     for note in notes:
         console.print(f"Note: {note}.", highlight=False)
