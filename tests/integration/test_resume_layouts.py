@@ -78,12 +78,12 @@ def _matrix(rank: int, world: int, path: str, folder: str, alone: float) -> list
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_every_pair_of_layouts(tmp_path: Path) -> None:
     destroy_groups()
     path = str(write_run(tmp_path, "matrix", kind="llama2"))
     alone, state, _ = run_on(path, {}, tmp_path / "one", STEPS)
-    found = run_ranks(_matrix, 4, path, str(tmp_path), alone, timeout=500)[0]
+    found = run_ranks(_matrix, 4, path, str(tmp_path), alone, timeout=900)[0]
     loss, again, start = run_on(path, {}, tmp_path / "one", 0)
     assert loss == alone and same(again, state) and start == STEPS
     for i in TO_ONE:

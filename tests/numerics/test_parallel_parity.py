@@ -214,7 +214,7 @@ def test_every_grid_is_listed_with_both_kinds_of_attention(grid: Grid) -> None:
 
 
 # Eight processes on two cores beside another test worker: minutes, most of them imports and waiting.
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_grids_equal_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def compare_all(
     world: int, cases: list[tuple[str, Grid]], references: dict[str, Observed], folder: Path, steps: int = STEPS
 ) -> None:
     paths = [str(write_config(folder, name, grid)) for name, grid in cases]
-    found = run_ranks(_observe, world, paths, steps, timeout=840)[0]
+    found = run_ranks(_observe, world, paths, steps, timeout=1700)[0]
     for (name, grid), mine in zip(cases, found, strict=True):
         difference = compare(Observed(**mine), references[name])
         told = f"{name} {grid}: {difference}"

@@ -41,7 +41,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
     return observe_alone(tmp_path_factory.mktemp("reference"), sorted(names), STEPS)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_zero3_equals_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
