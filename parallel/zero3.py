@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from parallel.errors import LongspanError
 from parallel.fake import to_receive
 from parallel.groups import Groups
+from parallel.pinned import pin, unpin
 from parallel.rank_env import export_local_rank
 
 ALIGN_ELEMENTS = 64
@@ -235,11 +236,6 @@ class FrozenShards:
         """Bytes of page-locked host memory: exactly the shares."""
         return self._pinned
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of the gather buffers, on the device."""
-        return sum(slot.numel() * slot.element_size() for slot in self._slots)
-
     def use(self, position: int) -> None:
         """Make the unit at `position` whole before what is launched next, and start on the one after it.
 
@@ -260,10 +256,8 @@ class FrozenShards:
 
     def _fetch(self, unit: Unit, keep: Unit | None) -> None:
         """Start to gather a unit into a buffer that does not hold `keep`."""
-        number = next(n for n, held in enumerate(self._holds) if held is None or held is not keep)
-        if keep is None and self._holds[number] is not None:
-            # Nothing is in use: prefer a free buffer.
-            number = next((n for n, held in enumerate(self._holds) if held is None), number)
+        others = [n for n, held in enumerate(self._holds) if held is None or held is not keep]
+        number = min(others, key=lambda n: self._holds[n] is not None)  # a free one, if there is one
         evicted = self._holds[number]
         if evicted is not None:
             self._evict(evicted)
@@ -306,7 +300,7 @@ class FrozenShards:
     def _pin(self, arena: torch.Tensor) -> None:
         """Page-lock host memory as it is, without rounding."""
         size = arena.numel() * arena.element_size()
-        error = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0))
+        error = pin(arena)
         if error:
             raise LongspanError(
                 f"parallel.offload.params: {size / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error "
@@ -317,8 +311,7 @@ class FrozenShards:
     def close(self) -> None:
         """Unpin the host memory."""
         if self._pinned and self._arena is not None:
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr())
+            unpin(self._arena)
             self._pinned = 0
 
 

@@ -14,11 +14,11 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from parallel.errors import CheckpointError
+from pipeline.safetensors_header import layout
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit, so that a damaged length cannot ask for terabytes."""
@@ -217,22 +217,13 @@ def write_safetensors(
     Raises:
         CheckpointError: `read` gave a tensor other than announced, or the disk refused.
     """
-    # Widest elements first keeps every tensor aligned to its element size, which readers that map the file rely on.
-    order = sorted(facts, key=lambda name: -facts[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for name in order:
-        fact = facts[name]
-        end = offset + fact.nbytes
-        header[name] = {"dtype": _CODES[fact.dtype], "shape": list(fact.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = {name: (_CODES[fact.dtype], fact.shape, fact.dtype.itemsize, fact.nbytes) for name, fact in facts.items()}
+    header, order = layout(entries, {"format": "pt", **metadata})
     temporary = path.with_name(f".{path.name}.tmp")
-    whole, digests = hashlib.sha256(struct.pack("<Q", len(text)) + text), {}
+    whole, digests = hashlib.sha256(header), {}
     try:
         with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(header)
             for name in order:
                 tensor = read(name).detach().to(device="cpu").contiguous()
                 if TensorFact(tuple(tensor.shape), tensor.dtype) != facts[name]:
@@ -257,4 +248,4 @@ def write_safetensors(
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
-    return Written(whole.hexdigest(), 8 + len(text) + offset, digests)
+    return Written(whole.hexdigest(), len(header) + sum(fact.nbytes for fact in facts.values()), digests)

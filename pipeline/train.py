@@ -62,6 +62,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             run = build(config, env)
         cleanup.callback(run.trainer.parts.saver.close)
         cleanup.callback(run.trainer.parts.loader.close)
+        cleanup.callback(run.trainer.parts.model.close)
         main = run.groups.is_main
         if lock is not None:
             run.trainer.parts.saver.still_ours = lock.check

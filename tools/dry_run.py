@@ -33,15 +33,10 @@ from pipeline.hf_files import HfCheckpoint, TensorFact
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.schema import DataConfig, EvalConfig, RunConfig, SaveConfig
+from tools.shapes import SIZES, config_json, llama2
 from tools.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
-# hidden, FFN, layers, query heads, KV heads: what a folder's name stands for when it is not here.
-SHAPES = {
-    "70b": (8192, 28672, 80, 64, 8),
-    "13b": (5120, 13824, 40, 40, 40),
-    "7b": (4096, 11008, 32, 32, 32),
-}
 
 
 class RandomBase(HfCheckpoint):
@@ -83,30 +78,14 @@ def _stand_in_model(path: Path, folder: Path) -> None:
     Raises:
         ConfigError: it tells none.
     """
-    known = next((name for name in SHAPES if name in path.name.lower()), None)
+    known = next((size for size in SIZES if size in path.name.lower()), None)
     if known is None:
         raise ConfigError(
-            f"model.path: {path} is not here and its name tells no known size ({', '.join(SHAPES)}); download its "
+            f"model.path: {path} is not here and its name tells no known size ({', '.join(SIZES)}); download its "
             "config.json at least."
         )
-    hidden, ffn, layers, heads, kv_heads = SHAPES[known]
     folder.mkdir()
-    described = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps(config_json(llama2(known))))
 
 
 def prepare(
@@ -175,6 +154,7 @@ def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: 
                 seconds.append(time.perf_counter() - began)
     finally:
         trainer.parts.loader.close()
+        trainer.parts.saver.close()
     plan = run.groups.plan
     # As many micro-batches a step as pipeline stages: the stages cancel out.
     tokens = config.train.micro_batch * config.sequence / (plan.tp * plan.cp)
@@ -195,8 +175,7 @@ def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: 
             "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 2),
             "allocator flushes": stats["num_alloc_retries"],
         }
-    if shards is not None:
-        shards.close()
+    trainer.parts.model.close()
     return found
 
 

@@ -101,6 +101,9 @@ def observe(
         found.frozen_kept = frozen_hash(run) == frozen
     finally:
         run.trainer.parts.loader.close()
+        # Memory still page-locked when it is freed would be in the way of the next run of these processes.
+        run.trainer.parts.saver.close()
+        run.trainer.parts.model.close()
         destroy_groups(keep_world=keep_world)
     return found
 

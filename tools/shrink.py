@@ -18,6 +18,7 @@ from parallel.errors import ConfigError
 from parallel.plan import check_model_fits, plan_grid, plan_stages
 from pipeline.model.arch import ARCHITECTURES, LlamaArch, read_arch
 from pipeline.schema import DataConfig, EvalConfig, ParallelConfig, RunConfig, SaveConfig
+from tools.shapes import llama2
 
 VOCAB = 131
 """Prime: no tp divides it."""
@@ -31,28 +32,6 @@ WIDTH = 64
 HEAD_DIM = 8
 DEFAULT_PROCESSES = 8
 """More are started only when asked for."""
-
-LLAMA2_70B = LlamaArch(
-    model_type="llama",
-    hidden=8192,
-    ffn=28672,
-    layers=80,
-    heads=64,
-    kv_heads=8,
-    head_dim=128,
-    vocab=32000,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    max_positions=4096,
-    tied=False,
-    attention_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    bos_id=1,
-    eos_id=2,
-)
-"""What is shrunk where `model.path` is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +61,7 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: 
     if path.is_dir():
         arch = read_arch(path)
     else:
-        arch = LLAMA2_70B
+        arch = llama2("70b")
         notes.append(f"model.path {path} is not here: the shape of Llama-2-70B stands in for it.")
     asked = config.parallel
     whole = plan_grid(asked.tp * asked.cp * asked.pp, asked.tp, asked.cp, asked.pp)

@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from parallel.errors import CheckpointError
+from pipeline.safetensors_header import layout
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 BLOCK = 1 << 23
@@ -125,18 +126,9 @@ def write_arrays(
 ) -> FileFacts:
     """Write a safetensors file of contiguous arrays of the dtypes in CODES; see `write_file`."""
     codes = {dtype: code for code, dtype in CODES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
-    offset = 0
-    # Widest elements first keeps every array aligned, which readers that map the file rely on.
-    order = sorted(arrays, key=lambda name: -arrays[name].itemsize)
-    for name in order:
-        array = arrays[name]
-        end = offset + array.nbytes
-        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return write_file(path, [struct.pack("<Q", len(text)), text, *(arrays[name] for name in order)], told)
+    entries = {name: (codes[a.dtype], a.shape, a.itemsize, a.nbytes) for name, a in arrays.items()}
+    header, order = layout(entries, {"format": "np"})
+    return write_file(path, [header, *(arrays[name] for name in order)], told)
 
 
 def open_plain(path: Path) -> int:

@@ -20,6 +20,7 @@ import torch
 from parallel.collectives import agree
 from parallel.errors import CheckpointError, LongspanError
 from parallel.groups import Groups
+from parallel.pinned import pin, unpin
 from pipeline.checkpoint.files import remove
 from pipeline.checkpoint.manifest import folder_name
 from pipeline.checkpoint.writer import PieceArrays, publish, working_folder, write_part
@@ -70,9 +71,8 @@ class HostCopy:
         on_gpu = any(tensor.is_cuda for piece in pieces for tensor in piece.state.values())
         self._registered = bool(on_gpu and self._elements)
         if self._registered:
-            # torch's own pinned allocator would round up to a power of two.
-            result = torch.cuda.cudart().cudaHostRegister(self._flat.data_ptr(), 4 * self._elements, 0)
-            self._registered = int(result) == 0  # refused (a limit on locked memory): the copy is slower, not wrong
+            # Refused (a limit on locked memory): the copy is slower, not wrong.
+            self._registered = pin(self._flat) == 0
 
     def take(self, pieces: Sequence[StatePiece]) -> list[PieceArrays]:
         """Copy; the arrays are views of the host memory, valid until the next call."""
@@ -92,7 +92,7 @@ class HostCopy:
     def close(self) -> None:
         """Unlock the memory."""
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._flat.data_ptr())
+            unpin(self._flat)
             self._registered = False
 
 

@@ -1,8 +1,8 @@
 """The last matrix product of a layer, which a recomputation need not repeat.
 
 A checkpointed layer runs a second time in the backward to restore what its gradients need. The values that leave the
-layer are not among them: they exist already. So the product that makes them, a fifth of a Llama layer's forward, is
-skipped then; only its place in the graph is kept. With adapters the frozen weight's product still is.
+layer are not among them: they exist already. So the product that makes them, a quarter of a Llama layer's frozen ones,
+is skipped then; only its place in the graph is kept. An adapter beside it still runs: its gradients need what it makes.
 
 Shapes: S tokens, B batch, I input width, H hidden.
 """

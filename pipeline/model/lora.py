@@ -203,4 +203,4 @@ class LoraRowParallelLinear(_LoraRow):
 
 
 class LoraLastRowParallelLinear(_LoraRow, LastRowParallelLinear):
-    """An adapted down_proj: the frozen product is skipped while recomputing, the adapter's is not worth it."""
+    """An adapted down_proj: the frozen product is skipped while recomputing, its own are not."""

@@ -199,6 +199,11 @@ class ModelPart(torch.nn.Module):
         if self.shards is not None:
             yield from self.shards.shares()
 
+    def close(self) -> None:
+        """Give page-locked host memory back; the model cannot run after it."""
+        if self.shards is not None:
+            self.shards.close()
+
     def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
         """Whether engine zero3 keeps a share of this parameter instead of all of it."""
         return self.shards is not None and self.shards.holds(parameter)

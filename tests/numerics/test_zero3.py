@@ -10,7 +10,6 @@ import torch
 
 from parallel.errors import ConfigError
 from parallel.groups import destroy_groups
-from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from parallel.zero3 import ALIGN_ELEMENTS, deepspeed_config
 from pipeline.build import build, open_base, read_arch
@@ -177,4 +176,3 @@ def test_dry_run_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert dry_run.main(["--config", str(path), "--nproc", "8", "--rank", "1", "--json", str(figures)]) == 0
     assert '"skipped steps": 0' in figures.read_text()
     assert "rank 1 of 8, zero3, tp 1 cp 2" in capsys.readouterr().out
-    assert plan_grid(8, 1, 2, 1).dp == 4

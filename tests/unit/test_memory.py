@@ -13,8 +13,9 @@ from pipeline.memory import CUDA_CONTEXT, GIB, PROCESS, count_parameters, estima
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from tests.tiny_models import KINDS, make_tiny
-from tools.shrink import LLAMA2_70B
+from tools.shapes import llama2
 
+LLAMA2_70B = llama2("70b")
 CONFIG = Path(__file__).parents[2] / "launch/configs/llama2_70b_32k.yaml"
 MEGATRON = ["parallel.engine=megatron", "parallel.offload.params=none", "parallel.offload.optimizer=none"]
 

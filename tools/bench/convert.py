@@ -44,35 +44,25 @@ from pipeline.run_facts import git_commit
 from pipeline.safetensors_io import TensorFact
 from pipeline.schema import LoraConfig, RopeSettings
 from pipeline.trained_model import TrainedModel
+from tools.shapes import config_json, llama2
 
 GIB = 1 << 30
-SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-"""Llama-2-7B's layers; as many of them as make up the size."""
-LLAMA2_70B = LlamaArch(
-    "llama", 8192, 28672, 80, 64, 8, 128, 32000, 1e-5, 10000.0, None, 4096, False, False, False, False, 1, 2
-)
 CONTEXT = 32768
 TP = 8
 
 
 def layers_for(gb: float) -> int:
-    """Layers that make a bf16 checkpoint of at least `gb` billion bytes."""
-    hidden, ffn = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    return max(1, -(-int(gb * 1e9 - 4 * 32000 * hidden) // (2 * (4 * hidden * hidden + 3 * hidden * ffn))))
+    """Llama-2-7B's layers that make a bf16 checkpoint of at least `gb` billion bytes."""
+    shape = llama2("7b")
+    hidden, ffn = shape.hidden, shape.ffn
+    return max(1, -(-int(gb * 1e9 - 4 * shape.vocab * hidden) // (2 * (4 * hidden * hidden + 3 * hidden * ffn))))
 
 
 def generate(folder: Path, gb: float) -> None:
     """Write a base of random bf16 weights and a PEFT adapter with LoRA, embedding and norms."""
     base = folder / "base"
     base.mkdir(parents=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **SHAPE,
-        "num_hidden_layers": layers_for(gb),
-    }
-    config |= {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "hidden_act": "silu"}
-    write_json(base / "config.json", {**config, "torch_dtype": "bfloat16", "rope_theta": 10000.0})
+    write_json(base / "config.json", {**config_json(llama2("7b", layers_for(gb))), "torch_dtype": "bfloat16"})
     arch = read_arch(base)
     pool = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
@@ -249,7 +239,7 @@ def main() -> int:
         )
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)
-    idle, ratio = rows[0]["anon_gib"], largest(LLAMA2_70B) / largest(arch)
+    idle, ratio = rows[0]["anon_gib"], largest(llama2("70b")) / largest(arch)
     for row in rows[2:4]:
         peak, hours = idle + (row["anon_gib"] - idle) * ratio, row["seconds"] * 138e9 / size / 3600
         console.print(

@@ -27,7 +27,6 @@ from parallel.plan import check_model_fits, plan_grid
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything
 from pipeline.data.loader import Batch
-from pipeline.model.arch import LlamaArch
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
@@ -35,43 +34,14 @@ from pipeline.model.weights import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
 from pipeline.schema import LoraConfig, RopeSettings
+from tools.shapes import SIZES, llama2
 
-# hidden, FFN, layers, query heads, KV heads of 128, vocabulary, native context
-MODELS = {
-    "llama2-7b": (4096, 11008, 32, 32, 32, 32000, 4096),
-    "llama2-13b": (5120, 13824, 40, 40, 40, 32000, 4096),
-    "llama2-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
-}
-
-
-def arch_of(name: str, layers: int | None) -> LlamaArch:
-    """A published shape, optionally with fewer layers."""
-    hidden, ffn, depth, heads, kv_heads, vocab, native = MODELS[name]
-    return LlamaArch(
-        model_type="llama",
-        hidden=hidden,
-        ffn=ffn,
-        layers=layers or depth,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=128,
-        vocab=vocab,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        max_positions=native,
-        tied=False,
-        attention_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        bos_id=1,
-        eos_id=2,
-    )
+MODELS = {f"llama2-{size}": size for size in SIZES}
 
 
 def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
     """The rank's part with random weights: LoRA r 8 on q, k, v, o, embedding and norms train."""
-    arch = arch_of(args.model, args.layers)
+    arch = llama2(MODELS[args.model], args.layers)
     plan = groups.plan
     check_model_fits(plan, arch.heads, arch.kv_heads, arch.ffn)
     rope = plan_rope(arch, RopeSettings(type="linear"), max(args.sequence, arch.max_positions))
