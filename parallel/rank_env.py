@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError
@@ -71,6 +73,15 @@ class RankEnv:
         )
 
 
-def export_local_rank(env: RankEnv) -> None:
-    """Set LOCAL_RANK where no launcher has: DeepSpeed reads it."""
-    os.environ.setdefault("LOCAL_RANK", str(env.local_rank))
+@contextlib.contextmanager
+def local_rank_exported(env: RankEnv) -> Iterator[None]:
+    """Within, LOCAL_RANK is set where no launcher has set it: DeepSpeed reads it. Left behind, it would make the next
+    `RankEnv.read` of this process refuse a half-set environment."""
+    missing = "LOCAL_RANK" not in os.environ
+    if missing:
+        os.environ["LOCAL_RANK"] = str(env.local_rank)
+    try:
+        yield
+    finally:
+        if missing:
+            del os.environ["LOCAL_RANK"]

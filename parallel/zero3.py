@@ -25,7 +25,7 @@ from parallel.errors import LongspanError
 from parallel.fake import to_receive
 from parallel.groups import Groups
 from parallel.pinned import pin, unpin
-from parallel.rank_env import export_local_rank
+from parallel.rank_env import local_rank_exported
 
 ALIGN_ELEMENTS = 64
 """Every parameter starts at a multiple of this in its unit: matrix kernels want 16-byte addresses."""
@@ -187,30 +187,36 @@ class FrozenShards:
         Raises:
             LongspanError: host memory cannot be pinned.
         """
-        zero = _zero(self.groups)
         if self.offload and self.device.type == "cuda":
             self._arena = torch.empty(sum(unit.numel for unit in self.units) // self.world, dtype=self.dtype)
             self._pin(self._arena)
         begin = 0
-        for unit in self.units:
-            holder = torch.nn.Module()
-            holder.flat = Parameter(torch.empty(unit.numel, dtype=self.dtype, device=self.device), requires_grad=False)
-            zero.Init(
-                module=holder,
-                data_parallel_group=self.group,
-                config_dict_or_path=self.config,
-                dtype=self.dtype,
-                mpu=_Mpu(self.groups),
-            )
-            unit.flat = holder.flat
-            share = unit.flat.ds_tensor.ds_numel
-            assert share * self.world == unit.numel
-            if self._arena is not None:
-                unit.flat.ds_tensor.data = self._arena[begin : begin + share]
-                begin += share
+        with local_rank_exported(self.groups.env):
+            zero = _zero()
+            for unit in self.units:
+                unit.flat = self._partition(zero, unit)
+                share = unit.flat.ds_tensor.ds_numel
+                assert share * self.world == unit.numel
+                if self._arena is not None:
+                    # Before the next unit: host memory never holds two shares of more than one.
+                    unit.flat.ds_tensor.data = self._arena[begin : begin + share]
+                    begin += share
         largest = max(unit.numel for unit in self.units)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         self._slots = [to_receive(like, (largest,), self.group) for _ in range(SLOTS)]
+
+    def _partition(self, zero: Any, unit: Unit) -> Any:
+        """A unit's flat parameter as DeepSpeed keeps it."""
+        holder = torch.nn.Module()
+        holder.flat = Parameter(torch.empty(unit.numel, dtype=self.dtype, device=self.device), requires_grad=False)
+        zero.Init(
+            module=holder,
+            data_parallel_group=self.group,
+            config_dict_or_path=self.config,
+            dtype=self.dtype,
+            mpu=_Mpu(self.groups),
+        )
+        return holder.flat
 
     def pieces(self) -> Iterator[ShardPiece]:
         """What this rank's shares hold of every parameter; to be filled once, before the first `use`."""
@@ -315,10 +321,9 @@ class FrozenShards:
             self._pinned = 0
 
 
-def _zero(groups: Groups) -> Any:
+def _zero() -> Any:
     """deepspeed.zero, with DeepSpeed's communication layer on top of torch's process group."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    export_local_rank(groups.env)
     import deepspeed  # imports for seconds, and only this engine needs it
 
     # On CPUs it would compile a shared-memory all-reduce, for minutes, which nothing here calls.

@@ -176,3 +176,5 @@ def test_dry_run_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert dry_run.main(["--config", str(path), "--nproc", "8", "--rank", "1", "--json", str(figures)]) == 0
     assert '"skipped steps": 0' in figures.read_text()
     assert "rank 1 of 8, zero3, tp 1 cp 2" in capsys.readouterr().out
+    # DeepSpeed wants LOCAL_RANK; left behind, it would make this process's next run refuse its environment.
+    assert not RankEnv.read().launched

@@ -213,10 +213,10 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
 
 def test_the_70b_run_needs_what_its_yaml_says() -> None:
     from parallel.plan import plan_grid
-    from tools.shrink import LLAMA2_70B
+    from tools.shapes import llama2
 
     path = ROOT / "launch/configs/llama2_70b_32k.yaml"
-    estimate = estimate_memory(load_config(path), LLAMA2_70B, plan_grid(8, 1, 2, 1))
+    estimate = estimate_memory(load_config(path), llama2("70b"), plan_grid(8, 1, 2, 1))
     said = f"About {estimate.gpu_total / GIB:.0f} GiB a GPU, {estimate.host_total(8) / GIB:.0f} GiB of host memory"
     assert said in path.read_text()
 
