@@ -216,6 +216,7 @@ def test_every_grid_is_listed_with_both_kinds_of_attention(grid: Grid) -> None:
 # Eight processes on two cores beside another test worker: minutes, most of them imports and waiting.
 @pytest.mark.timeout(1800)
 @pytest.mark.slow
+@pytest.mark.crowd
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_grids_equal_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
     cases = [(name, grid) for grid, names in CASES[world].items() for name in names]

@@ -43,6 +43,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.slow
+@pytest.mark.crowd
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_zero3_equals_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
     compare_all(world, CASES[world], references, tmp_path, STEPS)
