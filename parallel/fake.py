@@ -15,3 +15,20 @@ def to_receive(like: torch.Tensor, shape: tuple[int, ...], group: dist.ProcessGr
     if dist.get_backend(group) == "fake" and buffer.is_floating_point():
         buffer.normal_(0.0, 0.02)
     return buffer
+
+
+def gathered_from(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """A buffer [T l, ...] for an all-gather of `own` [l, ...]; under a fake group it holds copies of `own`.
+
+    As `to_receive`, at the price of a copy: a real gather writes as many bytes.
+    """
+    size = dist.get_world_size(group)
+    if dist.get_backend(group) == "fake":
+        return own.repeat(size, *(1 for _ in own.shape[1:]))
+    return own.new_empty((size * own.shape[0], *own.shape[1:]))
+
+
+def scattered_to(own: torch.Tensor, partial: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Under a fake group, give the output of a reduce-scatter, [l, ...], one rank's share of its input [T l, ...]."""
+    if dist.get_backend(group) == "fake":
+        own.copy_(partial[: own.shape[0]])

@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn import functional
 
-from pipeline.model.last_linear import LastRowParallelLinear
+from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.schema import LoraConfig
 
 FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -154,7 +154,7 @@ def _require_sequence_parallel(linear: ColumnParallelLinear | RowParallelLinear)
     return ranks
 
 
-class LoraColumnParallelLinear(ColumnParallelLinear):
+class LoraColumnParallelLinear(TiledColumnParallelLinear):
     """Column-parallel linear whose parts may carry adapters; A is replicated, B sharded like the weight's rows."""
 
     def __init__(
@@ -180,7 +180,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return self.adapters(input_, base), bias
 
 
-class _LoraRow(RowParallelLinear):
+class _LoraRow(TiledRowParallelLinear):
     """Row-parallel linear with an adapter; A is sharded like the weight's columns, B replicated."""
 
     def __init__(self, *args: Any, lora: LoraConfig, part: str, **kwargs: Any) -> None:

@@ -3,10 +3,13 @@
 Logits exist for one chunk of tokens at a time. When gradients are wanted the chunk's are computed in the same visit
 (softmax minus one-hot), so that the backward only scales stored gradients: the output matrix is read once, not twice.
 
-Under tensor parallelism each rank holds some rows of the output matrix, and only per-token maxima and sums travel
-(Megatron-LM, arXiv 1909.08053, section 3). Labels IGNORE and ids of other ranks are handled alike.
+Under tensor parallelism each rank holds some rows of the output matrix, and of the scores only per-token maxima and
+sums travel (Megatron-LM, arXiv 1909.08053, section 3). Hidden states are sharded along the tokens there; a chunk of
+them is gathered, and its gradients summed and scattered, while the next or last one is computed with. Labels IGNORE and
+ids of other ranks are handled alike.
 
-Shapes: T tokens, C tokens of a chunk, H hidden, V local vocabulary rows.
+Shapes: T tokens, L of them this rank's own (all without tensor parallelism), C tokens of a chunk, H hidden, V local
+vocabulary rows.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.token_tiles import TokenTiles
+
 IGNORE = -100
 """Label of a token that is not scored (PyTorch's convention)."""
 
 CHUNK_LOGITS = 1 << 25
 """Logits held at once (fp32: 128 MiB), which sets the chunk's tokens for a vocabulary."""
+LEAST_TOKENS = 128
+"""Tokens of a chunk at least."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class VocabShard:
 
 
 def _chunk_tokens(vocabulary: int) -> int:
-    return max(128, CHUNK_LOGITS // vocabulary)
+    return max(LEAST_TOKENS, CHUNK_LOGITS // vocabulary)
 
 
 def _normalize(
@@ -70,20 +77,24 @@ def _normalize(
     return losses, powers, sums[0][:, None], local
 
 
+def _tiles(hidden_LH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabShard | None) -> TokenTiles:
+    group = None if shard is None else shard.group
+    return TokenTiles(group, hidden_LH.shape[0], _chunk_tokens(weight_VH.shape[0]))
+
+
 def token_losses(
-    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
+    hidden_LH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
 ) -> torch.Tensor:
     """Negative log-likelihood of each token in nats, fp32 [T], 0 where the label is IGNORE; no gradients.
 
     Args:
-        shard: under tensor parallelism, which rows `weight_VH` holds; every rank gets the same losses.
+        shard: as in `sum_cross_entropy`; every rank gets all losses.
     """
-    losses = torch.zeros(labels_T.shape, dtype=torch.float32, device=hidden_TH.device)
-    step = _chunk_tokens(weight_VH.shape[0])
+    losses = torch.zeros(labels_T.shape, dtype=torch.float32, device=hidden_LH.device)
+    tiles = _tiles(hidden_LH, weight_VH, shard)
     with torch.no_grad():
-        for start in range(0, hidden_TH.shape[0], step):
-            piece = slice(start, start + step)
-            losses[piece] = _normalize(hidden_TH[piece], weight_VH, labels_T[piece], shard)[0]
+        for span, hidden_CH in zip(tiles.spans, tiles.gather(hidden_LH), strict=True):
+            tiles.write(losses, span, _normalize(hidden_CH, weight_VH, tiles.read(labels_T, span), shard)[0])
     return losses
 
 
@@ -93,55 +104,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_TH: torch.Tensor,
+        hidden_LH: torch.Tensor,
         weight_VH: torch.Tensor,
         labels_T: torch.Tensor,
         shard: VocabShard | None,
     ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        grad_hidden = torch.empty_like(hidden_TH) if wants_hidden else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_LH.device)
+        grad_hidden = torch.empty_like(hidden_LH, memory_format=torch.contiguous_format) if wants_hidden else None
         # Summed over chunks in fp32: a bf16 sum over hundreds of chunks would lose the small contributions.
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         columns = weight_VH.shape[0]
-        step = _chunk_tokens(columns)
-        for start in range(0, hidden_TH.shape[0], step):
-            piece = slice(start, start + step)
-            losses, slope, sums, local = _normalize(hidden_TH[piece], weight_VH, labels_T[piece], shard)
+        tiles = _tiles(hidden_LH, weight_VH, shard)
+        scatter = None if grad_hidden is None else tiles.scatter(grad_hidden)
+        for span, hidden_CH in zip(tiles.spans, tiles.gather(hidden_LH), strict=True):
+            labels_C = tiles.read(labels_T, span)
+            losses, slope, sums, local = _normalize(hidden_CH, weight_VH, labels_C, shard)
             total += losses.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             slope /= sums
             held = (local < columns).to(slope.dtype)[:, None]
             slope.scatter_add_(1, local.clamp_max(columns - 1)[:, None], -held)
-            slope *= (labels_T[piece] != IGNORE)[:, None]
-            slope = slope.to(hidden_TH.dtype)
-            if grad_hidden is not None:
-                torch.mm(slope, weight_VH, out=grad_hidden[piece])
+            slope *= (labels_C != IGNORE)[:, None]
+            slope = slope.to(hidden_LH.dtype)
+            if scatter is not None:
+                scatter.put(span, torch.mm(slope, weight_VH, out=scatter.target(span)))
             if grad_weight is not None:
-                grad_weight += slope.t() @ hidden_TH[piece]
+                grad_weight += slope.t() @ hidden_CH
+        if scatter is not None:
+            scatter.finish()
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         (slope,) = upstream
-        # Scaled in place: a copy of [T, H] would be the step's memory peak. A second backward is refused by autograd,
+        # Scaled in place: a copy of [L, H] would be the step's memory peak. A second backward is refused by autograd,
         # which sees that a saved tensor was modified.
         gradients = [None if grad is None else grad.mul_(slope.to(grad.dtype)) for grad in ctx.saved_tensors]
         return gradients[0], gradients[1], None, None
 
 
 def sum_cross_entropy(
-    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
+    hidden_LH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
 ) -> torch.Tensor:
     """Sum of the scored tokens' cross entropy in nats, fp32 scalar, differentiable in hidden states and weight.
 
     Args:
-        hidden_TH: [T, H], any float dtype; logits are formed in it and reduced in fp32.
+        hidden_LH: [L, H], any float dtype; logits are formed in it and reduced in fp32.
         weight_VH: [V, H] output matrix, or this rank's rows of it, same dtype.
         labels_T: int64 [T]; IGNORE is not scored, and a batch with nothing to score gives 0, not NaN.
-        shard: under tensor parallelism, which rows `weight_VH` holds. Every rank gets the whole loss, and the part of
-            the hidden states' gradient that its rows make: the caller sums it over the group.
+        shard: under tensor parallelism, which rows `weight_VH` holds; rank r of the group then gives tokens
+            [r L, (r + 1) L) and all the labels. Every rank gets the whole loss and its own tokens' whole gradient.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, shard)
+    return _LinearCrossEntropy.apply(hidden_LH, weight_VH, labels_T, shard)

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -21,10 +20,11 @@ from parallel.plan import GridPlan
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention
-from pipeline.model.last_linear import LastRowParallelLinear
 from pipeline.model.lora import LoraColumnParallelLinear, LoraLastRowParallelLinear, LoraRowParallelLinear
 from pipeline.model.norm import RMSNorm
 from pipeline.model.swiglu import SwiGlu
+from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
+from pipeline.model.tiled_mlp import TiledMLP
 from pipeline.schema import LoraConfig
 
 
@@ -118,7 +118,7 @@ def _column(
     lora: LoraConfig, adapted: Sequence[str], parts: Sequence[tuple[str, int]], fuse: Callable[..., torch.Tensor]
 ) -> Callable[..., Any]:
     if not lora.rank or not adapted:
-        return ColumnParallelLinear
+        return TiledColumnParallelLinear
     return partial(
         LoraColumnParallelLinear, lora=lora, parts=parts, adapted=adapted, fuse_rows=lambda rows: fuse(*rows)
     )
@@ -127,7 +127,7 @@ def _column(
 def _row(lora: LoraConfig, part: str, adapted: Sequence[str]) -> Callable[..., Any]:
     last = part == "down"
     if not lora.rank or part not in adapted:
-        return LastRowParallelLinear if last else RowParallelLinear
+        return LastRowParallelLinear if last else TiledRowParallelLinear
     return partial(LoraLastRowParallelLinear if last else LoraRowParallelLinear, lora=lora, part=part)
 
 
@@ -155,7 +155,7 @@ def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> Transfor
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=partial(
-                MLP.as_mlp_submodule,
+                TiledMLP.as_mlp_submodule,
                 ffn_hidden_size=arch.ffn,
                 submodules=MLPSubmodules(
                     linear_fc1=_column(

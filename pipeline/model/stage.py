@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -171,23 +171,20 @@ class LlamaStage(MegatronModule):
         return self.hidden(tokens_BS, self.context(layout, spec))
 
     def _scored(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [T, H] of all local tokens and their labels [T]."""
+        """Hidden states [L, H] and the labels [T] of the context-parallel shard, of which L tokens are this rank's."""
         self.before_output()
-        if self.config.sequence_parallel:
-            # The gradient of the gathered states is this rank's vocabulary rows' part: summed and cut in the backward.
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.groups.tp)
         return hidden.flatten(0, 1), labels_BS.t().reshape(-1)
 
     def loss_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """Sum of cross entropies in nats over local labels that are not IGNORE; fp32 scalar, differentiable."""
-        hidden_TH, labels_T = self._scored(hidden, labels_BS)
-        return sum_cross_entropy(hidden_TH, self.output_weight, labels_T, self.vocab_shard)
+        hidden_LH, labels_T = self._scored(hidden, labels_BS)
+        return sum_cross_entropy(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
 
     @torch.no_grad()
     def losses_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """Cross entropy of each local label in nats, 0 where it is IGNORE; fp32 [B, S]."""
-        hidden_TH, labels_T = self._scored(hidden, labels_BS)
-        losses = token_losses(hidden_TH, self.output_weight, labels_T, self.vocab_shard)
+        hidden_LH, labels_T = self._scored(hidden, labels_BS)
+        losses = token_losses(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
         return losses.view(labels_BS.shape[1], labels_BS.shape[0]).t()
 
     def loss_sum(

@@ -12,37 +12,49 @@ CHUNK_ELEMENTS = 1 << 26
 """Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""
 
 
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [gate; up] side by side: [..., 2 F] -> [..., F], any float dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Tensor) -> None:
+    """Write the gradient of `gate_up` [..., 2 F] for `grad` [..., F] into `result`, which may be `gate_up` itself.
+
+    Chunk by chunk: the widest tensors of a layer meet here.
+    """
+    width = grad.shape[-1]
+    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    pieces = (tensor.flatten(0, -2).split(rows) for tensor in (gate_up, result, grad))
+    for source, target, slope in zip(*pieces, strict=True):
+        gate, up = source.chunk(2, dim=-1)
+        # The operations of eager autograd, so that results are the same to the bit.
+        scratch = slope * up
+        grad_up = functional.silu(gate).mul_(slope)
+        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=scratch)
+        target[:, :width].copy_(scratch)
+        target[:, width:].copy_(grad_up)
+
+
 class _SwiGlu(torch.autograd.Function):
     """silu(gate) * up. Eager autograd would keep silu(gate) and a copy of `up` too: half as much again as the input.
 
-    The backward writes the gradient over its saved input, chunk by chunk: the widest tensors of a layer meet here,
-    where a recomputed layer's memory peaks. A second backward through the same forward is then refused by autograd,
-    which sees that a saved tensor was modified. An input that the user made (a leaf) is left alone.
+    The backward writes the gradient over its saved input. A second backward through the same forward is then refused
+    by autograd, which sees that a saved tensor was modified. An input that the user made (a leaf) is left alone.
     """
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
         ctx.reuse = gate_up.grad_fn is not None
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
+        return swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (grad,) = grads
         (gate_up,) = ctx.saved_tensors
         result = gate_up if ctx.reuse and gate_up.is_contiguous() else torch.empty_like(gate_up)
-        width = grad.shape[-1]
-        rows = max(1, CHUNK_ELEMENTS // max(1, width))
-        pieces = (tensor.flatten(0, -2).split(rows) for tensor in (gate_up, result, grad))
-        for source, target, slope in zip(*pieces, strict=True):
-            gate, up = source.chunk(2, dim=-1)
-            # The operations of eager autograd, so that results are the same to the bit.
-            scratch = slope * up
-            grad_up = functional.silu(gate).mul_(slope)
-            torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=scratch)
-            target[:, :width].copy_(scratch)
-            target[:, width:].copy_(grad_up)
+        swiglu_gradient_(gate_up, grad, result)
         return result
 
 

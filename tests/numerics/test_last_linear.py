@@ -12,7 +12,7 @@ from parallel.groups import destroy_groups, make_groups
 from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from pipeline.model.arch import read_arch
-from pipeline.model.last_linear import LastRowParallelLinear, _Skipped, recomputing
+from pipeline.model.tiled_linear import LastRowParallelLinear, _Row, recomputing
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.schema import LoraConfig, RopeSettings
@@ -23,7 +23,7 @@ def _layer(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, seen: list
     hidden = torch.tanh(x * gain)
     seen.append(recomputing())
     if skip and recomputing():
-        output = _Skipped.apply(hidden, weight)
+        output = _Row.apply(hidden, weight)
         output.detach().fill_(float("nan"))  # whatever lies in the memory must not matter
         return x + output
     return x + torch.nn.functional.linear(hidden, weight)

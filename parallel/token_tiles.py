@@ -1,0 +1,108 @@
+"""Sequence parallelism tile by tile: a few tokens of every tensor-parallel rank are gathered, used and scattered again.
+
+Megatron's sequence parallelism gathers whole sequences before a matrix product and holds whole partial sums after one:
+[S, H] each, on every rank, and the product waits. Here the next tile is gathered, and the last one's sums scattered,
+while the present one is computed; memory is that of two tiles.
+
+A tile is a range of each rank's own tokens. Gathered, it holds that range of rank 0, then of rank 1, and so on.
+
+Shapes: T ranks, L tokens of a rank, l tokens of a tile, trailing axes any. Without tensor parallelism (T = 1) nothing
+moves and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.fake import gathered_from, scattered_to
+
+Span = tuple[int, int]
+"""[start, stop) of a rank's own tokens."""
+
+
+class TokenTiles:
+    """How L tokens of each rank of `group` are cut.
+
+    Args:
+        group: tensor-parallel ranks; None: this one alone.
+        tokens: L, the same on every rank.
+        most: tokens of a gathered tile (T l) wanted; the tiles come out equal, but for a shorter last one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, tokens: int, most: int) -> None:
+        self.group, self.tokens = group, tokens
+        self.size = 1 if group is None else dist.get_world_size(group)
+        count = max(1, -(-tokens * self.size // max(1, most)))
+        step = max(1, -(-tokens // count))
+        self.spans: Sequence[Span] = [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+    def gather(self, own: torch.Tensor) -> Iterator[torch.Tensor]:
+        """[L, ...] of every rank -> of each tile [T l, ...]; the next one is on its way while one is used."""
+        if self.size == 1:
+            yield from (own[start:stop] for start, stop in self.spans)
+            return
+        own = own.contiguous()
+        under_way = self._post(own, self.spans[0])
+        for following in (*self.spans[1:], None):
+            whole, work = under_way
+            if following is not None:
+                under_way = self._post(own, following)
+            work.wait()
+            yield whole
+
+    def _post(self, own: torch.Tensor, span: Span) -> tuple[torch.Tensor, Any]:
+        piece = own[span[0] : span[1]]
+        whole = gathered_from(piece, self.group)
+        return whole, dist.all_gather_into_tensor(whole, piece, group=self.group, async_op=True)
+
+    def read(self, everything: torch.Tensor, span: Span) -> torch.Tensor:
+        """A tile's part [T l, ...] of a tensor [T L, ...] of all ranks' tokens: a view if T = 1, else a copy."""
+        if self.size == 1:
+            return everything[span[0] : span[1]]
+        return everything.unflatten(0, (self.size, self.tokens))[:, span[0] : span[1]].flatten(0, 1)
+
+    def write(self, everything: torch.Tensor, span: Span, values: torch.Tensor) -> None:
+        """Put a tile's values [T l, ...] where `read` finds them."""
+        tile = everything.unflatten(0, (self.size, self.tokens))[:, span[0] : span[1]]
+        tile.copy_(values.unflatten(0, (self.size, span[1] - span[0])))
+
+    def scatter(self, own: torch.Tensor) -> TileScatter:
+        """What sums tiles over the ranks into `own` [L, ...]."""
+        return TileScatter(self, own)
+
+
+class TileScatter:
+    """Sums of tiles over the ranks, each rank keeping its own tokens; call `finish` before `own` is read.
+
+    At most one sum is under way while the next tile is computed.
+    """
+
+    def __init__(self, tiles: TokenTiles, own: torch.Tensor) -> None:
+        assert own.is_contiguous()
+        self._tiles, self._own = tiles, own
+        self._under_way: tuple[Any, torch.Tensor] | None = None
+
+    def target(self, span: Span) -> torch.Tensor | None:
+        """Where a product may be written directly, [l, ...]: without tensor parallelism there is no sum."""
+        return self._own[span[0] : span[1]] if self._tiles.size == 1 else None
+
+    def put(self, span: Span, partial: torch.Tensor) -> None:
+        """Start to sum a tile [T l, ...]; nothing to do where it was written to `target`."""
+        if self._tiles.size == 1:
+            return
+        self.finish()
+        own = self._own[span[0] : span[1]]
+        work = dist.reduce_scatter_tensor(own, partial, group=self._tiles.group, async_op=True)
+        scattered_to(own, partial, self._tiles.group)
+        # Kept until it was read: NCCL reads it on a stream of its own.
+        self._under_way = work, partial
+
+    def finish(self) -> None:
+        """Make the current stream wait for what is under way."""
+        if self._under_way is not None:
+            self._under_way[0].wait()
+            self._under_way = None

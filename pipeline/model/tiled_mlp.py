@@ -1,0 +1,80 @@
+"""The frozen MLP of a checkpointed layer, tile by tile: its wide tensors exist for a few thousand tokens at a time.
+
+gate, up and their product are 3 F values a token beside a hidden state of H, and F is 2.7 to 3.5 H: whole, they set
+the memory peak of a recomputed layer. Tokens do not meet in an MLP, so that a tile can go all the way through it
+(tiling in this place: ALST, arXiv 2506.13996). Its weights being frozen, the backward recomputes gate and up of a tile
+and is done with it; the layer's own recomputation then has nothing to compute here. No product is made more often than
+without tiles.
+
+Shapes: L own tokens of T tensor-parallel ranks, l of a tile, B batch, H hidden, F local FFN width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.mlp import MLP
+
+from parallel.token_tiles import TokenTiles
+from pipeline.model.swiglu import swiglu, swiglu_gradient_
+from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tile_tokens
+
+
+class _FrozenMlp(torch.autograd.Function):
+    """[L, B, H] -> [L, B, H]; keeps its input alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own: torch.Tensor,
+        gate_up_2FH: torch.Tensor,
+        down_HF: torch.Tensor,
+        group: dist.ProcessGroup,
+        skip: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(own, gate_up_2FH, down_HF)
+        ctx.group = group
+        if skip:
+            return placeholder(own, own.shape)
+        tiles = TokenTiles(group, own.shape[0], tile_tokens(gate_up_2FH.shape[0]))
+        out = own.new_empty(own.shape)
+        scatter = tiles.scatter(out)
+        for span, whole in zip(tiles.spans, tiles.gather(own), strict=True):
+            sum_product(scatter, span, swiglu(product(whole, gate_up_2FH.t())), down_HF.t())
+        scatter.finish()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        own, gate_up_weight, down_weight = ctx.saved_tensors
+        tiles = TokenTiles(ctx.group, own.shape[0], tile_tokens(gate_up_weight.shape[0]))
+        grad_own = own.new_empty(own.shape)
+        scatter = tiles.scatter(grad_own)
+        for span, whole, slope in zip(tiles.spans, tiles.gather(own), tiles.gather(grad), strict=True):
+            gate_up = product(whole, gate_up_weight.t())
+            swiglu_gradient_(gate_up, product(slope, down_weight), gate_up)
+            sum_product(scatter, span, gate_up, gate_up_weight)
+        scatter.finish()
+        return grad_own, None, None, None, None
+
+
+class TiledMLP(MLP):
+    """megatron's MLP; tiled where layers are checkpointed and its weights are frozen without adapters.
+
+    Elsewhere gate and up are kept for the backward, which tiles would only compute again.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[L, B, H] -> ([L, B, H], None); values are arbitrary while recomputing."""
+        parameters = list(self.parameters())
+        frozen = len(parameters) == 2 and not any(parameter.requires_grad for parameter in parameters)
+        if self.config.recompute_granularity != "full" or not frozen or args or kwargs:
+            return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states, *args, **kwargs))
+        group = self.linear_fc1.tp_group
+        weights = self.linear_fc1.weight, self.linear_fc2.weight
+        return _FrozenMlp.apply(hidden_states, *weights, group, recomputing()), None
