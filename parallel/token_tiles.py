@@ -12,7 +12,7 @@ moves and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,20 +42,29 @@ class TokenTiles:
 
     def gather(self, own: torch.Tensor) -> Iterator[torch.Tensor]:
         """[L, ...] of every rank -> of each tile [T l, ...]; the next one is on its way while one is used."""
-        if self.size == 1:
-            yield from (own[start:stop] for start, stop in self.spans)
-            return
         own = own.contiguous()
-        under_way = self._post(own, self.spans[0])
-        for following in (*self.spans[1:], None):
-            whole, work = under_way
-            if following is not None:
-                under_way = self._post(own, following)
-            work.wait()
-            yield whole
+        return self.gather_rows(lambda start, stop: own[start:stop])
 
-    def _post(self, own: torch.Tensor, span: Span) -> tuple[torch.Tensor, Any]:
-        piece = own[span[0] : span[1]]
+    def gather_rows(self, rows: Callable[[int, int], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """As `gather`, of tokens that are made when they are needed: `rows(start, stop)` -> contiguous [l, ...].
+
+        A tile's memory is free again when the caller lets go of it.
+        """
+        if self.size == 1:
+            yield from (rows(*span) for span in self.spans)
+            return
+        following = self._post(rows(*self.spans[0]))
+        for number in range(len(self.spans)):
+            whole, work = following
+            if number + 1 < len(self.spans):
+                following = self._post(rows(*self.spans[number + 1]))
+            work.wait()
+            del work
+            ready = [whole]
+            del whole
+            yield ready.pop()
+
+    def _post(self, piece: torch.Tensor) -> tuple[torch.Tensor, Any]:
         whole = gathered_from(piece, self.group)
         return whole, dist.all_gather_into_tensor(whole, piece, group=self.group, async_op=True)
 

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class NormRecipe:
+    """How a norm's output was made: keeping this costs nothing, since the norm keeps its input anyway."""
+
+    input_SBH: torch.Tensor
+    weight_H: torch.Tensor
+    eps: float
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Tokens [start, stop) of the output again, to the bit."""
+        return torch.nn.functional.rms_norm(self.input_SBH[start:stop], self.weight_H.shape, self.weight_H, self.eps)
+
+
+def recipe_of(output_SBH: torch.Tensor) -> NormRecipe | None:
+    """The recipe of a tensor that a norm returned; None for any other tensor."""
+    return getattr(output_SBH, "norm_recipe", None)
 
 
 class RMSNorm(torch.nn.Module):
@@ -27,4 +47,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension; shape and dtype unchanged."""
-        return torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
+        output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
+        recipe = NormRecipe(hidden_SBH.detach(), self.weight.detach(), self.eps)
+        output.norm_recipe = recipe  # type: ignore[attr-defined]
+        return output

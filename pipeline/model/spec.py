@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,6 +21,7 @@ from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention
 from pipeline.model.lora import LoraColumnParallelLinear, LoraLastRowParallelLinear, LoraRowParallelLinear
 from pipeline.model.norm import RMSNorm
+from pipeline.model.residual import last_residual_add, residual_add
 from pipeline.model.swiglu import SwiGlu
 from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.model.tiled_mlp import TiledMLP
@@ -152,7 +152,7 @@ def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> Transfor
                     linear_proj=_row(lora, "o", adapted),
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=partial(
                 TiledMLP.as_mlp_submodule,
@@ -165,7 +165,7 @@ def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> Transfor
                     linear_fc2=_row(lora, "down", adapted),
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=last_residual_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -24,12 +24,12 @@ from parallel.token_tiles import TileScatter, TokenTiles
 
 LEAST_TOKENS = 2048
 """Tokens of a tile at least: fewer leave a GPU's matrix units waiting for weights."""
-TILE_ELEMENTS = 1 << 24
-"""Elements a tile's product has at least, for the same reason where it is narrow."""
+TILE_ELEMENTS = 1 << 25
+"""Elements a tile has at least, for the same reason where it is narrow (bf16: 64 MiB)."""
 
 
 def tile_tokens(width: int) -> int:
-    """Tokens of a tile whose widest product has `width` columns."""
+    """Tokens of a tile of which input or output has `width` columns."""
     return max(LEAST_TOKENS, TILE_ELEMENTS // width)
 
 
@@ -66,7 +66,7 @@ class _Column(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI)
         ctx.group, ctx.shape = group, own.shape
-        tiles = TokenTiles(group, own.shape[0], tile_tokens(weight_OI.shape[0]))
+        tiles = TokenTiles(group, own.shape[0], tile_tokens(max(weight_OI.shape)))
         out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight_OI.shape[0]))
         for span, whole in zip(tiles.spans, tiles.gather(own), strict=True):
             tiles.write(out, span, product(whole, weight_OI.t()))
@@ -76,7 +76,7 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, ctx.shape[0], tile_tokens(weight.shape[1]))
+        tiles = TokenTiles(ctx.group, ctx.shape[0], tile_tokens(max(weight.shape)))
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
         for span in tiles.spans:
@@ -101,7 +101,7 @@ class _Row(torch.autograd.Function):
         shape = (tokens, *input_SBI.shape[1:-1], weight_OI.shape[0])
         if skip:
             return placeholder(input_SBI, shape)
-        tiles = TokenTiles(group, tokens, tile_tokens(weight_OI.shape[0]))
+        tiles = TokenTiles(group, tokens, tile_tokens(max(weight_OI.shape)))
         own = input_SBI.new_empty(shape)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
@@ -113,7 +113,7 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, grad.shape[0], tile_tokens(weight.shape[1]))
+        tiles = TokenTiles(ctx.group, grad.shape[0], tile_tokens(max(weight.shape)))
         if tiles.size == 1:
             return product(grad, weight), None, None, None
         grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], weight.shape[1]))

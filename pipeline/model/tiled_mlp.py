@@ -18,12 +18,18 @@ import torch.distributed as dist
 from megatron.core.transformer.mlp import MLP
 
 from parallel.token_tiles import TokenTiles
+from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.swiglu import swiglu, swiglu_gradient_
 from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tile_tokens
 
 
+def _tokens(gate_up_2FH: torch.Tensor) -> int:
+    """Of a tile: input, gate and up, their product, the output's sums and several gradients exist at once."""
+    return tile_tokens(2 * sum(gate_up_2FH.shape))
+
+
 class _FrozenMlp(torch.autograd.Function):
-    """[L, B, H] -> [L, B, H]; keeps its input alone."""
+    """[L, B, H] -> [L, B, H]; keeps its input alone, and not even that if a norm can make it again."""
 
     @staticmethod
     def forward(
@@ -33,12 +39,14 @@ class _FrozenMlp(torch.autograd.Function):
         down_HF: torch.Tensor,
         group: dist.ProcessGroup,
         skip: bool,
+        recipe: NormRecipe | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(own, gate_up_2FH, down_HF)
-        ctx.group = group
+        kept = (own,) if recipe is None else (recipe.input_SBH, recipe.weight_H)
+        ctx.save_for_backward(gate_up_2FH, down_HF, *kept)
+        ctx.group, ctx.eps = group, None if recipe is None else recipe.eps
         if skip:
             return placeholder(own, own.shape)
-        tiles = TokenTiles(group, own.shape[0], tile_tokens(gate_up_2FH.shape[0]))
+        tiles = TokenTiles(group, own.shape[0], _tokens(gate_up_2FH))
         out = own.new_empty(own.shape)
         scatter = tiles.scatter(out)
         for span, whole in zip(tiles.spans, tiles.gather(own), strict=True):
@@ -49,16 +57,23 @@ class _FrozenMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        own, gate_up_weight, down_weight = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, own.shape[0], tile_tokens(gate_up_weight.shape[0]))
-        grad_own = own.new_empty(own.shape)
+        gate_up_weight, down_weight, *kept = ctx.saved_tensors
+        tiles = TokenTiles(ctx.group, grad.shape[0], _tokens(gate_up_weight))
+        grad_own = grad.new_empty(grad.shape)
         scatter = tiles.scatter(grad_own)
-        for span, whole, slope in zip(tiles.spans, tiles.gather(own), tiles.gather(grad), strict=True):
-            gate_up = product(whole, gate_up_weight.t())
-            swiglu_gradient_(gate_up, product(slope, down_weight), gate_up)
+        if ctx.eps is None:
+            inputs = tiles.gather(kept[0])
+        else:
+            inputs = tiles.gather_rows(NormRecipe(kept[0], kept[1], ctx.eps).rows)
+        slopes = tiles.gather(grad)
+        for span in tiles.spans:
+            # Every tile is let go of as soon as it was used: this is where a layer's memory peaks.
+            gate_up = product(next(inputs), gate_up_weight.t())
+            swiglu_gradient_(gate_up, product(next(slopes), down_weight), gate_up)
             sum_product(scatter, span, gate_up, gate_up_weight)
+            del gate_up
         scatter.finish()
-        return grad_own, None, None, None, None
+        return grad_own, None, None, None, None, None
 
 
 class TiledMLP(MLP):
@@ -67,14 +82,14 @@ class TiledMLP(MLP):
     Elsewhere gate and up are kept for the backward, which tiles would only compute again.
     """
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    def forward(  # megatron's arguments for experts have no meaning here
+        self, hidden_states: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[L, B, H] -> ([L, B, H], None); values are arbitrary while recomputing."""
         parameters = list(self.parameters())
         frozen = len(parameters) == 2 and not any(parameter.requires_grad for parameter in parameters)
-        if self.config.recompute_granularity != "full" or not frozen or args or kwargs:
-            return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states, *args, **kwargs))
+        if self.config.recompute_granularity != "full" or not frozen:
+            return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states))
         group = self.linear_fc1.tp_group
         weights = self.linear_fc1.weight, self.linear_fc2.weight
-        return _FrozenMlp.apply(hidden_states, *weights, group, recomputing()), None
+        return _FrozenMlp.apply(hidden_states, *weights, group, recomputing(), recipe_of(hidden_states)), None

@@ -91,9 +91,7 @@ MODELS = {
 FROZEN_ENDS = {
     # Embedding and output matrix are frozen, and so are sharded by engine zero3; tied, one unit is used at both ends.
     "frozen": Model("llama2", {"num_hidden_layers": 5, "vocab_size": 131}, sequence=61, trainable="lora, norm"),
-    "frozen tied": Model(
-        "smollm2", {"num_hidden_layers": 3}, recompute="full", trainable="lora", targets="q, k, v, o"
-    ),
+    "frozen tied": Model("smollm2", {"num_hidden_layers": 3}, recompute="full", trainable="lora", targets="q, k, v, o"),
 }
 MODELS |= FROZEN_ENDS
 

@@ -1,0 +1,229 @@
+"""Products tile by tile, and the one a recomputation skips: right gradients, nothing wide kept, and it is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from parallel.groups import Groups, destroy_groups, make_groups
+from parallel.plan import plan_grid
+from parallel.rank_env import RankEnv
+from parallel.token_tiles import TokenTiles
+from pipeline.model import tiled_linear, tiled_mlp
+from pipeline.model.arch import read_arch
+from pipeline.model.norm import recipe_of
+from pipeline.model.part import ModelPart
+from pipeline.model.residual import last_residual_add, residual_add
+from pipeline.model.rope import plan_rope
+from pipeline.model.tiled_linear import LastRowParallelLinear, _Row, recomputing
+from pipeline.model.tiled_mlp import TiledMLP
+from pipeline.schema import LoraConfig, RopeSettings
+from tests.ranks import run_ranks
+from tests.tiny_models import make_tiny
+
+
+@pytest.fixture
+def groups() -> Iterator[Groups]:
+    found = make_groups(plan_grid(1, 1, 1, 1), RankEnv())
+    # Uninitialized memory is filled with NaN in this mode: what comes out shows whether it was computed.
+    torch.use_deterministic_algorithms(True)
+    yield found
+    torch.use_deterministic_algorithms(False)
+    destroy_groups()
+
+
+def _layer(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, seen: list[bool], group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    hidden = torch.tanh(x * gain)
+    seen.append(recomputing())
+    if group is not None and recomputing():
+        output = _Row.apply(hidden, weight, group, True)
+        assert bool(output.isnan().all())
+        return x + output
+    return x + torch.nn.functional.linear(hidden, weight)
+
+
+def _gradients(group: dist.ProcessGroup | None) -> tuple[list[torch.Tensor], list[bool]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 1, 8, generator=generator, requires_grad=True)
+    gains = [torch.randn(8, generator=generator).requires_grad_() for _ in range(2)]
+    weights = [torch.randn(8, 8, generator=generator) for _ in range(2)]
+    seen: list[bool] = []
+    hidden = x
+    for gain, weight in zip(gains, weights, strict=True):
+        hidden = checkpoint(_layer, hidden, gain, weight, seen, group, use_reentrant=True)
+    hidden.square().sum().backward()
+    return [tensor.grad for tensor in (x, *gains) if tensor.grad is not None], seen
+
+
+def test_gradients_equal_to_the_bit_whatever_the_skipped_values(groups: Groups) -> None:
+    found, seen = _gradients(groups.collection.tp)
+    expected, _ = _gradients(None)
+    assert seen == [False, False, True, True]
+    assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(bool(a.isfinite().all()) and bool(a.any()) for a in found)
+
+
+def _model(folder: Path, groups: Groups, targets: tuple[str, ...], recompute: str = "full") -> ModelPart:
+    arch = read_arch(make_tiny(folder, "llama2"))
+    rope = plan_rope(arch, RopeSettings(), 64)
+    model = ModelPart(arch, rope, LoraConfig(rank=2, targets=targets), groups, torch.float32, recompute)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter"])
+def test_the_layers_down_projection_is_the_one_that_skips(tmp_path: Path, groups: Groups, adapted: bool) -> None:
+    """Computed in a forward pass; in a forward inside a backward its values are never made, and gradients are right."""
+    model = _model(tmp_path, groups, ("q", "down") if adapted else ("q",))
+    down = model.stages[0].decoder.layers[0].mlp.linear_fc2
+    assert isinstance(down, LastRowParallelLinear)
+    down.weight.requires_grad_(False)
+    x = torch.randn(3, 1, model.arch.ffn, requires_grad=True)
+    expected = down(x)[0]
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    seen: list[torch.Tensor] = []
+
+    def layer(values: torch.Tensor) -> torch.Tensor:
+        seen.append(down(values)[0])
+        return seen[-1]
+
+    checkpoint(layer, x, use_reentrant=True).sum().backward()
+    first, again = seen
+    assert torch.equal(first, expected) and bool(again.isnan().all())
+    assert x.grad is not None and torch.allclose(x.grad, wanted, rtol=1e-6)
+
+
+def _mlp_run(mlp: torch.nn.Module, x: torch.Tensor, slope: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Through megatron's call, in a checkpoint: [values of the forward, of the recomputation], gradient of x."""
+    seen: list[torch.Tensor] = []
+
+    def layer(values: torch.Tensor) -> torch.Tensor:
+        seen.append(mlp(values, padding_mask=None)[0])
+        return seen[-1]
+
+    x = x.clone().requires_grad_()
+    checkpoint(layer, x, use_reentrant=True).backward(slope)
+    assert x.grad is not None
+    return seen, x.grad
+
+
+def test_frozen_mlp_in_tiles_equals_the_whole_one(
+    tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(tmp_path, groups, ("q",))
+    mlp = model.stages[0].decoder.layers[0].mlp
+    assert isinstance(mlp, TiledMLP)
+    x, slope = torch.randn(2, 7, 2, model.arch.hidden).unbind()
+    whole, expected = _mlp_run(mlp, x, slope)  # trains: not tiled
+    assert torch.equal(whole[0], whole[1])
+    mlp.requires_grad_(False)
+    monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 3)
+    monkeypatch.setattr(tiled_linear, "TILE_ELEMENTS", 1)
+    widest = 0
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        nonlocal widest
+        widest = max(widest, arguments[0].shape[0])
+        return tiled_linear.product(*arguments)
+
+    monkeypatch.setattr(tiled_mlp, "product", watched)
+    tiled, found = _mlp_run(mlp, x, slope)
+    assert widest == 3  # of 7: three tiles
+    assert (tiled[0] - whole[0]).norm() <= 1e-6 * whole[0].norm() and bool(tiled[1].isnan().all())
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    kept = _kept_by(lambda: mlp(x.clone().requires_grad_()))
+    assert kept == [mlp.linear_fc1.weight.shape, mlp.linear_fc2.weight.shape, x.shape]
+
+
+def _kept_by(work: Callable[[], Any]) -> list[torch.Size]:
+    """Shapes of what the backward keeps."""
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        work()
+    return kept
+
+
+def test_frozen_mlp_has_a_norm_make_its_input_again(
+    tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients with and without the recipe are equal to the bit, the norm's weight included; its output is not kept."""
+    layer = _model(tmp_path, groups, ("q",)).stages[0].decoder.layers[0]
+    norm, mlp = layer.pre_mlp_layernorm, layer.mlp.requires_grad_(False)
+    monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 3)
+    monkeypatch.setattr(tiled_linear, "TILE_ELEMENTS", 1)
+    x, slope = torch.randn(2, 7, 2, mlp.linear_fc1.input_size).unbind()
+
+    def gradients(forget: bool) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        normed = norm(leaf)
+        output = mlp(normed * 1 if forget else normed)[0]
+        return list(torch.autograd.grad(output, (leaf, norm.weight), slope))
+
+    assert recipe_of(norm(x)) is not None and recipe_of(norm(x) * 1) is None
+    for found, expected in zip(gradients(False), gradients(True), strict=True):
+        assert bool(expected.any()) and torch.equal(found, expected)
+    normed = norm(x.clone().requires_grad_())
+    storages: set[int] = set()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (storages.add(t.data_ptr()), t)[1], lambda t: t)
+    with hooks:
+        mlp(normed)
+    assert normed.data_ptr() not in storages and len(storages) == 4
+
+
+def test_without_recompute_gate_and_up_are_kept_not_computed_twice(tmp_path: Path, groups: Groups) -> None:
+    mlp = _model(tmp_path, groups, ("q",), recompute="none").stages[0].decoder.layers[0].mlp.requires_grad_(False)
+    kept = _kept_by(lambda: mlp(torch.randn(5, 1, mlp.linear_fc1.input_size, requires_grad=True)))
+    assert torch.Size((5, 1, mlp.linear_fc1.weight.shape[0])) in kept
+
+
+def test_the_sum_that_leaves_a_layer_is_made_once(groups: Groups) -> None:
+    """Its gradient goes both ways, and whatever its recomputed values are does not matter."""
+    x, residual = (torch.randn(3, 1, 4, requires_grad=True) for _ in range(2))
+    seen: list[torch.Tensor] = []
+
+    def layer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        seen.append(
+            last_residual_add(True, False)((left * 2, None), residual_add(True, False)((right, None), left, 0), 0)
+        )
+        return seen[-1]
+
+    slope = torch.randn(3, 1, 4)
+    checkpoint(layer, x, residual, use_reentrant=True).backward(slope)
+    assert torch.equal(seen[0], x * 2 + (x + residual)) and bool(seen[1].isnan().all())
+    assert x.grad is not None and torch.equal(x.grad, slope * 2 + slope)
+    assert residual.grad is not None and torch.equal(residual.grad, slope)
+
+
+def _tiles(rank: int, world: int) -> bool:
+    """Seven tokens a rank in tiles of three: gathered, read, written and summed as if whole."""
+    groups = make_groups(plan_grid(world, world, 1, 1), RankEnv.read())
+    tiles = TokenTiles(groups.collection.tp, 7, 3 * world)
+    assert tiles.spans == [(0, 3), (3, 6), (6, 7)]
+    everything = torch.arange(7 * world * 2, dtype=torch.float32).view(7 * world, 2)
+    mine = everything[7 * rank : 7 * rank + 7]
+    copied, total = torch.full_like(everything, torch.nan), torch.full_like(mine, torch.nan)
+    scatter = tiles.scatter(total)
+    for span, whole in zip(tiles.spans, tiles.gather(mine), strict=True):
+        assert torch.equal(whole, tiles.read(everything, span))
+        tiles.write(copied, span, whole)
+        assert scatter.target(span) is None
+        scatter.put(span, whole * (rank + 1))
+    scatter.finish()
+    assert torch.equal(copied, everything)
+    assert torch.equal(total, mine * sum(range(1, world + 1)))
+    return True
+
+
+def test_tiles_between_ranks() -> None:
+    assert run_ranks(_tiles, 2) == [True, True]
