@@ -157,7 +157,7 @@ def _kept_by(work: Callable[[], Any]) -> list[torch.Size]:
 def test_frozen_mlp_has_a_norm_make_its_input_again(
     tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients with and without the recipe are equal to the bit, the norm's weight included; its output is not kept."""
+    """Gradients with and without the recipe are equal to the bit, the norm's weight's too; its output is not kept."""
     layer = _model(tmp_path, groups, ("q",)).stages[0].decoder.layers[0]
     norm, mlp = layer.pre_mlp_layernorm, layer.mlp.requires_grad_(False)
     monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 3)
@@ -193,9 +193,8 @@ def test_the_sum_that_leaves_a_layer_is_made_once(groups: Groups) -> None:
     seen: list[torch.Tensor] = []
 
     def layer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        seen.append(
-            last_residual_add(True, False)((left * 2, None), residual_add(True, False)((right, None), left, 0), 0)
-        )
+        attended = residual_add(True, False)((right * 1, None), left, 0)
+        seen.append(last_residual_add(True, False)((left * 2, None), attended, 0))
         return seen[-1]
 
     slope = torch.randn(3, 1, 4)
