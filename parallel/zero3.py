@@ -198,7 +198,7 @@ class FrozenShards:
                 share = unit.flat.ds_tensor.ds_numel
                 assert share * self.world == unit.numel
                 if self._arena is not None:
-                    # Before the next unit: host memory never holds two shares of more than one.
+                    # Before the next unit: the GPU never holds shares of more than one.
                     unit.flat.ds_tensor.data = self._arena[begin : begin + share]
                     begin += share
         largest = max(unit.numel for unit in self.units)
@@ -207,12 +207,17 @@ class FrozenShards:
 
     def _partition(self, zero: Any, unit: Unit) -> Any:
         """A unit's flat parameter as DeepSpeed keeps it."""
+        config = self.config
+        if self._arena is not None:
+            # Its place in host memory is known; DeepSpeed would first copy to another what holds nothing yet.
+            zero_config = {k: v for k, v in config["zero_optimization"].items() if k != "offload_param"}
+            config = config | {"zero_optimization": zero_config}
         holder = torch.nn.Module()
         holder.flat = Parameter(torch.empty(unit.numel, dtype=self.dtype, device=self.device), requires_grad=False)
         zero.Init(
             module=holder,
             data_parallel_group=self.group,
-            config_dict_or_path=self.config,
+            config_dict_or_path=config,
             dtype=self.dtype,
             mpu=_Mpu(self.groups),
         )

@@ -95,7 +95,7 @@ def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> 
         name = known[id(piece.parameter)]
         columns = piece.shape[1]
         first, last = piece.start // columns, -(-(piece.start + len(piece.target)) // columns)
-        rows = torch.zeros(last - first, columns, dtype=piece.target.dtype)
+        filled = 0
         for run in names.row_runs(name, part.arch, part.tp_rank, part.tp_size):
             low, high = max(run.row, first), min(run.row + run.count, last)
             if low < high:
@@ -105,9 +105,14 @@ def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> 
                     found = read_rows(checkpoint, run.hf_name, *span)
                 else:
                     found = checkpoint.block(run.hf_name, span, run.columns)
-                rows[low - first : high - first].copy_(found)
-        begin = piece.start - first * columns
-        piece.target.copy_(rows.view(-1)[begin : begin + len(piece.target)])
+                # A share begins and ends anywhere: of its first and last row it may hold a part.
+                begin, end = max(low * columns, piece.start), min(high * columns, piece.start + len(piece.target))
+                values = found.reshape(-1)[begin - low * columns : end - low * columns]
+                piece.target[begin - piece.start : end - piece.start].copy_(values)
+                filled += end - begin
+        if filled < len(piece.target):
+            # Rows that only pad the vocabulary, behind all others.
+            piece.target[filled:].zero_()
 
 
 def _misshaped(hf_name: str, found: torch.Tensor, parameter: torch.Tensor) -> CheckpointError:
