@@ -22,6 +22,8 @@ from parallel.fake import gathered_from, scattered_to
 
 Span = tuple[int, int]
 """[start, stop) of a rank's own tokens."""
+Rows = Callable[[int, int], torch.Tensor]
+"""(start, stop) -> a rank's own tokens [start, stop), contiguous [l, ...]."""
 
 
 class TokenTiles:
@@ -40,31 +42,24 @@ class TokenTiles:
         step = max(1, -(-tokens // count))
         self.spans: Sequence[Span] = [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
-    def gather(self, own: torch.Tensor) -> Iterator[torch.Tensor]:
-        """[L, ...] of every rank -> of each tile [T l, ...]; the next one is on its way while one is used."""
-        own = own.contiguous()
-        return self.gather_rows(lambda start, stop: own[start:stop])
+    def gather(self, *sources: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
+        """[L, ...] of every rank -> of each tile [T l, ...], of several sources in turn; the next one is under way.
 
-    def gather_rows(self, rows: Callable[[int, int], torch.Tensor]) -> Iterator[torch.Tensor]:
-        """As `gather`, of tokens that are made when they are needed: `rows(start, stop)` -> contiguous [l, ...].
-
-        A tile's memory is free again when the caller lets go of it.
+        A source may make its tokens when they are needed. A tile's memory is free again when the caller lets go of it.
         """
-        if self.size == 1:
-            yield from (rows(*span) for span in self.spans)
-            return
-        following = self._post(rows(*self.spans[0]))
-        for number in range(len(self.spans)):
-            whole, work = following
-            if number + 1 < len(self.spans):
-                following = self._post(rows(*self.spans[number + 1]))
-            work.wait()
-            del work
-            ready = [whole]
-            del whole
-            yield ready.pop()
+        sources = tuple(source.contiguous() if isinstance(source, torch.Tensor) else source for source in sources)
+        wanted = [(source, span) for span in self.spans for source in sources]
+        under_way = [self._post(*wanted[0])]
+        for number in range(len(wanted)):
+            if number + 1 < len(wanted):
+                under_way.append(self._post(*wanted[number + 1]))
+            # No name of ours holds the tile while the caller has it.
+            yield _arrived(*under_way.pop(0))
 
-    def _post(self, piece: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _post(self, source: torch.Tensor | Rows, span: Span) -> tuple[torch.Tensor, Any]:
+        piece = source[span[0] : span[1]] if isinstance(source, torch.Tensor) else source(*span)
+        if self.size == 1:
+            return piece, None
         whole = gathered_from(piece, self.group)
         return whole, dist.all_gather_into_tensor(whole, piece, group=self.group, async_op=True)
 
@@ -82,6 +77,12 @@ class TokenTiles:
     def scatter(self, own: torch.Tensor) -> TileScatter:
         """What sums tiles over the ranks into `own` [L, ...]."""
         return TileScatter(self, own)
+
+
+def _arrived(whole: torch.Tensor, work: Any) -> torch.Tensor:
+    if work is not None:
+        work.wait()
+    return whole
 
 
 class TileScatter:

@@ -43,10 +43,6 @@ class VocabShard:
     """Rows that are tokens; what lies beyond in the weight is padding and never scored."""
 
 
-def _chunk_tokens(vocabulary: int) -> int:
-    return max(LEAST_TOKENS, CHUNK_LOGITS // vocabulary)
-
-
 def _normalize(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, labels_C: torch.Tensor, shard: VocabShard | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,7 +75,9 @@ def _normalize(
 
 def _tiles(hidden_LH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabShard | None) -> TokenTiles:
     group = None if shard is None else shard.group
-    return TokenTiles(group, hidden_LH.shape[0], _chunk_tokens(weight_VH.shape[0]))
+    # Two chunks of gathered hidden states and two of their gradients exist beside the logits.
+    width = weight_VH.shape[0] if shard is None else max(weight_VH.shape)
+    return TokenTiles(group, hidden_LH.shape[0], max(LEAST_TOKENS, CHUNK_LOGITS // width))
 
 
 def token_losses(

@@ -23,13 +23,13 @@ from parallel.token_tiles import Span as Tokens
 from parallel.token_tiles import TileScatter, TokenTiles
 
 LEAST_TOKENS = 2048
-"""Tokens of a tile at least: fewer leave a GPU's matrix units waiting for weights."""
-TILE_ELEMENTS = 1 << 25
-"""Elements a tile has at least, for the same reason where it is narrow (bf16: 64 MiB)."""
+"""Tokens of a tile at least: fewer leave a GPU's matrix units waiting, for weights or for the next launch."""
+TILE_ELEMENTS = 1 << 26
+"""Elements of a tile that are enough, where it is narrow (bf16: 128 MiB)."""
 
 
 def tile_tokens(width: int) -> int:
-    """Tokens of a tile of which input or output has `width` columns."""
+    """Tokens of a tile of `width` columns."""
     return max(LEAST_TOKENS, TILE_ELEMENTS // width)
 
 
@@ -101,7 +101,7 @@ class _Row(torch.autograd.Function):
         shape = (tokens, *input_SBI.shape[1:-1], weight_OI.shape[0])
         if skip:
             return placeholder(input_SBI, shape)
-        tiles = TokenTiles(group, tokens, tile_tokens(max(weight_OI.shape)))
+        tiles = TokenTiles(group, tokens, tile_tokens(2 * max(weight_OI.shape)))
         own = input_SBI.new_empty(shape)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
@@ -113,7 +113,8 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, grad.shape[0], tile_tokens(max(weight.shape)))
+        # Two gathered tiles beside all that attention has kept for its backward.
+        tiles = TokenTiles(ctx.group, grad.shape[0], tile_tokens(2 * max(weight.shape)))
         if tiles.size == 1:
             return product(grad, weight), None, None, None
         grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], weight.shape[1]))

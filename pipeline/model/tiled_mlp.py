@@ -24,8 +24,9 @@ from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_p
 
 
 def _tokens(gate_up_2FH: torch.Tensor) -> int:
-    """Of a tile: input, gate and up, their product, the output's sums and several gradients exist at once."""
-    return tile_tokens(2 * sum(gate_up_2FH.shape))
+    """Of a tile: gate and up, and the next tile's input or the last one's sums beside its own."""
+    width, hidden = gate_up_2FH.shape
+    return tile_tokens(width + 2 * hidden)
 
 
 class _FrozenMlp(torch.autograd.Function):
@@ -61,15 +62,16 @@ class _FrozenMlp(torch.autograd.Function):
         tiles = TokenTiles(ctx.group, grad.shape[0], _tokens(gate_up_weight))
         grad_own = grad.new_empty(grad.shape)
         scatter = tiles.scatter(grad_own)
-        if ctx.eps is None:
-            inputs = tiles.gather(kept[0])
-        else:
-            inputs = tiles.gather_rows(NormRecipe(kept[0], kept[1], ctx.eps).rows)
-        slopes = tiles.gather(grad)
+        own = kept[0] if ctx.eps is None else NormRecipe(kept[0], kept[1], ctx.eps).rows
+        gathered = tiles.gather(own, grad)
         for span in tiles.spans:
             # Every tile is let go of as soon as it was used: this is where a layer's memory peaks.
-            gate_up = product(next(inputs), gate_up_weight.t())
-            swiglu_gradient_(gate_up, product(next(slopes), down_weight), gate_up)
+            gate_up = product(next(gathered), gate_up_weight.t())
+            slope = product(next(gathered), down_weight)
+            # The last tile's sums had two products' time.
+            scatter.finish()
+            swiglu_gradient_(gate_up, slope, gate_up)
+            del slope
             sum_product(scatter, span, gate_up, gate_up_weight)
             del gate_up
         scatter.finish()
