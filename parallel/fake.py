@@ -17,16 +17,25 @@ def to_receive(like: torch.Tensor, shape: tuple[int, ...], group: dist.ProcessGr
     return buffer
 
 
-def gathered_from(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """A buffer [T l, ...] for an all-gather of `own` [l, ...]; under a fake group it holds copies of `own`.
+_numbers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+"""Small random numbers, as many as the largest gather so far; read only."""
 
-    As `to_receive`, at the price of a copy: a real gather writes as many bytes.
+
+def gathered_from(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """A buffer [T l, ...] for an all-gather of `own` [l, ...]; under a fake group the same random numbers every time.
+
+    Filling tile after tile would cost a memory pass that a real gather makes beside the computation. So a fake one has
+    its own buffer, which nobody reads, for memory's sake, and one filled buffer serves all to be read.
     """
-    size = dist.get_world_size(group)
-    whole = own.new_empty((size * own.shape[0], *own.shape[1:]))
-    if dist.get_backend(group) == "fake":
-        whole.view(size, *own.shape).copy_(own)
-    return whole
+    whole = own.new_empty((dist.get_world_size(group) * own.shape[0], *own.shape[1:]))
+    if dist.get_backend(group) != "fake":
+        return whole
+    key = (own.dtype, own.device)
+    if key not in _numbers or _numbers[key].numel() < whole.numel():
+        _numbers[key] = torch.randn(whole.numel(), dtype=own.dtype, device=own.device).mul_(0.02)
+    numbers = _numbers[key][: whole.numel()].view(whole.shape)
+    numbers.buffer = whole  # type: ignore[attr-defined]
+    return numbers
 
 
 def scattered_to(own: torch.Tensor, partial: torch.Tensor, group: dist.ProcessGroup | None) -> None:

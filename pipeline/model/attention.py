@@ -88,5 +88,7 @@ class LongAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         query = apply_rope(query, context.cos, context.sin)
         key = apply_rope(key, context.cos, context.sin)
+        # A view would keep the whole fused projection alive until the backward, of which it is a tenth or less (GQA).
+        value = value.clone(memory_format=torch.contiguous_format)
         mixed = self.core_attention(query, key, value, context)
         return self.linear_proj(mixed)

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn import functional
 
+from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.schema import LoraConfig
 
@@ -60,6 +61,27 @@ def initial_a(name: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+class _OfNorm(torch.autograd.Function):
+    """x A^T for an x that a norm returned, which the norm makes again in the backward: it need not be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input_SBI: torch.Tensor, a_RI: torch.Tensor, recipe: NormRecipe) -> torch.Tensor:
+        ctx.save_for_backward(a_RI, recipe.input_SBH, recipe.weight_H)
+        ctx.eps = recipe.eps
+        return functional.linear(input_SBI, a_RI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (grad,) = grads
+        a_RI, source, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        grad_input = (flat @ a_RI).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        grad_a = None
+        if ctx.needs_input_grad[1]:
+            grad_a = flat.t() @ NormRecipe(source, weight, ctx.eps).rows(0, source.shape[0]).flatten(0, -2)
+        return grad_input, grad_a, None
 
 
 class AdapterSet(torch.nn.Module):
@@ -128,7 +150,11 @@ class AdapterSet(torch.nn.Module):
 
         With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
         """
-        low = functional.linear(self._drop(input_SBI), self.stacked_a())
+        recipe = None if self.lora.dropout and self.training else recipe_of(input_SBI)
+        if recipe is None:
+            low = functional.linear(self._drop(input_SBI), self.stacked_a())
+        else:
+            low = _OfNorm.apply(input_SBI, self.stacked_a(), recipe)
         if self.move is not None:
             low = self.move(low)
         low = low.flatten(0, -2)

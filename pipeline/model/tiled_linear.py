@@ -33,6 +33,11 @@ def tile_tokens(width: int) -> int:
     return max(LEAST_TOKENS, TILE_ELEMENTS // width)
 
 
+def _tokens(weight_OI: torch.Tensor) -> int:
+    """Of a tile of one product: the next one's input or the last one's sums exist beside it."""
+    return tile_tokens(2 * max(weight_OI.shape))
+
+
 def recomputing() -> bool:
     """Whether this forward runs inside a backward pass, as only activation checkpointing makes it."""
     return torch._C._current_graph_task_id() != -1
@@ -66,7 +71,7 @@ class _Column(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI)
         ctx.group, ctx.shape = group, own.shape
-        tiles = TokenTiles(group, own.shape[0], tile_tokens(max(weight_OI.shape)))
+        tiles = TokenTiles(group, own.shape[0], _tokens(weight_OI))
         out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight_OI.shape[0]))
         for span, whole in zip(tiles.spans, tiles.gather(own), strict=True):
             tiles.write(out, span, product(whole, weight_OI.t()))
@@ -76,7 +81,7 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, ctx.shape[0], tile_tokens(max(weight.shape)))
+        tiles = TokenTiles(ctx.group, ctx.shape[0], _tokens(weight))
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
         for span in tiles.spans:
@@ -101,7 +106,7 @@ class _Row(torch.autograd.Function):
         shape = (tokens, *input_SBI.shape[1:-1], weight_OI.shape[0])
         if skip:
             return placeholder(input_SBI, shape)
-        tiles = TokenTiles(group, tokens, tile_tokens(2 * max(weight_OI.shape)))
+        tiles = TokenTiles(group, tokens, _tokens(weight_OI))
         own = input_SBI.new_empty(shape)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
@@ -113,8 +118,7 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        # Two gathered tiles beside all that attention has kept for its backward.
-        tiles = TokenTiles(ctx.group, grad.shape[0], tile_tokens(2 * max(weight.shape)))
+        tiles = TokenTiles(ctx.group, grad.shape[0], _tokens(weight))
         if tiles.size == 1:
             return product(grad, weight), None, None, None
         grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], weight.shape[1]))
