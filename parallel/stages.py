@@ -19,7 +19,13 @@ Forward = Callable[[int, Any], torch.Tensor]
 
 
 def run_schedule(
-    groups: Groups, chunks: Sequence[torch.nn.Module], forward: Forward, micro_batches: int, tokens: int, rows: int
+    groups: Groups,
+    chunks: Sequence[torch.nn.Module],
+    forward: Forward,
+    micro_batches: int,
+    tokens: int,
+    rows: int,
+    before_last_backward: Callable[[Any], None] = lambda chunk: None,
 ) -> None:
     """Forward and backward of every micro-batch through all pipeline chunks.
 
@@ -31,10 +37,15 @@ def run_schedule(
         micro_batches: of this optimizer step.
         tokens: of a whole padded sequence.
         rows: sequences a micro-batch.
+        before_last_backward: called with a chunk when its last micro-batch's backward begins; schedules take a chunk's
+            micro-batches backwards in the order they went forwards.
     """
 
     def step(numbers: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-        output = forward(next(numbers), chunk)
+        number = next(numbers)
+        output = forward(number, chunk)
+        if number == micro_batches - 1 and output.requires_grad:
+            output.register_hook(lambda _: before_last_backward(chunk))
         # Three values and calculate_per_token_loss: the only form whose loss megatron leaves alone.
         return output, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), {})
 

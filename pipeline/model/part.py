@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -135,7 +135,7 @@ class ModelPart(torch.nn.Module):
         batches: Sequence[Batch],
         spec: AttentionSpec,
         scale: float,
-        before_last_backward: Callable[[], None] = lambda: None,
+        before_last_backward: Callable[[Iterable[torch.nn.Parameter] | None], None] = lambda parameters: None,
         between: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Forward and backward of one optimizer step's micro-batches on this rank.
@@ -146,7 +146,8 @@ class ModelPart(torch.nn.Module):
             batches: micro-batches of whole sequences, all of one shape.
             spec: attention.
             scale: factor of the loss: one over all scored tokens of the step.
-            before_last_backward: called when the last micro-batch's backward comes next (not under pipelining).
+            before_last_backward: called when the last micro-batch's backward comes next; under pipelining once a chunk,
+                with the parameters that train there, as each chunk comes to it at another time.
             between: called between two micro-batches (not under pipelining); may raise to abandon the step.
 
         Returns:
@@ -167,14 +168,22 @@ class ModelPart(torch.nn.Module):
 
         if self.groups.plan.pp > 1:
             rows = batches[0].tokens.shape[0]
-            run_schedule(self.groups, self.stages, forward, len(placed), placed[0].layout.sequence, rows)
+            run_schedule(
+                self.groups,
+                self.stages,
+                forward,
+                len(placed),
+                placed[0].layout.sequence,
+                rows,
+                lambda chunk: before_last_backward(p for p in chunk.parameters() if p.requires_grad),
+            )
             return total
         for number in range(len(placed)):
             if number:
                 between()
             loss = forward(number, self.stages[0])
             if number == len(placed) - 1:
-                before_last_backward()
+                before_last_backward(None)
             with self._backward():
                 loss.backward()
         return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import torch
 
 from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
+from pipeline import optim
 from pipeline.config import load_config
+from pipeline.flat_gradients import FlatGradients
 from pipeline.model import loss, tiled_linear
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
@@ -230,6 +233,34 @@ def test_grids_equal_one_process(world: int, references: dict[str, Observed], tm
     cases = [(name, grid) for grid, names in CASES[world].items() for name in names]
     compare_all(world, cases, references, tmp_path)
     assert len(references["untied"].gradients) > 50
+
+
+def _sums_started(rank: int, world: int, paths: list[str]) -> list[tuple[int, int]]:
+    """By configuration: gradient buckets whose sum is under way when the backward is over, and all buckets."""
+    optim.BUCKET_ELEMENTS = 300
+    found: list[tuple[int, int]] = []
+    finish = FlatGradients.finish
+
+    def watched(gradients: FlatGradients) -> None:
+        assert gradients.reducer is not None
+        found.append((gradients.reducer.started, len(gradients.reducer.buckets)))
+        finish(gradients)
+
+    with mock.patch.object(FlatGradients, "finish", watched):
+        for path in paths:
+            observe(load_config(Path(path), []), RankEnv.read(), 0)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.crowd
+def test_gradient_sums_travel_during_the_last_backward(tmp_path: Path) -> None:
+    """With a pipeline too, where every chunk comes to its last micro-batch at another time."""
+    cases = [("untied", Grid()), ("untied", PP2), ("tied", INTERLEAVED)]
+    paths = [str(write_config(tmp_path, name, grid)) for name, grid in cases]
+    for rank, found in enumerate(run_ranks(_sums_started, 4, paths, timeout=300)):
+        for case, (started, buckets) in zip(cases, found, strict=True):
+            assert started == buckets > 3, (rank, case)
 
 
 def compare_all(
