@@ -21,6 +21,8 @@ GATHER_SLOTS = 2
 """Buffers of engine zero3 for gathered weights: of the layer at work and of the next (the output matrix is one too)."""
 LOGITS = 3 * 4 * (1 << 25)
 """Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
+MLP_TILE = 2048
+"""Tokens of which a checkpointed frozen MLP's wide tensors exist at once (`tiled_linear.LEAST_TOKENS`)."""
 CUDA_CONTEXT = 3 * GIB
 """What no formula sees: CUDA's context, NCCL's buffers, blocks of the allocator that do not fit together."""
 PROCESS = 4 * GIB
@@ -116,7 +118,6 @@ def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> Memor
         "trained weights": trained * width,
         "gradients": trained * GRADIENT,
         **_activations(config, arch, grid, layers, width),
-        "loss": LOGITS,
         "context": CUDA_CONTEXT,
     }
     host = {"process": PROCESS}
@@ -129,16 +130,26 @@ def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> Memor
 
 
 def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int, width: int) -> dict[str, int]:
-    """What a layer keeps for the backward pass, and the most one layer takes while it is at work."""
+    """What a layer keeps for the backward pass, and the most that one layer, or the loss, takes while it is at work."""
     tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
-    heads = (arch.heads + arch.kv_heads) * arch.head_dim
-    # Cut by tp: gate, up, product; queries, keys, values, attention's output; the two norms' outputs.
-    kept = (3 * arch.ffn + 2 * heads + 2 * arch.hidden) // grid.tp
-    inputs = arch.hidden // grid.tp
-    # In the backward pass gradients of gate, up and their product stand beside them; sequence parallelism gathers
-    # whole rows of the MLP's input and output.
-    at_work = (5 * arch.ffn + 2 * heads) // grid.tp + 2 * arch.hidden
+    query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    hidden, ffn, tp = arch.hidden // grid.tp, arch.ffn // grid.tp, grid.tp
+    adapted = any(target in ("gate", "up", "down") for target in config.lora.targets)
     full = config.train.recompute == "full"
-    name, stored = ("layer inputs", inputs) if full else ("activations", kept)
+    # The layer's input, attention's own sum, queries, keys, values, attention's output twice (as its kernel left it and
+    # by heads), gate and up; the product of the two if an adapter reads it.
+    kept = 2 * hidden + (3 * query + 2 * key_value) // tp + (3 if adapted else 2) * ffn
+    name, stored = ("layer inputs", hidden) if full else ("activations", kept)
+    # Attention's backward: queries, output twice, and their gradients, one of them in fp32; gradients of keys and
+    # values, with GQA first by query heads; two hidden states.
+    grouped = arch.kv_heads < arch.heads
+    attention = ((9 if grouped else 7) * query + 6 * key_value) // tp + 2 * hidden
+    if full and not adapted:
+        mlp = tokens * (3 * hidden + (3 * query + 2 * key_value) // tp)
+        mlp += min(tokens, MLP_TILE) * (6 * ffn + 4 * arch.hidden)
+    else:
+        # Gradients of gate, up and their product beside them; sequence parallelism sums whole rows.
+        mlp = tokens * (kept * full + 3 * ffn + hidden + arch.hidden * (tp > 1))
+    at_work = max(tokens * attention, mlp) * width
     # As many micro-batches are under way as there are stages, of each a stage's layers.
-    return {name: tokens * stored * width * layers * grid.pp, "one layer at work": tokens * at_work * width}
+    return {name: tokens * stored * width * layers * grid.pp, "a layer or the loss at work": max(at_work, LOGITS)}

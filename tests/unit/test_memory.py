@@ -46,14 +46,20 @@ def test_the_papers_count_for_70b() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "cp", "recompute", "measured"),
-    [(8, 1, "full", 23.8), (8, 1, "none", 91.8), (2, 4, "full", 72.0), (1, 8, "full", 136.7)],
+    ("settings", "layers", "ranks", "measured"),
+    [
+        ([*MEGATRON, "parallel.tp=8", "parallel.cp=1"], 80, 8, 22.83),
+        ([*MEGATRON, "parallel.tp=2", "parallel.cp=1"], 20, 2, 26.76),
+        (MEGATRON, 20, 2, 43.11),
+        ([], 80, 2, 27.57),
+    ],
+    ids=["TP8", "TP2", "CP2", "zero3 CP2 offload"],
 )
-def test_near_the_peaks_in_results(tp: int, cp: int, recompute: str, measured: float) -> None:
-    """docs/RESULTS.md, one rank of Llama-2-70B at 32k; PyTorch's peaks do not see CUDA's context."""
-    axes = [f"parallel.tp={tp}", f"parallel.cp={cp}", f"train.recompute={recompute}"]
-    config = load_config(CONFIG, MEGATRON + axes)
-    estimate = estimate_memory(config, LLAMA2_70B, plan_grid(8, tp, cp, 1))
+def test_near_the_peaks_in_results(settings: list[str], layers: int, ranks: int, measured: float) -> None:
+    """docs/RESULTS.md, Llama-2-70B at 32k; PyTorch's peaks do not see CUDA's context."""
+    config = load_config(CONFIG, settings)
+    grid = plan_grid(ranks, config.parallel.tp, config.parallel.cp, 1)
+    estimate = estimate_memory(config, llama2("70b", layers), grid)
     assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.03)
 
 
@@ -77,7 +83,8 @@ def test_context_parallelism_shrinks_activations_and_pipeline_stages_do_not_shri
         for cp in (1, 4)
     )
     assert one["layer inputs"] == 4 * four["layer inputs"] == 40 * GIB
-    assert one["one layer at work"] == 4 * four["one layer at work"]
+    # The tiles of the MLP do not shrink.
+    assert 3 < one["a layer or the loss at work"] / four["a layer or the loss at work"] <= 4
     stages = load_config(CONFIG, [*MEGATRON, "parallel.pp=8", "parallel.cp=1"])
     deep = estimate_memory(stages, LLAMA2_70B, plan_grid(8, 1, 1, 8)).gpu
     assert deep["layer inputs"] == 40 * GIB and deep["frozen weights"] < 17 * GIB
