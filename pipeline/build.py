@@ -34,6 +34,7 @@ from pipeline.hf_files import HfCheckpoint
 from pipeline.invariants import run_checks
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.model.attention_backends import select_backend
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import RopePlan, plan_rope
@@ -115,8 +116,15 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
 def build_model(
     config: RunConfig, arch: LlamaArch, rope: RopePlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint
 ) -> ModelPart:
-    """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable."""
+    """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
+
+    Raises:
+        ConfigError: attention.backend cannot run here.
+        CheckpointError: a tensor is missing or misshaped.
+    """
     dtype = compute_dtype(config.model.dtype, groups.device)
+    # Asked before anything is loaded, not at the first forward.
+    select_backend(config.attention.backend, groups.device, dtype, arch.head_dim)
     parallel, train = config.parallel, config.train
     shards = None
     if parallel.engine == "zero3":
