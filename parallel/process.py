@@ -339,6 +339,7 @@ class RankWatch(Watch):
 
     def _end(self, verdict: Verdict, lost: bool) -> NoReturn:
         """Print the verdict on one rank, the lowest that lives, and leave on all."""
+        self._peers.wake_stopped()
         if not lost:
             # Should the store be lost now, its host has told the verdict and left.
             with contextlib.suppress(*_LOST):
