@@ -6,6 +6,7 @@ died, who fell silent and who hangs, and says so in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import re
@@ -192,16 +193,20 @@ class Peers:
         """Whether its process id means something here."""
         return bool(self.host) and beat.host == self.host
 
-    def gone(self, beat: Beat) -> bool:
-        """Whether its process, on this machine, no longer runs."""
-        if not self.local(beat) or beat.rank == self.rank:
-            return False
+    def _process(self, beat: Beat) -> psutil.Process | None:
+        """Its process on this machine, as first seen; None: there is none any more."""
         if beat.rank not in self._processes:
             try:
                 self._processes[beat.rank] = psutil.Process(beat.pid)
             except psutil.Error:
                 self._processes[beat.rank] = None
-        process = self._processes[beat.rank]
+        return self._processes[beat.rank]
+
+    def gone(self, beat: Beat) -> bool:
+        """Whether its process, on this machine, no longer runs."""
+        if not self.local(beat) or beat.rank == self.rank:
+            return False
+        process = self._process(beat)
         try:
             # is_running compares the start time as well: the id may have been given to another process.
             return process is None or not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
@@ -209,6 +214,25 @@ class Peers:
             return True
         except psutil.Error:
             return False
+
+    def stopped(self) -> list[Beat]:
+        """Beats of the ranks whose process, on this machine, is stopped (SIGSTOP, a debugger)."""
+        found = []
+        for beat in self.running():
+            if self.local(beat) and beat.rank != self.rank:
+                with contextlib.suppress(psutil.Error):
+                    process = self._process(beat)
+                    if process is not None and process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                        found.append(beat)
+        return found
+
+    def wake_stopped(self) -> None:
+        """Let those go on, once the verdict is known: a stopped process hears neither it nor a launcher's SIGTERM."""
+        for beat in self.stopped():
+            with contextlib.suppress(psutil.Error):
+                process = self._process(beat)
+                if process is not None:
+                    process.resume()
 
     def idle_s(self, beat: Beat, now: float) -> float:
         """Seconds without progress, the silence since the beat included."""
@@ -252,7 +276,8 @@ class Peers:
             return None
         idle = max(self.idle_s(beat, now) for beat in running)
         # A stopped process may have been stopped while it waited: its last word is not to be trusted.
-        guilty = [beat for beat in running if not beat.waiting or now - self.seen[beat.rank] > SILENCE_S]
+        stopped = self.stopped()
+        guilty = stopped or [beat for beat in running if not beat.waiting or now - self.seen[beat.rank] > SILENCE_S]
         if not guilty:
             places = "; ".join(f"rank {beat.rank} in {beat.where}" for beat in running[:SHOWN_RANKS])
             return Verdict(
@@ -261,13 +286,15 @@ class Peers:
                 f"progress for {idle:.0f} s; {places}; raise parallel.timeout_s if a step takes so long",
             )
         places = "; ".join(
-            (f"rank {beat.rank} " if len(guilty) > 1 else "it ") + self._stands(beat, now)
+            (f"rank {beat.rank} " if len(guilty) > 1 else "it ")
+            + ("is stopped (SIGSTOP, or a debugger)" if beat in stopped else self._stands(beat, now))
             for beat in guilty[:SHOWN_RANKS]
         )
-        first = guilty[0]
+        # What a stopped rank last said may be half a second old, and in lockstep nobody is ahead of it.
+        first = max(running, key=lambda beat: beat.step) if stopped else guilty[0]
         verb = "hangs" if len(guilty) == 1 else "hang"
         return Verdict(
-            first.rank,
+            guilty[0].rank,
             f"{_ranks([beat.rank for beat in guilty])} {verb} {at_step(first.step, first.phase)}: no progress for "
             f"{idle:.0f} s; {places}; raise parallel.timeout_s if that may take so long",
         )

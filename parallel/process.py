@@ -15,7 +15,6 @@ exit code: by os._exit, since a main thread inside a collective cannot be interr
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import select
 import signal
@@ -28,7 +27,6 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 import psutil
-import torch.distributed as dist
 
 from parallel.errors import LongspanError
 from parallel.liveness import (
@@ -43,19 +41,15 @@ from parallel.liveness import (
     main_thread_stands,
 )
 from parallel.rank_env import RankEnv
+from parallel.watch_store import LOST, STORE_S, StoreMinder, meet
 
 DEFAULT_TIMEOUT_S = 600.0
 BEAT_S = 0.5
 """Seconds between beats, up to CROWD ranks; beyond, it grows with the ranks, all of which the store must serve."""
 CROWD = 64
-STORE_S = 30.0
-"""Seconds a call to the store may take."""
 FAREWELL_S = 3.0
 """Seconds a rank waits for the verdict to be printed, and the store's host for the others to have heard it."""
 SIGTERM_CODE = 128 + signal.SIGTERM
-
-# What a store raises when its host is gone.
-_LOST = (dist.DistError, ConnectionError, RuntimeError)
 
 
 def collective_timeout_s(timeout_s: float) -> float:
@@ -117,27 +111,6 @@ def watch_ranks(env: RankEnv, timeout_s: float = DEFAULT_TIMEOUT_S) -> Watch:
     return Watch() if env.world_size == 1 else RankWatch(env, timeout_s)
 
 
-def _meet(env: RankEnv, timeout_s: float) -> dist.Store:
-    """A new connection to the store at which init_process_group meets too (which shares rank 0's server)."""
-    hosting = env.rank == 0 and not env.agent_store
-    try:
-        store = dist.TCPStore(
-            env.master_host,
-            env.master_port,
-            is_master=hosting,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=hosting,
-        )
-    except _LOST as error:
-        raise LongspanError(
-            f"Rank {env.rank}: the ranks cannot meet at {env.master_host}:{env.master_port} "
-            f"({str(error).splitlines()[0]}); see that rank 0's machine is reachable there and the port free."
-        ) from None
-    store.set_timeout(datetime.timedelta(seconds=STORE_S))
-    return dist.PrefixStore(f"longspan/watch/{env.attempt}", store)
-
-
 class RankWatch(Watch):
     """One of several ranks; see the module and `watch_ranks`."""
 
@@ -152,8 +125,9 @@ class RankWatch(Watch):
         self._closing = False
         self._count = 0
         self._main = threading.get_ident()
-        self._store = _meet(env, timeout_s)
+        self._store = meet(env, timeout_s)
         self._moved = time.monotonic()
+        self._exchanges = 0
         self._peers = Peers(env.rank, env.world_size, self._moved, machine())
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -163,6 +137,7 @@ class RankWatch(Watch):
         self._handler = lambda *_: None
         self._old_handler = signal.signal(signal.SIGTERM, self._handler)
         self._publish(False)  # before anything can fail: whoever dies at once has been known
+        self._minder = StoreMinder(lambda: self._exchanges, self._interval, self._store_silent)
         self._thread = threading.Thread(target=self._run, name="longspan-watch", daemon=True)
         self._thread.start()
 
@@ -205,6 +180,7 @@ class RankWatch(Watch):
         self._closing = True
         self._wake()
         self._thread.join()
+        self._minder.close()
         signal.set_wakeup_fd(self._old_fd)
         signal.signal(signal.SIGTERM, self._old_handler)
         os.close(self._wake_read)
@@ -240,7 +216,7 @@ class RankWatch(Watch):
                     verdict = self._exchange()
                     if signaled and verdict is None:
                         verdict = self._last_words(terminated)
-                except _LOST:
+                except LOST:
                     if self._closing:
                         return  # the host had nobody left to wait for
                     verdict, lost = None if terminated else self._without_store(), True
@@ -252,11 +228,22 @@ class RankWatch(Watch):
                 if self._closing and self._all_left():
                     return
         except Exception:  # a fault in here must not end a healthy run; collectives still have their time-out
+            self._minder.over.set()
             traceback.print_exc()
             print(
                 f"warning: rank {self._env.rank} is no longer watched, for the reason above; go on, and report it.",
                 file=sys.stderr,
             )
+
+    def _store_silent(self, silent_s: float) -> None:
+        """The first thread's call has not returned for so long; in the second thread, every interval."""
+        if silent_s > self._timeout_s and any(beat.rank == 0 for beat in self._peers.stopped()):
+            how = "it is stopped (SIGSTOP, or a debugger), and so is the store it hosts"
+            place = at_step(self._step, self._phase)
+            self._failure = Verdict(0, f"rank 0 hangs {place}: no progress for {silent_s:.0f} s; {how}")
+            self._peers.wake_stopped()  # then the call returns, and the first thread proposes this
+        elif silent_s > max(self._timeout_s, self._silence_s):
+            self._end(self._without_store() or Verdict(0, "rank 0 left without a word"), lost=True)
 
     def _sleep(self, seconds: float) -> bool:
         """Until something happens, at most `seconds`; whether it was SIGTERM."""
@@ -291,6 +278,7 @@ class RankWatch(Watch):
         """Publish a beat, read the others', judge; the verdict all agree on, if there is one."""
         store, now = self._store, time.monotonic()
         self._publish(ended or self._closing)
+        self._exchanges += 1
         if store.check(["verdict"]):
             return Verdict.decode(store.get("verdict"))
         keys = [f"beat/{rank}" for rank in range(self._env.world_size)]
@@ -339,9 +327,10 @@ class RankWatch(Watch):
 
     def _end(self, verdict: Verdict, lost: bool) -> NoReturn:
         """Print the verdict on one rank, the lowest that lives, and leave on all."""
+        self._peers.wake_stopped()
         if not lost:
             # Should the store be lost now, its host has told the verdict and left.
-            with contextlib.suppress(*_LOST):
+            with contextlib.suppress(*LOST):
                 self._tell(verdict)
         else:
             # Without a store nobody can be asked: on each machine the first process speaks, or the second for it.

@@ -121,6 +121,8 @@ class CheckpointSaver:
         self._job: _Job | None = None
         self._host: HostCopy | None = None
         self._publish_failure: str | None = None
+        self._publishing = False
+        """Rank 0 may still be at it: the others learn of its end when they next agree."""
         self.saved_step: int | None = None
         """Step of the newest checkpoint this process published, or resumed from."""
         self.news: list[str] = []
@@ -211,6 +213,7 @@ class CheckpointSaver:
         if job is not None and not running:
             failure = failure or job.failure
         (stop, busy), failed = agree(self.groups, [stop, int(running)], failure)
+        self._publishing = False
         if failed is not None:
             self._give_up(failed)
         if job is not None and not busy:
@@ -219,7 +222,8 @@ class CheckpointSaver:
 
     def wait(self) -> None:
         """Until the save under way, if any, is published, and every rank knows it; see `settle` for the errors."""
-        if self._job is None:
+        # Nor may a save begin while rank 0 publishes: it then removes whatever is unfinished.
+        if self._job is None and not self._publishing:
             return
         while self._job is not None:
             if self._job.thread is not None:
@@ -229,6 +233,7 @@ class CheckpointSaver:
 
     def _publish(self, job: _Job) -> None:
         self._job = None
+        self._publishing = True
         self.saved_step = job.step
         if not self.groups.is_main:
             return

@@ -162,6 +162,15 @@ def test_a_hanging_rank_is_named_with_the_line_it_stands_at(mark: str) -> None:
     assert ended.codes == [1, 1]
 
 
+@pytest.mark.parametrize(("rank", "torchrun"), [(0, True), (1, True), (0, False), (1, False)])
+def test_a_stopped_rank_is_named_and_does_not_stay(rank: int, torchrun: bool, mark: str) -> None:
+    """SIGSTOP: it answers nobody, not even the launcher's SIGTERM, until the rank that leaves lets it go on. Without
+    a launcher rank 0 hosts the store, whose calls then never return."""
+    ended = run(mark, "freeze", rank, 3, 3, mark, torchrun=torchrun)
+    parts = (f"rank {rank} hangs at step 3", "no progress for ", "it is stopped (SIGSTOP, or a debugger)")
+    only_message(ended, *parts)
+
+
 def test_failure_before_groups_exist(mark: str) -> None:
     """The other rank waits in init_process_group, or has not even come up."""
     ended = run(mark, "user_error", 0, 0, 60, mark, torchrun=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 
 from parallel.errors import CheckpointError
+from parallel.groups import destroy_groups, make_groups
+from parallel.plan import plan_grid
+from parallel.rank_env import RankEnv
 from parallel.rng import rng_state
 from pipeline.checkpoint import files, saver, writer
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
 from pipeline.checkpoint.tensors import whole_trained
+from tests.ranks import run_ranks
 from tests.single import single_groups
 
 MANIFEST: dict[str, Any] = {"updates": 1, "config": {}}
@@ -95,3 +100,32 @@ def test_a_failed_publication_and_a_lost_lock_are_errors_too(tmp_path: Path, mon
     with pytest.raises(CheckpointError, match="could not be written"):
         blocked.wait()
     assert files.PRIVATE_FILE == 0o600
+
+
+def _save_at_once(rank: int, world: int, folder: str) -> list[int | None]:
+    """Rank 0 takes its time to publish; the other one has heard that all is written, and saves the next step."""
+    inner, found = writer.prune, []
+
+    def slow(*args: Any) -> None:
+        time.sleep(1.0)
+        inner(*args)
+
+    writer.prune = slow
+    groups = make_groups(plan_grid(world, 1, 1, 1), RankEnv.read())
+    made = CheckpointSaver(Path(folder), groups, 9)
+    for step in (1, 2, 3):
+        half = {field: torch.full((3,), float(step)) for field in FIELDS}
+        made.start(step, [StatePiece(NAME, (6,), None, 3 * rank, 3 * rank + 3, half)], rng_state(), MANIFEST)
+        while made.progress is not None:
+            made.settle()  # as between micro-batches, where a signal may ask to save and leave at once
+        found.append(made.saved_step)
+    made.wait()
+    destroy_groups()
+    return found
+
+
+def test_the_next_save_waits_until_rank_0_has_published(tmp_path: Path) -> None:
+    assert run_ranks(_save_at_once, 2, str(tmp_path)) == [[1, 2, 3]] * 2
+    choice = choose(tmp_path)
+    assert choice is not None and choice.step == 3 and not choice.warnings
+    assert all(torch.equal(whole_trained(tmp_path / f"step-{n:06d}")[NAME], torch.full((6,), float(n))) for n in (1, 2))
