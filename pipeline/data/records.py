@@ -219,10 +219,18 @@ def _read_lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Docu
     offset = 0
     for number, line in enumerate(stream, 1):
         start = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
-        text = _decode(line[start:], file, offset + start)
+        try:
+            text = _decode(line[start:], file, offset + start)
+            # A blank line, usually the last one, is no record.
+            found = _text_of(text, text_field, f"{file}: line {number}") if text.strip() else None
+        except DataError:
+            # A damaged archive can yield a line of garbage before its checksum tells of the damage.
+            while file.suffix != ".jsonl" and stream.read(1 << 20):
+                pass
+            raise
         offset += len(line)
-        if text.strip():  # a blank line, usually the last one, is no record
-            yield Document(_text_of(text, text_field, f"{file}: line {number}"), file, number)
+        if found is not None:
+            yield Document(found, file, number)
 
 
 def _text_of(line: str, text_field: str, where: str) -> str:

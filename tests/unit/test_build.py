@@ -65,6 +65,7 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
 def test_a_backend_this_device_lacks_is_refused_before_allocation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    destroy_groups()  # those an earlier test of this process left
     config = load_config(write_run(tmp_path, "run"), ["attention.backend=cudnn"])
 
     def never(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +24,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 PACKED = [ending for ending in PACK if ending]
 TEXTS = ["Call me Ishmael.", "zwei\nZeilen é 😀\r\n", "\u2028 three \x0b\x0c \x85 end"]
 LINES = b"".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False).encode() + b"\n" for text in TEXTS)
-NOISE = os.urandom  # incompressible, so that cutting an archive cuts its data
+NOISE = random.Random(0).randbytes  # incompressible, so that cutting an archive cuts its data
 
 
 def texts(path: Path, field: str = "text") -> list[str]:
@@ -154,10 +154,13 @@ def test_another_text_field(tmp_path: Path) -> None:
 def test_damaged_archives(tmp_path: Path, packing: str, kind: str) -> None:
     part = PACK[packing](b'{"text": "' + NOISE(2000).hex().encode() + b'"}\n')
     cuts = [1, 4, len(part) // 2, len(part) - 9, len(part) - 1]
+    # Some flips make garbage with line breaks in it. Not zstd, whose frames need carry no checksum.
+    places = range(900, 1100, 5) if packing != ".zst" else ()
     damaged = {
         "empty": b"",
         "junk": b"this is no archive",
-        "flipped": part[:1000] + bytes([part[1000] ^ 0xFF]) + part[1001:] if packing != ".zst" else part[1:],
+        **{f"flipped at {at}": part[:at] + bytes([part[at] ^ 0xFF]) + part[at + 1 :] for at in places},
+        "without its first byte": part[1:],
         "junk behind": part + b"junk",
         **{f"cut at {cut}": part[:cut] for cut in cuts},
         **{f"second part cut at {cut}": part + part[:cut] for cut in cuts},
