@@ -180,5 +180,13 @@ def destroy_groups(keep_world: bool = False) -> None:
         keep_world: leave torch.distributed up, so that the same processes can make groups of another grid.
     """
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_world:
+    if not dist.is_initialized():
+        return
+    if not keep_world:
         dist.destroy_process_group()
+        return
+    # megatron only forgets its groups. A gloo group that lives on has threads that wake many times a second, and after
+    # a few grids in one process they leave the cores no time for work.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
