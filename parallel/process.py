@@ -237,10 +237,13 @@ class RankWatch(Watch):
 
     def _store_silent(self, silent_s: float) -> None:
         """The first thread's call has not returned for so long; in the second thread, every interval."""
-        if silent_s > self._timeout_s and any(beat.rank == 0 for beat in self._peers.stopped()):
+        hosted = not self._env.agent_store and any(beat.rank == 0 for beat in self._peers.stopped())
+        if silent_s > self._timeout_s and hosted:
             how = "it is stopped (SIGSTOP, or a debugger), and so is the store it hosts"
             place = at_step(self._step, self._phase)
-            self._failure = Verdict(0, f"rank 0 hangs {place}: no progress for {silent_s:.0f} s; {how}")
+            # This rank's own failure comes first, unless it is only what the silence did to it.
+            if self._failure is None or self._secondary_since is not None:
+                self._failure = Verdict(0, f"rank 0 hangs {place}: no progress for {silent_s:.0f} s; {how}")
             self._peers.wake_stopped()  # then the call returns, and the first thread proposes this
         elif silent_s > max(self._timeout_s, self._silence_s):
             self._end(self._without_store() or Verdict(0, "rank 0 left without a word"), lost=True)
