@@ -45,7 +45,8 @@ class TokenTiles:
     def gather(self, *sources: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
         """[L, ...] of every rank -> of each tile [T l, ...], of several sources in turn; the next one is under way.
 
-        A source may make its tokens when they are needed. A tile's memory is free again when the caller lets go of it.
+        A source may make its tokens when they are needed. A tile's memory is free again when the caller lets go of it:
+        a loop variable would keep it until the next but one has been posted.
         """
         sources = tuple(source.contiguous() if isinstance(source, torch.Tensor) else source for source in sources)
         wanted = [(source, span) for span in self.spans for source in sources]

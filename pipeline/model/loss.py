@@ -91,8 +91,9 @@ def token_losses(
     losses = torch.zeros(labels_T.shape, dtype=torch.float32, device=hidden_LH.device)
     tiles = _tiles(hidden_LH, weight_VH, shard)
     with torch.no_grad():
-        for span, hidden_CH in zip(tiles.spans, tiles.gather(hidden_LH), strict=True):
-            tiles.write(losses, span, _normalize(hidden_CH, weight_VH, tiles.read(labels_T, span), shard)[0])
+        gathered = tiles.gather(hidden_LH)
+        for span in tiles.spans:
+            tiles.write(losses, span, _normalize(next(gathered), weight_VH, tiles.read(labels_T, span), shard)[0])
     return losses
 
 
@@ -115,8 +116,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         columns = weight_VH.shape[0]
         tiles = _tiles(hidden_LH, weight_VH, shard)
         scatter = None if grad_hidden is None else tiles.scatter(grad_hidden)
-        for span, hidden_CH in zip(tiles.spans, tiles.gather(hidden_LH), strict=True):
-            labels_C = tiles.read(labels_T, span)
+        gathered = tiles.gather(hidden_LH)
+        for span in tiles.spans:
+            hidden_CH, labels_C = next(gathered), tiles.read(labels_T, span)
             losses, slope, sums, local = _normalize(hidden_CH, weight_VH, labels_C, shard)
             total += losses.sum()
             if grad_hidden is None and grad_weight is None:
@@ -130,6 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 scatter.put(span, torch.mm(slope, weight_VH, out=scatter.target(span)))
             if grad_weight is not None:
                 grad_weight += slope.t() @ hidden_CH
+            del hidden_CH
         if scatter is not None:
             scatter.finish()
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype))

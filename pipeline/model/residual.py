@@ -32,8 +32,12 @@ class _Skipped(torch.autograd.Function):
 def _add(x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
     x, bias = x_and_bias
     assert bias is None and not dropout, "spec.transformer_config has neither"
-    # Without gradients (a checkpointed layer's first pass, evaluation) nobody else reads x.
-    return residual + x if torch.is_grad_enabled() else x.add_(residual)
+    if x.requires_grad:
+        return residual + x
+    # Made without gradients (a checkpointed layer's first pass, evaluation), and nobody else reads it. megatron enables
+    # them around this call.
+    with torch.no_grad():
+        return x.add_(residual)
 
 
 def _add_last(

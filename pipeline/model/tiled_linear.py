@@ -13,6 +13,8 @@ Shapes: S tokens of all T ranks, L = S / T own ones, B batch, I input width, O o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -28,14 +30,20 @@ TILE_ELEMENTS = 1 << 26
 """Elements of a tile that are enough, where it is narrow (bf16: 128 MiB)."""
 
 
-def tile_tokens(width: int) -> int:
-    """Tokens of a tile of `width` columns."""
-    return max(LEAST_TOKENS, TILE_ELEMENTS // width)
+def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> TokenTiles:
+    """How own tokens are cut.
+
+    Args:
+        group: tensor-parallel ranks.
+        shape: [L, B, any] of a rank's own tokens; a tile has those of all B sequences.
+        width: columns of all that exists of a tile at once.
+    """
+    return TokenTiles(group, shape[0], max(LEAST_TOKENS, TILE_ELEMENTS // width) // prod(shape[1:-1]))
 
 
-def _tokens(weight_OI: torch.Tensor) -> int:
-    """Of a tile of one product: the next one's input or the last one's sums exist beside it."""
-    return tile_tokens(2 * max(weight_OI.shape))
+def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight_OI: torch.Tensor) -> TokenTiles:
+    """For one product: the next tile's input or the last one's sums exist beside it."""
+    return tiles_of(group, shape, 2 * max(weight_OI.shape))
 
 
 def recomputing() -> bool:
@@ -71,17 +79,18 @@ class _Column(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI)
         ctx.group, ctx.shape = group, own.shape
-        tiles = TokenTiles(group, own.shape[0], _tokens(weight_OI))
+        tiles = _product_tiles(group, own.shape, weight_OI)
         out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight_OI.shape[0]))
-        for span, whole in zip(tiles.spans, tiles.gather(own), strict=True):
-            tiles.write(out, span, product(whole, weight_OI.t()))
+        gathered = tiles.gather(own)
+        for span in tiles.spans:
+            tiles.write(out, span, product(next(gathered), weight_OI.t()))
         return out if bias_O is None else out.add_(bias_O)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, ctx.shape[0], _tokens(weight))
+        tiles = _product_tiles(ctx.group, ctx.shape, weight)
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
         for span in tiles.spans:
@@ -106,7 +115,7 @@ class _Row(torch.autograd.Function):
         shape = (tokens, *input_SBI.shape[1:-1], weight_OI.shape[0])
         if skip:
             return placeholder(input_SBI, shape)
-        tiles = TokenTiles(group, tokens, _tokens(weight_OI))
+        tiles = _product_tiles(group, shape, weight_OI)
         own = input_SBI.new_empty(shape)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
@@ -118,12 +127,13 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         (weight,) = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, grad.shape[0], _tokens(weight))
+        tiles = _product_tiles(ctx.group, grad.shape, weight)
         if tiles.size == 1:
             return product(grad, weight), None, None, None
         grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], weight.shape[1]))
-        for span, whole in zip(tiles.spans, tiles.gather(grad), strict=True):
-            tiles.write(grad_input, span, product(whole, weight))
+        gathered = tiles.gather(grad)
+        for span in tiles.spans:
+            tiles.write(grad_input, span, product(next(gathered), weight))
         return grad_input, None, None, None
 
 

@@ -20,13 +20,13 @@ from megatron.core.transformer.mlp import MLP
 from parallel.token_tiles import TokenTiles
 from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.swiglu import swiglu, swiglu_gradient_
-from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tile_tokens
+from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tiles_of
 
 
-def _tokens(gate_up_2FH: torch.Tensor) -> int:
-    """Of a tile: gate and up, and the next tile's input or the last one's sums beside its own."""
+def _tiles(group: dist.ProcessGroup, own: torch.Tensor, gate_up_2FH: torch.Tensor) -> TokenTiles:
+    """Of a tile exist gate and up, and the next tile's input or the last one's sums beside its own."""
     width, hidden = gate_up_2FH.shape
-    return tile_tokens(width + 2 * hidden)
+    return tiles_of(group, own.shape, width + 2 * hidden)
 
 
 class _FrozenMlp(torch.autograd.Function):
@@ -47,11 +47,12 @@ class _FrozenMlp(torch.autograd.Function):
         ctx.group, ctx.eps = group, None if recipe is None else recipe.eps
         if skip:
             return placeholder(own, own.shape)
-        tiles = TokenTiles(group, own.shape[0], _tokens(gate_up_2FH))
+        tiles = _tiles(group, own, gate_up_2FH)
         out = own.new_empty(own.shape)
         scatter = tiles.scatter(out)
-        for span, whole in zip(tiles.spans, tiles.gather(own), strict=True):
-            sum_product(scatter, span, swiglu(product(whole, gate_up_2FH.t())), down_HF.t())
+        gathered = tiles.gather(own)
+        for span in tiles.spans:
+            sum_product(scatter, span, swiglu(product(next(gathered), gate_up_2FH.t())), down_HF.t())
         scatter.finish()
         return out
 
@@ -59,7 +60,7 @@ class _FrozenMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         gate_up_weight, down_weight, *kept = ctx.saved_tensors
-        tiles = TokenTiles(ctx.group, grad.shape[0], _tokens(gate_up_weight))
+        tiles = _tiles(ctx.group, grad, gate_up_weight)
         grad_own = grad.new_empty(grad.shape)
         scatter = tiles.scatter(grad_own)
         own = kept[0] if ctx.eps is None else NormRecipe(kept[0], kept[1], ctx.eps).rows

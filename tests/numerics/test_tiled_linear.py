@@ -15,14 +15,17 @@ from parallel.groups import Groups, destroy_groups, make_groups
 from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from parallel.token_tiles import TokenTiles
-from pipeline.model import tiled_linear, tiled_mlp
+from pipeline.data.loader import Batch
+from pipeline.model import residual, tiled_linear, tiled_mlp
 from pipeline.model.arch import read_arch
+from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.norm import recipe_of
 from pipeline.model.part import ModelPart
 from pipeline.model.residual import last_residual_add, residual_add
 from pipeline.model.rope import plan_rope
 from pipeline.model.tiled_linear import LastRowParallelLinear, _Row, recomputing
 from pipeline.model.tiled_mlp import TiledMLP
+from pipeline.model.weights import mark_trainable
 from pipeline.schema import LoraConfig, RopeSettings
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
@@ -128,7 +131,7 @@ def test_frozen_mlp_in_tiles_equals_the_whole_one(
     whole, expected = _mlp_run(mlp, x, slope)  # trains: not tiled
     assert torch.equal(whole[0], whole[1])
     mlp.requires_grad_(False)
-    monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 3)
+    monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 6)  # of both sequences
     monkeypatch.setattr(tiled_linear, "TILE_ELEMENTS", 1)
     widest = 0
 
@@ -202,6 +205,35 @@ def test_the_sum_that_leaves_a_layer_is_made_once(groups: Groups) -> None:
     assert torch.equal(seen[0], x * 2 + (x + residual)) and bool(seen[1].isnan().all())
     assert x.grad is not None and torch.equal(x.grad, slope * 2 + slope)
     assert residual.grad is not None and torch.equal(residual.grad, slope)
+
+
+@pytest.mark.parametrize("recompute", ["full", "none"])
+def test_a_layers_sums_are_made_in_place_only_where_nothing_keeps_them(
+    tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch, recompute: str
+) -> None:
+    """Through megatron's layer, which enables gradients around both: a checkpointed layer's first pass, evaluation."""
+    seen: list[tuple[bool, bool]] = []
+    add = residual._add
+
+    def spied(x_and_bias: Any, stream: torch.Tensor, dropout: float) -> torch.Tensor:
+        result = add(x_and_bias, stream, dropout)
+        seen.append((recomputing(), result.data_ptr() == x_and_bias[0].data_ptr()))
+        return result
+
+    monkeypatch.setattr(residual, "_add", spied)
+    model = _model(tmp_path, groups, ("q", "o"), recompute).train()
+    mark_trainable(model, ("lora", "norm"))
+    tokens = torch.randint(0, model.arch.vocab, (1, 32))
+    spec = AttentionSpec("s2", 16)
+    model.train_step([Batch(tokens, tokens, None)], spec, 1.0)
+    first, trained = model.arch.layers, len(seen)
+    if recompute == "full":
+        # Both sums of every layer in place; recomputed, attention's is kept and the last is not made.
+        assert seen == [(False, True)] * 2 * first + [(True, False)] * first
+    else:
+        assert seen == [(False, False)] * 2 * first
+    model.token_nll(tokens, spec)
+    assert seen[trained:] == [(False, True)] * 2 * first
 
 
 def _tiles(rank: int, world: int) -> bool:

@@ -9,8 +9,17 @@ import pytest
 
 from parallel.plan import plan_grid
 from pipeline.config import load_config
-from pipeline.memory import CUDA_CONTEXT, GIB, PROCESS, count_parameters, estimate_memory
-from pipeline.model import names
+from pipeline.memory import (
+    CUDA_CONTEXT,
+    GIB,
+    LOGITS,
+    PROCESS,
+    TILE_ELEMENTS,
+    TILE_TOKENS,
+    count_parameters,
+    estimate_memory,
+)
+from pipeline.model import loss, names, tiled_linear
 from pipeline.model.arch import read_arch
 from tests.tiny_models import KINDS, make_tiny
 from tools.shapes import llama2
@@ -61,6 +70,11 @@ def test_near_the_peaks_in_results(settings: list[str], layers: int, ranks: int,
     grid = plan_grid(ranks, config.parallel.tp, config.parallel.cp, 1)
     estimate = estimate_memory(config, llama2("70b", layers), grid)
     assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.03)
+
+
+def test_tiles_follow_the_models_rule() -> None:
+    assert (TILE_TOKENS, TILE_ELEMENTS) == (tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS)
+    assert LOGITS == 3 * 4 * loss.CHUNK_LOGITS
 
 
 def test_zero3_cuts_frozen_weights_over_all_ranks_and_offload_moves_them_to_the_host() -> None:
