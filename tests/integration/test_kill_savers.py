@@ -206,17 +206,20 @@ def tail(log: Path) -> str:
     return log.read_text()[-3000:]
 
 
-def told(what: str, found: dict[str, Any]) -> None:
-    print(f"\n{what}, seed {SEED}: {json.dumps(found)}")
+def kill_many(harness: Callable[..., dict[str, Any]], folder: Path, kills: int) -> dict[str, Any]:
+    """Run a harness in a process of its own, and tell what it found."""
+    print(f"\nLONGSPAN_KILL_SEED={SEED}")
+    found = run_ranks(harness, 1, str(folder), kills, SEED, timeout=800)[0]
+    print(f"\n{harness.__name__}, seed {SEED}: {json.dumps(found)}")
+    assert found["kills"] >= kills
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_savers_killed_at_random_instants(tmp_path: Path) -> None:
-    print(f"\nLONGSPAN_KILL_SEED={SEED}")
-    found = run_ranks(_savers, 1, str(tmp_path), SAVER_KILLS, SEED, timeout=800)[0]
-    told("savers killed", found)
-    assert found["kills"] >= SAVER_KILLS and len(found["places"]) >= 4
+    found = kill_many(_savers, tmp_path, SAVER_KILLS)
+    assert len(found["places"]) >= 4
     assert len(found["resumed"]) == 2
 
 
@@ -296,7 +299,4 @@ def _trainers(rank: int, world: int, folder: str, kills: int, seed: int) -> dict
 @pytest.mark.timeout(900)
 def test_trainers_killed_at_random_instants(tmp_path: Path) -> None:
     """What they end with, and every checkpoint they went on from, is what a run has that nobody disturbed."""
-    print(f"\nLONGSPAN_KILL_SEED={SEED}")
-    found = run_ranks(_trainers, 1, str(tmp_path), TRAINER_KILLS, SEED, timeout=800)[0]
-    told("trainers killed", found)
-    assert found["kills"] >= TRAINER_KILLS
+    kill_many(_trainers, tmp_path, TRAINER_KILLS)

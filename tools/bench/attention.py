@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError
 from pipeline.model.attention_backends import Backend, select_backend
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.model.s2_attention import attend
+from tools.bench.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -132,7 +132,8 @@ def run_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 def main() -> None:
     """Parse the shape, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default, text in (
+    add_integers(
+        parser,
         ("--heads", 64, "query heads"),
         ("--kv-heads", 8, "KV heads"),
         ("--dim", 128, "head dimension"),
@@ -140,8 +141,7 @@ def main() -> None:
         ("--group", 8192, "S² group, tokens"),
         ("--batch", 1, "sequences"),
         ("--repeats", 20, "timed repetitions"),
-    ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (default {default})")
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -160,7 +160,7 @@ def main() -> None:
     for row in rows:
         backend, variant, *numbers = row.values()
         table.add_row(backend, variant, *(f"{number:.2f}" for number in numbers))
-    console = Console(width=None if Console().is_terminal else 140)
+    console = console_of(140)
     console.print(table)
     for sentence in missing:
         console.print(f"Left out: {sentence}", highlight=False)

@@ -26,14 +26,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
-from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
 
 from parallel.errors import ConfigError, LongspanError
 from parallel.groups import Groups, destroy_groups, make_groups
@@ -45,52 +42,16 @@ from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLay
 from pipeline.model.context_parallel import context_attend
 from pipeline.model.context_plan import ring_bytes
 from pipeline.model.s2_attention import attend
+from tools.bench.command_line import add_integers, console_of
+from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, ring_attention, ring_tokens
 
 RING = "full, torch ring"
-WAYS = ("alltoall", "allgather")
-"""In which it rotates K and V."""
 CHECK_LENGTH = 4096
 """Longest sequence of the comparison with one process."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 """Largest error over largest magnitude, of the output and of each gradient."""
 TIMEOUT_S = 300.0
-SEQUENCE_DIM = 2
-"""The tokens' in [B, H, L, D]."""
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class _Ring(torch.autograd.Function):
-    """torch's ring attention, forward and backward, of this rank's zigzag tokens; q, k and v are [B, H, L, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: LseKernel, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        scale = q.shape[-1] ** -0.5
-
-        def op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any) -> tuple[Any, ...]:
-            return kernel.forward(query, key, value, named["is_causal"], scale)
-
-        out, lse, *rest = torch_ring._templated_ring_attention(group, SEQUENCE_DIM, op, q, k, v, is_causal=True)
-        ctx.save_for_backward(q, k, v, out, lse)
-        # What the last call's kernel gave besides; torch, too, hands it to the backward of all of them.
-        ctx.rest, ctx.kernel, ctx.group, ctx.scale = tuple(rest), kernel, group, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-
-        def op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any) -> tuple[Any, ...]:
-            merged = named["out"], named["logsumexp"]
-            more = ctx.rest, named["is_causal"], ctx.scale
-            return ctx.kernel.backward(named["grad_out"], query, key, value, *merged, *more)
-
-        dq, dk, dv = torch_ring._templated_ring_attention_backward(
-            ctx.group, SEQUENCE_DIM, op, dout, "grad_out", q, k, v, out, lse, True
-        )
-        return dq, dk, dv, None, None
 
 
 @dataclass(frozen=True)
@@ -144,10 +105,7 @@ class Bench:
     def attention(self, variant: Variant, shard: ContextShard, group: int) -> Attention:
         """The variant as a function of this rank's q, k and v."""
         if variant.kernel is not None:
-            # Both settings are global, and the backward reads them, too: variants are run one after another.
-            assert torch_ring._cp_options.enable_load_balance, "torch's default"
-            torch_ring.set_rotate_method(variant.way)
-            return lambda q, k, v: _Ring.apply(q, k, v, variant.kernel, shard.group)
+            return ring_attention(variant.kernel, variant.way, shard.group)
         layout = SequenceLayout.dense(self.args.batch, shard.size * shard.tokens)
         spec = AttentionSpec(variant.kind, group, backend=self.args.backend)
         return lambda q, k, v: context_attend(q, k, v, layout, spec, self.heads, shard)
@@ -200,8 +158,7 @@ class Bench:
             out = attend(*inputs, layout, AttentionSpec(kind, group, backend=self.args.backend), self.heads)
             expected[kind] = [out.detach(), *torch.autograd.grad(out, inputs, weight)]
         shard = self.shard(length)
-        balanced = _HeadTailLoadBalancer(length, shard.size, self.device)._generate_indices()
-        zigzag = balanced.view(shard.size, shard.tokens)[shard.rank].long()
+        zigzag = ring_tokens(length, shard.size, shard.rank, self.device)
         found = []
         for variant in variants:
             ring = variant.kernel is not None
@@ -356,14 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 262144], help="tokens a sequence")
     parser.add_argument("--group", type=int, help="S² group, tokens (default: a quarter of each length)")
     parser.add_argument("--backend", default="auto", help="attention backend of all variants (default auto)")
-    for flag, default, text in (
+    add_integers(
+        parser,
         ("--heads", 64, "query heads"),
         ("--kv-heads", 8, "KV heads"),
         ("--dim", 128, "head dimension"),
         ("--batch", 1, "sequences"),
         ("--repeats", 10, "timed repetitions"),
-    ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (default {default})")
+    )
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a row")
     args = parser.parse_args(arguments)
     try:
@@ -378,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = torch.cuda.get_device_name() if bench.on_cuda else "CPU (no meaningful times)"
         shape = {key: getattr(args, key) for key in ("heads", "kv_heads", "dim", "batch", "repeats")}
         facts = {"device": name, "ranks": world, "torch": torch.__version__, "dtype": str(bench.dtype), **shape}
-        console = Console(width=None if Console().is_terminal else 160, quiet=not env.is_main, highlight=False)
+        console = console_of(160, quiet=not env.is_main, highlight=False)
 
         def save(row: Row) -> None:
             if args.json and env.is_main:

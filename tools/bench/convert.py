@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import LongspanError
@@ -44,6 +43,7 @@ from pipeline.run_facts import git_commit
 from pipeline.safetensors_io import TensorFact
 from pipeline.schema import LoraConfig, RopeSettings
 from pipeline.trained_model import TrainedModel
+from tools.bench.command_line import console_of
 from tools.shapes import config_json, llama2
 
 GIB = 1 << 30
@@ -237,7 +237,7 @@ def main() -> int:
         table.add_row(
             row["step"], f"{row['seconds']:.1f}", f"{row['anon_gib']:.2f}", f"{row['rss_gib']:.2f}", limit, row["told"]
         )
-    console = Console(width=None if Console().is_terminal else 200)
+    console = console_of(200)
     console.print(table)
     idle, ratio = rows[0]["anon_gib"], largest(llama2("70b")) / largest(arch)
     for row in rows[2:4]:

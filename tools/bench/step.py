@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import LongspanError
@@ -34,6 +33,7 @@ from pipeline.model.weights import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
 from pipeline.schema import LoraConfig, RopeSettings
+from tools.bench.command_line import add_integers, console_of
 from tools.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
@@ -107,7 +107,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, help="S² group, tokens (default: a quarter of the sequence)")
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
     parser.add_argument("--recompute", choices=("full", "none"), default="full")
-    for flag, default, text in (
+    add_integers(
+        parser,
         ("--tp", 1, "tensor-parallel ranks"),
         ("--cp", 1, "context-parallel ranks"),
         ("--rank", 0, "which rank to be, when alone"),
@@ -115,8 +116,7 @@ def main() -> None:
         ("--micro-batches", 1, "forward passes a step"),
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
-    ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (default {default})")
+    )
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -145,7 +145,7 @@ def main() -> None:
     for column in row:
         table.add_column(column, justify="right")
     table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=None if Console().is_terminal else 160).print(table)
+    console_of(160).print(table)
     if args.json:
         facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         with args.json.open("a") as file:

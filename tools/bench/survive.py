@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
@@ -39,6 +38,7 @@ from pipeline.config import dump_config
 from pipeline.metrics import METRICS_FILE, read_metrics
 from pipeline.schema import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
 from pipeline.schema_parallel import ParallelConfig
+from tools.bench.command_line import add_integers, console_of
 from tools.local_ranks import ROOT, RankFailed
 from tools.shapes import config_json, llama2
 from tools.tiny_checkpoint import write_files
@@ -314,7 +314,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="a new folder for everything")
     parser.add_argument("--cpu", action="store_true", help="CPU processes, fp32")
     parser.add_argument("--engine", choices=("megatron", "zero3"), default="megatron")
-    for flag, default, text in (
+    add_integers(
+        parser,
         ("--tp", 1, "tensor-parallel ranks, kept"),
         ("--cp", 2, "context-parallel ranks, halved if dp cannot be"),
         ("--layers", 8, "of the model"),
@@ -324,8 +325,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--steps", 14, "optimizer steps"),
         ("--every", 3, "optimizer steps between checkpoints"),
         ("--seed", 0, "of ranks, steps and instants"),
-    ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (default {default})")
+    )
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (default 5e-3)")
     parser.add_argument("--timeout", type=float, default=180.0, metavar="S", help="seconds for each of the jobs")
     parser.add_argument("--json", type=Path, help="append the cases here, one line each")
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in cases:
         values = (case.rank, case.at_step, f"{case.seconds:.1f} s", case.code, case.left or "-", case.resumed)
         table.add_row(case.name, *map(str, values), str(case.ranks), f"{case.worst:.1e}")
-    console = Console(width=None if Console().is_terminal else 140)
+    console = console_of(140)
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)
     print(
