@@ -13,6 +13,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -28,6 +30,15 @@ settings.register_profile(
 )
 settings.register_profile("thorough", deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _own_groups() -> Iterator[None]:
+    """Process groups end with the test that made them: megatron's are global, and refuse to be made twice."""
+    yield
+    groups = sys.modules.get("parallel.groups")  # not imported for tests that need no torch
+    if groups is not None:
+        groups.destroy_groups()
 
 
 @functools.cache

@@ -142,8 +142,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         (slope,) = upstream
         # Scaled in place: a copy of [L, H] would be the step's memory peak. A second backward is refused by autograd,
-        # which sees that a saved tensor was modified.
-        gradients = [None if grad is None else grad.mul_(slope.to(grad.dtype)) for grad in ctx.saved_tensors]
+        # which sees that a saved tensor was modified. In fp32 whatever the gradient's type: rounded to bf16, the slope
+        # (1/tokens) would put all gradients off by one factor. One element, not none: it is then no mere scalar whose
+        # type gives way.
+        gradients = [None if grad is None else grad.mul_(slope.float().reshape(1)) for grad in ctx.saved_tensors]
         return gradients[0], gradients[1], None, None
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline.build import build
 from pipeline.config import load_config
@@ -19,7 +18,6 @@ from tests.numerics.test_training import write_run
 
 
 def test_a_nan_loss_skips_the_step_and_too_many_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    destroy_groups()
     run = build(load_config(write_run(tmp_path, "run"), ["train.bad_steps=2", "save.every=1"]), RankEnv())
     trainer, parts = run.trainer, run.trainer.parts
     original, bad = parts.model.train_step, {1, 3, 4}
@@ -52,4 +50,3 @@ def test_a_nan_loss_skips_the_step_and_too_many_stop(tmp_path: Path, monkeypatch
         assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-000004"
     finally:
         parts.loader.close()
-        destroy_groups()

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parallel.groups import destroy_groups
 from pipeline.train import main as train
 from pipeline.verify import sample_tokens
 from tests.numerics.test_training import losses, write_run
@@ -20,7 +19,6 @@ from tools.report import main as report
 
 
 def test_train_stop_resume_evaluate_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    destroy_groups()
     path, run = write_run(tmp_path, "run", kind="llama2"), tmp_path / "run"
     # Tied weights and GQA are test_import_export's; held-out text is one the run does not train on.
     (tmp_path / "held-out.txt").write_text(" ".join(f"w{n % 25}{'abc'[n % 7 % 3]}" for n in range(800)))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline.config import load_config
 from pipeline.train import train
@@ -22,7 +21,6 @@ def _first_half(rank: int, world: int, path: str, grid: list[str]) -> None:
 
 
 def test_pipeline_and_tensor_parallel_to_one_process(tmp_path: Path) -> None:
-    destroy_groups()
     straight = write_run(tmp_path, "straight", kind="tinyllama")
     moved = write_run(tmp_path, "moved", kind="tinyllama")
     run_here(straight, BATCH)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.groups import destroy_groups
 from pipeline.checkpoint.choose import choose
 from pipeline.lock import OutputLock
 from tests.integration.test_faults import finish, mark, start
@@ -51,7 +50,6 @@ def test_a_signal_to_one_rank_saves_on_all(number: signal.Signals, mark: str, tm
 @pytest.mark.timeout(600)
 def test_sigkill_at_random_instants(mark: str, tmp_path: Path) -> None:
     """Two ranks that save every step are killed again and again; what they end with is what an undisturbed run has."""
-    destroy_groups()
     straight, path, run = write_run(tmp_path, "straight"), write_run(tmp_path, "run"), tmp_path / "run"
     overrides = [f"train.steps={STEPS}", "save.every=1", "parallel.cp=2"]
     words = [word for override in overrides for word in ("--set", override)]
@@ -73,7 +71,6 @@ def test_sigkill_at_random_instants(mark: str, tmp_path: Path) -> None:
 
 
 def test_two_jobs_on_one_output(tmp_path: Path) -> None:
-    destroy_groups()
     path = write_run(tmp_path, "run")
     with OutputLock(tmp_path / "run"), pytest.raises(ConfigError, match="in use by another job"):
         run_here(path)

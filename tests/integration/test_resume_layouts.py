@@ -80,7 +80,6 @@ def _matrix(rank: int, world: int, path: str, folder: str, alone: float) -> list
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_every_pair_of_layouts(tmp_path: Path) -> None:
-    destroy_groups()
     path = str(write_run(tmp_path, "matrix", kind="llama2"))
     alone, state, _ = run_on(path, {}, tmp_path / "one", STEPS)
     found = run_ranks(_matrix, 4, path, str(tmp_path), alone, timeout=900)[0]

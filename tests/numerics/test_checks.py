@@ -118,30 +118,26 @@ def test_every_planted_violation_is_told_by_all_ranks(tmp_path: Path) -> None:
 
 
 def test_a_violation_stops_one_process_before_it_saves(tmp_path: Path) -> None:
-    destroy_groups()
     config = load_config(write_config(tmp_path, "untied", Grid()), ["checks=true", f"output={tmp_path / 'run'}"])
     run = build(config, RankEnv())
-    try:
-        trainer = run.trainer
-        trainer.step = 1
-        trainer.update(0, trainer.gradients(0))
+    trainer = run.trainer
+    trainer.step = 1
+    trainer.update(0, trainer.gradients(0))
+    trainer.save()
+    undo = _nudged(_find(run, "model.layers.0.mlp.down_proj.weight"))
+    with pytest.raises(InvariantViolated, match=r"^Step 2, rank 0: the frozen weight model\.layers\.0\.mlp\.down"):
+        trainer.step = 2
         trainer.save()
-        undo = _nudged(_find(run, "model.layers.0.mlp.down_proj.weight"))
-        with pytest.raises(InvariantViolated, match=r"^Step 2, rank 0: the frozen weight model\.layers\.0\.mlp\.down"):
-            trainer.step = 2
-            trainer.save()
-        undo()
-        folders = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir() if folder.is_dir()]
-        assert folders == ["step-000001"], "nothing broken was written"
-        run.trainer.parts.loader.close()
-        destroy_groups()
-        # A resumed run has B factors that are not zero, and may.
-        resumed = build(config, RankEnv())
-        assert resumed.trainer.step == 1
-        assert bool(_find(resumed, "model.layers.0.self_attn.q_proj.lora_B.weight").detach().any())
-        resumed.trainer.parts.loader.close()
-    finally:
-        destroy_groups()
+    undo()
+    folders = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir() if folder.is_dir()]
+    assert folders == ["step-000001"], "nothing broken was written"
+    run.trainer.parts.loader.close()
+    destroy_groups()
+    # A resumed run has B factors that are not zero, and may.
+    resumed = build(config, RankEnv())
+    assert resumed.trainer.step == 1
+    assert bool(_find(resumed, "model.layers.0.self_attn.q_proj.lora_B.weight").detach().any())
+    resumed.trainer.parts.loader.close()
 
 
 def test_bit_sums_see_any_bit_and_keep_types() -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline import optim
 from pipeline.config import load_config
@@ -171,7 +170,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
 
 def observe_alone(folder: Path, names: list[str], steps: int) -> dict[str, Observed]:
     """What this process alone computes, by model."""
-    destroy_groups()
     torch.set_num_threads(1)
     return {
         name: observe(load_config(write_config(folder, name, Grid()), []), RankEnv(), steps, keep_world=False)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from parallel.groups import Groups, destroy_groups, make_groups
+from parallel.groups import Groups, make_groups
 from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from parallel.token_tiles import TokenTiles
@@ -38,7 +38,6 @@ def groups() -> Iterator[Groups]:
     torch.use_deterministic_algorithms(True)
     yield found
     torch.use_deterministic_algorithms(False)
-    destroy_groups()
 
 
 def _layer(

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.errors import ConfigError
-from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config import load_config
@@ -29,12 +28,6 @@ train: {{steps: 6, global_batch: 4, micro_batch: 1, lr: 5.0e-3, warmup_steps: 2,
 save: {{every: 3, keep: 5}}
 output: {output}
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_groups() -> None:
-    """Other test files leave their one-process groups; a run makes its own."""
-    destroy_groups()
 
 
 def write_run(folder: Path, output: str, kind: str = "smollm2", **over: Any) -> Path:

@@ -170,7 +170,6 @@ def test_what_is_refused(settings: list[str], told: str, tmp_path: Path) -> None
 
 
 def test_dry_run_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    destroy_groups()
     path = write_config(tmp_path, "odd", Grid(cp=2, engine=OFFLOAD))
     figures = tmp_path / "figures.jsonl"
     assert dry_run.main(["--config", str(path), "--nproc", "8", "--rank", "1", "--json", str(figures)]) == 0

@@ -65,7 +65,6 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
 def test_a_backend_this_device_lacks_is_refused_before_allocation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    destroy_groups()  # those an earlier test of this process left
     config = load_config(write_run(tmp_path, "run"), ["attention.backend=cudnn"])
 
     def never(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +74,6 @@ def test_a_backend_this_device_lacks_is_refused_before_allocation(
     monkeypatch.setattr(composition, "ModelPart", never)
     with pytest.raises(ConfigError, match=r"attention\.backend: cudnn needs a CUDA device.*use auto or math"):
         composition.build(config, RankEnv())
-    destroy_groups()
 
 
 def test_biases_that_cannot_be_placed_are_refused_before_tokenizing(tmp_path: Path) -> None:

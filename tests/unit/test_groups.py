@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,16 +12,8 @@ from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
 
 
-@pytest.fixture
-def no_groups() -> Iterator[None]:
-    """Groups of a test before are torn down, and so are this one's."""
-    destroy_groups()
-    yield
-    destroy_groups()
-
-
 @pytest.mark.parametrize("plan", [GridPlan(2, 2, 2, 2), GridPlan(4, 1, 3, 1), GridPlan(1, 4, 1, 2)], ids=str)
-def test_every_rank_has_the_groups_of_the_plan(plan: GridPlan, no_groups: None) -> None:
+def test_every_rank_has_the_groups_of_the_plan(plan: GridPlan) -> None:
     """torch's fake process group stands in for the world: nothing is sent."""
     for rank in range(plan.world_size):
         groups = make_groups(plan, RankEnv(rank, plan.world_size, launched=True), fake=True)
@@ -35,7 +26,7 @@ def test_every_rank_has_the_groups_of_the_plan(plan: GridPlan, no_groups: None) 
 
 
 @pytest.mark.parametrize("other", [GridPlan(1, 2, 1, 4), GridPlan(4, 2, 1, 1), GridPlan(2, 1, 2, 2)], ids=str)
-def test_groups_of_another_order_are_noticed(other: GridPlan, no_groups: None) -> None:
+def test_groups_of_another_order_are_noticed(other: GridPlan) -> None:
     groups = make_groups(GridPlan(2, 2, 1, 2), RankEnv(5, 8, launched=True), fake=True)
     with pytest.raises(RuntimeError, match=r"megatron's .* group of rank 5 is \[.*\], not the plan's \["):
         check_groups(replace(groups, plan=other))
