@@ -67,7 +67,7 @@ class _Mpu:
         return dist.get_rank(self._model)
 
 
-def deepspeed_config(dtype: torch.dtype, micro_batch: int, accumulation: int, replicas: int, offload: bool) -> dict:
+def deepspeed_config(dtype: torch.dtype, micro_batch: int, accumulation: int, replicas: int) -> dict:
     """The whole configuration DeepSpeed is given; nothing else configures it.
 
     Learning rate, schedule, clipping and the optimizer are not its business here, so it cannot change them.
@@ -77,22 +77,16 @@ def deepspeed_config(dtype: torch.dtype, micro_batch: int, accumulation: int, re
         micro_batch: sequences a forward pass.
         accumulation: forward passes an optimizer step.
         replicas: dp x cp, what DeepSpeed takes for data parallelism.
-        offload: shards live in host memory.
     """
-    zero: dict[str, Any] = {
-        "stage": 3,
-        # Would replace torch.nn.functional.linear for the whole process; megatron's linears keep no copies anyway.
-        "memory_efficient_linear": False,
-    }
-    if offload:
-        # Pinned by us: DeepSpeed's pinned blocks are rounded up to powers of two (143 GiB for 128 at 70B).
-        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_batch_size": micro_batch * accumulation * replicas,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "bf16": {"enabled": dtype is torch.bfloat16},
-        "zero_optimization": zero,
+        # No offload_param: where shares lie is decided in `allocate`.
+        # memory_efficient_linear would replace torch.nn.functional.linear for the whole process; megatron's linears
+        # keep no copies anyway.
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
     }
 
 
@@ -187,9 +181,12 @@ class FrozenShards:
         Raises:
             LongspanError: host memory cannot be pinned.
         """
-        if self.offload and self.device.type == "cuda":
+        if self.offload:
+            # One block of our own: DeepSpeed would first copy to another what holds nothing yet, and its pinned blocks
+            # are rounded up to powers of two (143 GiB for 128 at 70B).
             self._arena = torch.empty(sum(unit.numel for unit in self.units) // self.world, dtype=self.dtype)
-            self._pin(self._arena)
+            if self.device.type == "cuda":
+                self._pin(self._arena)
         begin = 0
         with local_rank_exported(self.groups.env):
             zero = _zero()
@@ -207,17 +204,12 @@ class FrozenShards:
 
     def _partition(self, zero: Any, unit: Unit) -> Any:
         """A unit's flat parameter as DeepSpeed keeps it."""
-        config = self.config
-        if self._arena is not None:
-            # Its place in host memory is known; DeepSpeed would first copy to another what holds nothing yet.
-            zero_config = {k: v for k, v in config["zero_optimization"].items() if k != "offload_param"}
-            config = config | {"zero_optimization": zero_config}
         holder = torch.nn.Module()
         holder.flat = Parameter(torch.empty(unit.numel, dtype=self.dtype, device=self.device), requires_grad=False)
         zero.Init(
             module=holder,
             data_parallel_group=self.group,
-            config_dict_or_path=config,
+            config_dict_or_path=self.config,
             dtype=self.dtype,
             mpu=_Mpu(self.groups),
         )

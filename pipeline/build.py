@@ -130,7 +130,7 @@ def build_model(
     if parallel.engine == "zero3":
         offload, plan = parallel.offload.params == "cpu", groups.plan
         batch = plan_batch(train.global_batch, train.micro_batch, plan.dp)
-        described = deepspeed_config(dtype, train.micro_batch, batch.accumulation, plan.dp * plan.cp, offload)
+        described = deepspeed_config(dtype, train.micro_batch, batch.accumulation, plan.dp * plan.cp)
         shards = FrozenShards(groups, dtype, offload, described)
     model = ModelPart(
         arch, rope, lora, groups, dtype, train.recompute, parallel.virtual, shards=shards, kinds=train.trainable

@@ -47,7 +47,7 @@ class FileFacts:
 
 
 def sync(path: Path) -> None:
-    """Force a folder's entries to the disk; OSError if it refuses."""
+    """Force a file, or a folder's entries, to the disk; OSError if it refuses."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.checkpoint.files import sync
 from pipeline.data.tokenizer import TextTokenizer
 
 FORMAT = "longspan-tokens"
@@ -190,17 +191,9 @@ class ShardWriter:
         )
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         for file in [*names, MANIFEST, "."]:
-            _flush(self._folder / file)
+            sync(self._folder / file)
         _replace(self._folder, self._out)
         return manifest
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace(folder: Path, out: Path) -> None:
@@ -212,7 +205,7 @@ def _replace(folder: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         folder.rename(out)
-    _flush(out.parent)
+    sync(out.parent)
 
 
 def remove_leftovers(out: Path) -> None:

@@ -5,12 +5,14 @@
 
 Started alone, the process is rank `--rank` of tp x cp x pp under torch's fake process group: memory and compute are
 real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
-GPU: sequence tokens over the step's time over the ranks that share a sequence.
+GPU: sequence tokens over the step's time over the ranks that share a sequence. Several `--tile-scale` are measured in
+turn, in one process, for the size of tensor parallelism's tiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -26,6 +28,7 @@ from parallel.plan import check_model_fits, plan_grid
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything
 from pipeline.data.loader import Batch
+from pipeline.model import tiled_linear
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
@@ -97,6 +100,18 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
     }
 
 
+def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
+    """`measure` for each size of tiles."""
+    least, enough = tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS
+    rows = []
+    for scale in args.tile_scale:
+        tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS = int(least * scale), int(enough * scale)
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows.append({"tile_scale": scale, **measure(args, groups)})
+    return rows
+
+
 def main() -> None:
     """Parse the shape and grid, measure, print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,6 +121,9 @@ def main() -> None:
     parser.add_argument("--attention", choices=("s2", "full"), default="s2")
     parser.add_argument("--group", type=int, help="S² group, tokens (default: a quarter of the sequence)")
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
+    parser.add_argument(
+        "--tile-scale", type=float, nargs="+", default=[1.0], help="tiles this many times the product's (default 1)"
+    )
     parser.add_argument("--recompute", choices=("full", "none"), default="full")
     add_integers(
         parser,
@@ -129,7 +147,7 @@ def main() -> None:
             env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
         groups = make_groups(plan_grid(world, args.tp, args.cp, 1), env, fake=alone and world > 1)
         seed_everything(0)
-        row = measure(args, groups)
+        rows = measure_tiles(args, groups)
     except LongspanError as error:
         parser.exit(2, f"{error}\n")
     finally:
@@ -142,14 +160,15 @@ def main() -> None:
         f"tp {args.tp} cp {args.cp}, recompute {args.recompute}, " + ("fake process group" if alone else "NCCL")
     )
     table = Table(title=title)
-    for column in row:
+    for column in rows[0]:
         table.add_column(column, justify="right")
-    table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     console_of(160).print(table)
     if args.json:
         facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         with args.json.open("a") as file:
-            file.write(json.dumps({"title": title, **facts, **row}) + "\n")
+            file.writelines(json.dumps({"title": title, **facts, **row}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
+#   bash tools/bench/record.sh one|ring|survive|tensor OUT
+# one: any GPU of 80 GB. ring, survive, tensor: two GPUs of one host. Numbers also go to OUT/*.json.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+part=${1:?one, ring, survive or tensor} out=${2:?a folder for the numbers}
+mkdir -p "$out"
+# NVLink multicast is refused on some hosts; a run without it is slower by little.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}.
+yaml=launch/configs/llama2_70b_32k.yaml failed=0
+
+run() { # limit in seconds, command
+  local limit=$1 code=0
+  shift
+  echo "== $* (at $SECONDS s)"
+  timeout "$limit" "$@" || { code=$? failed=1; echo "== exit $code"; }
+}
+alone() { local limit=$1; shift; run "$limit" python3 -W ignore -m "$@"; }
+two() { local limit=$1; shift; run "$limit" python3 -W ignore -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@"; }
+
+case $part in
+  one)
+    alone 180 tools.bench.step --tp 8 --tile-scale 1 2 --json "$out/step.json"
+    alone 180 tools.dry_run --config $yaml --steps 2
+    run 240 python3 -m pytest -q -m gpu -p no:cacheprovider tests
+    ;;
+  ring) two 590 tools.bench.context --repeats 5 --json "$out/context.json" ;;
+  survive)
+    alone 290 tools.bench.survive --processes 2 --output "$out/megatron"
+    alone 290 tools.bench.survive --processes 2 --engine zero3 --output "$out/zero3"
+    ;;
+  tensor)
+    layers=12
+    alone 100 tools.bench.step --tp 2 --layers $layers --json "$out/step.json"
+    two 140 tools.bench.step --tp 2 --layers $layers --tile-scale 1 2 4 16 --json "$out/step.json"
+    for setting in NCCL_MAX_NCHANNELS=4 NCCL_MAX_NCHANNELS=8 TORCH_NCCL_HIGH_PRIORITY=1 CUDA_DEVICE_MAX_CONNECTIONS=1; do
+      export "${setting?}"
+      echo "== $setting"
+      two 80 tools.bench.step --tp 2 --layers $layers --tile-scale 1 4 --json "$out/step.json"
+      unset "${setting%%=*}"
+    done
+    ;;
+  *) echo "record: $part is none of one, ring, survive, tensor." >&2; exit 2 ;;
+esac
+exit $failed
