@@ -127,6 +127,8 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         create_gloo_process_groups=False,
+        # Not init_process_group's, which its groups do not inherit; whole minutes are not required, whatever it says.
+        distributed_timeout_minutes=timeout_s / 60,
         order="tp-cp-ep-dp-pp",
     )
     groups = Groups(

@@ -196,12 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence."""
     args = parse(argv)
     try:
-        if args.cap_gib and torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(0).total_memory / GIB
-            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total))
         env = RankEnv.read()
         if not env.launched:
             env = RankEnv(rank=args.rank, world_size=args.nproc)
+        if args.cap_gib and torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(env.local_rank).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total), env.local_rank)
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from pipeline.model.attention_backends import select_backend
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.model.context_plan import halo_bytes
 from tests.ranks import run_ranks
+from tools.bench.torch_ring import refuses
 
 LENGTHS, GROUP, HEADS, KV_HEADS, DIM, RANKS = (256, 128), 64, 8, 2, 16, 2
 RINGS = tuple(f"full, torch ring, {way} (cpu)" for way in ("alltoall", "allgather"))
@@ -49,3 +56,33 @@ def test_every_variant_is_right_and_told_with_its_bytes(tmp_path: Path) -> None:
         rings = [row for row in rows if row["length"] == length and row["variant"] in RINGS]
         assert max(row["forward_backward_speedup"] for row in rings) == 1
         assert max(row["forward_speedup"] for row in rings) == 1
+
+
+def _refused(rank: int, world: int, file: str) -> tuple[int, str]:
+    """As `_bench`, where the ring's kernel fails on rank 1."""
+    from tools.bench import context
+
+    context.refuses = lambda *_: rank == 1  # type: ignore[assignment]
+    return _bench(rank, world, file)
+
+
+def test_a_kernel_that_fails_on_one_rank_is_left_out_by_all(tmp_path: Path) -> None:
+    (code, text), (other_code, _) = run_ranks(_refused, RANKS, str(tmp_path / "rows.json"), timeout=200)
+    assert (code, other_code) == (1, 1)
+    assert text.count("error inf") == text.count(": WRONG, not timed") == len(RINGS)
+    assert text.count(": right") == len(OURS)
+
+
+def test_a_kernel_is_asked_for_every_shape_of_the_ring(capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = select_backend("auto", torch.device("cpu"), torch.float32, DIM).lse[0]
+    q, k, v, dout = (torch.randn(1, heads, 32, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
+    assert not refuses(kernel, q, k, v, dout) and not capsys.readouterr().err
+    for wrong in ((32, 16, False), (16, 32, False), (32, 32, True)):
+
+        def forward(*call: Any, wrong: Any = wrong) -> Any:
+            if (call[0].shape[2], call[1].shape[2], call[3]) == wrong:
+                raise RuntimeError("no plan")
+            return kernel.forward(*call)
+
+        assert refuses(replace(kernel, forward=forward), q, k, v, dout)
+        assert "no plan" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from parallel.groups import check_groups, destroy_groups, make_groups
@@ -23,6 +25,13 @@ def test_every_rank_has_the_groups_of_the_plan(plan: GridPlan) -> None:
         assert dist.get_process_group_ranks(groups.replicas) == [plan.rank(tp, cp, i, pp) for i in range(plan.dp)]
         assert groups.stage == pp and groups.data_rank == dp
         destroy_groups()
+
+
+def test_every_group_has_the_time_out_that_was_asked_for() -> None:
+    """Megatron's own would be half an hour, whatever init_process_group was told."""
+    make_groups(GridPlan(1, 1, 1, 1), RankEnv(), timeout_s=77.5)
+    found = [group._get_backend(torch.device("cpu")).options._timeout for group in dist.distributed_c10d._world.pg_map]
+    assert len(found) > 3 and set(found) == {datetime.timedelta(seconds=77.5)}
 
 
 @pytest.mark.parametrize("other", [GridPlan(1, 2, 1, 4), GridPlan(4, 2, 1, 1), GridPlan(2, 1, 2, 2)], ids=str)

@@ -43,14 +43,17 @@ from pipeline.model.context_parallel import context_attend
 from pipeline.model.context_plan import ring_bytes
 from pipeline.model.s2_attention import attend
 from tools.bench.command_line import add_integers, console_of
-from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, ring_attention, ring_tokens
+from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
 
 RING = "full, torch ring"
 CHECK_LENGTH = 4096
 """Longest sequence of the comparison with one process."""
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
-"""Largest error over largest magnitude, of the output and of each gradient."""
-TIMEOUT_S = 300.0
+TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
+"""Norm of the error over the norm, of the output and of each gradient: bf16 rounding alone gives dk 6e-3."""
+TIMEOUT_S = 90.0
+"""Of collectives; between two of them lie seconds."""
+LAUNCH_AHEAD = 10_000_000
+"""GPU cycles (about 5 ms) that the GPU waits before a timed run, in which the CPU gets ahead of it."""
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -132,6 +135,7 @@ class Bench:
             self.largest([0.0])
             if self.on_cuda:
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(LAUNCH_AHEAD)
                 start.record()
                 work()
                 stop.record()
@@ -169,6 +173,11 @@ class Bench:
             q, k, v, own_weight = own
             leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
             worst = math.inf
+            # A kernel that refuses a shape on one rank only would leave the others amid a collective.
+            refused = variant.kernel is not None and refuses(variant.kernel, q, k, v, own_weight)
+            if any(self.largest([refused])):
+                found.append(math.inf)
+                continue
             try:
                 out = self.attention(variant, shard, group)(q, k, v)
                 parts = [out.detach(), *torch.autograd.grad(out, leaves, own_weight)]
@@ -188,7 +197,7 @@ class Bench:
         if self.on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        short = False
+        short, finite = False, True
         try:
             inputs, weight = self.draw(shard.tokens, 0 if variant.kernel is None else SEQUENCE_DIM)
             before = torch.cuda.memory_allocated() if self.on_cuda else 0
@@ -199,14 +208,17 @@ class Bench:
                 with torch.no_grad():
                     attention(*inputs)
 
-            def both() -> None:
-                torch.autograd.grad(attention(*inputs), inputs, weight)
+            def both() -> Sequence[torch.Tensor]:
+                return torch.autograd.grad(attention(*inputs), inputs, weight)
 
-            both()
+            # Values are compared at a small length only; indices that overflow at a large one leave traces.
+            finite = all(bool(grad.isfinite().all()) for grad in both())
         except torch.OutOfMemoryError:
             short = True
         if any(self.largest([short])):
             return Row(length, group, variant.name)
+        if any(self.largest([not finite])):
+            raise LongspanError(f"{variant.name}: a gradient at {length} tokens is not finite; its kernel is broken.")
         already = shard.meter.sent
         forward()
         sent = shard.meter.sent - already
@@ -230,8 +242,9 @@ class Bench:
 
 
 def relative_error(part: torch.Tensor, whole: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Largest difference of `part` from `whole[tokens]`, over the largest magnitude in `whole`; not a number: inf."""
-    error = float((part.float() - whole[tokens].float()).abs().max() / whole.float().abs().max())
+    """Norm of the difference of `part` from `whole[tokens]`, over the latter's norm; not a number: inf."""
+    wanted = whole[tokens].float()
+    error = float((part.float() - wanted).norm() / wanted.norm())
     return math.inf if math.isnan(error) else error
 
 

@@ -15,7 +15,7 @@ run() { # limit in seconds, command
   local limit=$1 code=0
   shift
   echo "== $* (at $SECONDS s)"
-  timeout "$limit" "$@" || { code=$? failed=1; echo "== exit $code"; }
+  timeout -k 20 "$limit" "$@" || { code=$? failed=1; echo "== exit $code"; }
 }
 alone() { local limit=$1; shift; run "$limit" python3 -W ignore -m "$@"; }
 two() { local limit=$1; shift; run "$limit" python3 -W ignore -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@"; }
@@ -26,10 +26,13 @@ case $part in
     alone 180 tools.dry_run --config $yaml --steps 2
     run 240 python3 -m pytest -q -m gpu -p no:cacheprovider tests
     ;;
-  ring) two 590 tools.bench.context --repeats 5 --json "$out/context.json" ;;
+  ring) two 420 tools.bench.context --repeats 5 --json "$out/context.json" ;;
   survive)
-    alone 290 tools.bench.survive --processes 2 --output "$out/megatron"
-    alone 290 tools.bench.survive --processes 2 --engine zero3 --output "$out/zero3"
+    scratch=$(mktemp -d)
+    for engine in megatron zero3; do
+      alone 280 tools.bench.survive --processes 2 --engine $engine --output "$scratch/$engine" --json "$out/survive.json"
+      tar -C "$scratch" -czf "$out/$engine-logs.tgz" $(cd "$scratch" && ls $engine/*.log)
+    done
     ;;
   tensor)
     layers=12

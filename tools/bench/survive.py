@@ -32,6 +32,7 @@ import psutil
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
+from parallel.process import SIGTERM_CODE
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
 from pipeline.config import dump_config
@@ -43,8 +44,8 @@ from tools.local_ranks import ROOT, RankFailed
 from tools.shapes import config_json, llama2
 from tools.tiny_checkpoint import write_files
 
-LIMIT = {"bf16": 2e-2, "fp32": 1e-5}
-"""Largest relative difference of a step's loss: another layout adds up in another order."""
+LIMIT = {"bf16": 5e-3, "fp32": 1e-5}
+"""Largest relative difference of a step's loss: another layout adds up in another order (bf16: 9e-4 seen)."""
 FALL = 5.0
 """The undisturbed loss must fall by so many limits, or a run that started over would pass too."""
 END_S = 60.0
@@ -249,8 +250,10 @@ class Bench:
             step = len(self.rows(name))  # it may have got on a little
         newest = choose(self.folder / name / "checkpoints")
         resumed = -1 if newest is None else newest.step
+        # A save may be under way for longer than the steps up to the next one.
         allowed = step - step % args.every
-        if newest is None or resumed not in (allowed, allowed - args.every):
+        oldest = allowed - args.every * (1 if saving or left is None else 2)
+        if newest is None or not oldest <= resumed <= allowed or resumed % args.every:
             problems.append(f"the newest whole checkpoint is of step {resumed}")
         half = args.processes // 2
         with self.job(f"{name} resumed", half, *self.halved) as job:
@@ -335,6 +338,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 or 2; see the module."""
     args = parse(argv)
+    # As an exception, so that the job under way, in a session of its own, does not outlive this program.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     folder, began = args.output.resolve(), time.monotonic()
     try:
         if folder.exists() and any(folder.iterdir()):
@@ -344,17 +349,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    try:
-        bench.reference()
-        cases = [bench.case(saving) for saving in (False, True)]
-    except LongspanError as error:
-        print(f"FAIL: {error}", file=sys.stderr)
-        return 1
     limit, grid = LIMIT[bench.dtype], bench.config.parallel
     title = (
         f"{args.processes} {'CPU processes' if args.cpu else 'GPUs'}, engine {args.engine}, tp {grid.tp} cp {grid.cp}, "
         f"hidden {args.hidden}, {args.layers} layers, {args.sequence} tokens, {bench.dtype}; seed {args.seed}"
     )
+    cases: list[Case] = []
+    failed = False
+    print(title, flush=True)
+    try:
+        bench.reference()
+        print(
+            f"undisturbed: loss {bench.losses[1]:.4f} to {bench.losses[args.steps]:.4f} in {args.steps} steps of "
+            f"{bench.step_s:.2f} s, saved in {bench.save_s:.2f} s; allowed difference {limit:g}",
+            flush=True,
+        )
+        for saving in (False, True):
+            cases.append(bench.case(saving))
+            if args.json:
+                with args.json.open("a") as file:
+                    file.write(json.dumps({"title": title, "limit": limit, **asdict(cases[-1])}) + "\n")
+    except LongspanError as error:
+        print(f"FAIL: {error}", file=sys.stderr)
+        failed = True
     table = Table()
     for column in ("killed", "rank", "at step", "ended after", "exit code", "left behind", "resumed from", "ranks"):
         table.add_column(column)
@@ -362,21 +379,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in cases:
         values = (case.rank, case.at_step, f"{case.seconds:.1f} s", case.code, case.left or "-", case.resumed)
         table.add_row(case.name, *map(str, values), str(case.ranks), f"{case.worst:.1e}")
-    console = console_of(140)
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(table)
-    print(
-        f"undisturbed: loss {bench.losses[1]:.4f} to {bench.losses[args.steps]:.4f} in {args.steps} steps of "
-        f"{bench.step_s:.2f} s, saved in {bench.save_s:.2f} s; allowed difference {limit:g}; "
-        f"{time.monotonic() - began:.0f} s in all"
-    )
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"title": title, "limit": limit, **asdict(case)}) + "\n" for case in cases)
+    if cases:
+        console_of(140).print(table)
+    print(f"{time.monotonic() - began:.0f} s in all")
     for case in cases:
         for problem in case.problems:
             print(f"FAIL: killed {case.name}: {problem}", file=sys.stderr)
-    return 1 if any(case.problems for case in cases) else 0
+    return 1 if failed or any(case.problems for case in cases) else 0
 
 
 if __name__ == "__main__":

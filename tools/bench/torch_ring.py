@@ -5,6 +5,7 @@ The loops beneath `context_parallel` are called directly, without DTensor's disp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,27 @@ def ring_attention(kernel: LseKernel, way: str, group: dist.ProcessGroup) -> Att
     assert torch_ring._cp_options.enable_load_balance, "torch's default"
     torch_ring.set_rotate_method(way)
     return lambda q, k, v: _Ring.apply(q, k, v, kernel, group)
+
+
+def refuses(kernel: LseKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> bool:
+    """Whether the kernel fails on one of the shapes that the ring's ranks call it with; why is told on stderr.
+
+    Which of them a rank calls depends on its place. Nothing is sent; q, k, v and dout are [B, H, L, D].
+    """
+    q, k, v, dout = (tensor.detach() for tensor in (q, k, v, dout))
+    half, scale = q.shape[SEQUENCE_DIM] // 2, q.shape[-1] ** -0.5
+    first, second = (lambda x: x[:, :, :half]), (lambda x: x[:, :, half:])
+    calls = (q, k, v, dout, True), (q, first(k), first(v), dout, False), (second(q), k, v, second(dout), False)
+    try:
+        for query, key, value, grad, causal in calls:
+            out, lse, *rest = kernel.forward(query, key, value, causal, scale)
+            kernel.backward(grad, query, key, value, out, lse, tuple(rest), causal, scale)
+        if q.is_cuda:
+            torch.cuda.synchronize()
+    except (RuntimeError, ValueError, TypeError) as error:
+        print(f"torch's ring with kernel {kernel.name}: {error}", file=sys.stderr, flush=True)
+        return True
+    return False
 
 
 def ring_tokens(length: int, size: int, rank: int, device: torch.device) -> torch.Tensor:
