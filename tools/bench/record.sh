@@ -36,8 +36,8 @@ case $part in
     ;;
   tensor)
     layers=12
-    alone 100 tools.bench.step --tp 2 --layers $layers --json "$out/step.json"
-    two 140 tools.bench.step --tp 2 --layers $layers --tile-scale 1 2 4 16 --json "$out/step.json"
+    alone 100 tools.bench.step --tp 2 --layers $layers --profile --json "$out/step.json"
+    two 150 tools.bench.step --tp 2 --layers $layers --tile-scale 1 2 4 16 --profile --json "$out/step.json"
     for setting in NCCL_MAX_NCHANNELS=4 NCCL_MAX_NCHANNELS=8 TORCH_NCCL_HIGH_PRIORITY=1 CUDA_DEVICE_MAX_CONNECTIONS=1; do
       export "${setting?}"
       echo "== $setting"

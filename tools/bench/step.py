@@ -16,6 +16,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
     reduction = GradientReduction(groups, model)
     spec = AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
     shape = (args.micro_batch, args.sequence)
-    times = []
-    for step in range(args.warmup + args.steps):
+
+    def take(step: int) -> float:
         # Different tokens each step: repeated ones could flatter caches.
         tokens = torch.randint(0, model.arch.vocab, shape, generator=torch.Generator().manual_seed(step))
         batches = [Batch(tokens, tokens, None)] * args.micro_batches
@@ -81,10 +82,15 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
         norm = float(optimizer.grad_norm(reduction.squares))
         optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
         torch.cuda.synchronize()
-        if step >= args.warmup:
-            times.append(time.perf_counter() - began)
-        elif step == args.warmup - 1:
-            torch.cuda.reset_peak_memory_stats()
+        return time.perf_counter() - began
+
+    for step in range(args.warmup):
+        take(step)
+    torch.cuda.reset_peak_memory_stats()
+    times = [take(args.warmup + step) for step in range(args.steps)]
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    if args.profile:
+        _profile(lambda: take(args.warmup + args.steps), groups.is_main)
     seconds = statistics.median(times)
     plan = groups.plan
     tokens_a_step = args.sequence * args.micro_batch * args.micro_batches
@@ -94,10 +100,19 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
         "seconds": seconds,
         "spread": max(times) - min(times),
         "tokens_per_second_per_gpu": tokens_a_step / seconds / (plan.tp * plan.cp * plan.pp),
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / gib,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / gib,
+        "peak_allocated_gib": peaks[0] / gib,
+        "peak_reserved_gib": peaks[1] / gib,
         "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }
+
+
+def _profile(work: Callable[[], object], told: bool) -> None:
+    """Where one more step's time goes on this GPU, printed where `told`; every rank profiles, so that none waits."""
+    with torch.profiler.profile() as profiler:
+        work()
+    if told:
+        averages = profiler.key_averages()
+        print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70), flush=True)
 
 
 def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
@@ -135,6 +150,7 @@ def main() -> None:
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
     )
+    parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
     args = parser.parse_args()
     if not torch.cuda.is_available():
