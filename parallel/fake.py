@@ -25,7 +25,7 @@ def gathered_from(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     """A buffer [T l, ...] for an all-gather of `own` [l, ...]; under a fake group the same random numbers every time.
 
     Filling tile after tile would cost a memory pass that a real gather makes beside the computation. So a fake one has
-    its own buffer, which nobody reads, for memory's sake, and one filled buffer serves all to be read.
+    its own buffer, which nobody reads, for memory's sake, and one filled buffer, of `numbers_bytes`, is read by all.
     """
     whole = own.new_empty((dist.get_world_size(group) * own.shape[0], *own.shape[1:]))
     if dist.get_backend(group) != "fake":
@@ -36,6 +36,11 @@ def gathered_from(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     numbers = _numbers[key][: whole.numel()].view(whole.shape)
     numbers.buffer = whole  # type: ignore[attr-defined]
     return numbers
+
+
+def numbers_bytes() -> int:
+    """Memory that only a fake group takes: to be subtracted from a measured peak of allocations."""
+    return sum(numbers.nbytes for numbers in _numbers.values())
 
 
 def scattered_to(own: torch.Tensor, partial: torch.Tensor, group: dist.ProcessGroup | None) -> None:

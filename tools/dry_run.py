@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
+from parallel.fake import numbers_bytes
 from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline.build import build, check_before_spending
@@ -171,7 +172,7 @@ def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: 
     if cuda:
         stats = torch.cuda.memory_stats()
         found |= {
-            "peak GiB allocated": round(torch.cuda.max_memory_allocated() / GIB, 2),
+            "peak GiB allocated": round((torch.cuda.max_memory_allocated() - numbers_bytes()) / GIB, 2),
             "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 2),
             "allocator flushes": stats["num_alloc_retries"],
         }

@@ -24,6 +24,7 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
+from parallel.fake import numbers_bytes
 from parallel.groups import Groups, destroy_groups, make_groups
 from parallel.plan import check_model_fits, plan_grid
 from parallel.rank_env import RankEnv
@@ -88,7 +89,7 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
         take(step)
     torch.cuda.reset_peak_memory_stats()
     times = [take(args.warmup + step) for step in range(args.steps)]
-    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    peaks = torch.cuda.max_memory_allocated() - numbers_bytes(), torch.cuda.max_memory_reserved()
     if args.profile:
         _profile(lambda: take(args.warmup + args.steps), groups.is_main)
     seconds = statistics.median(times)
