@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from parallel.collectives import on_main_first, share_from_main
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, make_groups
 from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from parallel.process import collective_timeout_s
@@ -273,14 +273,21 @@ def resume(parts: TrainerParts) -> Choice | None:
 
     def pick() -> str:
         choice = choose(folder)
-        clear_unfinished(folder)
+        kept = clear_unfinished(folder)
         if choice is None:
             return ""
         for path in candidates(folder):
             if (step_of(path.name) or 0) > choice.step:
-                remove(path.with_name(f"damaged-{path.name}"))
-                rename(path, path.with_name(f"damaged-{path.name}"))
-        return json.dumps([choice.folder.name, choice.step, choice.reason, choice.warnings])
+                aside = path.with_name(f"damaged-{path.name}")
+                try:
+                    remove(aside)
+                    rename(path, aside)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path}: is damaged and could not be renamed to {aside.name} ({error.strerror or error}); "
+                        "move it away, and rerun."
+                    ) from None
+        return json.dumps([choice.folder.name, choice.step, choice.reason, [*choice.warnings, *kept]])
 
     picked = share_from_main(groups, pick)
     if not picked:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.checkpoint.manifest import FIELDS, Cut
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.writer import PieceArrays, publish, working_folder, write_part
+from pipeline.checkpoint.writer import PieceArrays, prune, publish, working_folder, write_part
 
 WORLD = 3
 EMBED, NORM, LORA = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.o_proj.lora_A.weight"
@@ -53,7 +53,9 @@ def write(folder: Path, step: int, keep: int = 9, keep_every: int = 0, **manifes
     for rank in range(WORLD):
         rng = {"cpu": np.full(3, rank, np.uint8)}
         write_part(working_folder(folder, step), rank, pieces_of(step, rank), rng)
-    return publish(folder, step, WORLD, MANIFEST | manifest, keep, keep_every)
+    final = publish(folder, step, WORLD, MANIFEST | manifest)
+    prune(folder, keep, keep_every)
+    return final
 
 
 def holds(folder: Path, step: int) -> bool:

@@ -23,7 +23,7 @@ from parallel.groups import Groups
 from parallel.pinned import pin, unpin
 from pipeline.checkpoint.files import remove
 from pipeline.checkpoint.manifest import folder_name
-from pipeline.checkpoint.writer import PieceArrays, publish, working_folder, write_part
+from pipeline.checkpoint.writer import PieceArrays, prune, publish, working_folder, write_part
 
 
 @dataclass(frozen=True)
@@ -239,14 +239,17 @@ class CheckpointSaver:
             return
         try:
             self.still_ours()
-            final = publish(
-                self.folder, job.step, self.groups.plan.world_size, job.manifest, self.keep, self.keep_every
-            )
+            final = publish(self.folder, job.step, self.groups.plan.world_size, job.manifest)
         except (OSError, LongspanError, ValueError, KeyError, TypeError) as error:
             self._publish_failure = _reason(error)
             return
         seconds = time.perf_counter() - job.began
         self.news.append(f"saved {final.name} in {seconds:.1f} s, for {job.paused_s:.2f} s of which training paused")
+        # The new one is whole: old ones that stay are no failure.
+        try:
+            self.news += prune(self.folder, self.keep, self.keep_every)
+        except OSError as error:
+            self.news.append(f"{self.folder}: old checkpoints could not be looked for ({_reason(error)}).")
 
     def _give_up(self, reason: str) -> None:
         """Clean up and raise, on every rank."""

@@ -100,15 +100,14 @@ def write_part(
     write_file(temporary / part_name(rank), [manifest_bytes({"files": files, "pieces": told_pieces})])
 
 
-def publish(folder: Path, step: int, world: int, manifest: Mapping[str, Any], keep: int, keep_every: int) -> Path:
-    """Make the checkpoint whole, once all ranks have written their parts, and forget old ones; returns its folder.
+def publish(folder: Path, step: int, world: int, manifest: Mapping[str, Any]) -> Path:
+    """Make the checkpoint whole, once all ranks have written their parts; returns its folder.
 
     Args:
         folder: `<output>/checkpoints`.
         step: optimizer steps done.
         world: ranks that wrote.
         manifest: what it records besides files and tensors.
-        keep, keep_every: see `prune`.
 
     Raises:
         OSError: the disk refused; earlier checkpoints are untouched.
@@ -136,29 +135,51 @@ def publish(folder: Path, step: int, world: int, manifest: Mapping[str, Any], ke
         rename(final, old)
     rename(temporary, final)
     replace_text(folder / LATEST, final.name + "\n")
-    prune(folder, keep, keep_every)
     return final
 
 
-def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Forget all but the newest `keep` checkpoints and those of every `keep_every`-th step (0: none of these)."""
-    clear_unfinished(folder)
+def prune(folder: Path, keep: int, keep_every: int) -> list[str]:
+    """Forget all but the newest `keep` checkpoints and those of every `keep_every`-th step (0: none of these).
+
+    Returns:
+        What could not be removed, a sentence each: it is tried again after the next save.
+    """
+    kept = clear_unfinished(folder)
     found = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
     for step, path in sorted(found)[:-keep]:
         if not keep_every or step % keep_every:
             # Renamed first: half a checkpoint must never have a whole one's name.
             gone = folder / f"{WRITING}old-{path.name}"
-            rename(path, gone)
-            remove(gone)
+            left = path
+            try:
+                rename(path, gone)
+                left = gone
+                remove(gone)
+            except OSError as error:
+                kept.append(_kept(left, error))
+    return kept
 
 
 def clear_unfinished(folder: Path) -> list[str]:
-    """Remove what was never finished, or not finished being removed; returns the names. The caller holds the lock."""
+    """Remove what was never finished, or not finished being removed. The caller holds the lock.
+
+    Returns:
+        What could not be removed, a sentence each (NFS keeps a folder whose files somebody still reads): it is in
+        nobody's way, but for the disk space.
+    """
     names = (
         sorted(name for name in os.listdir(folder) if name.startswith((WRITING, f".{LATEST}")))
         if (folder.is_dir())
         else []
     )
+    kept = []
     for name in names:
-        remove(folder / name)
-    return names
+        try:
+            remove(folder / name)
+        except OSError as error:
+            kept.append(_kept(folder / name, error))
+    return kept
+
+
+def _kept(path: Path, error: OSError) -> str:
+    return f"{path}: could not be removed ({error.strerror or error}); no run needs it, remove it when you can."

@@ -67,8 +67,14 @@ def transformer_config(
     refuse_biases(arch)
     pipeline: dict[str, Any] = {}
     if plan.pp > 1:
+        interleaved = len(stages) > plan.pp
         pipeline = {
             "pipeline_model_parallel_layout": _pipeline_layout(stages),
+            # The interleaved schedule exchanges with both neighbours at once. At pp 2 both are the same rank, and a
+            # batch of sends and receives pairs them in order: activations and gradients would be swapped.
+            "batch_p2p_comm": not interleaved,
+            "overlap_p2p_comm": interleaved,
+            "batch_p2p_sync": device.type == "cuda",
             # One round of every chunk feeds each stage once (megatron's default, which its own arguments set).
             "microbatch_group_size_per_vp_stage": plan.pp,
         }
@@ -108,7 +114,6 @@ def transformer_config(
         persist_layer_norm=False,
         # The loss comes as the sum it is meant to be: megatron must not divide it by anything.
         calculate_per_token_loss=True,
-        batch_p2p_comm=device.type == "cuda",
         **pipeline,
         **(full if recompute == "full" else {}),
     )

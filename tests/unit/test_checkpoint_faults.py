@@ -154,10 +154,15 @@ def test_a_disk_that_refuses_at_any_call(tmp_path: Path, fault: Callable[..., An
     total = calls_of_a_save(shutil.copytree(ready, tmp_path / "counted"))
     for at in range(1, total + 1):
         folder = shutil.copytree(ready, tmp_path / f"at-{at}")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        refused = False
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "os", FaultyOs(at, fault))
-            write(folder, 2)
-        whole_after(folder, 1, 2)
+            try:
+                write(folder, 2)
+            except OSError:
+                refused = True
+        step = whole_after(folder, 1, 2)
+        assert refused or step == 2, "only an old checkpoint that stays is no failure"
         count(fault.__name__)
         shutil.rmtree(folder)
 

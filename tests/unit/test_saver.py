@@ -102,15 +102,43 @@ def test_a_failed_publication_and_a_lost_lock_are_errors_too(tmp_path: Path, mon
     assert files.PRIVATE_FILE == 0o600
 
 
+def test_an_old_checkpoint_that_stays_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a folder is not empty while somebody reads its files."""
+    inner = writer.remove
+
+    def busy(path: Path) -> None:
+        if "old-" in path.name:
+            raise OSError(39, "Directory not empty", str(path))
+        inner(path)
+
+    monkeypatch.setattr(writer, "remove", busy)
+    made = CheckpointSaver(tmp_path, single_groups(), 1)
+    for step in (1, 2, 3):
+        made.start(step, [piece(float(step))], rng_state(), MANIFEST)
+        made.wait()
+        assert made.saved_step == step
+    told = [line for line in made.news if "could not be removed" in line]
+    assert len(told) == 3, "step 1 after 2; steps 1 and 2 after 3"
+    assert told[0].startswith(
+        f"{tmp_path}/.writing-old-step-000001: could not be removed (Directory not empty); no run"
+    )
+    choice = choose(tmp_path)
+    assert choice is not None and choice.step == 3 and not choice.warnings
+    assert len(writer.clear_unfinished(tmp_path)) == 2, "a resume tells it and goes on"
+    monkeypatch.undo()
+    assert writer.prune(tmp_path, 1, 0) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000003"]
+
+
 def _save_at_once(rank: int, world: int, folder: str) -> list[int | None]:
     """Rank 0 takes its time to publish; the other one has heard that all is written, and saves the next step."""
-    inner, found = writer.prune, []
+    inner, found = saver.publish, []
 
-    def slow(*args: Any) -> None:
+    def slow(*args: Any) -> Path:
         time.sleep(1.0)
-        inner(*args)
+        return inner(*args)
 
-    writer.prune = slow
+    saver.publish = slow
     groups = make_groups(plan_grid(world, 1, 1, 1), RankEnv.read())
     made = CheckpointSaver(Path(folder), groups, 9)
     for step in (1, 2, 3):
