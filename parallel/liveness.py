@@ -30,6 +30,9 @@ PATIENCE = 6
 SHOWN_RANKS = 8
 """Ranks a sentence names one by one."""
 
+AHEAD = 3
+"""Moves (layers) that tell a rank which runs ahead from one that holds it up: a GPU's queue holds a dozen layers."""
+
 # Code that only ever stands still because a peer does: torch's collectives, ours, and megatron's pipeline exchanges.
 _WAITING_FILES = ("torch/distributed/", "parallel/collectives.py", "pipeline_parallel/p2p_communication.py")
 # Lines on which a GPU program waits for its device, and so for the collectives queued there.
@@ -55,6 +58,10 @@ class Beat:
     """The main thread stands in a collective (or waits for a device that does)."""
     where: str = ""
     """`file:line in function` of the main thread."""
+    moves: int = 0
+    """Signs of progress of the main thread within its step and phase."""
+    line: int = 0
+    """Ranks of the same number do the same things in the same order: a pipeline stage."""
     host: str = ""
     """Same text, same machine and process table; empty: process ids say nothing."""
     pid: int = 0
@@ -277,7 +284,9 @@ class Peers:
         idle = max(self.idle_s(beat, now) for beat in running)
         # A stopped process may have been stopped while it waited: its last word is not to be trusted.
         stopped = self.stopped()
-        guilty = stopped or [beat for beat in running if not beat.waiting or now - self.seen[beat.rank] > SILENCE_S]
+        guilty = stopped or behind(
+            [beat for beat in running if not beat.waiting or now - self.seen[beat.rank] > SILENCE_S]
+        )
         if not guilty:
             places = "; ".join(f"rank {beat.rank} in {beat.where}" for beat in running[:SHOWN_RANKS])
             return Verdict(
@@ -293,6 +302,8 @@ class Peers:
         # What a stopped rank last said may be half a second old, and in lockstep nobody is ahead of it.
         first = max(running, key=lambda beat: beat.step) if stopped else guilty[0]
         verb = "hangs" if len(guilty) == 1 else "hang"
+        if len(guilty) > 1 and torch.cuda.is_available():
+            places += "; one that waits for its GPU's full queue may be among them"
         return Verdict(
             guilty[0].rank,
             f"{_ranks([beat.rank for beat in guilty])} {verb} {at_step(first.step, first.phase)}: no progress for "
@@ -304,6 +315,24 @@ class Peers:
         if silent > SILENCE_S:
             return f"is stopped, or in code that holds Python's lock: no sign of life for {silent:.0f} s"
         return f"stands at {beat.where}"
+
+
+def behind(beats: Sequence[Beat]) -> list[Beat]:
+    """Those that others of their line, in training, are well ahead of; all of them, if nobody is ahead.
+
+    A GPU takes launches in advance. So a rank whose peer hangs runs ahead until its queue is full, and then stands in
+    whatever launch comes next: its stack does not tell that it waits, its being ahead does.
+    """
+    found = [
+        beat
+        for beat in beats
+        if any(
+            (other.line, other.phase) == (beat.line, "training")
+            and (other.step, other.moves - AHEAD) >= (beat.step, beat.moves)
+            for other in beats
+        )
+    ]
+    return found or list(beats)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

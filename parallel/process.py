@@ -60,6 +60,9 @@ def collective_timeout_s(timeout_s: float) -> float:
 class Watch:
     """Tells how the run gets on. This one has nobody to tell: a single process fails by itself."""
 
+    line = 0
+    """Set it to this rank's pipeline stage: ranks of one line are expected to be equally far."""
+
     def progress(self, step: int, phase: str = "training") -> None:
         """The main thread got on to a step; call it as often as you like.
 
@@ -127,7 +130,7 @@ class RankWatch(Watch):
         self._main = threading.get_ident()
         self._store = meet(env, timeout_s)
         self._moved = time.monotonic()
-        self._exchanges = 0
+        self._moves = self._exchanges = 0
         self._peers = Peers(env.rank, env.world_size, self._moved, machine())
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -142,12 +145,13 @@ class RankWatch(Watch):
         self._thread.start()
 
     def progress(self, step: int, phase: str = "training") -> None:
-        """See `Watch`: three assignments."""
-        self._step, self._phase, self._moved = step, phase, time.monotonic()
+        """See `Watch`: four assignments."""
+        self._step, self._phase, self._moved, self._moves = step, phase, time.monotonic(), 0
 
     def touch(self) -> None:
-        """See `Watch`: one assignment."""
+        """See `Watch`: two assignments."""
         self._moved = time.monotonic()
+        self._moves += 1
 
     @contextlib.contextmanager
     def patient(self, phase: str) -> Iterator[None]:
@@ -266,6 +270,8 @@ class RankWatch(Watch):
             patient=self._patience > 0,
             waiting=waiting,
             where=where,
+            moves=self._moves,
+            line=self.line,
             host=self._peers.host,
             pid=os.getpid(),
             ended=ended,

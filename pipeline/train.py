@@ -68,9 +68,12 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             run.trainer.parts.saver.still_ours = lock.check
             (run.output / "config.yaml").write_text(dump_config(config))
         trainer = run.trainer
+        watch.line = run.groups.stage
         for stage in trainer.parts.model.stages:
-            # Every micro-batch and every window of an evaluation passes here, whatever schedule drives it.
-            stage.decoder.register_forward_pre_hook(lambda *_: watch.touch())
+            for layer in stage.decoder.layers:
+                # Whatever schedule drives it, in evaluations and recomputations too. Layer by layer, it tells a rank
+                # that hangs from one that runs ahead of it.
+                layer.register_forward_pre_hook(lambda *_: watch.touch())
         evaluator = None
         if config.eval.path is not None:
             with watch.patient("reading the evaluation text"):

@@ -245,6 +245,21 @@ def test_nobody_hangs_while_one_moves_or_has_leave_to_stand_still() -> None:
     assert told is not None and told.startswith("rank 1 hangs at step 3 (saving): no progress for 361 s; it stands at")
 
 
+def test_a_rank_that_runs_ahead_until_its_queue_is_full_is_not_blamed() -> None:
+    """On GPUs: the healthy ranks of a hung one's pipeline stage stand in launches, which no stack tells from work."""
+
+    def at(rank: int, moves: int, line: int = 0, phase: str = "training") -> Beat:
+        place = f"x.py:{rank} in f"
+        return Beat(rank, 1, 3, phase, 61.0, where=place, host=f"host{rank}", moves=moves, line=line)
+
+    told = text(peers(at(0, 30), at(1, 17), at(2, 5, line=1), at(3, 5, line=1)), 0.0)
+    assert told is not None and told.startswith("rank 1 hangs at step 3: ") and "it stands at x.py:1 in f" in told
+    told = text(peers(at(0, 18), at(1, 17), at(2, 5, line=1)), 0.0)
+    assert told is not None and told.startswith("ranks 0, 1, 2 hang at step 3: "), "nobody is well ahead"
+    told = text(peers(at(0, 30, phase="evaluation"), at(1, 17, phase="evaluation")), 0.0)
+    assert told is not None and told.startswith("ranks 0, 1 hang"), "replicas evaluate windows of their own"
+
+
 def test_a_deadlock_names_every_place() -> None:
     waiting = [
         Beat(rank, 1, 4, "training", 61.0, waiting=True, where=f"x.py:{rank} in f", host=f"host{rank}")
