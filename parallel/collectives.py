@@ -47,7 +47,7 @@ def agree(groups: Groups, numbers: Sequence[int], failure: str | None = None) ->
     if failure is not None:
         store.set(f"{key}/{me}", failure)
     found = torch.tensor([*numbers, 0 if failure is None else me + 1], dtype=torch.int64)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=groups.host)
     *largest, failed = found.tolist()
     if not failed:
         return largest, None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import resource
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from parallel import cpu
+from parallel.errors import ConfigError
 from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
 from parallel.s2_context import ContextShard
@@ -37,6 +40,8 @@ class Groups:
     """Ranks holding the same shard of the model and of the sequences, and different sequences (dp)."""
     model: dist.ProcessGroup
     """Ranks that hold one replica of the model between them (tp x pp)."""
+    host: dist.ProcessGroup
+    """All ranks, for tensors in host memory (gloo)."""
     fake: bool = False
     """The other ranks are not there (see `make_groups`)."""
 
@@ -76,7 +81,28 @@ class Groups:
     def barrier(self) -> None:
         """Wait for every rank of the world."""
         if self.plan.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host)
+
+
+def _own_device(env: RankEnv) -> torch.device:
+    """This process's GPU, made current; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if env.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK is {env.local_rank}, and this process sees {torch.cuda.device_count()} GPUs: start one "
+            "process a GPU, each seeing all GPUs of its machine (torchrun --nproc-per-node, srun --gpus-per-node)."
+        )
+    device = torch.device("cuda", env.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _allow_files() -> None:
+    """As many open files as the system lets this process have: a socket a peer, several times over."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _arrive(env: RankEnv, patience: datetime.timedelta) -> dist.Store:
@@ -102,14 +128,15 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         virtual: pipeline chunks a rank, more than one for the interleaved schedule.
         fake: be one rank of a world that is not there (torch's fake process group): memory and compute are real,
             nothing is sent, results mean nothing. For measuring and planning.
+
+    Raises:
+        ConfigError: this machine lacks the process's GPU.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", env.local_rank)
-        torch.cuda.set_device(device)
+    device = _own_device(env)
+    timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
+        # All groups inherit the backend. With gloo beside NCCL each would be a mesh of sockets and threads of its own.
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if fake:
             # Importing this registers the backend; torch keeps it among its test utilities.
             from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -118,6 +145,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         elif env.launched:
             store = _arrive(env, max(timeout, START))
             store.set_timeout(timeout)
+            _allow_files()
             dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -131,6 +159,10 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         distributed_timeout_minutes=timeout_s / 60,
         order="tp-cp-ep-dp-pp",
     )
+    host = dist.group.WORLD
+    assert host is not None, "it was initialized above"
+    if device.type == "cuda" and not fake:
+        host = dist.new_group(backend="gloo", timeout=timeout)
     groups = Groups(
         env=env,
         plan=plan,
@@ -139,6 +171,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replicas=parallel_state.get_data_parallel_group(with_context_parallel=False),
         model=parallel_state.get_model_parallel_group(),
+        host=host,
         fake=fake,
     )
     check_groups(groups)

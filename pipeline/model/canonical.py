@@ -64,11 +64,11 @@ def gather(model: ModelPart, kinds: Sequence[str], tensors: Mapping[str, torch.T
                     if name in VOCABULARY_HF:
                         piece = piece[: piece_shape[0]]
                     if owner:
-                        dist.send(piece.contiguous(), 0)
+                        dist.send(piece.contiguous(), 0, group=groups.host)
                         continue
                 else:
                     piece = torch.empty(piece_shape, dtype=torch.float32)
-                    dist.recv(piece, owner)
+                    dist.recv(piece, owner, group=groups.host)
                 target = whole.setdefault(name, torch.empty(shape, dtype=torch.float32))
                 (target if cut is None else target.narrow(cut[0], cut[1], cut[2] - cut[1])).copy_(piece)
     return whole

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.errors import ConfigError
 from parallel.groups import check_groups, destroy_groups, make_groups
 from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
@@ -32,6 +33,14 @@ def test_every_group_has_the_time_out_that_was_asked_for() -> None:
     make_groups(GridPlan(1, 1, 1, 1), RankEnv(), timeout_s=77.5)
     found = [group._get_backend(torch.device("cpu")).options._timeout for group in dist.distributed_c10d._world.pg_map]
     assert len(found) > 3 and set(found) == {datetime.timedelta(seconds=77.5)}
+
+
+def test_more_processes_than_gpus_are_refused_before_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK is 2, and this process sees 2 GPUs: start one process a GPU"):
+        make_groups(GridPlan(1, 1, 4, 1), RankEnv(2, 4, 2, launched=True))
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("other", [GridPlan(1, 2, 1, 4), GridPlan(4, 2, 1, 1), GridPlan(2, 1, 2, 2)], ids=str)
