@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -112,5 +113,7 @@ def install() -> bool:
     schedules.torch = _TorchOnCpu()
     tracker._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    # Its complaint that the CPU's random state changed where only the GPU's should: here it is the one that should.
+    logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state" not in record.getMessage())
     _installed = True
     return True

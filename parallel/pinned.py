@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
 def pin(memory: torch.Tensor) -> int:
     """Page-lock a contiguous CPU tensor; the CUDA error code, 0 when it worked. `unpin` it before it is freed."""
     size = memory.numel() * memory.element_size()
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+    if code:
+        # CUDA remembers a refusal as its last error, which torch would raise, and clear, at the next launch of any
+        # kernel: one is launched here, so that the refusal stays what its caller makes of it.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda").add_(1)
+    return code
 
 
 def unpin(memory: torch.Tensor) -> None:

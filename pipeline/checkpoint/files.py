@@ -56,7 +56,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a private folder and its parents; an existing one is left as it is."""
+    """Make a private folder and its parents, durably; an existing one is left as it is."""
     if not path.parent.is_dir():
         make_folder(path.parent)
     try:
@@ -64,6 +64,8 @@ def make_folder(path: Path) -> None:
     except FileExistsError:
         if not path.is_dir():
             raise
+    else:
+        sync(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
