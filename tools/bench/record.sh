@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
-#   bash tools/bench/record.sh one|ring|survive|tensor OUT
-# one: any GPU of 80 GB. ring, survive, tensor: two GPUs of one host. Numbers also go to OUT/*.json.
+#   bash tools/bench/record.sh one|doctor|ring|survive|tensor OUT
+# one: any GPU of 80 GB. The others: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-part=${1:?one, ring, survive or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, doctor, ring, survive or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -26,6 +26,14 @@ case $part in
     alone 180 tools.dry_run --config $yaml --steps 2
     run 240 python3 -m pytest -q -m gpu -p no:cacheprovider tests
     ;;
+  doctor)
+    megatron="--set parallel.engine=megatron --set parallel.offload.params=none --set parallel.offload.optimizer=none"
+    for grid in "" "--set parallel.cp=1" "$megatron --set parallel.cp=1 --set parallel.tp=2" "$megatron" \
+      "$megatron --set parallel.cp=1 --set parallel.pp=2" \
+      "$megatron --set parallel.cp=1 --set parallel.pp=2 --set parallel.virtual=2"; do
+      alone 90 tools.doctor --config $yaml --device cuda --processes 2 $grid
+    done
+    ;;
   ring) two 420 tools.bench.context --repeats 5 --json "$out/context.json" ;;
   survive)
     scratch=$(mktemp -d)
@@ -45,6 +53,6 @@ case $part in
       unset "${setting%%=*}"
     done
     ;;
-  *) echo "record: $part is none of one, ring, survive, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, doctor, ring, survive, tensor." >&2; exit 2 ;;
 esac
 exit $failed
