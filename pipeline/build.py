@@ -12,7 +12,7 @@ from parallel.collectives import on_main_first, share_from_main
 from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, make_groups
 from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
-from parallel.process import collective_timeout_s
+from parallel.process import Watch, collective_timeout_s
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything, set_rng_state
 from parallel.zero3 import FrozenShards, deepspeed_config
@@ -42,6 +42,7 @@ from pipeline.model.spec import refuse_biases
 from pipeline.model.vocabulary import check_growth
 from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
+from pipeline.progress import TokenProgress
 from pipeline.reduction import GradientReduction
 from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
 from pipeline.state import load_state, own_pieces
@@ -171,13 +172,29 @@ def connect(config: RunConfig, env: RankEnv, fake: bool = False) -> Groups:
     return groups
 
 
-def open_tokens(config: RunConfig, source: str, tokenizer: TextTokenizer, groups: Groups) -> TokenShards:
-    """Open prepared shards, or tokenize raw text once (rank 0) and share it through the cache folder."""
+def open_tokens(
+    config: RunConfig, source: str, tokenizer: TextTokenizer, groups: Groups, watch: Watch | None = None
+) -> TokenShards:
+    """Open prepared shards, or tokenize raw text once (rank 0, which shows it) and share it through the cache folder.
+
+    Args:
+        watch: learns that a tokenization of hours gets on.
+    """
     cache = Path(config.data.cache or Path(config.output) / "data")
-    return on_main_first(groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field))
+    touch = (watch or Watch()).touch
+    with TokenProgress(enabled=groups.is_main, touch=touch) as progress:
+        return on_main_first(
+            groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress)
+        )
 
 
-def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Run:
+def build(
+    config: RunConfig,
+    env: RankEnv,
+    base: HfCheckpoint | None = None,
+    fake: bool = False,
+    watch: Watch | None = None,
+) -> Run:
     """Compose a training run, resumed from its newest checkpoint when there is one.
 
     Args:
@@ -185,6 +202,7 @@ def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fak
         env: this process among its peers.
         base: weights to start from; None: those of `model.path`.
         fake: be one rank of a world that is not there, for measuring.
+        watch: learns that long work, as tokenizing, gets on.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
@@ -198,7 +216,7 @@ def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fak
             f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own "
             f"tokenizer, or set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
         )
-    dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups), config.sequence)
+    dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups, watch), config.sequence)
     loader = TrainLoader(
         dataset,
         seed=config.train.seed,

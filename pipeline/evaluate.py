@@ -48,6 +48,8 @@ class Shards:
     """Sums an fp64 tensor over the ranks and returns it."""
     lockstep: bool = False
     """Every rank runs the model equally often, the last rounds for nothing: weights are gathered together."""
+    before_round: Callable[[], None] = lambda: None
+    """Called by every rank before each of its windows, equally often on all; what it raises ends the evaluation."""
 
 
 def shard(windows: int, rank: int, world: int) -> range:
@@ -272,7 +274,14 @@ def _score(
     block = block or math.ceil(length / POSITION_BLOCKS)
     blocks = math.ceil(length / block)
     table = torch.zeros(len(spans), 2, blocks, dtype=torch.float64, device=spans[0][0].device)
-    for index in shard(len(spans), shards.rank, shards.world):
+    own = shard(len(spans), shards.rank, shards.world)
+    for turn in range(-(-len(spans) // shards.world)):
+        shards.before_round()
+        if turn >= len(own):
+            if shards.lockstep:
+                nll(spans[-1][0].unsqueeze(0))
+            continue
+        index = own[turn]
         tokens_S, first = spans[index]
         losses = nll(tokens_S.unsqueeze(0))
         if losses.shape != (1, tokens_S.numel() - 1):
@@ -282,8 +291,6 @@ def _score(
         positions[1, first : tokens_S.numel()] = 1.0
         table[index] = positions.view(2, blocks, block).sum(dim=2)
         on_window()
-    if shards.lockstep and spans and len(spans) % shards.world and shards.rank >= len(spans) % shards.world:
-        nll(spans[-1][0].unsqueeze(0))
     return _summarize(shards.all_reduce_sum(table).cpu(), length, block)
 
 

@@ -14,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -212,3 +213,57 @@ class ByteProgress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+class TokenProgress:
+    """Shows text becoming tokens: a bar on a terminal, a line every ten seconds elsewhere; a context manager.
+
+    Args:
+        enabled, console, clock: as for `EvalProgress`.
+        touch: called whenever there is progress.
+    """
+
+    EVERY_S = 10.0
+    """Seconds between lines."""
+
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+        touch: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.calls = 0
+        """Times progress was told; 0: nothing had to be done."""
+        self._console, self._touch, self._clock, self._enabled = console or get_console(), touch, clock, enabled
+        self._told = clock()
+        self._live: RichProgress | None = None
+        self._task: TaskID | None = None
+        if enabled and self._console.is_terminal:
+            columns = (TaskProgressColumn(), TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn())
+            self._live = RichProgress(
+                TextColumn("tokenizing"), BarColumn(), *columns, console=self._console, transient=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, done: int, total: int, tokens: int) -> None:
+        """See `pipeline.data.prepare.Progress`."""
+        self.calls += 1
+        self._touch()
+        if self._live is not None:
+            if self._task is None:  # nothing is drawn where nothing has to be done
+                self._live.start()
+                self._task = self._live.add_task("", total=total, tokens=0)
+            self._live.update(self._task, completed=done, total=total, tokens=tokens)
+        elif self._enabled and self._clock() - self._told >= self.EVERY_S:
+            self._told = self._clock()
+            _say(self._console, f"tokenizing: {done / max(total, 1):.0%}, {tokens:,} tokens")

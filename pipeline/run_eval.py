@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from parallel.collectives import share_from_main, sum_over
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError, ConfigError, DataError
 from parallel.groups import Groups, destroy_groups
+from parallel.process import Watch
 from parallel.rank_env import RankEnv
 from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
 from pipeline.checkpoint.choose import newest
@@ -35,11 +36,19 @@ TEXT_TOKENS = 1 << 24
 class Evaluator:
     """Evaluates a model on the run's held-out text under full attention; windows spread over data-parallel ranks."""
 
-    def __init__(self, config: RunConfig, model: ModelPart, groups: Groups, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelPart,
+        groups: Groups,
+        tokenizer: TextTokenizer,
+        watch: Watch | None = None,
+        before_round: Callable[[], None] = lambda: None,
+    ) -> None:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
-        self.config, self.model, self.groups = config, model, groups
-        shards = open_tokens(config, config.eval.path, tokenizer, groups)
+        self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
+        shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
         tokens = torch.from_numpy(shards.read(0, min(len(shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
 
@@ -57,26 +66,44 @@ class Evaluator:
             self.groups.plan.dp,
             lambda table: sum_over(self.groups.replicas, table),
             lockstep=self.model.shards is not None,
+            before_round=self.before_round,
         )
         mode = self.model.training
         self.model.eval()
         windows = len(range(shards.rank, settings.windows, shards.world)) * len(lengths)
-        with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
-            report = evaluate(
-                lambda tokens_BS: self.model.token_nll(tokens_BS, spec),
-                self.tokens_T,
-                lengths,
-                settings.windows,
-                settings.stride,
-                label=label,
-                step=step,
-                shards=shards,
-                on_window=progress.advance,
-            )
-        self.model.train(mode)
+        try:
+            with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
+                report = evaluate(
+                    lambda tokens_BS: self.model.token_nll(tokens_BS, spec),
+                    self.tokens_T,
+                    lengths,
+                    settings.windows,
+                    settings.stride,
+                    label=label,
+                    step=step,
+                    shards=shards,
+                    on_window=progress.advance,
+                )
+                progress.done = sum(result.windows for result in report.lengths)  # all ranks'
+        finally:
+            self.model.train(mode)
         if self.groups.is_main:
-            report.write(Path(self.config.output) / f"eval-{label}.json")
+            report.write(self._path(label))
         return report
+
+    def has(self, label: str, step: int) -> bool:
+        """Whether the report of this label and step is there, whole; collective, alike on every rank."""
+
+        def look() -> str:
+            try:
+                return str(EvalReport.read(self._path(label)).step)
+            except DataError:
+                return ""
+
+        return share_from_main(self.groups, look) == str(step)
+
+    def _path(self, label: str) -> Path:
+        return Path(self.config.output) / f"eval-{label}.json"
 
 
 def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
@@ -120,8 +147,3 @@ def _newest(config: RunConfig) -> str:
     if folder is None:
         raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
     return str(folder)
-
-
-def quiet() -> None:
-    """Hide what megatron-core says at import about optional packages this product does not use."""
-    warnings.filterwarnings("ignore", module="megatron")

@@ -70,10 +70,37 @@ def notes(config: RunConfig, step: int) -> list[str]:
     return found
 
 
-def record_run(run: Run, seconds: float) -> None:
-    """Write or extend `<output>/run.json`; timings of resumed parts add up in a list."""
+def starting_line(run: Run) -> str:
+    """What is about to be trained, on what, how often."""
+    config, parts = run.config, run.trainer.parts
+    train, attention, windows = config.train, config.attention, parts.loader.windows
+    rope, plan = parts.model.rope, run.groups.plan
+    times = train.steps * train.global_batch / windows
+    counts = parameter_counts(run)
+    total, trained = counts.pop("total"), {kind: n for kind, n in counts.items() if kind != "frozen"}
+    groups = f" in groups of {config.group:,}" if attention.kind == "s2" else ""
+    stretch = f" x {rope.factor:g}" if rope.factor != 1 else ""
+    return (
+        f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
+        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}; RoPE {rope.type}{stretch}; "
+        f"of {total:,} parameters " + ", ".join(f"{n:,} {kind}" for kind, n in trained.items()) + f" train; engine "
+        f"{config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
+    )
+
+
+def record_run(run: Run, seconds: float | None = None) -> None:
+    """Write or extend `<output>/run.json`.
+
+    Args:
+        seconds: of this session, now ended: it is added to a list. None: the session begins.
+    """
     path = run.output / "run.json"
-    facts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    facts: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            facts = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):  # cut off, by an earlier version or by hand: nothing a run depends on
+            path.replace(path.with_name("run.json.damaged"))
     facts |= {
         "device": device_name(),
         "commit": git_commit(),
@@ -85,5 +112,8 @@ def record_run(run: Run, seconds: float) -> None:
         "original_context": run.trainer.parts.model.rope.original_context,
         "notes": notes(run.config, run.trainer.step),
     }
-    facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})
-    path.write_text(json.dumps(facts, indent=1))
+    if seconds is not None:
+        facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})
+    temporary = path.with_name(".run.json.tmp")
+    temporary.write_text(json.dumps(facts, indent=1))
+    temporary.replace(path)

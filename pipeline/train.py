@@ -9,11 +9,12 @@ import argparse
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallel.errors import LongspanError
+from parallel.errors import ConfigError, LongspanError
 from parallel.rank_env import RankEnv
 from pipeline.config import dump_config, load_config
 from pipeline.schema import RunConfig
@@ -30,7 +31,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps, to resume later"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stop_after is not None and args.stop_after < 1:
+        parser.error(f"--stop-after: {args.stop_after} is no number of optimizer steps; give 1 or more.")
+    return args
 
 
 def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch: Watch | None = None) -> int:
@@ -39,7 +43,9 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     Raises:
         LongspanError: one sentence for whatever a user can mend.
     """
-    # Heavy imports wait until the configuration is known to be good.
+    # Heavy imports wait until the configuration is known to be good. megatron-core warns at import of optional packages
+    # that this product does not use.
+    warnings.filterwarnings("ignore", module="megatron")
     from parallel.groups import destroy_groups
     from parallel.process import Watch
     from parallel.stop import StopSignals, signal_name
@@ -47,10 +53,10 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from pipeline.lock import locked
     from pipeline.metrics import MetricsWriter
     from pipeline.progress import TrainProgress
-    from pipeline.run_eval import Evaluator, quiet
-    from pipeline.run_facts import record_run
+    from pipeline.run_eval import Evaluator
+    from pipeline.run_facts import record_run, starting_line
+    from pipeline.trainer import Stopped
 
-    quiet()
     watch = watch or Watch()
     began = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
@@ -59,15 +65,20 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         cleanup.push(watch.report)
         lock = cleanup.enter_context(locked(Path(config.output), env.is_main))
         with watch.patient("loading"):
-            run = build(config, env)
+            run = build(config, env, watch=watch)
         cleanup.callback(run.trainer.parts.saver.close)
         cleanup.callback(run.trainer.parts.loader.close)
         cleanup.callback(run.trainer.parts.model.close)
-        main = run.groups.is_main
+        main, trainer = run.groups.is_main, run.trainer
+        began_at = trainer.step
+        if began_at > config.train.steps:
+            raise ConfigError(
+                f"train.steps: {config.train.steps} is less than the {began_at} steps done in {config.output}; "
+                "raise it, or choose another output."
+            )
         if lock is not None:
             run.trainer.parts.saver.still_ours = lock.check
             (run.output / "config.yaml").write_text(dump_config(config))
-        trainer = run.trainer
         watch.line = run.groups.stage
         for stage in trainer.parts.model.stages:
             for layer in stage.decoder.layers:
@@ -77,7 +88,9 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         evaluator = None
         if config.eval.path is not None:
             with watch.patient("reading the evaluation text"):
-                evaluator = Evaluator(config, trainer.parts.model, run.groups, run.tokenizer)
+                evaluator = Evaluator(
+                    config, trainer.parts.model, run.groups, run.tokenizer, watch, before_round=trainer.heed
+                )
         metrics = MetricsWriter(run.output, trainer.step) if main else None
         progress = TrainProgress(config.train.steps, trainer.step, enabled=main)
 
@@ -94,22 +107,38 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
                 assess(f"step-{step:06d}", step, shown=False)
 
-        began_at = trainer.step
-        warnings = run.resumed.warnings if run.resumed is not None else ()
-        for warning in (*filter(None, [lock and lock.took_over]), *warnings):
+        told = run.resumed.warnings if run.resumed is not None else ()
+        for warning in (*filter(None, [lock and lock.took_over]), *told):
             progress.say(f"warning: {warning}")
-        if run.resumed is None:
-            assess("untrained", 0)
-        else:
-            progress.say(f"resumed at step {began_at} from {run.resumed.folder.name}: {run.resumed.reason}")
-        with StopSignals() as signals, progress:
-            stopped = trainer.run(metrics, progress, on_step, stop_after, watch, signals)
-        if stopped:
-            progress.say(
-                f"{signal_name(stopped)}: stopped and saved at step {trainer.step}; the same command goes on from there"
-            )
-        if trainer.step == config.train.steps > began_at:
-            assess("after", trainer.step)
+        if main:
+            record_run(run)
+        progress.say(starting_line(run))
+        end = config.train.steps if stop_after is None else min(config.train.steps, stop_after)
+        stopped = 0
+        with StopSignals() as trainer.signals:
+            try:
+                if run.resumed is None:
+                    assess("untrained", 0)
+                else:
+                    progress.say(f"resumed at step {began_at} from {run.resumed.folder.name}: {run.resumed.reason}")
+                    if began_at >= end:
+                        progress.say(f"nothing left to train: {began_at} steps of {end} are done")
+                with progress:
+                    stopped = trainer.run(metrics, progress, on_step, stop_after, watch)
+                if stopped:
+                    progress.say(
+                        f"{signal_name(stopped)}: stopped and saved at step {trainer.step}; the same command goes on "
+                        "from there"
+                    )
+                elif evaluator is not None and trainer.step == config.train.steps:
+                    if not evaluator.has("after", trainer.step):  # nor did an earlier process that trained so far
+                        assess("after", trainer.step)
+            except Stopped as stop:
+                stopped = stop.number
+                progress.say(
+                    f"{signal_name(stopped)}: stopped in an evaluation; nothing trained is lost, and the same command "
+                    "evaluates again"
+                )
         if metrics is not None:
             metrics.close()
         if main:

@@ -54,8 +54,13 @@ class TrainerParts:
     """Run-time invariants; None: `checks` is off."""
 
 
-class _Stopped(Exception):
-    """All ranks leave an optimizer step unfinished, at the same micro-batch."""
+class Stopped(Exception):
+    """All ranks leave what they do unfinished, at the same micro-batch or window, since a signal asked for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        """The signal."""
 
 
 class Trainer:
@@ -63,8 +68,8 @@ class Trainer:
 
     def __init__(self, parts: TrainerParts, start: int) -> None:
         self.parts, self.step = parts, start
-        self._signals: StopSignals | None = None
-        self._stop = 0
+        self.signals: StopSignals | None = None
+        """A wish to stop: heeded between micro-batches (between steps under pipelining), and saved."""
         self._rng = rng_state()
         """At the beginning of the step in progress: an abandoned one is done again."""
 
@@ -75,17 +80,16 @@ class Trainer:
         on_step: Callable[[int], None] = lambda step: None,
         stop_after: int | None = None,
         watch: Watch | None = None,
-        signals: StopSignals | None = None,
     ) -> int:
         """Train to the last step, saving as configured.
 
         Args:
             metrics: rank 0's writer, None elsewhere.
             progress: the live display.
-            on_step: called after each optimizer step with the number of steps done (periodic evaluation).
+            on_step: called after each optimizer step with the number of steps done (periodic evaluation); it may heed
+                signals.
             stop_after: stop, saved, once so many steps are done; None: the configured end.
             watch: learns of every step begun, so that a rank that stands still is noticed.
-            signals: a wish to stop; heeded between micro-batches (between steps under pipelining), saved.
 
         Returns:
             The signal that stopped it, 0 if none did; alike on all ranks, and so is the step saved.
@@ -95,24 +99,19 @@ class Trainer:
             CheckpointError: a checkpoint could not be written; of one written beside training, at the next step.
         """
         config, saver = self.parts.config, self.parts.saver
-        end = min(config.train.steps, stop_after or config.train.steps)
+        end = config.train.steps if stop_after is None else min(config.train.steps, stop_after)
         watch = watch or Watch()
-        self._signals, self._stop = signals, 0
         while self.step < end:
             watch.progress(self.step + 1)
             self._rng = rng_state()
             try:
-                self._heed()
+                self.heed()
                 self._show(progress)
                 began = time.perf_counter()
                 row = self._one_step(self.step)
-            except _Stopped:
-                with watch.patient("saving"):
-                    saver.wait()
-                    if saver.saved_step != self.step:
-                        self.save()
-                self._show(progress)
-                return self._stop
+            except Stopped as stop:
+                self._save_and_leave(progress, watch)
+                return stop.number
             except TrainingDiverged:
                 saver.wait()  # all ranks come here, and an earlier state is still being written
                 raise
@@ -132,8 +131,20 @@ class Trainer:
                 with watch.patient("saving"):
                     self.save(wait=self.step == end)
                 self._show(progress)
-            on_step(self.step)
+            self._rng = rng_state()
+            try:
+                on_step(self.step)
+            except Stopped as stop:
+                self._save_and_leave(progress, watch)
+                return stop.number
         return 0
+
+    def _save_and_leave(self, progress: TrainProgress, watch: Watch) -> None:
+        with watch.patient("saving"):
+            self.parts.saver.wait()
+            if self.parts.saver.saved_step != self.step:
+                self.save()
+        self._show(progress)
 
     def save(self, wait: bool = True) -> None:
         """Save a checkpoint of the current step, with the random state it began with; collective.
@@ -160,11 +171,15 @@ class Trainer:
         if wait:
             parts.saver.wait()
 
-    def _heed(self) -> None:
-        """Agree with the other ranks on the save under way and on stopping; collective. Raises _Stopped."""
-        self._stop = self.parts.saver.settle(0 if self._signals is None else self._signals.number)
-        if self._stop:
-            raise _Stopped
+    def heed(self) -> None:
+        """Agree with the other ranks on the save under way and on stopping; collective.
+
+        Raises:
+            Stopped: a rank was sent a signal.
+            CheckpointError: the save failed.
+        """
+        if number := self.parts.saver.settle(0 if self.signals is None else self.signals.number):
+            raise Stopped(number)
 
     def _show(self, progress: TrainProgress) -> None:
         """Lines the saver has for the display."""
@@ -206,7 +221,7 @@ class Trainer:
             self._spec(step),
             1 / max(scored, 1),
             before_last_backward=parts.optimizer.arm_reduce,
-            between=self._heed,
+            between=self.heed,
         )
         parts.reduction.finish(parts.optimizer)
         return {

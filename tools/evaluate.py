@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         if args.state:
-            # Torch and megatron load only once the configuration is known to be good.
-            from pipeline.run_eval import evaluate_state, quiet
+            # Torch and megatron load only once the configuration is known to be good. The latter warns at import of
+            # optional packages that this product does not use.
+            warnings.filterwarnings("ignore", module="megatron")
+            from pipeline.run_eval import evaluate_state
 
-            quiet()
             env = RankEnv.read()
             evaluate_state(config, env, args.state)
             if not env.is_main:

@@ -228,7 +228,8 @@ def facts_section(record: RunRecord) -> str:
     if counts:
         lines = [[kind, f"{n:,}", f"{100 * n / total:.2f} %" if total else "–"] for kind, n in counts.items()]
         parts += ["<h3>Parameters</h3>", table(["kind", "count", "share"], lines, numbers=True)]
-    timings = {f"training, to step {s['to_step']}": s["seconds"] for s in facts.get("sessions", [])}
+    sessions = facts.get("sessions", [])
+    timings = {f"session to step {s['to_step']} (loading, training, evaluations)": s["seconds"] for s in sessions}
     timings |= facts.get("timings", {})
     timings |= {f"evaluation, {key}": report.seconds for key, report in record.evaluations.items()}
     if timings:

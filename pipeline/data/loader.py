@@ -65,6 +65,11 @@ class TrainLoader:
         self._executor: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
+    @property
+    def windows(self) -> int:
+        """Windows the data hold; a step draws `global_batch` of them."""
+        return len(self._dataset)
+
     def step(self, step: int) -> list[Batch]:
         """Micro-batches of this rank for 0-based optimizer step `step`, in order; any step may be asked for.
 

@@ -35,6 +35,8 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""
 
+SOURCE_A_WORKER = 1 << 26
+"""Bytes of source that make one more worker process worth its start."""
 _BATCH_CHARACTERS = 1 << 20
 """Short documents are sent to a worker process in batches of about so much text."""
 
@@ -116,7 +118,7 @@ def _sources(source: Path) -> list[tuple[str, Path]]:
     return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in find_files(source)]
 
 
-def _describe(source: Path) -> tuple[SourceEntry, ...]:
+def _describe(source: Path, described: Callable[[], None]) -> tuple[SourceEntry, ...]:
     entries = []
     for name, file in _sources(source):
         try:
@@ -125,6 +127,7 @@ def _describe(source: Path) -> tuple[SourceEntry, ...]:
             entries.append(SourceEntry(name, status.st_size, status.st_mtime_ns, sha256_of(file)))
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror}); mend or remove it.") from error
+        described()
     return tuple(entries)
 
 
@@ -203,8 +206,8 @@ def prepare(
             return manifest
         if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
             raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
-        entries = _describe(source)
         reader = RecordReader(source, text_field)
+        entries = _describe(source, lambda: progress(0, reader.total_bytes, 0))
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
             for tokens, lengths, done in _tokenized(reader, tokenizer, workers):
                 writer.add(tokens, lengths)
@@ -227,11 +230,15 @@ def open_text_or_shards(
 ) -> TokenShards:
     """The token stream of a prepared folder, or of raw text, which is prepared into `cache_dir` the first time.
 
+    Half of this machine's cores tokenize, if there is so much text.
+
     Raises:
         DataError: see `prepare` and `open_shards`.
     """
     if is_prepared(path):
         return open_shards(path, tokenizer)
     out = cache_folder(path, cache_dir, tokenizer, text_field)
-    prepare(path, out, tokenizer, text_field, progress)
+    size = sum(file.stat().st_size for file in find_files(path))
+    workers = max(1, min(len(os.sched_getaffinity(0)) // 2, size // SOURCE_A_WORKER))
+    prepare(path, out, tokenizer, text_field, progress, workers)
     return open_shards(out, tokenizer)

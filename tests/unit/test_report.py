@@ -136,7 +136,7 @@ def test_a_whole_run_gives_a_page_that_stands_alone(tmp_path: Path, capsys: pyte
         ["time in steps", "0:12"],
         ["device", "CPU <test>"],
         ["lora", "25", "2.50 %"],
-        ["training, to step 6", "1:02:05"],
+        ["session to step 6 (loading, training, evaluations)", "1:02:05"],
         ["evaluation, after", "1:01"],
         ["model.path", "a<b>"],
         ["train.trainable", "lora, embed"],
