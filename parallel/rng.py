@@ -36,7 +36,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Restore what `rng_state` returned; entries this device lacks are ignored (a run may move from GPU to CPU)."""
+    """Restore what `rng_state` returned on a device of the same type (another one's generators have other states)."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

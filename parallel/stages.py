@@ -5,6 +5,7 @@ Knows chunks and micro-batches; not what they compute.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from parallel.groups import Groups
+from parallel.s2_context import acquaint
 
 Forward = Callable[[int, Any], torch.Tensor]
 """(micro-batch, chunk module) -> hidden states [S, B, H], or on the last chunk the scalar loss to differentiate."""
@@ -50,6 +52,8 @@ def run_schedule(
         return output, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), {})
 
     virtual = len(chunks) if len(chunks) > 1 else None
+    if virtual is not None and groups.plan.pp == 2 and not groups.fake:
+        _acquaint_both_ways(groups)
     schedule = get_forward_backward_func(pp_size=groups.plan.pp, vp_size=virtual)
     schedule(
         forward_step_func=step,
@@ -60,6 +64,37 @@ def run_schedule(
         micro_batch_size=rows,
         forward_only=False,
     )
+
+
+_acquainted: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+
+def _acquaint_both_ways(groups: Groups) -> None:
+    """Make the two communicators that two interleaved stages exchange through, before anything else is under way.
+
+    As megatron's `_p2p_ops` uses them: the pipeline's group from the even stage to the odd one, the world's back.
+    """
+    there, back = groups.collection.pp, groups.everyone
+    if there in _acquainted:
+        return
+    other = groups.stage_rank(groups.stage + 1)
+    sent, received = torch.zeros(2, 1, device=groups.device)
+    first, second = (dist.isend, dist.irecv) if groups.stage == 0 else (dist.irecv, dist.isend)
+    works = [
+        call(sent if call is dist.isend else received, other, group=group)
+        for call, group in ((first, there), (second, back))
+    ]
+    for work in works:
+        assert work is not None, "this rank is of both groups"
+        work.wait()
+    _acquainted.add(there)
+
+
+def _exchange(call: Callable[..., Any], tensor: torch.Tensor, peer: int, group: dist.ProcessGroup) -> None:
+    """Send or receive through the group's own communicator: alone, NCCL would make one for the pair."""
+    acquaint(group, tensor.device)
+    for work in dist.batch_isend_irecv([dist.P2POp(call, tensor, peer, group)]):
+        work.wait()
 
 
 def relay(
@@ -87,10 +122,10 @@ def relay(
             chunk: Any = chunks[number // stages]
             if number:
                 received = torch.empty(tuple(hidden_shape), dtype=dtype, device=groups.device)
-                dist.recv(received, groups.stage_rank(stage - 1), group=groups.collection.pp)
+                _exchange(dist.irecv, received, groups.stage_rank(stage - 1), groups.collection.pp)
                 chunk.set_input_tensor([received])
             output = forward(chunk)
             if number < stages * len(chunks) - 1:
-                dist.send(output.contiguous(), groups.stage_rank(stage + 1), group=groups.collection.pp)
+                _exchange(dist.isend, output.contiguous(), groups.stage_rank(stage + 1), groups.collection.pp)
                 output = None
     return output

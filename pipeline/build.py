@@ -277,7 +277,7 @@ def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
     """What a checkpoint records of who wrote it; random state means something on the same layout only."""
     plan, parallel = groups.plan, config.parallel
     axes = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp, "virtual": parallel.virtual}
-    return {"engine": parallel.engine, **axes}
+    return {"engine": parallel.engine, **axes, "device": groups.device.type}
 
 
 def resume(parts: TrainerParts) -> Choice | None:

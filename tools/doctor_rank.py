@@ -227,7 +227,8 @@ def work(rank: int, world: int, jobs_file: Path) -> None:
             tables.append([asdict(row) for row in rows])
     if rank == 0:
         jobs_file.with_name("findings.json").write_text(json.dumps(tables))
-    torch.distributed.barrier()  # rank 0 hosts the store the others still talk to
+    # Rank 0 hosts the store the others still talk to.
+    torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -71,9 +71,11 @@ def transformer_config(
         pipeline = {
             "pipeline_model_parallel_layout": _pipeline_layout(stages),
             # The interleaved schedule exchanges with both neighbours at once. At pp 2 both are the same rank, and a
-            # batch of sends and receives pairs them in order: activations and gradients would be swapped.
-            "batch_p2p_comm": not interleaved,
-            "overlap_p2p_comm": interleaved,
+            # batch of sends and receives pairs them in order: activations and gradients would be swapped. One by one
+            # they overlap with the computation, too, but every pair of ranks then needs a communicator of its own
+            # (NVIDIA/Megatron-LM#5240 reports hangs at pp 4).
+            "batch_p2p_comm": not interleaved or plan.pp > 2,
+            "overlap_p2p_comm": interleaved and plan.pp == 2,
             "batch_p2p_sync": device.type == "cuda",
             # One round of every chunk feeds each stage once (megatron's default, which its own arguments set).
             "microbatch_group_size_per_vp_stage": plan.pp,

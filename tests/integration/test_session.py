@@ -98,6 +98,9 @@ def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.Capt
     assert "RoPE linear" in told and "train; engine megatron, tp 1 cp 1 pp 1 dp 1" in told
     facts = json.loads((run / "run.json").read_text())
     assert [session["to_step"] for session in facts["sessions"]] == [2] and facts["parameters"]["lora"] > 0
+    # Another device's generators have other states, which a resume must not be given.
+    manifest = json.loads((run / "checkpoints/step-000002/manifest.json").read_text())
+    assert manifest["layout"]["device"] == "cpu"
     (run / "run.json").write_text("{")
     assert main(["--config", str(path), "--stop-after", "2"]) == 0
     assert "nothing left to train: 2 steps of 2 are done" in capsys.readouterr().out

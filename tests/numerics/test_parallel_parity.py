@@ -78,6 +78,8 @@ MODELS = {
         packed=True,
     ),
     "full tied": Model("smollm2", {"num_hidden_layers": 4}, attention="{kind: full}"),
+    # Layers for two chunks on each of four stages, one uneven.
+    "deep": Model("smollm2", {"num_hidden_layers": 9}),
     # Odd KV groups shifted, packed and padded; the last steps of the run (from the third on) are full attention.
     "alternate": Model(
         "tinyllama",
@@ -194,6 +196,8 @@ CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
         TP4: ("untied", "alternate", "full"),
         PP4: ("untied", "odd", "full", "full tied"),
         INTERLEAVED: ("tied", "full tied"),
+        # megatron exchanges otherwise than between two stages.
+        Grid(pp=4, virtual=2): ("deep",),
         CP4: ("untied", "odd", "alternate", "full"),
         TP2_PP2: ("untied", "tied", "full"),
         TP2_CP2: ("untied", "tied", "alternate", "full"),
