@@ -14,7 +14,7 @@ from parallel.errors import CheckpointError
 from pipeline.adapters_in import ADAPTER, PREFIX, ROWS, TRAINABLE
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import check_space, new_folder
+from pipeline.hf_write import NOTE, check_space, new_folder
 from pipeline.model.vocabulary import VOCABULARY_HF
 from pipeline.safetensors_io import TensorFact, write_safetensors
 from pipeline.trained_model import TrainedModel, companions, extended_config, partner_of
@@ -232,7 +232,7 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     plan = dataclasses.asdict(model.rope)
     note = {"base": str(model.base), "base_hash": model.base_hash, "step": model.step, "context": model.context}
     rope = {"type": model.rope.type, "theta": model.rope.theta, "factor": model.rope.factor}
-    write_json(folder / "longspan.json", {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
+    write_json(folder / NOTE, {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
     rows = model.arch.vocab
     # config.json declares the grown vocabulary, so transformers makes fresh rows and says so.
     grow = f"# {rows} rows: the new ones are in the adapter\n" if model.grown else ""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.export import source_files
+from pipeline.export import refuse_overlap, source_files
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import SHARD_BYTES, new_folder, resumable_folder, write_safetensors_sharded
@@ -59,14 +59,14 @@ def import_model(
     Raises:
         CheckpointError, ConfigError: the source is damaged or unsupported, or `output` is taken.
     """
-    if source.resolve() == output.resolve():
-        raise CheckpointError(f"{output}: is the source itself; choose another output folder.")
     gguf = source if source.suffix == ".gguf" else None
     if gguf is None and source.is_dir() and not list(source.glob("*.safetensors*")):
         files = sorted(source.glob("*.gguf"))
         if len(files) > 1:
             raise CheckpointError(f"{source}: holds {len(files)} GGUF files; name one of them, e.g. {files[0]}.")
         gguf = files[0] if files else None
+    # The file itself: a folder beside it is a fine place.
+    refuse_overlap(gguf or source, output, "the source")
     if gguf is None:
         _import_folder(source, output, DTYPES[dtype], force, pad_token, shard_bytes, shown)
     elif not gguf.is_file():

@@ -9,6 +9,7 @@ from parallel.errors import CheckpointError
 from pipeline.adapters_in import load_adapter
 from pipeline.checkpoint.choose import newest
 from pipeline.export import export
+from pipeline.hf_write import REPORT
 from pipeline.schema import RopeSettings
 from pipeline.trained_model import TrainedModel, load_trained_model
 
@@ -79,7 +80,7 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:
         # transformers and peft take seconds to import; a plain export does without.
-        from pipeline.verify import REPORT, verify
+        from pipeline.verify import verify
 
         report = verify(model, options.output, form)
         tensors = report["tensors"]

@@ -298,6 +298,6 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     target.mkdir()
     (target / "precious.txt").touch()
-    with pytest.raises(CheckpointError, match="is not a model folder, so --force will not"), new_folder(target, True):
+    with pytest.raises(CheckpointError, match="is no earlier export or import"), new_folder(target, True):
         pass
     assert (target / "precious.txt").exists() and len(list(tmp_path.iterdir())) == 1
