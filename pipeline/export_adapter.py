@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.adapters_in import ADAPTER, PREFIX, ROWS, TRAINABLE
+from pipeline.adapters_in import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import NOTE, check_space, new_folder
@@ -19,7 +19,6 @@ from pipeline.model.vocabulary import VOCABULARY_HF
 from pipeline.safetensors_io import TensorFact, write_safetensors
 from pipeline.trained_model import TrainedModel, companions, extended_config, partner_of
 
-EMBEDDING, HEAD = VOCABULARY_HF
 EMBEDDINGS = ("auto", "whole", "rows")
 FEW = 8
 """`auto` keeps single rows where at most one in so many changed."""
@@ -99,6 +98,9 @@ def peft_config(model: TrainedModel, rows: list[int] | None = None) -> dict[str,
         )
     if not model.adapters:
         raise CheckpointError("The checkpoint holds no LoRA adapters, and PEFT cannot do without; export it as merged.")
+    # By their ends where they are in every layer, as PEFT's users write them.
+    adapted = {name.rsplit(".", 2)[0] for name in model.adapters}
+    ends = {module.split(".")[-1] for module in adapted}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -112,7 +114,7 @@ def peft_config(model: TrainedModel, rows: list[int] | None = None) -> dict[str,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": sorted({name.split(".")[-3] for name in model.adapters}),
+        "target_modules": sorted(ends if len(adapted) == len(ends) * model.arch.layers else adapted),
         "modules_to_save": sorted(saved) or None,
         "ensure_weight_tying": model.arch.tied and "embed_tokens" in saved,
     }
@@ -176,7 +178,7 @@ def export_adapter(model: TrainedModel, output: Path, force: bool = False, embed
         check_space(folder, sum(fact.nbytes for fact in facts.values()))
         write_json(folder / "adapter_config.json", config)
         write_safetensors(folder / f"{ADAPTER}.safetensors", facts, read, {})
-        _notes(model, folder, README, Path(output), saved)
+        _notes(model, folder, README, Path(output), saved, len(set(sources.values())))
 
 
 def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> None:
@@ -212,7 +214,7 @@ def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> N
             torch.save({name: read(name).contiguous() for name in whole}, file)
             file.flush()
             os.fsync(file.fileno())
-        _notes(model, folder, LONGLORA_README, Path(output), f"`{TRAINABLE}`")
+        _notes(model, folder, LONGLORA_README, Path(output), f"`{TRAINABLE}`", len(factors) + len(whole))
 
 
 def _only(model: TrainedModel, kept: list[str]) -> Mapping[str, torch.Tensor]:
@@ -225,12 +227,14 @@ def _base_arch(model: TrainedModel) -> Any:
     return dataclasses.replace(model.arch, vocab=rows)
 
 
-def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: str) -> None:
-    """config.json, tokenizer, longspan.json and README.md beside an adapter."""
+def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: str, tensors: int) -> None:
+    """config.json, tokenizer, longspan.json and README.md beside an adapter of so many trained tensors."""
     write_json(folder / "config.json", extended_config(model))
     companions(model, folder)
     plan = dataclasses.asdict(model.rope)
-    note = {"base": str(model.base), "base_hash": model.base_hash, "step": model.step, "context": model.context}
+    note = {"format": 1, "base": str(model.base), "base_hash": model.base_hash, "step": model.step}
+    # Counted, so that a reader notices a file or tensor that was lost on the way.
+    note |= {"context": model.context, "tensors": tensors}
     rope = {"type": model.rope.type, "theta": model.rope.theta, "factor": model.rope.factor}
     write_json(folder / NOTE, {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
     rows = model.arch.vocab

@@ -36,7 +36,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--adapter", type=Path, help="a PEFT adapter, or LongLoRA's two files")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--base", type=Path, help="where the base model lies, if it moved since training")
-    parser.add_argument("--context", type=int, help="tokens of the result, where an --adapter does not tell")
+    parser.add_argument("--context", type=int, help="tokens of the result, where the --adapter's files do not tell")
     parser.add_argument("--rope", choices=("linear", "yarn", "ntk", "llama3", "none"), help="stretching, likewise")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
     parser.add_argument(
