@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.export_adapter import export_adapter, export_longlora
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, resumable_folder, write_safetensors_sharded
+from pipeline.hf_write import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.progress import ByteProgress
@@ -50,7 +52,7 @@ def export_merged(
 
     Raises:
         CheckpointError: `output` is taken or overlaps what is read, the base does not fit its config.json, or the disk
-            refuses.
+            refuses; or a merged tensor is not finite.
     """
     _refuse_overlaps(model, output)
     base = HfCheckpoint(model.base)
@@ -59,15 +61,18 @@ def export_merged(
         name: TensorFact(shape, base.facts[name].dtype) for name, shape in names.hf_tensor_shapes(model.arch).items()
     }
     total = sum(fact.nbytes for fact in facts.values())
+
+    def read(name: str) -> torch.Tensor:
+        stored = model.base_tensor(base, name)
+        return trained_finite(name, model.merged(name, stored)) if model.changes(name) else stored
+
     with (
         resumable_folder(output, force, _job(model, base, shard_bytes)) as folder,
         ByteProgress(total, "merge", enabled=shown) as progress,
     ):
         write_json(folder / "config.json", extended_config(model))
         companions(model, folder)
-        write_safetensors_sharded(
-            folder, facts, lambda name: model.merged(name, model.base_tensor(base, name)), shard_bytes, progress
-        )
+        write_safetensors_sharded(folder, facts, read, shard_bytes, progress)
 
 
 def export(

@@ -14,7 +14,7 @@ from parallel.errors import CheckpointError
 from pipeline.adapters_in import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import NOTE, check_space, new_folder
+from pipeline.hf_write import NOTE, check_space, new_folder, trained_finite
 from pipeline.model.vocabulary import VOCABULARY_HF
 from pipeline.safetensors_io import TensorFact, write_safetensors
 from pipeline.trained_model import TrainedModel, companions, extended_config, partner_of
@@ -145,7 +145,8 @@ def export_adapter(model: TrainedModel, output: Path, force: bool = False, embed
             at most one in `FEW` changed.
 
     Raises:
-        CheckpointError: `output` is taken, PEFT cannot express what was trained, or the disk refuses.
+        CheckpointError: `output` is taken, PEFT cannot express what was trained, a tensor is not finite, or the disk
+            refuses.
     """
     config, rows = _plan(model, embedding)
     base = HfCheckpoint(model.base)
@@ -171,7 +172,7 @@ def export_adapter(model: TrainedModel, output: Path, force: bool = False, embed
         whole = model.trained[name] if name in model.trained else model.base_tensor(base, name)
         if stored.endswith(ROWS):
             whole = whole[torch.tensor(rows)]
-        return whole.to(facts[stored].dtype)
+        return trained_finite(name, whole.to(facts[stored].dtype))
 
     saved = "`trainable_token_indices` and `modules_to_save`" if rows is not None else "`modules_to_save`"
     with new_folder(output, force) as folder:
@@ -186,7 +187,7 @@ def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> N
     and, for the published scripts, .bin).
 
     Raises:
-        CheckpointError: `output` is taken, there are no adapters, or the disk refuses.
+        CheckpointError: `output` is taken, there are no adapters, a tensor is not finite, or the disk refuses.
     """
     base = HfCheckpoint(model.base)
     if not model.adapters:
@@ -200,14 +201,16 @@ def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> N
 
     def read(name: str) -> torch.Tensor:
         tensor = model.trained[name] if name in model.trained else model.base_tensor(base, name)
-        return tensor.to(whole[name].dtype)
+        return trained_finite(name, tensor.to(whole[name].dtype))
+
+    def read_factor(stored: str) -> torch.Tensor:
+        name = stored.removeprefix(PREFIX)
+        return trained_finite(name, model.trained[name].float())
 
     with new_folder(output, force) as folder:
         check_space(folder, sum(f.nbytes for f in factors.values()) + 2 * sum(f.nbytes for f in whole.values()))
         write_json(folder / "adapter_config.json", {**config, "modules_to_save": None, "ensure_weight_tying": False})
-        write_safetensors(
-            folder / f"{ADAPTER}.safetensors", factors, lambda name: model.trained[name[len(PREFIX) :]].float(), {}
-        )
+        write_safetensors(folder / f"{ADAPTER}.safetensors", factors, read_factor, {})
         write_safetensors(folder / f"{TRAINABLE}.safetensors", whole, read, {})
         # Plain tensors in a dict: readers need no code of ours, and weights_only=True suffices.
         with (folder / f"{TRAINABLE}.bin").open("wb") as file:

@@ -23,6 +23,8 @@ from pipeline.progress import ByteProgress
 from pipeline.safetensors_io import TensorFact, Written, write_safetensors
 
 SHARD_BYTES = 4_000_000_000
+FINITE_ROWS = 4096
+"""Rows looked at together."""
 FINISHED = ".finished.json"
 """Inside an unfinished folder: the job it belongs to and the shards that are done."""
 NOTE = "longspan.json"
@@ -131,6 +133,28 @@ def _kept(folder: Path) -> dict[str, Written]:
         if whole and file_digest(folder / file) == told["sha256"]:
             kept[file] = Written(**told)
     return kept
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """No value is infinite or NaN; some rows at a time, as the check makes a mask of its own."""
+    return all(bool(block.isfinite().all()) for block in tensor.split(FINITE_ROWS))
+
+
+def trained_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A trained tensor as it is about to be written.
+
+    Logits of a few tokens would not meet a single bad row, so the comparison that follows an export cannot find it.
+
+    Raises:
+        CheckpointError: it holds an infinity or a NaN.
+    """
+    if not is_finite(tensor):
+        narrow = " (or too large for float16: train from a base imported with --dtype bf16)"
+        raise CheckpointError(
+            f"{name}: holds a value that is not finite after training{narrow if tensor.dtype is torch.float16 else ''}; "
+            "training diverged, so export an earlier checkpoint."
+        )
+    return tensor
 
 
 def check_space(folder: Path, need: int) -> None:

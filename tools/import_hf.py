@@ -22,7 +22,7 @@ from parallel.errors import CheckpointError, LongspanError
 from pipeline.export import refuse_overlap, source_files
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, new_folder, resumable_folder, write_safetensors_sharded
+from pipeline.hf_write import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
@@ -33,8 +33,6 @@ from pipeline.schema import RopeSettings
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
-FINITE_ROWS = 4096
-"""Rows looked at together."""
 
 
 def import_model(
@@ -83,18 +81,38 @@ def _write_model(
     facts: Mapping[str, TensorFact],
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
+    file_of: Callable[[str], Path],
     shard_bytes: int = SHARD_BYTES,
     shown: bool = False,
 ) -> None:
-    """config.json with its dtype, and the weights cast to it."""
+    """config.json with its dtype, and the weights cast to it; what is written is finite.
+
+    Args:
+        file_of: where a tensor was read, for messages.
+    """
     wanted = {name: TensorFact(fact.shape, dtype or fact.dtype) for name, fact in facts.items()}
     names_dtype = DTYPE_NAMES[dtype or next(iter(wanted.values())).dtype]
     # transformers 4 reads torch_dtype; 5 reads either.
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     write_json(folder / "config.json", {**kept, "torch_dtype": names_dtype})
     total = sum(fact.nbytes for fact in wanted.values())
+
+    def cast(name: str) -> torch.Tensor:
+        tensor = read(name)
+        # After the cast: fp16 ends at 65504.
+        written = tensor.to(wanted[name].dtype)
+        if is_finite(written):
+            return written
+        if not is_finite(tensor):
+            raise CheckpointError(f"{file_of(name)}: {name} holds a value that is not finite; download it again.")
+        mend = "fp32" if written.dtype is torch.bfloat16 else "bf16"
+        raise CheckpointError(
+            f"{file_of(name)}: {name} holds {tensor.abs().max().item():.3g}, more than "
+            f"{DTYPE_NAMES[written.dtype]} can; import with --dtype {mend}."
+        )
+
     with ByteProgress(total, "import", enabled=shown) as progress:
-        write_safetensors_sharded(folder, wanted, lambda name: read(name).to(wanted[name].dtype), shard_bytes, progress)
+        write_safetensors_sharded(folder, wanted, cast, shard_bytes, progress)
 
 
 def _import_folder(
@@ -117,14 +135,6 @@ def _import_folder(
     shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
     config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "vocab_size": rows}
 
-    def read(name: str) -> torch.Tensor:
-        tensor = grown_tensor(checkpoint, name, rows)
-        if not all(bool(block.isfinite().all()) for block in tensor.split(FINITE_ROWS)):
-            raise CheckpointError(
-                f"{source / checkpoint.file_of(name)}: {name} holds a value that is not finite; download it again."
-            )
-        return tensor
-
     job = {"source": source_files(checkpoint), "from": str(source.resolve()), "config": config}
     with resumable_folder(output, force, {**job, "dtype": str(dtype), "shard_bytes": shard_bytes}) as folder:
         copy_companions(source, folder)
@@ -134,7 +144,16 @@ def _import_folder(
                 "--pad-token."
             )
         facts = {name: TensorFact(shape, checkpoint.facts[name].dtype) for name, shape in shapes.items()}
-        _write_model(folder, config, facts, read, dtype, shard_bytes, shown)
+        _write_model(
+            folder,
+            config,
+            facts,
+            lambda name: grown_tensor(checkpoint, name, rows),
+            dtype,
+            lambda name: source / checkpoint.file_of(name),
+            shard_bytes,
+            shown,
+        )
 
 
 def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
@@ -170,7 +189,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
                     f"{path}: its {name} is missing or not {shape} as its header says; download it again."
                 )
             facts[name] = TensorFact(shape, dtype)
-        _write_model(folder, config, facts, state.__getitem__, dtype)
+        _write_model(folder, config, facts, state.__getitem__, dtype, lambda name: path)
 
 
 def _plain_tokenizer(folder: Path) -> None:
