@@ -150,9 +150,9 @@ def trained_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """
     if not is_finite(tensor):
         narrow = " (or too large for float16: train from a base imported with --dtype bf16)"
+        where = f"after training{narrow if tensor.dtype is torch.float16 else ''}"
         raise CheckpointError(
-            f"{name}: holds a value that is not finite after training{narrow if tensor.dtype is torch.float16 else ''}; "
-            "training diverged, so export an earlier checkpoint."
+            f"{name}: holds a value that is not finite {where}; training diverged, so export an earlier checkpoint."
         )
     return tensor
 
