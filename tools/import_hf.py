@@ -35,6 +35,25 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
 
+GGUF_MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+GGUF_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""llama.cpp's names of what a layer holds."""
+GGUF_PLAIN_ROPE = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
+"""Metadata -> values that scale nothing (0: not set)."""
+GGUF_FREQUENCIES = "rope_freqs.weight"
+"""What every frequency of RoPE is divided by: Llama-3.1's scaling is in GGUF files as this tensor."""
+
+
 def import_model(
     source: Path,
     output: Path,
@@ -156,12 +175,47 @@ def _import_folder(
         )
 
 
+def _gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    module, _, leaf = name.rpartition(".")
+    if module in GGUF_MODULES:
+        return f"{GGUF_MODULES[module]}.{leaf}"
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{GGUF_LAYER[rest]}.{leaf}"
+
+
+def _gguf_tensors(path: Path) -> set[str]:
+    """Names of the tensors in a GGUF file.
+
+    Raises:
+        CheckpointError: its RoPE is scaled; transformers reads nothing of that and would make plain RoPE of it.
+        OSError, ValueError, KeyError, IndexError: it is no GGUF file, or damaged.
+    """
+    # Like transformers, for GGUF files only.
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    scaled = [
+        key
+        for key, field in reader.fields.items()
+        if (end := key.partition(".")[2]) in GGUF_PLAIN_ROPE and field.contents() not in GGUF_PLAIN_ROPE[end]
+    ]
+    divisors = [tensor.data for tensor in reader.tensors if tensor.name == GGUF_FREQUENCIES]
+    if scaled or any((data != 1).any() for data in divisors):
+        raise CheckpointError(
+            f"{path}: its RoPE is scaled ({scaled[0] if scaled else GGUF_FREQUENCIES}), which transformers does not "
+            "read from GGUF files; import the safetensors release of this model."
+        )
+    return {tensor.name for tensor in reader.tensors} - {GGUF_FREQUENCIES}
+
+
 def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
     # transformers takes seconds to import; importing a folder does without.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with new_folder(output, force) as folder:
         try:
+            stored = _gguf_tensors(path)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
@@ -184,11 +238,20 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         state = model.state_dict()
         facts = {}
         for name, shape in names.hf_tensor_shapes(arch).items():
+            # transformers gives random values to what it does not find, and leaves out what it has no place for.
+            if _gguf_name(name) not in stored:
+                raise CheckpointError(f"{path}: lacks {_gguf_name(name)}; it is incomplete, so download it again.")
+            stored.remove(_gguf_name(name))
             if name not in state or tuple(state[name].shape) != shape:
                 raise CheckpointError(
                     f"{path}: its {name} is missing or not {shape} as its header says; download it again."
                 )
             facts[name] = TensorFact(shape, dtype)
+        if stored:
+            raise CheckpointError(
+                f"{path}: holds {min(stored)}, which the model that transformers reads has no place for; import the "
+                "safetensors release of this model."
+            )
         _write_model(folder, config, facts, state.__getitem__, dtype, lambda name: path)
 
 
