@@ -6,21 +6,22 @@ LongLoRA's script `get_trainable_weights.py` writes both with torch.save. A pick
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.adapter_notes import CONFIG, check_complete, read_config, read_note, saved_whole, stretch
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
-from pipeline.model.rope import RopePlan, plan_rope
+from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.vocabulary import VOCABULARY_HF
 from pipeline.schema import LORA_TARGETS, LoraConfig, RopeSettings
 from pipeline.trained_model import LazyTensors, TrainedModel, find_base, grown_arch, wrong_base
 
+EMBEDDING, HEAD = VOCABULARY_HF
 PREFIX = "base_model.model."
 ADAPTER, TRAINABLE = "adapter_model", "trainable_params"
 ROWS = ".token_adapter.trainable_tokens_delta"
@@ -67,25 +68,6 @@ def _canonical(name: str) -> str:
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; give a PEFT or LongLoRA adapter folder.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: is not a LoRA adapter; only peft_type LORA is supported.")
-    # Each would change what is computed.
-    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"):
-        if config.get(key):
-            raise CheckpointError(f"{path}: {key} is set, which is not supported; merge this adapter with PEFT itself.")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias {config['bias']!r} is not supported; merge this adapter with PEFT itself.")
-    return config
-
-
 def _lora(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> LoraConfig:
     modules = {name.split(".")[-3] for name in tensors if ".lora_A." in name}
     odd = sorted(modules - _PART_OF.keys())
@@ -127,29 +109,89 @@ class _Renamed(Mapping[str, torch.Tensor]):
         return len(self.where) + len(self.rows)
 
 
-def _collect(folder: Path, config: Mapping[str, Any], base: HfCheckpoint) -> _Renamed:
+def _row_lists(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """Matrices whose rows the adapter holds singly, and which: PEFT lists them by module, or the embedding's alone."""
+    listed = config.get("trainable_token_indices") or {}
+    by_module = {"embed_tokens": listed} if isinstance(listed, list) else listed
+    return {
+        name: ids
+        for key, ids in by_module.items()
+        for name in VOCABULARY_HF
+        # Of a tied matrix PEFT keeps the rows once.
+        if f".{name}".endswith(f".{key}.weight") and not (tied and name == HEAD)
+    }
+
+
+def _collect(folder: Path, config: Mapping[str, Any], base: HfCheckpoint, arch: LlamaArch) -> _Renamed:
     """Both files' tensors; of one in both, `trainable_params` wins, as it is loaded last."""
     adapter, trainable = _tensors(folder, ADAPTER), _tensors(folder, TRAINABLE)
     if adapter is None:
         raise CheckpointError(f"{folder}: holds no {ADAPTER}.safetensors or .bin; give a PEFT or LongLoRA folder.")
-    found = _Renamed(base)
-    for source in (adapter, trainable):
-        for stored in source or ():
-            if stored.endswith(ROWS):
-                name = stored.removeprefix(PREFIX).removesuffix(ROWS) + ".weight"
-                listed = config.get("trainable_token_indices")
-                ids = next(iter(listed.values())) if isinstance(listed, dict) and listed else listed
-                if not ids or not all(0 <= i < base.facts[name].shape[0] for i in ids):
-                    raise CheckpointError(
-                        f"{folder / 'adapter_config.json'}: trainable_token_indices do not fit {name}."
-                    )
-                found.rows[name] = source, stored, list(ids)  # type: ignore[assignment]
-            else:
-                found.where[_canonical(stored)] = source, stored  # type: ignore[assignment]
-    if "lm_head.weight" not in base.facts and "lm_head.weight" in found.where:
-        # PEFT keeps tied output weights too; they are the embedding's.
-        del found.where["lm_head.weight"]
+    found, lists = _Renamed(base), _row_lists(config, arch.tied)
+    for source in (adapter, trainable or {}):
+        seen = {name: stored for name, (_, stored, _) in found.rows.items()}
+        for stored in source:
+            rows = stored.endswith(ROWS)
+            name = stored.removeprefix(PREFIX).removesuffix(ROWS) + ".weight" if rows else _canonical(stored)
+            if name in seen:
+                raise CheckpointError(
+                    f"{folder}: {stored} and {seen[name]} are both {name}, so it is unclear which counts; merge this "
+                    "adapter with PEFT itself."
+                )
+            seen[name] = stored
+            if not rows:
+                found.where[name] = source, stored
+                continue
+            ids, count = lists.get(name), len(source[stored])
+            size = base.facts[name].shape[0] if name in base.facts else 0
+            fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
+            if not isinstance(ids, list) or not fits or len(set(ids)) != len(ids) or len(ids) != count:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: trainable_token_indices do not fit the {count} rows kept of {name}; copy or "
+                    "download the adapter again."
+                )
+            found.rows[name] = source, stored, ids
+    _check_whole(folder, found, lists, map(_canonical, trainable or ()), arch)
+    if arch.tied:
+        _check_tied(folder, config, found, base, own_file=EMBEDDING in map(_canonical, trainable or ()))
     return found
+
+
+def _check_whole(
+    folder: Path, found: _Renamed, lists: Mapping[str, Any], trainable: Iterable[str], arch: LlamaArch
+) -> None:
+    """Single rows that are listed, and norms that `trainable_params` holds of some layers, must all be there."""
+    mend = "copy or download the adapter again"
+    for name in lists:
+        if name not in found.rows:
+            raise CheckpointError(f"{folder}: lacks the rows of {name} that {CONFIG} lists; {mend}.")
+    for name in trainable:
+        _, inside, rest = name.partition("model.layers.")
+        for layer in range(arch.layers) if inside else ():
+            other = f"model.layers.{layer}.{rest.partition('.')[2]}"
+            if other not in found.where:
+                raise CheckpointError(f"{folder}: {TRAINABLE} lacks {other} beside that of other layers; {mend}.")
+
+
+def _check_tied(folder: Path, config: Mapping[str, Any], found: _Renamed, base: HfCheckpoint, own_file: bool) -> None:
+    """Drop PEFT's second copy of a tied matrix, refusing adapters in which the two came apart.
+
+    Args:
+        own_file: the embedding is in `trainable_params`, which no wrapper of PEFT's comes between.
+    """
+    apart = f"{folder}: trained the embedding and the output weights apart, which base {base.folder} ties"
+    mend = "merge this adapter with PEFT itself"
+    if HEAD in found.where:
+        head = found[HEAD]
+        del found.where[HEAD]
+        other = found[EMBEDDING] if EMBEDDING in found else base.tensor(EMBEDDING)
+        if head.shape != other.shape or not torch.equal(head.float(), other.float()):
+            raise CheckpointError(f"{apart}; {mend}.")
+    elif not config.get("ensure_weight_tying"):
+        # PEFT's wrapper around the embedding leaves the output weights at the base's.
+        wrapped = EMBEDDING in found.where and not own_file and saved_whole(config, EMBEDDING.removesuffix(".weight"))
+        if wrapped or saved_whole(config, HEAD.removesuffix(".weight")):
+            raise CheckpointError(f"{apart} ({CONFIG} does not set ensure_weight_tying); {mend}.")
 
 
 def load_adapter(
@@ -165,33 +207,41 @@ def load_adapter(
 
     Args:
         base: the base model's folder; None takes `base_model_name_or_path` where that is a folder.
-        context: tokens of the result; None takes what the adapter tells (`longspan.json`), else the base's own.
+        context: tokens of the result; None takes what the adapter tells (`longspan.json`), else, but not with
+            LongLoRA's two files, the base's own.
         rope: how positions were stretched; None takes what the adapter tells, else linear interpolation by the next
             whole factor, LongLoRA's rule.
         base_hash: of the base, where it is known already: hashing reads it all.
 
     Raises:
-        CheckpointError, ConfigError: the folder is damaged, would need code to be run, or does not fit the base.
+        CheckpointError, ConfigError: the folder is damaged or incomplete, would need code to be run, or does not fit
+            the base; or `context` or `rope` contradicts what the adapter tells.
     """
-    config = _config(folder)
-    note: dict[str, Any] = {}
-    # What Longspan writes beside its own adapters.
-    if (folder / "longspan.json").is_file():
-        note = json.loads((folder / "longspan.json").read_text(encoding="utf-8"))
+    config, note = read_config(folder), read_note(folder)
     where = find_base(str(config.get("base_model_name_or_path")), base)
-    checkpoint = HfCheckpoint(where)
+    checkpoint, arch = HfCheckpoint(where), read_arch(where)
+    two_files = any((folder / f"{TRAINABLE}.{end}").is_file() for end in ("safetensors", "bin"))
+    # Before the hash, which reads the whole base.
+    context, plan = stretch(note, arch, context, rope, folder, two_files or _declares_another(folder, arch))
+    tensors = _collect(folder, config, checkpoint, arch)
+    lora = _lora(config, tensors, folder / CONFIG)
+    check_complete(config, tensors, arch, note, folder)
     found = base_hash or checkpoint.base_hash()
-    if note.get("base_hash", found) != found:
-        raise wrong_base(where, folder, found, note["base_hash"])
-    tensors = _collect(folder, config, checkpoint)
-    lora = _lora(config, tensors, folder / "adapter_config.json")
+    if note.base_hash is not None and note.base_hash != found:
+        raise wrong_base(where, folder, found, note.base_hash)
     rows = {len(tensors[name]) for name in VOCABULARY_HF if name in tensors.where}
     arch = grown_arch(where, max(rows) if rows else None, f"{folder}")
-    context = context or note.get("context") or arch.max_positions
-    if rope is None and "rope_plan" in note and context == note.get("context"):
-        plan = RopePlan(**note["rope_plan"])
-    else:
-        if rope is None and context > arch.max_positions and arch.rope_scaling is None:
-            rope = RopeSettings(type="linear", factor=float(-(-context // arch.max_positions)))
-        plan = plan_rope(arch, rope or RopeSettings(), context)
-    return TrainedModel(where, found, arch, plan, context, lora, tensors, int(note.get("step", 0)), folder)
+    return TrainedModel(where, found, arch, plan, context, lora, tensors, note.step, folder)
+
+
+def _declares_another(folder: Path, arch: LlamaArch) -> bool:
+    """A config.json beside the adapter, as Longspan writes one, has another RoPE or context than the base."""
+    try:
+        there = read_arch(folder)
+    except ConfigError:
+        return False
+    return (there.rope_scaling, there.rope_theta, there.max_positions) != (
+        arch.rope_scaling,
+        arch.rope_theta,
+        arch.max_positions,
+    )

@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.export_adapter import export_adapter, export_longlora
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, resumable_folder, write_safetensors_sharded
+from pipeline.hf_write import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.progress import ByteProgress
@@ -49,24 +51,28 @@ def export_merged(
         shown: display progress.
 
     Raises:
-        CheckpointError: `output` is taken, the base does not fit its config.json, or the disk refuses.
+        CheckpointError: `output` is taken or overlaps what is read, the base does not fit its config.json, or the disk
+            refuses; or a merged tensor is not finite.
     """
-    refuse_overlap(model.base, output)
+    _refuse_overlaps(model, output)
     base = HfCheckpoint(model.base)
     base.check(names.hf_tensor_shapes(read_arch(model.base)), names.is_derived)
     facts = {
         name: TensorFact(shape, base.facts[name].dtype) for name, shape in names.hf_tensor_shapes(model.arch).items()
     }
     total = sum(fact.nbytes for fact in facts.values())
+
+    def read(name: str) -> torch.Tensor:
+        stored = model.base_tensor(base, name)
+        return trained_finite(name, model.merged(name, stored)) if model.changes(name) else stored
+
     with (
         resumable_folder(output, force, _job(model, base, shard_bytes)) as folder,
         ByteProgress(total, "merge", enabled=shown) as progress,
     ):
         write_json(folder / "config.json", extended_config(model))
         companions(model, folder)
-        write_safetensors_sharded(
-            folder, facts, lambda name: model.merged(name, model.base_tensor(base, name)), shard_bytes, progress
-        )
+        write_safetensors_sharded(folder, facts, read, shard_bytes, progress)
 
 
 def export(
@@ -85,7 +91,7 @@ def export(
     """
     if form not in FORMATS:
         raise ConfigError(f"--format: {form!r} is not one of {', '.join(FORMATS)}.")
-    refuse_overlap(model.base, output)
+    _refuse_overlaps(model, output)
     if form == "merged":
         export_merged(model, output, force, shown=shown)
     elif form == "adapter":
@@ -94,8 +100,24 @@ def export(
         export_longlora(model, output, force)
 
 
-def refuse_overlap(base: Path, output: Path) -> None:
-    """--force must never replace the base, nor a folder that holds it."""
-    base, target = base.resolve(), Path(output).resolve()
-    if target == base or target in base.parents or base in target.parents:
-        raise CheckpointError(f"{output}: overlaps the base model's folder; choose another output.")
+def refuse_overlap(source: Path, output: Path, what: str) -> None:
+    """--force must never replace what is read, nor a folder that holds it; nor is anything written into it.
+
+    Links are followed, those of single files too: a folder of links reads what lies elsewhere.
+
+    Args:
+        what: what to call `source`.
+
+    Raises:
+        CheckpointError: they overlap.
+    """
+    home, target = source.resolve(), Path(output).resolve()
+    read = [home, *(path.resolve() for path in (source.iterdir() if source.is_dir() else ()))]
+    if home in target.parents or any(target == path or target in path.parents for path in read):
+        raise CheckpointError(f"{output}: overlaps {what}; choose another output folder.")
+
+
+def _refuse_overlaps(model: TrainedModel, output: Path) -> None:
+    refuse_overlap(model.base, output, "the base model's folder")
+    if model.source is not None:
+        refuse_overlap(model.source, output, "the folder of the adapter or checkpoint")

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.adapters_in import ADAPTER, PREFIX, ROWS, TRAINABLE
+from pipeline.adapters_in import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import check_space, new_folder
+from pipeline.hf_write import NOTE, check_space, new_folder, trained_finite
 from pipeline.model.vocabulary import VOCABULARY_HF
 from pipeline.safetensors_io import TensorFact, write_safetensors
 from pipeline.trained_model import TrainedModel, companions, extended_config, partner_of
 
-EMBEDDING, HEAD = VOCABULARY_HF
 EMBEDDINGS = ("auto", "whole", "rows")
 FEW = 8
 """`auto` keeps single rows where at most one in so many changed."""
@@ -99,6 +98,9 @@ def peft_config(model: TrainedModel, rows: list[int] | None = None) -> dict[str,
         )
     if not model.adapters:
         raise CheckpointError("The checkpoint holds no LoRA adapters, and PEFT cannot do without; export it as merged.")
+    # By their ends where they are in every layer, as PEFT's users write them.
+    adapted = {name.rsplit(".", 2)[0] for name in model.adapters}
+    ends = {module.split(".")[-1] for module in adapted}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -112,7 +114,7 @@ def peft_config(model: TrainedModel, rows: list[int] | None = None) -> dict[str,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": sorted({name.split(".")[-3] for name in model.adapters}),
+        "target_modules": sorted(ends if len(adapted) == len(ends) * model.arch.layers else adapted),
         "modules_to_save": sorted(saved) or None,
         "ensure_weight_tying": model.arch.tied and "embed_tokens" in saved,
     }
@@ -143,7 +145,8 @@ def export_adapter(model: TrainedModel, output: Path, force: bool = False, embed
             at most one in `FEW` changed.
 
     Raises:
-        CheckpointError: `output` is taken, PEFT cannot express what was trained, or the disk refuses.
+        CheckpointError: `output` is taken, PEFT cannot express what was trained, a tensor is not finite, or the disk
+            refuses.
     """
     config, rows = _plan(model, embedding)
     base = HfCheckpoint(model.base)
@@ -169,14 +172,14 @@ def export_adapter(model: TrainedModel, output: Path, force: bool = False, embed
         whole = model.trained[name] if name in model.trained else model.base_tensor(base, name)
         if stored.endswith(ROWS):
             whole = whole[torch.tensor(rows)]
-        return whole.to(facts[stored].dtype)
+        return trained_finite(name, whole.to(facts[stored].dtype))
 
     saved = "`trainable_token_indices` and `modules_to_save`" if rows is not None else "`modules_to_save`"
     with new_folder(output, force) as folder:
         check_space(folder, sum(fact.nbytes for fact in facts.values()))
         write_json(folder / "adapter_config.json", config)
         write_safetensors(folder / f"{ADAPTER}.safetensors", facts, read, {})
-        _notes(model, folder, README, Path(output), saved)
+        _notes(model, folder, README, Path(output), saved, len(set(sources.values())))
 
 
 def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> None:
@@ -184,7 +187,7 @@ def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> N
     and, for the published scripts, .bin).
 
     Raises:
-        CheckpointError: `output` is taken, there are no adapters, or the disk refuses.
+        CheckpointError: `output` is taken, there are no adapters, a tensor is not finite, or the disk refuses.
     """
     base = HfCheckpoint(model.base)
     if not model.adapters:
@@ -198,21 +201,23 @@ def export_longlora(model: TrainedModel, output: Path, force: bool = False) -> N
 
     def read(name: str) -> torch.Tensor:
         tensor = model.trained[name] if name in model.trained else model.base_tensor(base, name)
-        return tensor.to(whole[name].dtype)
+        return trained_finite(name, tensor.to(whole[name].dtype))
+
+    def read_factor(stored: str) -> torch.Tensor:
+        name = stored.removeprefix(PREFIX)
+        return trained_finite(name, model.trained[name].float())
 
     with new_folder(output, force) as folder:
         check_space(folder, sum(f.nbytes for f in factors.values()) + 2 * sum(f.nbytes for f in whole.values()))
         write_json(folder / "adapter_config.json", {**config, "modules_to_save": None, "ensure_weight_tying": False})
-        write_safetensors(
-            folder / f"{ADAPTER}.safetensors", factors, lambda name: model.trained[name[len(PREFIX) :]].float(), {}
-        )
+        write_safetensors(folder / f"{ADAPTER}.safetensors", factors, read_factor, {})
         write_safetensors(folder / f"{TRAINABLE}.safetensors", whole, read, {})
         # Plain tensors in a dict: readers need no code of ours, and weights_only=True suffices.
         with (folder / f"{TRAINABLE}.bin").open("wb") as file:
             torch.save({name: read(name).contiguous() for name in whole}, file)
             file.flush()
             os.fsync(file.fileno())
-        _notes(model, folder, LONGLORA_README, Path(output), f"`{TRAINABLE}`")
+        _notes(model, folder, LONGLORA_README, Path(output), f"`{TRAINABLE}`", len(factors) + len(whole))
 
 
 def _only(model: TrainedModel, kept: list[str]) -> Mapping[str, torch.Tensor]:
@@ -225,14 +230,16 @@ def _base_arch(model: TrainedModel) -> Any:
     return dataclasses.replace(model.arch, vocab=rows)
 
 
-def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: str) -> None:
-    """config.json, tokenizer, longspan.json and README.md beside an adapter."""
+def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: str, tensors: int) -> None:
+    """config.json, tokenizer, longspan.json and README.md beside an adapter of so many trained tensors."""
     write_json(folder / "config.json", extended_config(model))
     companions(model, folder)
     plan = dataclasses.asdict(model.rope)
-    note = {"base": str(model.base), "base_hash": model.base_hash, "step": model.step, "context": model.context}
+    note = {"format": 1, "base": str(model.base), "base_hash": model.base_hash, "step": model.step}
+    # Counted, so that a reader notices a file or tensor that was lost on the way.
+    note |= {"context": model.context, "tensors": tensors}
     rope = {"type": model.rope.type, "theta": model.rope.theta, "factor": model.rope.factor}
-    write_json(folder / "longspan.json", {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
+    write_json(folder / NOTE, {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
     rows = model.arch.vocab
     # config.json declares the grown vocabulary, so transformers makes fresh rows and says so.
     grow = f"# {rows} rows: the new ones are in the adapter\n" if model.grown else ""

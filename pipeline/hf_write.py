@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +16,34 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.hashes import write_hashes
-from pipeline.hf_companions import write_json
+from pipeline.hashes import HASHES, write_hashes
+from pipeline.hf_companions import COMPANIONS, write_json
 from pipeline.hf_files import INDEX, SINGLE, file_digest
 from pipeline.progress import ByteProgress
 from pipeline.safetensors_io import TensorFact, Written, write_safetensors
 
 SHARD_BYTES = 4_000_000_000
+FINITE_ROWS = 4096
+"""Rows looked at together."""
 FINISHED = ".finished.json"
 """Inside an unfinished folder: the job it belongs to and the shards that are done."""
+NOTE = "longspan.json"
+"""Beside an adapter: what PEFT's files cannot tell."""
+REPORT = "verify.json"
+"""What `pipeline.verify` found, in every export it looked at."""
+_OURS = {
+    HASHES: {INDEX},
+    NOTE: {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "trainable_params.safetensors",
+        "trainable_params.bin",
+    },
+}
+"""Mark of an earlier export or import -> files that such a one may hold, beside those that all do."""
+_COMMON = {"config.json", REPORT, *COMPANIONS}
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def plan_shards(facts: Mapping[str, TensorFact], max_bytes: int) -> list[list[str]]:
@@ -115,6 +135,28 @@ def _kept(folder: Path) -> dict[str, Written]:
     return kept
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """No value is infinite or NaN; some rows at a time, as the check makes a mask of its own."""
+    return all(bool(block.isfinite().all()) for block in tensor.split(FINITE_ROWS))
+
+
+def trained_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A trained tensor as it is about to be written.
+
+    Logits of a few tokens would not meet a single bad row, so the comparison that follows an export cannot find it.
+
+    Raises:
+        CheckpointError: it holds an infinity or a NaN.
+    """
+    if not is_finite(tensor):
+        narrow = " (or too large for float16: train from a base imported with --dtype bf16)"
+        where = f"after training{narrow if tensor.dtype is torch.float16 else ''}"
+        raise CheckpointError(
+            f"{name}: holds a value that is not finite {where}; training diverged, so export an earlier checkpoint."
+        )
+    return tensor
+
+
 def check_space(folder: Path, need: int) -> None:
     """Refuse to start writing `need` bytes where they do not fit.
 
@@ -135,8 +177,7 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
     fails.
 
     Raises:
-        CheckpointError: `output` exists and is not empty (without `force`), or is not a model folder that may be
-        replaced.
+        CheckpointError: `output` exists and is not empty (without `force`), or holds anything but an earlier export.
     """
     output = _free(output, force)
     temporary = output.with_name(f".writing-{output.name}-{os.getpid()}")
@@ -144,6 +185,8 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        # Meanwhile another program, or the user, may have put something there.
+        _free(output, force)
         _publish(temporary, output)
     except OSError as error:
         raise _refused(output, error) from None
@@ -152,27 +195,44 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
 
 
 def _free(output: Path, force: bool) -> Path:
-    """The absolute path, after checking that it may be written."""
-    output = Path(os.path.abspath(output))
+    """The absolute path, links followed, after checking that nothing but an earlier export of ours is lost there."""
+    output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output}: is a file; choose another output folder.")
-    if output.is_dir() and any(output.iterdir()):
-        if not force:
-            raise CheckpointError(f"{output}: is not empty; choose another output folder, or replace it with --force.")
-        if not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CheckpointError(f"{output}: is not a model folder, so --force will not replace it; choose another.")
+    held = sorted(output.iterdir()) if output.is_dir() else []
+    if not held:
+        return output
+    if not force:
+        raise CheckpointError(f"{output}: is not empty; choose another output folder, or replace it with --force.")
+    marks = [mark for mark in _OURS if (output / mark).is_file()]
+    if not marks:
+        raise CheckpointError(
+            f"{output}: is no earlier export or import ({HASHES} or {NOTE} would be in it), so --force will not "
+            "replace it; choose another output folder."
+        )
+    ours = _COMMON.union(marks, *(_OURS[mark] for mark in marks))
+    for path in held:
+        known = path.name in ours or (HASHES in marks and _WEIGHTS.fullmatch(path.name))
+        if path.is_dir() or not known:
+            raise CheckpointError(
+                f"{path}: is nothing that an export writes, so --force will not delete it; move it away, or choose "
+                "another output folder."
+            )
     return output
 
 
 def _publish(temporary: Path, output: Path) -> None:
-    """Put a finished folder in place of what was there."""
+    """Put a finished folder in place of what was there, which is deleted only when the new one stands."""
     replaced = output.with_name(f".replaced-{output.name}-{os.getpid()}")
+    if output.exists():
+        output.rename(replaced)
     try:
-        if output.exists():
-            output.rename(replaced)
         temporary.rename(output)
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _refused(output: Path, error: OSError) -> CheckpointError:
@@ -205,11 +265,17 @@ def resumable_folder(output: Path, force: bool, job: Mapping[str, Any]) -> Itera
             lock = None
             raise CheckpointError(f"{output}: another process is writing it; wait for that one to end.") from None
         note = temporary / FINISHED
-        if not _same_job(note, identity):
-            for path in temporary.iterdir():
+        same = _same_job(note, identity)
+        # Shards only: a tokenizer edited by the interrupted run (a token added) would be edited twice.
+        kept = {note.name, *_kept_names(note)} if same else set()
+        for path in temporary.iterdir():
+            if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not same:
             write_json(note, {"job": identity, "shards": {}})
         yield temporary
+        # Before the note goes: refused now, the finished shards stay for another try.
+        _free(output, force)
         note.unlink()
         _publish(temporary, output)
     except OSError as error:

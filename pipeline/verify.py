@@ -19,13 +19,13 @@ from pipeline import verify_logits
 from pipeline.adapters_in import load_adapter
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
+from pipeline.hf_write import REPORT
 from pipeline.model import names
 from pipeline.safetensors_io import tensor_digest
 from pipeline.trained_model import TrainedModel, extended_config, partner_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference of fp32 logits. The same sums in the same order should give no difference at all."""
-REPORT = "verify.json"
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.export import source_files
+from pipeline.export import refuse_overlap, source_files
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, new_folder, resumable_folder, write_safetensors_sharded
+from pipeline.hf_write import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
@@ -33,8 +33,25 @@ from pipeline.schema import RopeSettings
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
-FINITE_ROWS = 4096
-"""Rows looked at together."""
+
+
+GGUF_MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+GGUF_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""llama.cpp's names of what a layer holds."""
+GGUF_PLAIN_ROPE = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
+"""Metadata -> values that scale nothing (0: not set)."""
+GGUF_FREQUENCIES = "rope_freqs.weight"
+"""What every frequency of RoPE is divided by: Llama-3.1's scaling is in GGUF files as this tensor."""
 
 
 def import_model(
@@ -59,14 +76,14 @@ def import_model(
     Raises:
         CheckpointError, ConfigError: the source is damaged or unsupported, or `output` is taken.
     """
-    if source.resolve() == output.resolve():
-        raise CheckpointError(f"{output}: is the source itself; choose another output folder.")
     gguf = source if source.suffix == ".gguf" else None
     if gguf is None and source.is_dir() and not list(source.glob("*.safetensors*")):
         files = sorted(source.glob("*.gguf"))
         if len(files) > 1:
             raise CheckpointError(f"{source}: holds {len(files)} GGUF files; name one of them, e.g. {files[0]}.")
         gguf = files[0] if files else None
+    # The file itself: a folder beside it is a fine place.
+    refuse_overlap(gguf or source, output, "the source")
     if gguf is None:
         _import_folder(source, output, DTYPES[dtype], force, pad_token, shard_bytes, shown)
     elif not gguf.is_file():
@@ -83,18 +100,38 @@ def _write_model(
     facts: Mapping[str, TensorFact],
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
+    file_of: Callable[[str], Path],
     shard_bytes: int = SHARD_BYTES,
     shown: bool = False,
 ) -> None:
-    """config.json with its dtype, and the weights cast to it."""
+    """config.json with its dtype, and the weights cast to it; what is written is finite.
+
+    Args:
+        file_of: where a tensor was read, for messages.
+    """
     wanted = {name: TensorFact(fact.shape, dtype or fact.dtype) for name, fact in facts.items()}
     names_dtype = DTYPE_NAMES[dtype or next(iter(wanted.values())).dtype]
     # transformers 4 reads torch_dtype; 5 reads either.
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     write_json(folder / "config.json", {**kept, "torch_dtype": names_dtype})
     total = sum(fact.nbytes for fact in wanted.values())
+
+    def cast(name: str) -> torch.Tensor:
+        tensor = read(name)
+        # After the cast: fp16 ends at 65504.
+        written = tensor.to(wanted[name].dtype)
+        if is_finite(written):
+            return written
+        if not is_finite(tensor):
+            raise CheckpointError(f"{file_of(name)}: {name} holds a value that is not finite; download it again.")
+        mend = "fp32" if written.dtype is torch.bfloat16 else "bf16"
+        raise CheckpointError(
+            f"{file_of(name)}: {name} holds {tensor.abs().max().item():.3g}, more than "
+            f"{DTYPE_NAMES[written.dtype]} can; import with --dtype {mend}."
+        )
+
     with ByteProgress(total, "import", enabled=shown) as progress:
-        write_safetensors_sharded(folder, wanted, lambda name: read(name).to(wanted[name].dtype), shard_bytes, progress)
+        write_safetensors_sharded(folder, wanted, cast, shard_bytes, progress)
 
 
 def _import_folder(
@@ -117,14 +154,6 @@ def _import_folder(
     shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
     config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "vocab_size": rows}
 
-    def read(name: str) -> torch.Tensor:
-        tensor = grown_tensor(checkpoint, name, rows)
-        if not all(bool(block.isfinite().all()) for block in tensor.split(FINITE_ROWS)):
-            raise CheckpointError(
-                f"{source / checkpoint.file_of(name)}: {name} holds a value that is not finite; download it again."
-            )
-        return tensor
-
     job = {"source": source_files(checkpoint), "from": str(source.resolve()), "config": config}
     with resumable_folder(output, force, {**job, "dtype": str(dtype), "shard_bytes": shard_bytes}) as folder:
         copy_companions(source, folder)
@@ -134,7 +163,50 @@ def _import_folder(
                 "--pad-token."
             )
         facts = {name: TensorFact(shape, checkpoint.facts[name].dtype) for name, shape in shapes.items()}
-        _write_model(folder, config, facts, read, dtype, shard_bytes, shown)
+        _write_model(
+            folder,
+            config,
+            facts,
+            lambda name: grown_tensor(checkpoint, name, rows),
+            dtype,
+            lambda name: source / checkpoint.file_of(name),
+            shard_bytes,
+            shown,
+        )
+
+
+def _gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    module, _, leaf = name.rpartition(".")
+    if module in GGUF_MODULES:
+        return f"{GGUF_MODULES[module]}.{leaf}"
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{GGUF_LAYER[rest]}.{leaf}"
+
+
+def _gguf_tensors(path: Path) -> set[str]:
+    """Names of the tensors in a GGUF file.
+
+    Raises:
+        CheckpointError: its RoPE is scaled; transformers reads nothing of that and would make plain RoPE of it.
+        OSError, ValueError, KeyError, IndexError: it is no GGUF file, or damaged.
+    """
+    # Like transformers, for GGUF files only.
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    scaled = [
+        key
+        for key, field in reader.fields.items()
+        if (end := key.partition(".")[2]) in GGUF_PLAIN_ROPE and field.contents() not in GGUF_PLAIN_ROPE[end]
+    ]
+    divisors = [tensor.data for tensor in reader.tensors if tensor.name == GGUF_FREQUENCIES]
+    if scaled or any((data != 1).any() for data in divisors):
+        raise CheckpointError(
+            f"{path}: its RoPE is scaled ({scaled[0] if scaled else GGUF_FREQUENCIES}), which transformers does not "
+            "read from GGUF files; import the safetensors release of this model."
+        )
+    return {tensor.name for tensor in reader.tensors} - {GGUF_FREQUENCIES}
 
 
 def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
@@ -143,6 +215,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
 
     with new_folder(output, force) as folder:
         try:
+            stored = _gguf_tensors(path)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
@@ -165,12 +238,21 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         state = model.state_dict()
         facts = {}
         for name, shape in names.hf_tensor_shapes(arch).items():
+            # transformers gives random values to what it does not find, and leaves out what it has no place for.
+            if _gguf_name(name) not in stored:
+                raise CheckpointError(f"{path}: lacks {_gguf_name(name)}; it is incomplete, so download it again.")
+            stored.remove(_gguf_name(name))
             if name not in state or tuple(state[name].shape) != shape:
                 raise CheckpointError(
                     f"{path}: its {name} is missing or not {shape} as its header says; download it again."
                 )
             facts[name] = TensorFact(shape, dtype)
-        _write_model(folder, config, facts, state.__getitem__, dtype)
+        if stored:
+            raise CheckpointError(
+                f"{path}: holds {min(stored)}, which the model that transformers reads has no place for; import the "
+                "safetensors release of this model."
+            )
+        _write_model(folder, config, facts, state.__getitem__, dtype, lambda name: path)
 
 
 def _plain_tokenizer(folder: Path) -> None:

@@ -9,6 +9,7 @@ from parallel.errors import CheckpointError
 from pipeline.adapters_in import load_adapter
 from pipeline.checkpoint.choose import newest
 from pipeline.export import export
+from pipeline.hf_write import REPORT
 from pipeline.schema import RopeSettings
 from pipeline.trained_model import TrainedModel, load_trained_model
 
@@ -35,7 +36,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--adapter", type=Path, help="a PEFT adapter, or LongLoRA's two files")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--base", type=Path, help="where the base model lies, if it moved since training")
-    parser.add_argument("--context", type=int, help="tokens of the result, where an --adapter does not tell")
+    parser.add_argument("--context", type=int, help="tokens of the result, where the --adapter's files do not tell")
     parser.add_argument("--rope", choices=("linear", "yarn", "ntk", "llama3", "none"), help="stretching, likewise")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
     parser.add_argument(
@@ -79,7 +80,7 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:
         # transformers and peft take seconds to import; a plain export does without.
-        from pipeline.verify import REPORT, verify
+        from pipeline.verify import verify
 
         report = verify(model, options.output, form)
         tensors = report["tensors"]

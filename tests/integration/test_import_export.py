@@ -265,7 +265,7 @@ def test_import_normalizes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     import_model(base, tmp_path / "kept")
     assert HfCheckpoint(tmp_path / "kept").dtype is torch.float32
     assert import_main([str(base), str(base)]) == 1
-    assert "is the source itself" in capsys.readouterr().err
+    assert "overlaps the source" in capsys.readouterr().err
     assert import_main([str(tmp_path / "no.gguf"), str(tmp_path / "x")]) == 1
     assert "no.gguf: does not exist" in capsys.readouterr().err
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.hf_files import HfCheckpoint
@@ -47,8 +49,15 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(base: Path, file: Path) -> dict[str, torch.Tensor]:
-    """Write the tiny checkpoint `base` as 8-bit GGUF; returns the weights it then holds, under their own names."""
+def write_gguf(
+    base: Path, file: Path, without: str = "", more: Callable[[gguf.GGUFWriter], Any] = lambda writer: None
+) -> dict[str, torch.Tensor]:
+    """Write the tiny checkpoint `base` as 8-bit GGUF; returns the weights it then holds, under their own names.
+
+    Args:
+        without: a tensor of `base` that is left out.
+        more: adds what it likes.
+    """
     arch = read_arch(base)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(arch.max_positions)
@@ -73,6 +82,8 @@ def write_gguf(base: Path, file: Path) -> dict[str, torch.Tensor]:
     writer.add_eos_token_id(2)
     kept = {}
     for name, tensor in load_file(base / "model.safetensors").items():
+        if name == without:
+            continue
         values = tensor.numpy()
         if "q_proj" in name or "k_proj" in name:
             values = interleaved(values, arch.heads if "q_proj" in name else arch.kv_heads)
@@ -84,6 +95,7 @@ def write_gguf(base: Path, file: Path) -> dict[str, torch.Tensor]:
             writer.add_tensor(gguf_name(name), packed, raw_dtype=Q8)
             exact = quantize(tensor.numpy(), Q8)  # blocks lie along a row, so reordered rows keep their values
             kept[name] = torch.from_numpy(dequantize(exact, Q8))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,3 +119,61 @@ def test_a_gguf_file_gives_back_its_model(tied: bool, tmp_path: Path, capsys: py
         assert tensor.abs().max() > 0.1
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.eos_id == 2 and tokenizer.encode("abc!")
+
+
+def add_rope(writer: gguf.GGUFWriter, kind: gguf.RopeScalingType, factor: float) -> None:
+    writer.add_rope_scaling_type(kind)
+    writer.add_rope_scaling_factor(factor)
+
+
+def divide(writer: gguf.GGUFWriter, by: float) -> None:
+    writer.add_tensor("rope_freqs.weight", np.array([1, 1, 1, 1, by, by, by, by], dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("without", "more", "words"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", lambda w: None, "lacks blk.1.attn_q.weight; it is incomplete"),
+        ("model.layers.0.input_layernorm.weight", lambda w: None, "lacks blk.0.attn_norm.weight; it is incomplete"),
+        ("", lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "holds blk.0.attn_q.bias, which"),
+        ("", lambda w: add_rope(w, gguf.RopeScalingType.LINEAR, 4.0), "RoPE is scaled (llama.rope.scaling.type)"),
+        ("", lambda w: add_rope(w, gguf.RopeScalingType.YARN, 4.0), "RoPE is scaled (llama.rope.scaling.type)"),
+        ("", lambda w: add_rope(w, gguf.RopeScalingType.NONE, 4.0), "RoPE is scaled (llama.rope.scaling.factor)"),
+        ("", lambda w: divide(w, 8.0), "RoPE is scaled (rope_freqs.weight)"),
+    ],
+)
+def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(
+    tmp_path: Path,
+    without: str,
+    more: Callable[[gguf.GGUFWriter], Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It gives random values to a tensor that is missing, and plain RoPE to a model without."""
+    base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None)
+    write_gguf(base, tmp_path / "tiny.gguf", without, more)
+    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_scaling_by_one_is_none(tmp_path: Path) -> None:
+    base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None)
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        add_rope(writer, gguf.RopeScalingType.NONE, 1.0)
+        divide(writer, 1.0)
+
+    write_gguf(base, tmp_path / "tiny.gguf", more=more)
+    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_gguf_file_is_finite_once_cast(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, base / "model.safetensors")
+    write_gguf(base, tmp_path / "tiny.gguf")
+    status = main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out"), "--dtype", dtype])
+    assert status == (dtype == "fp16")
+    assert ("model.norm.weight holds 1e+06, more than float16 can" in capsys.readouterr().err) == (dtype == "fp16")
