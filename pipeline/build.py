@@ -37,9 +37,7 @@ from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_backends import select_backend
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
-from pipeline.model.rope import RopePlan, plan_rope
-from pipeline.model.spec import refuse_biases
-from pipeline.model.vocabulary import check_growth
+from pipeline.model.plan import RopePlan, plan_model
 from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
@@ -68,14 +66,10 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    arch = read_arch(folder)
-    if config.model.vocab is not None:
-        check_growth(arch.vocab, config.model.vocab, "model.vocab")
-        arch = replace(arch, vocab=config.model.vocab)
-    refuse_biases(arch)
+    arch, rope = plan_model(config.model, read_arch(folder))
     check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
     plan_stages(arch.layers, parallel.pp, parallel.virtual)
-    return arch, plan_rope(arch, config.model.rope, config.model.context)
+    return arch, rope
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

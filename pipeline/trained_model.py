@@ -17,8 +17,9 @@ from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_siz
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.model.plan import check_growth
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
-from pipeline.model.vocabulary import VOCABULARY_HF, check_growth, grown_tensor
+from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.safetensors_io import SafetensorsFile
 from pipeline.schema import LoraConfig, RopeSettings
 from pipeline.schema_rope import used_rope

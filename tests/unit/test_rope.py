@@ -14,15 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from parallel.errors import ConfigError
 from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.rope import (
-    RopePlan,
-    apply_rope,
-    hf_rope_fields,
-    inverse_frequencies,
-    ntk_theta,
-    plan_rope,
-    rope_tables,
-)
+from pipeline.model.plan import RopePlan, ntk_theta, plan_rope
+from pipeline.model.rope import apply_rope, hf_rope_fields, inverse_frequencies, rope_tables
 from pipeline.schema import RopeSettings
 from tests.tiny_models import tiny_config
 
