@@ -20,7 +20,7 @@ from pipeline.checkpoint.choose import Choice, candidates, choose
 from pipeline.checkpoint.files import remove, rename
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_cursor, check_resumable
+from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.checkpoint.writer import clear_unfinished
 from pipeline.config import config_dict
@@ -184,6 +184,7 @@ def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fak
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     arch, rope = check_before_spending(config, env)
+    check_output(config)  # `resume` looks again, at the base's hash and the data too
     base = base or open_base(config, arch)
     groups = connect(config, env, fake)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))

@@ -23,7 +23,7 @@ from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.files import MAX_JSON, Damaged
 from pipeline.checkpoint.manifest import checksum_text, manifest_bytes, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_resumable
+from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
 from tests.checkpoints import LORA, SHAPES, holds, state_at, write
 
@@ -227,7 +227,7 @@ def test_a_header_that_disagrees_with_the_manifest_is_refused(tmp_path: Path) ->
 CONFIG = {
     "lora": {"rank": 8},
     "attention": {"group_size": 16},
-    "model": {"rope": {"factor": 2.0}},
+    "model": {"context": 64, "rope": {"type": "linear", "factor": 2.0}},
     "train": {"lr": 1e-4},
 }
 
@@ -237,8 +237,13 @@ CONFIG = {
     [
         ({"lora": {"rank": 4}}, r"lora\.rank was 8 .* 4 now"),
         ({"attention": {"group_size": 32}}, r"attention\.group_size was 16"),
-        ({"model": {"rope": {"factor": 4.0}}}, r"model\.rope\.factor was 2\.0"),
-        ({"train": {"lr": 2e-4}}, r"train\.lr"),
+        ({"model": {"context": 64, "rope": {"type": "linear", "factor": 4.0}}}, r"model\.rope\.factor was 2\.0"),
+        ({"train": {"lr": 2e-4}}, r"train\.lr was"),
+        ({"train": {"lr": 1e-4, "lr_embed_norm": 2e-4}}, r"train\.lr_embed_norm was 0\.0001"),
+        ({"attention": {"group_fraction": 0.5}}, r"attention\.group_size was 16 .* 32 now"),
+        ({"attention": {"kind": "full"}}, r"attention\.kind was 's2'"),
+        ({"data": {"sequence": 32}}, r"data\.sequence was 64 .* 32 now"),
+        ({"model": CONFIG["model"] | {"context": 128}}, r"model\.context was 64"),
     ],
 )
 def test_other_mathematics_are_refused(change: dict[str, Any], named: str) -> None:
@@ -251,3 +256,31 @@ def test_other_mathematics_are_refused(change: dict[str, Any], named: str) -> No
         check_resumable(saved, {**saved, "base_hash": "c"})
     with pytest.raises(ConfigError, match="the training data is not the one"):
         check_resumable(saved, {**saved, "data_fingerprint": "e"})
+
+
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        ({}, {"attention": {"group_size": 16}}),
+        ({}, {"data": {"sequence": 64}}),
+        ({}, {"train": {"lr": 1e-4, "lr_embed_norm": 1e-4}}),
+        ({"attention": {"group_size": 32}}, {"attention": {"group_fraction": 0.5}}),
+        # Earlier releases took these, which have no effect; the configuration can no longer be written with them.
+        ({"attention": {"kind": "full", "group_size": 32}}, {"attention": {"kind": "full"}}),
+        (
+            {"model": {"context": 64, "rope": {"type": "ntk", "theta": 5e5, "factor": 50.0}}},
+            {"model": {"context": 64, "rope": {"type": "ntk", "theta": 5e5}}},
+        ),
+    ],
+)
+def test_settings_are_compared_as_they_take_effect(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    plain = {key: value for key, value in CONFIG.items() if key != "attention"}
+    check_settings(plain | saved, plain | now)
+    check_settings(plain | now, plain | saved)
+
+
+def test_a_manifest_without_a_runs_configuration_is_told() -> None:
+    fraction = {"model": {"context": 64}, "attention": {"group_fraction": 7.0}}
+    for broken in ({}, {"model": 3}, {"model": {"context": "x"}}, fraction):
+        with pytest.raises(CheckpointError, match="does not hold a run's configuration"):
+            check_settings(broken, CONFIG)
