@@ -28,7 +28,7 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.shards import TokenShards
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
 from pipeline.invariants import run_checks
@@ -188,11 +188,7 @@ def build(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fak
     base = base or open_base(config, arch)
     groups = connect(config, env, fake)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
-    if tokenizer.vocab_size > arch.vocab:
-        raise ConfigError(
-            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own "
-            f"tokenizer, or set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
-        )
+    check_rows(tokenizer, arch.vocab)
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups), config.sequence)
     loader = TrainLoader(
         dataset,

@@ -96,7 +96,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
 
         began_at = trainer.step
         warnings = run.resumed.warnings if run.resumed is not None else ()
-        for warning in (*filter(None, [lock and lock.took_over]), *warnings):
+        for warning in (*config.warnings, *filter(None, [lock and lock.took_over]), *warnings):
             progress.say(f"warning: {warning}")
         if run.resumed is None:
             assess("untrained", 0)
