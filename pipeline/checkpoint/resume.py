@@ -11,7 +11,9 @@ from pipeline.checkpoint.choose import candidates
 from pipeline.checkpoint.files import Damaged
 from pipeline.checkpoint.manifest import Manifest, read_manifest
 from pipeline.config import config_dict, defaults
-from pipeline.schema import S2_SETTINGS, AttentionConfig, RunConfig
+from pipeline.model.arch import read_arch
+from pipeline.model.plan import plan_rope
+from pipeline.schema import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
 from pipeline.schema_rope import used_rope
 
 FREE_TO_CHANGE = (
@@ -88,6 +90,27 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {key: used.get(key.removeprefix("model.rope.")) for key in rope}
 
 
+def _forget_spelling(old: Mapping[str, Any], new: dict[str, Any], current: Mapping[str, Any]) -> None:
+    """Where a base makes the same of both runs' model settings, write the new ones as the old ones were written.
+
+    Both are of the same base, or its hash tells. Where it is not there to be read they stay as they are.
+    """
+    try:
+        stored = read_arch(Path(current["model"]["path"]))
+        plans = [plan_rope(stored, _rope(side), side["model.context"]) for side in (old, new)]
+    except (KeyError, TypeError, ConfigError):
+        return
+    if plans[0] == plans[1]:
+        new |= {key: value for key, value in old.items() if key.startswith("model.rope.")}
+    if (old["model.vocab"] or stored.vocab) == (new["model.vocab"] or stored.vocab):
+        new["model.vocab"] = old["model.vocab"]
+
+
+def _rope(flat: Mapping[str, Any]) -> RopeSettings:
+    prefix = "model.rope."
+    return RopeSettings(**{key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)})
+
+
 def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuse to continue a run under settings that change what is computed.
 
@@ -107,6 +130,7 @@ def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
             "resume from another one, or choose another output folder."
         ) from None
     new = resolved(current)
+    _forget_spelling(old, new, current)
     # What is derived comes after what it is derived from, so that the setting that was changed is named.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key in DERIVED, key)):
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):

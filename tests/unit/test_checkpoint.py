@@ -26,6 +26,7 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
 from tests.checkpoints import LORA, SHAPES, holds, state_at, write
+from tests.tiny_models import make_tiny
 
 
 def redeclare(folder: Path, change: dict[str, Any]) -> None:
@@ -277,6 +278,33 @@ def test_settings_are_compared_as_they_take_effect(saved: dict[str, Any], now: d
     plain = {key: value for key, value in CONFIG.items() if key != "attention"}
     check_settings(plain | saved, plain | now)
     check_settings(plain | now, plain | saved)
+
+
+def test_model_settings_are_compared_as_the_base_makes_them(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "llama2", max_position_embeddings=64)
+
+    def model(vocab: int | None = None, **rope: Any) -> dict[str, Any]:
+        return {"model": {"path": str(tmp_path), "context": 128, "vocab": vocab, "rope": rope}}
+
+    for spelled in (
+        model(type="linear"),
+        model(factor=2.0),
+        model(original_context=64),
+        model(type="linear", factor=2.0),
+        model(128),
+    ):
+        check_settings(model(), spelled)
+        check_settings(spelled, model())
+    for other, named in (
+        (model(type="linear", factor=4.0), "model.rope.factor was None .* 4.0 now"),
+        (model(type="yarn"), "model.rope.type was 'auto'"),
+        (model(131), "model.vocab was None"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            check_settings(model(), other)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="model.rope.type was 'auto'"):
+        check_settings(model(), model(type="linear"))
 
 
 def test_a_manifest_without_a_runs_configuration_is_told() -> None:
