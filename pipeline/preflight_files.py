@@ -154,4 +154,6 @@ def check_earlier_run(config: RunConfig) -> Finding:
         found = "none" if newest is None else newest.name
     except LongspanError as error:
         found, problem = "of other settings", str(error)
+    except OSError as error:
+        problem = f"output: {error.filename} cannot be read ({error.strerror}); check its permissions."
     return Finding("Earlier run", found, "none, or one of these settings", problem)

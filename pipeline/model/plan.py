@@ -222,4 +222,12 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
         check_growth(stored.vocab, settings.vocab, "model.vocab")
         arch = replace(stored, vocab=settings.vocab)
     refuse_biases(arch)
-    return arch, plan_rope(arch, settings.rope, settings.context)
+    rope, served = settings.rope, _served_context(arch, settings.rope)
+    own_linear = arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "linear"
+    # Not in plan_rope: checkpoints of earlier releases, which took it, must still export.
+    if rope.type == "auto" and rope.original_context is not None and settings.context <= served and not own_linear:
+        raise ConfigError(
+            f"model.rope.original_context: context {settings.context} fits the checkpoint's own {served}, so type auto "
+            "does not stretch; remove original_context, or set type: linear."
+        )
+    return arch, plan_rope(arch, rope, settings.context)

@@ -145,6 +145,10 @@ def test_tokenizer(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"rope": RopeSettings(type="linear", factor=1.5)}, "1.5 times the original context 64 is 96, less than model"),
+        (
+            {"context": 48, "rope": RopeSettings(original_context=32)},
+            "context 48 fits the checkpoint's own 64, so type",
+        ),
         ({"vocab": 100}, "model.vocab: 100 rows are fewer than the checkpoint's 128"),
     ],
 )
@@ -201,7 +205,10 @@ def test_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"output: {tmp_path} cannot be written" in preflight_files.check_writable(tmp_path / "new/run").problem
 
 
-def test_an_earlier_run_of_other_settings(tmp_path: Path) -> None:
+def test_an_earlier_run_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
     config = replace(load_config(ROOT / "launch/configs/llama2_70b_32k.yaml"), output=str(tmp_path / "run"))
     assert preflight_files.check_earlier_run(config).found == "none"
     older, newer = (tmp_path / f"run/checkpoints/step-{step:06d}" for step in (10, 20))
@@ -217,6 +224,12 @@ def test_an_earlier_run_of_other_settings(tmp_path: Path) -> None:
     (newer / "manifest.json").write_text("{}")
     finding = preflight_files.check_earlier_run(config)
     assert not finding.problem and finding.found == "step-000010"
+    with monkeypatch.context() as patch:  # root may read anywhere
+        patch.setattr(Path, "iterdir", refuse)
+        told = preflight_files.check_earlier_run(config).problem
+        assert (
+            told == f"output: {tmp_path / 'run/checkpoints'} cannot be read (Permission denied); check its permissions."
+        )
     (older / "manifest.json").write_bytes(manifest_bytes({"format": 3}))
     (older / "manifest.sha256").write_text(checksum_text(hashlib.sha256(manifest_bytes({"format": 3})).hexdigest()))
     assert "has format 3" in preflight_files.check_earlier_run(config).problem
