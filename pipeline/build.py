@@ -20,7 +20,7 @@ from pipeline.checkpoint.choose import Choice, candidates, choose
 from pipeline.checkpoint.files import remove, rename
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_cursor, check_resumable
+from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.checkpoint.writer import clear_unfinished
 from pipeline.config import config_dict
@@ -28,7 +28,7 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.shards import TokenShards
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
 from pipeline.invariants import run_checks
@@ -37,9 +37,7 @@ from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_backends import select_backend
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
-from pipeline.model.rope import RopePlan, plan_rope
-from pipeline.model.spec import refuse_biases
-from pipeline.model.vocabulary import check_growth
+from pipeline.model.plan import RopePlan, plan_model
 from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.progress import TokenProgress
@@ -69,14 +67,10 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    arch = read_arch(folder)
-    if config.model.vocab is not None:
-        check_growth(arch.vocab, config.model.vocab, "model.vocab")
-        arch = replace(arch, vocab=config.model.vocab)
-    refuse_biases(arch)
+    arch, rope = plan_model(config.model, read_arch(folder))
     check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
     plan_stages(arch.layers, parallel.pp, parallel.virtual)
-    return arch, plan_rope(arch, config.model.rope, config.model.context)
+    return arch, rope
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -208,14 +202,11 @@ def build(
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     arch, rope = check_before_spending(config, env)
+    check_output(config)  # `resume` looks again, at the base's hash and the data too
     base = base or open_base(config, arch)
     groups = connect(config, env, fake)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
-    if tokenizer.vocab_size > arch.vocab:
-        raise ConfigError(
-            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {arch.vocab}; use the model's own "
-            f"tokenizer, or set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
-        )
+    check_rows(tokenizer, arch.vocab)
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups, watch), config.sequence)
     loader = TrainLoader(
         dataset,

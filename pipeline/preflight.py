@@ -1,26 +1,36 @@
 """Is everything there that a run needs? Small checks on facts handed in, so that each is testable on any machine.
 
 A check gives one `Finding`: what was found, what is needed and, if something is missing, one sentence saying what and
-how to mend it. Nothing is loaded and nothing but headers and folder listings is read; `tools.preflight` gathers the
-facts of a machine.
+how to mend it. Here are those of the machine and `survey`, which runs all; `preflight_files` has those of the run's
+files and settings, `tools.preflight` gathers the facts of a machine.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
 from parallel.plan import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.checkpoint.manifest import step_of
 from pipeline.data.records import find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
-from pipeline.data.shards import is_prepared, read_manifest, token_dtype
-from pipeline.memory import GIB, MemoryEstimate, estimate_memory
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.data.shards import is_prepared, token_dtype
+from pipeline.memory import MemoryEstimate, estimate_memory
+from pipeline.model.arch import LlamaArch
+from pipeline.preflight_files import (
+    Finding,
+    check_earlier_run,
+    check_model,
+    check_settings,
+    check_text,
+    check_tokenizer,
+    check_writable,
+    existing,
+    gib,
+)
 from pipeline.schema import RunConfig
 
 SHARED_MEMORY = 128 * 2**20
@@ -29,7 +39,6 @@ BYTES_A_TOKEN = 3
 """Of plain text; English has about four, so this overstates what the tokens take."""
 COMPRESSION = 4
 """Plain bytes a byte of .xz, .gz or .zst."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -61,22 +70,6 @@ class Launch:
     processes: int
     """On this machine."""
     nodes: int = 1
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table."""
-
-    name: str
-    found: str
-    needed: str
-    problem: str = ""
-    """One sentence; empty: all is well."""
-
-
-def gib(size: float) -> str:
-    """Bytes as text."""
-    return f"{size / GIB:.1f} GiB"
 
 
 def check_gpus(gpus: Sequence[Gpu], processes: int) -> Finding:
@@ -176,89 +169,6 @@ def check_layout(config: RunConfig, arch: LlamaArch | None, world: int) -> Findi
     return Finding("Layout", found, f"{world} processes")
 
 
-def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, LlamaArch | None]:
-    """The checkpoint: config.json, and every weight file that the index names, whole.
-
-    Args:
-        verify: opens the weights' headers and gives their bytes; raises LongspanError. Injected: it imports torch.
-    """
-    arch, found = None, str(folder)
-    problem = ""
-    try:
-        if not folder.is_dir():
-            raise ConfigError(
-                f"model.path: {folder} is not a folder; download the checkpoint there, or point model.path at it."
-            )
-        arch = read_arch(folder)
-        found = f"{folder}, {gib(verify(folder))}"
-    except LongspanError as error:
-        problem = str(error)
-    return Finding("Model", found, "config.json and whole safetensors", problem), arch
-
-
-def check_tokenizer(path: Path) -> Finding:
-    """A tokenizer file, or a folder that has one."""
-    names = [path.name] if path.is_file() else [name for name in TOKENIZER_FILES if (path / name).is_file()]
-    problem = ""
-    if not names:
-        problem = (
-            f"Tokenizer: {path} holds none; copy the model's tokenizer.json and tokenizer_config.json (or its "
-            "tokenizer.model) into it, or set data.tokenizer."
-        )
-    return Finding("Tokenizer", names[0] if names else "none", "a tokenizer file", problem)
-
-
-def check_text(setting: str, path: Path, length: int) -> Finding:
-    """Text or prepared shards at `path`, not empty.
-
-    Args:
-        setting: dotted name, for the sentence.
-        length: tokens of one window; prepared shards must hold one.
-    """
-    needed = f"a window of {length} tokens"
-    try:
-        if is_prepared(path) or (path / SHARDS_MANIFEST).is_file():
-            manifest = read_manifest(path)
-            for entry in manifest.files:
-                file = path / entry.name
-                if not file.is_file() or file.stat().st_size != entry.size:
-                    state = "is not whole" if file.is_file() else "is missing"
-                    raise ConfigError(f"{setting}: {file} {state}; prepare the text again with tools.prepare_data.")
-            found = f"{manifest.tokens} tokens in {manifest.documents} documents"
-            if manifest.tokens <= length:
-                raise ConfigError(
-                    f"{setting}: {path} holds {manifest.tokens} tokens and one window needs {length + 1}; give more "
-                    "text, or lower the length."
-                )
-            return Finding(setting, found, needed)
-        files = find_files(path)
-        size = sum(file.stat().st_size for file in files)
-        if not size:
-            raise ConfigError(f"{setting}: the {len(files)} text files at {path} are empty; give other text.")
-    except LongspanError as error:
-        text = str(error)
-        return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed)
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder at or above `path` that exists."""
-    path = path.absolute()
-    while not path.is_dir() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def check_writable(output: Path) -> Finding:
-    """The run's folder can be written, or made."""
-    folder, problem = existing(output), ""
-    if output.exists() and not output.is_dir():
-        problem = f"output: {output} is a file; choose another folder."
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        problem = f"output: {folder} cannot be written by this user; change its permissions, or choose another output."
-    return Finding("Output", str(output), "can be written", problem)
-
-
 @dataclass(frozen=True)
 class Space:
     """A folder, what will be written there and what its file system has free; bytes."""
@@ -321,11 +231,16 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     """
     world = launch.processes * launch.nodes
     model, arch = check_model(Path(config.model.path), verify)
+    files = [model]
+    if arch is not None:
+        settings, arch = check_settings(config.model, arch)
+        files.append(settings)
     layout = check_layout(config, arch, world)
-    texts = [check_text("data.path", Path(config.data.path), config.sequence)]
+    field = config.data.text_field
+    texts = [check_text("data.path", Path(config.data.path), config.sequence, field)]
     if config.eval.path is not None:
         longest = max(config.eval.lengths or (config.model.context,))
-        texts.append(check_text("eval.path", Path(config.eval.path), longest))
+        texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
     findings = [check_gpus(machine.gpus, launch.processes), layout]
     if arch is not None and not layout.problem:
         parallel = config.parallel
@@ -333,10 +248,11 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         estimate = estimate_memory(config, arch, grid)
         findings.append(check_gpu_memory(machine.gpus, launch.processes, estimate))
         findings.append(check_host_memory(machine.host, machine.host_limit, launch.processes, estimate))
-    findings += [check_shared_memory(machine.shared, launch.processes), model]
+    findings += [check_shared_memory(machine.shared, launch.processes), *files]
     if config.data.tokenizer is not None or Path(config.model.path).is_dir():
-        findings.append(check_tokenizer(Path(config.data.tokenizer or config.model.path)))
-    findings += [*texts, check_writable(Path(config.output))]
+        rows = None if arch is None else arch.vocab
+        findings.append(check_tokenizer(Path(config.data.tokenizer or config.model.path), rows))
+    findings += [*texts, check_writable(Path(config.output)), check_earlier_run(config)]
     if arch is not None and not layout.problem:
         cache = Path(config.data.cache or Path(config.output) / "data")
         named = [Path(config.data.path), *([Path(config.eval.path)] if config.eval.path is not None else [])]

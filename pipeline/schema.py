@@ -6,45 +6,17 @@ checked in `RunConfig.__post_init__`. Errors are `ConfigError`: one sentence say
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from parallel.errors import ConfigError
-from pipeline.schema_checks import at_least, between, one_of
+from pipeline.schema_checks import at_least, between, not_empty, one_of
 from pipeline.schema_parallel import ParallelConfig
+from pipeline.schema_rope import RopeSettings
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
-ROPE_TYPES = ("auto", "none", "linear", "ntk", "abf", "yarn", "llama3")
-
-
-@dataclass(frozen=True)
-class RopeSettings:
-    """How rotary positions are stretched to the new context."""
-
-    type: str = "auto"
-    """auto keeps the checkpoint's own scaling if `context` fits it, and otherwise uses linear interpolation (the
-    paper's); none | linear | ntk | abf | yarn | llama3 force one."""
-    factor: float | None = None
-    """Stretch over the original context (dimensionless); None derives context / original context."""
-    theta: float | None = None
-    """New RoPE base for `abf` (dimensionless); None derives it for `ntk`, and is an error for `abf`."""
-    original_context: int | None = None
-    """Context the checkpoint was trained for, tokens; None reads it from the checkpoint."""
-
-    def __post_init__(self) -> None:
-        one_of("model.rope.type", self.type, ROPE_TYPES)
-        if self.factor is not None:
-            at_least("model.rope.factor", self.factor, 1.0)
-        if self.theta is not None:
-            at_least("model.rope.theta", self.theta, 1.0)
-        if self.original_context is not None:
-            at_least("model.rope.original_context", self.original_context, 1)
-        if self.type == "abf" and self.theta is None:
-            raise ConfigError("model.rope.theta: type abf needs the new base; set e.g. theta: 500000.")
-        if self.theta is not None and self.type not in ("abf", "ntk"):
-            raise ConfigError(f"model.rope.theta: type {self.type} does not use it; set type: abf, or remove theta.")
-        if self.factor is not None and self.type in ("none", "abf"):
-            raise ConfigError(f"model.rope.factor: type {self.type} does not use it; remove it, or set type: linear.")
+S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "full_last_steps")
+"""Settings of `attention` that only kind s2 looks at."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +34,9 @@ class ModelConfig:
     """Embedding rows, more than the checkpoint's where tokens were added (new rows: mean of the old); None: its own."""
 
     def __post_init__(self) -> None:
+        not_empty("model.path", self.path)
         at_least("model.context", self.context, 2)
+        self.rope.check_stretch(self.context)
         at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
         one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
 
@@ -100,10 +74,13 @@ class AttentionConfig:
                 )
         if not 0.0 < self.group_fraction <= 1.0:
             raise ConfigError(f"attention.group_fraction: must lie in (0, 1], got {self.group_fraction}.")
-        if self.legacy_wrap and self.kind == "full":
-            raise ConfigError(
-                "attention.legacy_wrap: full attention has no shift to wrap; set attention.kind: s2, or remove it."
-            )
+        if self.kind == "full":
+            for item in fields(self):
+                if item.name in S2_SETTINGS and getattr(self, item.name) != item.default:
+                    raise ConfigError(
+                        f"attention.{item.name}: full attention has no shift and no groups; set "
+                        "attention.kind: s2, or remove it."
+                    )
 
     def group_tokens(self, sequence: int) -> int:
         """Group length G in tokens (even, >= 2) for a training sequence of `sequence` tokens."""
@@ -164,6 +141,8 @@ class DataConfig:
     """Keep attention inside each packed document; the paper's recipe attends across them."""
 
     def __post_init__(self) -> None:
+        for name in ("path", "tokenizer", "text_field", "cache"):
+            not_empty(f"data.{name}", getattr(self, name))
         if self.sequence is not None:
             at_least("data.sequence", self.sequence, 2)
 
@@ -249,6 +228,7 @@ class EvalConfig:
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
 
     def __post_init__(self) -> None:
+        not_empty("eval.path", self.path)
         at_least("eval.every", self.every, 0)
         at_least("eval.windows", self.windows, 1)
         for length in self.lengths:
@@ -299,6 +279,7 @@ class RunConfig:
     """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
 
     def __post_init__(self) -> None:
+        not_empty("output", self.output)
         self._check_lengths()
         self._check_training()
 
@@ -308,6 +289,13 @@ class RunConfig:
             raise ConfigError(
                 f"data.sequence: {self.sequence} exceeds model.context {self.model.context}; raise the context, or "
                 "lower the sequence."
+            )
+        # Up to the next even number: group_fraction 1 of an odd sequence is rounded up to it.
+        if self.group > self.sequence + self.sequence % 2:
+            raise ConfigError(
+                f"attention.group_size: {self.group} exceeds the training sequence of {self.sequence} tokens, which "
+                f"cuts it into no groups; use less (the paper's is {AttentionConfig().group_tokens(self.sequence)}), "
+                "or set attention.kind: full."
             )
         # The roll moves the last half group to the front: with a part group at the end nothing lines up.
         if self.attention.legacy_wrap and self.sequence % self.group:
@@ -359,3 +347,14 @@ class RunConfig:
     def group(self) -> int:
         """S² group length G, tokens."""
         return self.attention.group_tokens(self.sequence)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and may not be meant, one sentence each."""
+        beyond = [length for length in self.eval.lengths if length > self.model.context]
+        if self.eval.path is None or not beyond:
+            return ()
+        return (
+            f"eval.lengths: {', '.join(map(str, beyond))} exceed model.context {self.model.context}, which the rotary "
+            "positions are stretched to; perplexity there shows how the model fares beyond its context.",
+        )

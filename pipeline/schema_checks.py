@@ -21,3 +21,9 @@ def between(where: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless `low` <= `value` <= `high`."""
     if not low <= value <= high:
         raise ConfigError(f"{where}: must lie in [{low}, {high}], got {value}.")
+
+
+def not_empty(where: str, value: str | None) -> None:
+    """Raise ConfigError for a text that is there and empty: as a path it would mean the current folder."""
+    if value is not None and not value.strip():
+        raise ConfigError(f"{where}: is empty; give a name, or remove it where it is optional.")

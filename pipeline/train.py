@@ -108,7 +108,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 assess(f"step-{step:06d}", step, shown=False)
 
         told = run.resumed.warnings if run.resumed is not None else ()
-        for warning in (*filter(None, [lock and lock.took_over]), *told):
+        for warning in (*config.warnings, *filter(None, [lock and lock.took_over]), *told):
             progress.say(f"warning: {warning}")
         if main:
             record_run(run)

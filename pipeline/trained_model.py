@@ -17,10 +17,12 @@ from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_siz
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.model.plan import check_growth
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
-from pipeline.model.vocabulary import VOCABULARY_HF, check_growth, grown_tensor
+from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.safetensors_io import SafetensorsFile
 from pipeline.schema import LoraConfig, RopeSettings
+from pipeline.schema_rope import used_rope
 
 PAD_TOKEN = "[PAD]"
 MERGE_ELEMENTS = 1 << 25
@@ -185,7 +187,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
     try:
         config = manifest["config"]
         model, lora = config["model"], config["lora"]
-        rope = RopeSettings(**model["rope"])
+        rope = RopeSettings(**used_rope(model["rope"]))
         adapters = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
         context, recorded, expected = int(model["context"]), str(manifest["base"]), str(manifest["base_hash"])
         vocab = model.get("vocab")

@@ -1,7 +1,8 @@
 """Is everything there that a run needs? `python -m tools.preflight --config run.yaml --nproc 8` on each machine.
 
-Nothing is loaded: GPUs, memory, disk, weight files (their headers), text and batch are checked in seconds. Exit code 0:
-all there; 2: something is missing, one sentence each on standard error.
+GPUs, memory, disk, weight files (their headers), settings, tokenizer, text (its first records), batch and the run that
+the output holds are checked in seconds; no weight is read. Exit code 0: all there; 2: something is missing, one
+sentence each on standard error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.config import load_config
-from pipeline.preflight import Finding, Launch, survey
+from pipeline.preflight import Launch, survey
+from pipeline.preflight_files import Finding
 from tools.machine import read_machine
 
 
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     show(findings, Console())
     problems = [finding.problem for finding in findings if finding.problem]
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for problem in problems:
         print(f"missing: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -86,7 +86,10 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: 
         config,
         model=replace(config.model, vocab=None, path=str(folder / "base"), dtype="fp32"),
         attention=replace(
-            config.attention, group_size=group, full_last_steps=min(config.attention.full_last_steps, 1), backend="auto"
+            config.attention,
+            group_size=group if config.attention.kind == "s2" else None,
+            full_last_steps=min(config.attention.full_last_steps, 1),
+            backend="auto",
         ),
         lora=replace(config.lora, dropout=0.0),
         data=DataConfig(
@@ -141,7 +144,7 @@ def _fit(asked: ParallelConfig, processes: int | None, most: int) -> tuple[Paral
 def _lengths(config: RunConfig, parallel: ParallelConfig) -> tuple[int, int]:
     """(sequence, group), tokens: their ratio about the run's, neither fitting the shards."""
     shards = parallel.cp * parallel.tp
-    share = config.group / config.sequence
+    share = min(1.0, config.group / config.sequence)  # of an odd sequence the whole, made even, is more
     sequence = max(SEQUENCE, 8 * parallel.cp * parallel.tp)
     if config.attention.legacy_wrap:
         # The roll needs whole groups and no padding; context parallelism is refused with it.

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.checkpoint.manifest import Manifest
-from pipeline.config import defaults
+from pipeline.checkpoint.choose import candidates
+from pipeline.checkpoint.files import Damaged
+from pipeline.checkpoint.manifest import Manifest, read_manifest
+from pipeline.config import config_dict, defaults
+from pipeline.model.arch import read_arch
+from pipeline.model.plan import plan_rope
+from pipeline.schema import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
+from pipeline.schema_rope import used_rope
 
 FREE_TO_CHANGE = (
     "output",
@@ -28,6 +35,8 @@ FREE_TO_CHANGE = (
 )
 """Settings a resumed run may change: where things live and how fast they run, never what is computed. The data and the
 base model are compared by content (fingerprint, base hash), so that a folder may move."""
+DERIVED = ("attention.group_size", "data.sequence", "train.lr_embed_norm")
+"""Settings that None derives from others; compared as what comes of them."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -59,26 +68,71 @@ def data_cursor(step: int, config: Mapping[str, Any]) -> dict[str, int]:
     return {"step": step, "sequences": step * int(config["train"]["global_batch"])}
 
 
-def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to continue a run under settings that change what is computed.
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a nested config dict as they take effect: what None derives derived, what has no effect None.
 
     A setting the checkpoint's release did not know yet had the effect of its default.
 
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, ConfigError: this is no run's configuration.
+    """
+    flat = defaults() | flatten(config)
+    flat["data.sequence"] = flat["data.sequence"] or flat["model.context"]
+    if flat["attention.kind"] == "full":
+        flat |= {f"attention.{name}": None for name in S2_SETTINGS}
+    else:
+        whole = AttentionConfig(group_fraction=flat["attention.group_fraction"])
+        flat["attention.group_size"] = flat["attention.group_size"] or whole.group_tokens(flat["data.sequence"])
+        flat["attention.group_fraction"] = None
+    flat["train.lr_embed_norm"] = flat["train.lr_embed_norm"] or flat["train.lr"]
+    rope = {key: value for key, value in flat.items() if key.startswith("model.rope.")}
+    used = used_rope({key.removeprefix("model.rope."): value for key, value in rope.items()})
+    return flat | {key: used.get(key.removeprefix("model.rope.")) for key in rope}
+
+
+def _forget_spelling(old: Mapping[str, Any], new: dict[str, Any], current: Mapping[str, Any]) -> None:
+    """Where a base makes the same of both runs' model settings, write the new ones as the old ones were written.
+
+    Both are of the same base, or its hash tells. Where it is not there to be read they stay as they are.
+    """
+    try:
+        stored = read_arch(Path(current["model"]["path"]))
+        plans = [plan_rope(stored, _rope(side), side["model.context"]) for side in (old, new)]
+    except (KeyError, TypeError, ConfigError):
+        return
+    if plans[0] == plans[1]:
+        new |= {key: value for key, value in old.items() if key.startswith("model.rope.")}
+    if (old["model.vocab"] or stored.vocab) == (new["model.vocab"] or stored.vocab):
+        new["model.vocab"] = old["model.vocab"]
+
+
+def _rope(flat: Mapping[str, Any]) -> RopeSettings:
+    prefix = "model.rope."
+    return RopeSettings(**{key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)})
+
+
+def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to continue a run under settings that change what is computed.
+
     Args:
-        manifest: of the checkpoint; holds `config` (nested), `base_hash`, `data_fingerprint`.
-        current: the same three keys for this run.
+        saved: nested configuration of the checkpoint.
+        current: of this run.
 
     Raises:
         ConfigError: names the first setting that differs, both values, and the way out.
+        CheckpointError: `saved` is no run's configuration.
     """
-    for key, noun in (("base_hash", "base model"), ("data_fingerprint", "training data")):
-        if manifest.get(key) != current[key]:
-            raise ConfigError(
-                f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or "
-                "choose another output folder."
-            )
-    old, new = (defaults() | flatten(side["config"]) for side in (manifest, current))
-    for key in sorted(old.keys() | new.keys()):
+    try:
+        old = resolved(saved)
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"Resume: the checkpoint's manifest does not hold a run's configuration ({type(error).__name__}: {error}); "
+            "resume from another one, or choose another output folder."
+        ) from None
+    new = resolved(current)
+    _forget_spelling(old, new, current)
+    # What is derived comes after what it is derived from, so that the setting that was changed is named.
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key in DERIVED, key)):
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
             raise ConfigError(
                 f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which changes what "
@@ -89,3 +143,44 @@ def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> 
             f"Resume: train.steps was {old['train.steps']} and is {new['train.steps']} now, which bends a cosine "
             "schedule half-way; keep it, or choose another output folder."
         )
+
+
+def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to continue a run on another base or other data, or under settings that change what is computed.
+
+    Args:
+        manifest: of the checkpoint; holds `config` (nested), `base_hash`, `data_fingerprint`.
+        current: the same three keys for this run.
+
+    Raises:
+        ConfigError, CheckpointError: see `check_settings`.
+    """
+    for key, noun in (("base_hash", "base model"), ("data_fingerprint", "training data")):
+        if manifest.get(key) != current[key]:
+            raise ConfigError(
+                f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or "
+                "choose another output folder."
+            )
+    check_settings(manifest.get("config", {}), current["config"])
+
+
+def check_output(config: RunConfig) -> Path | None:
+    """Hold the settings against those of the newest checkpoint in `output`; nothing but its manifest is read.
+
+    What takes long, the checksums and the base's hash, is left to the run. A checkpoint whose manifest is damaged is
+    passed over, as the run will.
+
+    Returns:
+        The checkpoint's folder, None where there is none.
+
+    Raises:
+        ConfigError, CheckpointError: see `check_settings`; or the checkpoint is of another release's format.
+    """
+    for folder in candidates(Path(config.output) / "checkpoints"):
+        try:
+            manifest = read_manifest(folder)
+        except Damaged:
+            continue
+        check_settings(manifest.raw.get("config", {}), config_dict(config))
+        return folder
+    return None

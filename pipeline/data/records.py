@@ -7,6 +7,7 @@ is found weeks later or never.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -149,6 +150,29 @@ def _decompressed(raw: BinaryIO, name: str) -> IO[bytes]:
     return raw
 
 
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
+    """The file's own bytes, and them decompressed; DataError for whatever goes wrong while they are read."""
+    try:
+        with file.open("rb") as raw, _decompressed(raw, file.name) as stream:
+            yield raw, stream
+    except _ARCHIVE_ERRORS as error:
+        raise DataError(f"{file}: the archive is truncated or corrupt ({error}); copy it again.") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
+
+
+def check_first_record(file: Path, text_field: str) -> None:
+    """Read the first record of a .jsonl file (packed or not) and nothing after it; of another file nothing.
+
+    Raises:
+        DataError: it cannot be read, or is not a JSON object with a string at `text_field`.
+    """
+    if _kind(file.name) == ".jsonl":
+        with _opened(file) as (_, stream):
+            next(_lines(stream, file, text_field), None)
+
+
 class RecordReader:
     """Iterates the documents of a file or folder once, counting as it goes.
 
@@ -182,19 +206,14 @@ class RecordReader:
         before = 0
         for file, size in zip(self.files, self._sizes, strict=True):
             read = _read_lines if _kind(file.name) == ".jsonl" else _read_whole
-            try:
-                with file.open("rb") as raw, _decompressed(raw, file.name) as stream:
-                    for document in read(stream, file, self._text_field):
-                        self.done_bytes = before + raw.tell()
-                        if document.text.strip():
-                            self.documents += 1
-                            yield document
-                        else:
-                            self.empty += 1
-            except _ARCHIVE_ERRORS as error:
-                raise DataError(f"{file}: the archive is truncated or corrupt ({error}); copy it again.") from error
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
+            with _opened(file) as (raw, stream):
+                for document in read(stream, file, self._text_field):
+                    self.done_bytes = before + raw.tell()
+                    if document.text.strip():
+                        self.documents += 1
+                        yield document
+                    else:
+                        self.empty += 1
             before += size
             self.done_bytes = before
 
@@ -216,21 +235,24 @@ def _read_whole(stream: IO[bytes], file: Path, _: str) -> Iterator[Document]:
 
 
 def _read_lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]:
+    try:
+        yield from _lines(stream, file, text_field)
+    except DataError:
+        # A damaged archive can yield a line of garbage before its checksum tells of the damage.
+        while file.suffix != ".jsonl" and stream.read(1 << 20):
+            pass
+        raise
+
+
+def _lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]:
     offset = 0
     for number, line in enumerate(stream, 1):
         start = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
-        try:
-            text = _decode(line[start:], file, offset + start)
-            # A blank line, usually the last one, is no record.
-            found = _text_of(text, text_field, f"{file}: line {number}") if text.strip() else None
-        except DataError:
-            # A damaged archive can yield a line of garbage before its checksum tells of the damage.
-            while file.suffix != ".jsonl" and stream.read(1 << 20):
-                pass
-            raise
+        text = _decode(line[start:], file, offset + start)
         offset += len(line)
-        if found is not None:
-            yield Document(found, file, number)
+        # A blank line, usually the last one, is no record.
+        if text.strip():
+            yield Document(_text_of(text, text_field, f"{file}: line {number}"), file, number)
 
 
 def _text_of(line: str, text_field: str, where: str) -> str:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 
 _HF_FILES = (
     "added_tokens.json",
@@ -168,3 +168,16 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         f"{path}: holds no tokenizer; copy the model's tokenizer.json and tokenizer_config.json (or its "
         "sentencepiece tokenizer.model) into it."
     )
+
+
+def check_rows(tokenizer: TextTokenizer, rows: int) -> None:
+    """Refuse a tokenizer of more tokens than the model's embedding has rows.
+
+    Raises:
+        ConfigError: it is another model's, or tokens were added to it.
+    """
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"data.tokenizer: has {tokenizer.vocab_size} tokens, the model {rows}; use the model's own tokenizer, or "
+            f"set model.vocab: {tokenizer.vocab_size} if tokens were added to it."
+        )

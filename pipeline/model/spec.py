@@ -14,13 +14,13 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from parallel.errors import ConfigError
 from parallel.plan import GridPlan
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention
 from pipeline.model.lora import LoraColumnParallelLinear, LoraLastRowParallelLinear, LoraRowParallelLinear
 from pipeline.model.norm import RMSNorm
+from pipeline.model.plan import refuse_biases
 from pipeline.model.residual import last_residual_add, residual_add
 from pipeline.model.swiglu import SwiGlu
 from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
@@ -34,15 +34,6 @@ def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
     return rows
-
-
-def refuse_biases(arch: LlamaArch) -> None:
-    """Raise ConfigError for a checkpoint with biases that megatron's layers cannot place."""
-    if arch.o_bias or arch.mlp_bias:
-        raise ConfigError(
-            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
-            "use a Llama-class checkpoint without them."
-        )
 
 
 def transformer_config(

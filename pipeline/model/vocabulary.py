@@ -8,23 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from parallel.errors import ConfigError
 from pipeline.hf_files import HfCheckpoint
 
 VOCABULARY_HF = ("model.embed_tokens.weight", "lm_head.weight")
 """Matrices whose rows are tokens."""
-
-
-def check_growth(stored: int, wanted: int, where: str) -> None:
-    """Refuse to drop rows.
-
-    Raises:
-        ConfigError: `wanted` rows are fewer than the `stored` ones.
-    """
-    if wanted < stored:
-        raise ConfigError(
-            f"{where}: {wanted} rows are fewer than the checkpoint's {stored}; tokens can be added, not dropped."
-        )
 
 
 def read_rows(checkpoint: HfCheckpoint, name: str, start: int, stop: int) -> torch.Tensor:

@@ -130,6 +130,18 @@ def test_shrinking_keeps_axes_and_makes_nothing_fit_smoothly(tmp_path: Path) -> 
         assert 0.2 < config.group / config.sequence < 0.4 or grid.cp > 1
 
 
+def test_groups_of_any_share_and_none_shrink(tmp_path: Path) -> None:
+    for cp in (1, 2, 3, 4, 8):
+        path = write(tmp_path, cp=cp)
+        # A group longer than its sequence is refused where it is written; none may come of shrinking.
+        for group, sequence in ((2, 64), (48, 64), (62, 64), (64, 64), (4, 3), (64, 63)):
+            lengths = [f"attention.group_size={group}", f"data.sequence={sequence}"]
+            tiny = shrink(load_config(path, lengths), tmp_path, processes=cp).config
+            assert tiny.group <= tiny.sequence + 1
+    full = shrink(load_config(write(tmp_path), ["attention.kind=full"]), tmp_path).config
+    assert full.attention.kind == "full" and full.attention.group_size is None
+
+
 def test_a_grid_too_large_is_cut_down_and_told(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, tp=8, cp=8))
     found = shrink(config, tmp_path)

@@ -219,6 +219,14 @@ def write_checkpoint(model: TrainedModel, folder: Path) -> Path:
     return folder
 
 
+def test_settings_an_earlier_release_ignored_do_not_stop_an_export(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(trained_model(make_tiny(tmp_path / "base", "smollm2")), tmp_path / "step-000012")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["config"]["model"]["rope"] = {"type": "ntk", "theta": 5e5, "factor": 50.0, "original_context": 64}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert load_trained_model(checkpoint).rope.theta == 5e5
+
+
 def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
     checkpoint = write_checkpoint(model, tmp_path / "run/checkpoints/step-000012")

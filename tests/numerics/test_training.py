@@ -116,6 +116,16 @@ def test_resume_under_other_mathematics_is_refused(tmp_path: Path) -> None:
     assert rows(tmp_path / "run")[-1]["step"] == 4
 
 
+def test_evaluating_beyond_the_context_is_told_when_training_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, "run")
+    beyond = [f"eval.path={tmp_path / 'text'}", "eval.lengths=[96]", "eval.windows=1"]
+    run_here(path, [*beyond, "train.steps=1", "train.warmup_steps=0"])
+    told = " ".join("".join(capfd.readouterr()).split())
+    assert "warning: eval.lengths: 96 exceed model.context 64" in told
+
+
 def test_frozen_weights_are_not_saved_and_do_not_change(tmp_path: Path) -> None:
     path = write_run(tmp_path, "run")
     before = load_file(tmp_path / "base" / "model.safetensors")

@@ -16,8 +16,10 @@ from parallel.groups import destroy_groups
 from parallel.rank_env import RankEnv
 from pipeline import build as composition
 from pipeline import run_eval
+from pipeline.checkpoint.resume import check_output
 from pipeline.config import load_config
 from pipeline.hf_files import HfCheckpoint
+from pipeline.train import train
 from tests.numerics.test_training import write_run
 from tests.ranks import run_ranks
 
@@ -127,3 +129,26 @@ def test_model_vocab_adds_rows_and_never_drops_them(tmp_path: Path) -> None:
     assert base.facts["model.embed_tokens.weight"].shape[0] == 128
     with pytest.raises(ConfigError, match="model.vocab: 100 rows are fewer than the checkpoint's 128"):
         composition.check_before_spending(load_config(path, ["model.vocab=100"]), RankEnv())
+
+
+def test_other_settings_are_refused_before_the_base_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_run(tmp_path, "run")
+    train(load_config(path, ["train.steps=1", "train.warmup_steps=0"]), RankEnv())
+    opened: list[str] = []
+
+    def open_base(config: Any, arch: Any) -> Any:
+        opened.append(config.model.path)
+        raise CheckpointError("opened")
+
+    monkeypatch.setattr(composition, "open_base", open_base)
+    with pytest.raises(ConfigError, match=r"^Resume: lora\.rank was 4 in the checkpoint and is 2 now"):
+        composition.build(load_config(path, ["lora.rank=2", "train.warmup_steps=0"]), RankEnv())
+    assert not opened
+    # As it was begun, with settings spelled out that had been derived, it goes on.
+    same = ["train.warmup_steps=0", "data.sequence=64", "train.lr_embed_norm=5e-3"]
+    with pytest.raises(CheckpointError, match="opened"):
+        composition.build(load_config(path, same), RankEnv())
+    # What a damaged manifest says is not held against anyone: the run itself sets that checkpoint aside.
+    (manifest,) = (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json")
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    assert check_output(load_config(path, ["lora.rank=2"])) is None

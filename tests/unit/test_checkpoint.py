@@ -23,9 +23,10 @@ from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.files import MAX_JSON, Damaged
 from pipeline.checkpoint.manifest import checksum_text, manifest_bytes, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_resumable
+from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
 from tests.checkpoints import LORA, SHAPES, holds, state_at, write
+from tests.tiny_models import make_tiny
 
 
 def redeclare(folder: Path, change: dict[str, Any]) -> None:
@@ -227,7 +228,7 @@ def test_a_header_that_disagrees_with_the_manifest_is_refused(tmp_path: Path) ->
 CONFIG = {
     "lora": {"rank": 8},
     "attention": {"group_size": 16},
-    "model": {"rope": {"factor": 2.0}},
+    "model": {"context": 64, "rope": {"type": "linear", "factor": 2.0}},
     "train": {"lr": 1e-4},
 }
 
@@ -237,8 +238,13 @@ CONFIG = {
     [
         ({"lora": {"rank": 4}}, r"lora\.rank was 8 .* 4 now"),
         ({"attention": {"group_size": 32}}, r"attention\.group_size was 16"),
-        ({"model": {"rope": {"factor": 4.0}}}, r"model\.rope\.factor was 2\.0"),
-        ({"train": {"lr": 2e-4}}, r"train\.lr"),
+        ({"model": {"context": 64, "rope": {"type": "linear", "factor": 4.0}}}, r"model\.rope\.factor was 2\.0"),
+        ({"train": {"lr": 2e-4}}, r"train\.lr was"),
+        ({"train": {"lr": 1e-4, "lr_embed_norm": 2e-4}}, r"train\.lr_embed_norm was 0\.0001"),
+        ({"attention": {"group_fraction": 0.5}}, r"attention\.group_size was 16 .* 32 now"),
+        ({"attention": {"kind": "full"}}, r"attention\.kind was 's2'"),
+        ({"data": {"sequence": 32}}, r"data\.sequence was 64 .* 32 now"),
+        ({"model": CONFIG["model"] | {"context": 128}}, r"model\.context was 64"),
     ],
 )
 def test_other_mathematics_are_refused(change: dict[str, Any], named: str) -> None:
@@ -251,3 +257,58 @@ def test_other_mathematics_are_refused(change: dict[str, Any], named: str) -> No
         check_resumable(saved, {**saved, "base_hash": "c"})
     with pytest.raises(ConfigError, match="the training data is not the one"):
         check_resumable(saved, {**saved, "data_fingerprint": "e"})
+
+
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        ({}, {"attention": {"group_size": 16}}),
+        ({}, {"data": {"sequence": 64}}),
+        ({}, {"train": {"lr": 1e-4, "lr_embed_norm": 1e-4}}),
+        ({"attention": {"group_size": 32}}, {"attention": {"group_fraction": 0.5}}),
+        # Earlier releases took these, which have no effect; the configuration can no longer be written with them.
+        ({"attention": {"kind": "full", "group_size": 32}}, {"attention": {"kind": "full"}}),
+        (
+            {"model": {"context": 64, "rope": {"type": "ntk", "theta": 5e5, "factor": 50.0}}},
+            {"model": {"context": 64, "rope": {"type": "ntk", "theta": 5e5}}},
+        ),
+    ],
+)
+def test_settings_are_compared_as_they_take_effect(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    plain = {key: value for key, value in CONFIG.items() if key != "attention"}
+    check_settings(plain | saved, plain | now)
+    check_settings(plain | now, plain | saved)
+
+
+def test_model_settings_are_compared_as_the_base_makes_them(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "llama2", max_position_embeddings=64)
+
+    def model(vocab: int | None = None, **rope: Any) -> dict[str, Any]:
+        return {"model": {"path": str(tmp_path), "context": 128, "vocab": vocab, "rope": rope}}
+
+    for spelled in (
+        model(type="linear"),
+        model(factor=2.0),
+        model(original_context=64),
+        model(type="linear", factor=2.0),
+        model(128),
+    ):
+        check_settings(model(), spelled)
+        check_settings(spelled, model())
+    for other, named in (
+        (model(type="linear", factor=4.0), "model.rope.factor was None .* 4.0 now"),
+        (model(type="yarn"), "model.rope.type was 'auto'"),
+        (model(131), "model.vocab was None"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            check_settings(model(), other)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="model.rope.type was 'auto'"):
+        check_settings(model(), model(type="linear"))
+
+
+def test_a_manifest_without_a_runs_configuration_is_told() -> None:
+    fraction = {"model": {"context": 64}, "attention": {"group_fraction": 7.0}}
+    for broken in ({}, {"model": 3}, {"model": {"context": "x"}}, fraction):
+        with pytest.raises(CheckpointError, match="does not hold a run's configuration"):
+            check_settings(broken, CONFIG)

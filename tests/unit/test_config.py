@@ -198,6 +198,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         (["attention.legacy_wrap=true", "parallel.cp=2"], "attention.legacy_wrap: wraps around the whole sequence"),
         (["attention.legacy_wrap=true", "attention.kind=full"], "attention.legacy_wrap: full attention has no shift"),
+        (["attention.kind=full", "attention.group_size=2048"], "attention.group_size: full attention has no shift and"),
+        (["attention.kind=full", "attention.group_fraction=0.5"], "attention.group_fraction: full attention has no"),
+        (["attention.kind=full", "attention.shifted_heads=alternate"], "attention.shifted_heads: full attention has"),
+        (["attention.kind=full", "attention.full_last_steps=3"], "attention.full_last_steps: full attention has no"),
+        (
+            ["attention.group_size=4096", "data.sequence=128"],
+            "attention.group_size: 4096 exceeds the training sequence of 128 tokens, which cuts it into no groups; use "
+            "less (the paper's is 32), or set attention.kind: full.",
+        ),
         (["attention.full_last_steps=101"], "attention.full_last_steps: 101 exceeds train.steps 100"),
         (["attention.kind=sparse"], "attention.kind: 'sparse' is not one of s2, full."),
         (["train.trainable=[embed, norm]"], "adapters of lora.rank 8 would never train"),
@@ -219,6 +228,28 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         (["model.rope.type=abf"], "model.rope.theta: type abf needs the new base"),
         (["model.rope.type=linear", "model.rope.theta=5e5"], "model.rope.theta: type linear does not use it"),
         (["model.rope.type=none", "model.rope.factor=4"], "model.rope.factor: type none does not use it"),
+        (["model.rope.type=none", "model.rope.original_context=4"], "original_context: type none does not use it; set"),
+        (
+            ["model.rope={type: abf, theta: 5e5, original_context: 4096}"],
+            "model.rope.original_context: type abf does not use it; set type: linear, or remove original_context.",
+        ),
+        (
+            ["model.rope={type: ntk, theta: 5e5, factor: 50}"],
+            "model.rope.factor: type ntk with a theta does not use it; remove theta, or remove factor.",
+        ),
+        (["model.rope={type: ntk, theta: 5e5, original_context: 4096}"], "type ntk with a theta does not"),
+        (
+            ["model.rope.original_context=4096", "model.context=128"],
+            "model.rope.original_context: 4096 is not less than model.context 128, so nothing would be stretched",
+        ),
+        (["output=''"], "output: is empty; give a name"),
+        (["output=' '"], "output: is empty"),
+        (["model.path=''"], "model.path: is empty"),
+        (["data.path=''"], "data.path: is empty"),
+        (["data.cache=''"], "data.cache: is empty"),
+        (["data.tokenizer=''"], "data.tokenizer: is empty"),
+        (["data.text_field=''"], "data.text_field: is empty"),
+        (["eval.path=''"], "eval.path: is empty"),
         (["model.rope.type=su"], "model.rope.type: 'su' is not one of"),
         (["parallel.engine=zero3", "parallel.pp=2"], "parallel.pp: engine zero3 has no pipeline stages"),
         (["parallel.tp=0"], "parallel.tp: must be at least 1"),
@@ -226,6 +257,24 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_values_that_contradict_each_other(minimal: Path, overrides: list[str], said: str) -> None:
     assert said in refused(minimal, *overrides)
+
+
+def test_settings_at_their_bounds_are_taken(minimal: Path) -> None:
+    whole = ["attention.group_fraction=1", "data.sequence=63"]
+    assert load_config(minimal, whole).group == 64, "an odd sequence's is rounded up"
+    assert load_config(minimal, ["attention.group_size=64", "data.sequence=63"]).group == 64
+    assert load_config(minimal, ["attention.group_size=64", "data.sequence=64"]).group == 64
+    assert load_config(minimal, ["model.rope={type: ntk, factor: 8, original_context: 4096}"]).model.rope.factor == 8
+    own = ["model.rope={type: yarn, factor: 8, original_context: 4096}", "model.context=4096"]
+    assert load_config(minimal, own).model.rope.original_context == 4096, "the factor stretches from there"
+
+
+def test_evaluating_beyond_the_context_is_a_warning(minimal: Path) -> None:
+    lengths = "eval.lengths=[4096, 65536, 131072]"
+    (told,) = load_config(minimal, ["eval.path=text", lengths]).warnings
+    assert told.startswith("eval.lengths: 65536, 131072 exceed model.context 32768") and told.endswith(".")
+    assert load_config(minimal, ["eval.path=text", "eval.lengths=[32768]"]).warnings == ()
+    assert load_config(minimal, [lengths]).warnings == (), "nothing is evaluated"
 
 
 def test_every_yaml_is_shipped_here() -> None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import lzma
 import os
 import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from pipeline import preflight
-from pipeline.config import load_config
+from pipeline import preflight, preflight_files
+from pipeline.checkpoint.manifest import checksum_text, manifest_bytes
+from pipeline.config import config_dict, load_config
+from pipeline.data.shards import read_manifest
 from pipeline.memory import GIB, MemoryEstimate, estimate_memory
+from pipeline.model.arch import read_arch
 from pipeline.preflight import Gpu, Launch, Machine, Space
-from pipeline.schema import RunConfig
-from tests.tiny_models import make_tiny
+from pipeline.schema import ModelConfig, RopeSettings, RunConfig
+from tests.tiny_models import make_tiny, write_tokenizer
 from tools import machine as machines
 from tools.preflight import main, show, weights_bytes
 
@@ -93,12 +99,12 @@ def test_layout() -> None:
 
 def test_model_files(tmp_path: Path) -> None:
     def check() -> str:
-        return preflight.check_model(base, weights_bytes)[0].problem
+        return preflight_files.check_model(base, weights_bytes)[0].problem
 
     base = tmp_path / "base"
     assert f"model.path: {base} is not a folder" in check()
     make_tiny(base, "llama2")
-    finding, arch = preflight.check_model(base, weights_bytes)
+    finding, arch = preflight_files.check_model(base, weights_bytes)
     assert not finding.problem and arch is not None and arch.layers == 2
     weights = (base / "model.safetensors").read_bytes()
     index = {"weight_map": {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}}
@@ -119,44 +125,114 @@ def test_model_files(tmp_path: Path) -> None:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    assert f"Tokenizer: {tmp_path} holds none" in preflight.check_tokenizer(tmp_path).problem
+    def check(path: Path, rows: int | None = 64) -> str:
+        return preflight_files.check_tokenizer(path, rows).problem
+
+    assert f"Tokenizer: {tmp_path}: holds no tokenizer; copy the model's" in check(tmp_path)
+    write_tokenizer(tmp_path)
+    finding = preflight_files.check_tokenizer(tmp_path, 128)
+    assert not finding.problem and finding.found == "99 tokens"
+    assert not check(tmp_path, None)
+    assert check(tmp_path).startswith("data.tokenizer: has 99 tokens, the model 64; use the model's own tokenizer")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    assert "its tokenizer names no end-of-text token; set eos_token in tokenizer_config.json" in check(tmp_path, 128)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    assert not preflight.check_tokenizer(tmp_path).problem
-    assert not preflight.check_tokenizer(tmp_path / "tokenizer.model").problem
+    assert "is not a readable sentencepiece model" in check(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope": RopeSettings(type="linear", factor=1.5)}, "1.5 times the original context 64 is 96, less than model"),
+        (
+            {"context": 48, "rope": RopeSettings(original_context=32)},
+            "context 48 fits the checkpoint's own 64, so type",
+        ),
+        ({"vocab": 100}, "model.vocab: 100 rows are fewer than the checkpoint's 128"),
+    ],
+)
+def test_settings_that_do_not_fit_the_checkpoint(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    stored = read_arch(make_tiny(tmp_path / "base", "llama2", max_position_embeddings=64))
+    finding, arch = preflight_files.check_settings(ModelConfig("base", 128, vocab=131), stored)
+    assert not finding.problem and arch.vocab == 131
+    assert finding.found == "RoPE linear, factor 2, 131 vocabulary rows"
+    finding, arch = preflight_files.check_settings(replace(ModelConfig("base", 128), **change), stored)
+    assert said in finding.problem and arch == stored
+    biased = replace(stored, mlp_bias=True)
+    assert "has biases on o_proj" in preflight_files.check_settings(ModelConfig("base", 128), biased)[0].problem
 
 
 def test_text_is_there_and_not_empty(tmp_path: Path) -> None:
-    def check(path: Path, length: int = 8) -> str:
-        return preflight.check_text("data.path", path, length).problem
+    def check(path: Path, field: str = "text") -> str:
+        return preflight_files.check_text("data.path", path, 8, field).problem
 
     assert "no such file or folder" in check(tmp_path / "none")
     assert "holds no file ending in" in check(tmp_path)
     (tmp_path / "a.txt").write_text("")
     assert f"data.path: the 1 text files at {tmp_path} are empty" in check(tmp_path)
     (tmp_path / "a.txt").write_text("words")
-    assert not check(tmp_path)
+    assert not check(tmp_path, "body")
+    # Of every JSONL file the first record is read and no other.
+    (tmp_path / "b.jsonl").write_text('\n{"body": "words"}\nnot JSON\n')
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(b'{"content": "words"}\n'))
+    told = check(tmp_path)
+    assert told.startswith(f"data.path: {tmp_path / 'b.jsonl'}: line 2 has no field 'text' (it has body)")
+    assert f"{tmp_path / 'c.jsonl.xz'}: line 1 has no field 'body' (it has content)" in check(tmp_path, "body")
+    (tmp_path / "c.jsonl.xz").unlink()
+    assert not check(tmp_path, "body")
 
 
 def test_prepared_tokens_are_whole_and_long_enough(tmp_path: Path) -> None:
     config, model = tiny_run(tmp_path)
     tokens = Path(config.data.path)
-    size = preflight.read_manifest(tokens).tokens
-    assert not preflight.check_text("data.path", tokens, size - 1).problem
-    told = preflight.check_text("eval.path", tokens, size).problem
+    size = read_manifest(tokens).tokens
+    assert not preflight_files.check_text("data.path", tokens, size - 1, "text").problem
+    told = preflight_files.check_text("eval.path", tokens, size, "text").problem
     assert told.startswith(f"eval.path: {tokens} holds {size} tokens and one window needs {size + 1}")
     shard = tokens / "tokens-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert "tokens-00000.bin is not whole" in preflight.check_text("data.path", tokens, 8).problem
+    assert "tokens-00000.bin is not whole" in preflight_files.check_text("data.path", tokens, 8, "text").problem
     shard.unlink()
-    assert "tokens-00000.bin is missing" in preflight.check_text("data.path", tokens, 8).problem
+    assert "tokens-00000.bin is missing" in preflight_files.check_text("data.path", tokens, 8, "text").problem
 
 
 def test_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not preflight.check_writable(tmp_path / "new/run").problem
+    assert not preflight_files.check_writable(tmp_path / "new/run").problem
     (tmp_path / "file").write_text("")
-    assert f"output: {tmp_path / 'file'} is a file" in preflight.check_writable(tmp_path / "file").problem
+    assert f"output: {tmp_path / 'file'} is a file" in preflight_files.check_writable(tmp_path / "file").problem
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    assert f"output: {tmp_path} cannot be written" in preflight.check_writable(tmp_path / "new/run").problem
+    assert f"output: {tmp_path} cannot be written" in preflight_files.check_writable(tmp_path / "new/run").problem
+
+
+def test_an_earlier_run_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    config = replace(load_config(ROOT / "launch/configs/llama2_70b_32k.yaml"), output=str(tmp_path / "run"))
+    assert preflight_files.check_earlier_run(config).found == "none"
+    older, newer = (tmp_path / f"run/checkpoints/step-{step:06d}" for step in (10, 20))
+    for folder, rank in ((older, 8), (newer, 16)):
+        folder.mkdir(parents=True)
+        begun = config_dict(replace(config, lora=replace(config.lora, rank=rank)))
+        told = manifest_bytes({"format": 2, "step": 0, "updates": 0, "config": begun, "tensors": {}, "files": {}})
+        (folder / "manifest.json").write_bytes(told)
+        (folder / "manifest.sha256").write_text(checksum_text(hashlib.sha256(told).hexdigest()))
+    told = preflight_files.check_earlier_run(config).problem
+    assert told.startswith("Resume: lora.rank was 16 in the checkpoint and is 8 now")
+    # The run would set a damaged one aside and go on from the older.
+    (newer / "manifest.json").write_text("{}")
+    finding = preflight_files.check_earlier_run(config)
+    assert not finding.problem and finding.found == "step-000010"
+    with monkeypatch.context() as patch:  # root may read anywhere
+        patch.setattr(Path, "iterdir", refuse)
+        told = preflight_files.check_earlier_run(config).problem
+        assert (
+            told == f"output: {tmp_path / 'run/checkpoints'} cannot be read (Permission denied); check its permissions."
+        )
+    (older / "manifest.json").write_bytes(manifest_bytes({"format": 3}))
+    (older / "manifest.sha256").write_text(checksum_text(hashlib.sha256(manifest_bytes({"format": 3})).hexdigest()))
+    assert "has format 3" in preflight_files.check_earlier_run(config).problem
 
 
 def test_disk_adds_up_what_goes_to_one_file_system(tmp_path: Path) -> None:
@@ -198,11 +274,21 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
     whole = preflight.survey(config, Launch(4), NODE, weights_bytes)
     assert [finding.problem for finding in whole] == [""] * len(whole)
     names = [finding.name for finding in whole]
-    expected = ["GPUs", "Layout", "GPU memory", "Host memory", "/dev/shm", "Model", "Tokenizer", "data.path", "Output"]
+    expected = ["GPUs", "Layout", "GPU memory", "Host memory", "/dev/shm", "Model", "Model settings", "Tokenizer"]
+    expected += ["data.path", "Output", "Earlier run"]
     assert names[: len(expected)] == expected and names[-1].startswith("Disk at")
     told = io.StringIO()
     show(whole, Console(file=told, width=140))
     assert "MISSING" not in told.getvalue() and "Host memory" in told.getvalue()
+
+    # Every wrong setting is told at once, each by its own check, and the memory is still estimated.
+    wrong = replace(config, model=replace(config.model, rope=RopeSettings(type="linear", factor=1.5)))
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "words"}')
+    wrong = replace(wrong, data=replace(config.data, path=str(text), text_field="foo"))
+    problems = {finding.name: finding.problem for finding in preflight.survey(wrong, Launch(4), NODE, weights_bytes)}
+    assert {name for name, problem in problems.items() if problem} == {"Model settings", "data.path"}
+    assert "GPU memory" in problems
 
     (base / "config.json").unlink()
     poor = Machine((), GIB, "this machine", 64 * MIB)
@@ -252,9 +338,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     tokens = tmp_path / "tokens"
     there = [f"model.path={base}", f"data.path={tokens}", f"eval.path={tokens}", f"output={tmp_path / 'run'}"]
     there += [f"data.tokenizer={tmp_path / 'tokenizer.model'}", "data.sequence=64", "eval.lengths=[32]"]
+    long = tmp_path / "long.txt"
+    long.write_text("words")
     sets = [word for text in there for word in ("--set", text)]
     assert main(["--config", config, *sets]) == 0
     assert "Preflight" in capsys.readouterr().out
+    assert main(["--config", config, *sets, "--set", "eval.lengths=[40000]", "--set", f"eval.path={long}"]) == 0
+    assert capsys.readouterr().err.startswith("warning: eval.lengths: 40000 exceed model.context 32768")
     assert main(["--config", config, *sets, "--nproc", "4", "--nnodes", "3"]) == 2
     assert "missing: train.global_batch: 64 is not a multiple of micro_batch 1 x 6" in capsys.readouterr().err
     assert main(["--config", config, "--set", "train.step=3"]) == 2
