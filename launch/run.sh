@@ -11,7 +11,7 @@ launch/$name.sh [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
   --tiny       the same settings shrunk, on at most four CPU processes: trains, stops, resumes, compares
   --nproc N    processes on each machine (default 8, one a GPU)
   --set a.b=c  overrides a setting of the YAML; repeatable
-Paths in the YAML and in --set are seen from the repository.
+SIGTERM and SIGUSR1 save and stop it; Ctrl-C ends it as it is. Paths in the YAML and in --set are seen from the repository.
 Several machines: start it on each, with NNODES, NODE_RANK and MASTER_ADDR (MASTER_PORT) set, or through
 srun --ntasks-per-node=1. LONGSPAN_PYTHON names a Python that has everything; otherwise .venv is used.
 TEXT
@@ -83,4 +83,5 @@ threads=$(($(nproc) / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
 # Segments that grow leave no gaps between layers' tensors, which the allocator would have to flush to use.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-exec "$python" -W ignore -m torch.distributed.run "${meet[@]}" --nproc-per-node "$nproc" -m pipeline.train "${common[@]}"
+# In place of this shell, so that a scheduler's signals go to it.
+exec "$python" -W ignore -m tools.torchrun "${meet[@]}" --nproc-per-node "$nproc" -m pipeline.train "${common[@]}"

@@ -101,7 +101,7 @@ def test_one_machine_is_checked_then_trained_on_and_the_exit_code_passes_through
     common = "--config launch/configs/llama2_70b_32k.yaml --set train.lr=1e-5 --set data.path=my text"
     assert calls.read_text().splitlines() == [
         f"-W ignore -m tools.preflight {common} --nproc 8 --nnodes 1",
-        f"-W ignore -m torch.distributed.run --standalone --nproc-per-node 8 -m pipeline.train {common}",
+        f"-W ignore -m tools.torchrun --standalone --nproc-per-node 8 -m pipeline.train {common}",
     ]
     failed = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="pipeline.train", FAIL_CODE="7")
     assert failed.returncode == 7
