@@ -22,6 +22,7 @@ from pipeline.checkpoint.choose import choose
 from pipeline.lock import OutputLock
 from tests.integration.test_faults import QUIET, ROOT, finish, mark, start
 from tests.numerics.test_training import losses, run_here, write_run
+from tests.ranks import _reserved_port
 
 __all__ = ["mark"]
 STEPS = 12
@@ -74,7 +75,7 @@ def launch(mark: str, path: Path, *settings: str) -> subprocess.Popen[bytes]:
 
 def torchrun(mark: str, *words: str) -> subprocess.Popen[bytes]:
     """tools.torchrun in torchrun's place."""
-    with open(f"{mark}.txt", "wb") as out:
+    with open(f"{mark}.txt", "ab") as out:
         command = [sys.executable, "-m", "tools.torchrun", *words]
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | QUIET, stdout=out, stderr=out)
 
@@ -101,6 +102,21 @@ def test_a_signal_to_the_launch_script_saves_and_the_same_command_resumes(
     ended = finish(mark, [launch(mark, path, f"train.steps={done + 1}", *settings)])
     assert ended.codes == [0] and f"resumed at step {done} from" in ended.text, ended.text
     assert len(losses(run)) == done + 1
+
+
+@pytest.mark.timeout(400)
+def test_a_signal_to_one_of_two_machines_saves_on_both(mark: str, tmp_path: Path) -> None:
+    path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
+    settings = ("--set", "train.steps=5000", "--set", "save.every=0", "--set", "save.signal_exit_code=75")
+    with _reserved_port() as port:
+        meet = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
+        jobs = [torchrun(mark, *meet, rank, "-m", "pipeline.train", "--config", str(path), *settings) for rank in "01"]
+    wait_for_step(run, 3)
+    jobs[1].send_signal(signal.SIGUSR1)
+    ended = finish(mark, jobs)
+    assert ended.codes == [75, 75], ended.text
+    choice = choose(run / "checkpoints")
+    assert choice is not None and choice.step == len(losses(run))
 
 
 def test_ctrl_c_ends_the_launch_script_at_once(mark: str, tmp_path: Path) -> None:
