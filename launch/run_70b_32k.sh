@@ -3,4 +3,8 @@
 #   launch/run_70b_32k.sh [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]     --help says more
 name=run_70b_32k
 config=launch/configs/llama2_70b_32k.yaml
-source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+# sbatch runs a copy, in a folder of its own.
+[[ -f $here/run.sh ]] || here=${LONGSPAN_ROOT:-${SLURM_SUBMIT_DIR:-.}}/launch
+[[ -f $here/run.sh ]] || { echo "$name: no $here/run.sh; set LONGSPAN_ROOT to the repository." >&2; exit 2; }
+source "$here/run.sh"

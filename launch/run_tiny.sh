@@ -3,14 +3,25 @@
 # CPU (2 cores, under 10 minutes after set-up) or one GPU (8k -> 32k). See README.md for what the figures mean.
 #   launch/run_tiny.sh [--output DIR] [--text DIR]     DIR holds train/ and val/ folders of text
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+start=$PWD
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+# sbatch runs a copy, in a folder of its own.
+[[ -f $here/run.sh ]] || here=${LONGSPAN_ROOT:-${SLURM_SUBMIT_DIR:-.}}/launch
+[[ -f $here/run.sh ]] || { echo "run_tiny: no $here/run.sh; set LONGSPAN_ROOT to the repository." >&2; exit 2; }
+cd "$here/.."
 
+usage="usage: launch/run_tiny.sh [--output DIR] [--text DIR]     DIR of --text holds train/ and val/ folders of text"
 output=runs/tiny text=""
 while (($#)); do
   case $1 in
-    --output) output=${2:?--output needs a folder}; shift 2 ;;
-    --text) text=${2:?--text needs a folder with train/ and val/}; shift 2 ;;
-    *) echo "run_tiny: unknown argument $1; it takes --output DIR and --text DIR." >&2; exit 2 ;;
+    --output | --text)
+      [[ ${2:-} ]] || { echo "run_tiny: $1 needs a folder; $usage" >&2; exit 2; }
+      folder=$2
+      if [[ $folder != /* ]]; then folder=$start/$folder; fi  # relative to where the user stands
+      if [[ $1 == --output ]]; then output=$folder; else text=$folder; fi
+      shift 2 ;;
+    -h | --help) echo "$usage"; exit 0 ;;
+    *) echo "run_tiny: unknown argument $1; $usage" >&2; exit 2 ;;
   esac
 done
 
@@ -18,6 +29,8 @@ done
 if [[ -z ${LONGSPAN_PYTHON:-} ]]; then
   bash launch/setup.sh
   LONGSPAN_PYTHON=.venv/bin/python
+elif [[ $LONGSPAN_PYTHON == */* && $LONGSPAN_PYTHON != /* ]]; then
+  LONGSPAN_PYTHON=$start/$LONGSPAN_PYTHON
 fi
 python() { command "$LONGSPAN_PYTHON" -W ignore "$@"; }
 step() { printf '\n== %s\n' "$*"; }

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from parallel.errors import ConfigError
 
+EXIT_FILE = "LONGSPAN_EXIT_FILE"
+"""Environment variable: see `RankEnv.exit_file`."""
+
 
 @dataclass(frozen=True)
 class RankEnv:
@@ -27,6 +30,8 @@ class RankEnv:
     """True when the launcher hosts the store the ranks meet at (torchrun does), False when rank 0 has to."""
     attempt: int = 0
     """How often the launcher has restarted the job."""
+    exit_file: str = ""
+    """Where the launcher (tools.torchrun) reads the job's exit code, for torchrun makes a 1 of any; empty: nowhere."""
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +75,7 @@ class RankEnv:
             master_port=port,
             agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=attempt,
+            exit_file=os.environ.get(EXIT_FILE, ""),
         )
 
 

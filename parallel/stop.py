@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from parallel.rank_env import RankEnv
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What launchers and Slurm (`--signal=USR1@120`, preemption, time limit) send before they kill."""
@@ -37,3 +40,12 @@ class StopSignals:
 def signal_name(number: int) -> str:
     """SIGTERM, not 15."""
     return signal.Signals(number).name
+
+
+def exit_code(wanted: int, env: RankEnv) -> int:
+    """What this process of a stopped job leaves with: `wanted`, or 0 once the launcher has been told of it."""
+    if not env.exit_file:
+        return wanted
+    if env.local_rank == 0:  # each machine has a launcher
+        Path(env.exit_file).write_text(str(wanted))
+    return 0

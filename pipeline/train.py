@@ -48,7 +48,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     warnings.filterwarnings("ignore", module="megatron")
     from parallel.groups import destroy_groups
     from parallel.process import Watch
-    from parallel.stop import StopSignals, signal_name
+    from parallel.stop import StopSignals, exit_code, signal_name
     from pipeline.build import build
     from pipeline.lock import locked
     from pipeline.metrics import MetricsWriter
@@ -143,7 +143,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             metrics.close()
         if main:
             record_run(run, time.perf_counter() - began)
-    return config.save.signal_exit_code if stopped else 0
+    return exit_code(config.save.signal_exit_code, env) if stopped else 0
 
 
 def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:

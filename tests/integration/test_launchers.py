@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,16 +22,18 @@ STAND_IN = """#!{bash}
 echo "$*" >> {log}
 [[ "$*" != *"${{FAIL_AT:-nothing}}"* ]] || exit "${{FAIL_CODE:-1}}"
 """
-LAUNCHER = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NNODES", "SLURM_NODEID", "SLURM_LOCALID")
+LAUNCHER = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LONGSPAN_ROOT")
 
 
-def launch(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    name: str | Path, *arguments: str, cwd: Path = ROOT.parent, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script without a GPU, from a folder that is not the root."""
-    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith("SLURM_")}
     environment = kept | {"CUDA_VISIBLE_DEVICES": "", "LONGSPAN_PYTHON": sys.executable} | variables
     return subprocess.run(
-        ["bash", str(ROOT / "launch" / f"{name}.sh"), *arguments],
-        cwd=ROOT.parent,
+        ["bash", str(ROOT / "launch" / f"{name}.sh" if isinstance(name, str) else name), *arguments],
+        cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -98,7 +101,7 @@ def test_one_machine_is_checked_then_trained_on_and_the_exit_code_passes_through
     common = "--config launch/configs/llama2_70b_32k.yaml --set train.lr=1e-5 --set data.path=my text"
     assert calls.read_text().splitlines() == [
         f"-W ignore -m tools.preflight {common} --nproc 8 --nnodes 1",
-        f"-W ignore -m torch.distributed.run --standalone --nproc-per-node 8 -m pipeline.train {common}",
+        f"-W ignore -m tools.torchrun --standalone --nproc-per-node 8 -m pipeline.train {common}",
     ]
     failed = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="pipeline.train", FAIL_CODE="7")
     assert failed.returncode == 7
@@ -125,13 +128,77 @@ def test_several_machines(calls: Path, tmp_path: Path) -> None:
     assert "--nnodes 3 --node-rank 2 --master-addr n4 --master-port 29500" in calls.read_text().splitlines()[1]
     calls.unlink()
 
-    for variables, said in (
+    step = {"SLURM_STEP_NODELIST": "n5,n6", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"}
+    assert launch("run_13b_64k", LONGSPAN_PYTHON=python, **slurm | step).returncode == 0
+    assert "--nnodes 2 --node-rank 1 --master-addr n5 --master-port 29500" in calls.read_text().splitlines()[1]
+    calls.unlink()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
         ({"NNODES": "2"}, "NODE_RANK is not set"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
-        (slurm | {"SLURM_LOCALID": "1"}, "use srun --ntasks-per-node=1"),
+        ({"NNODES": "abc"}, "NNODES must be a number of machines, 1 or more, got 'abc'"),
+        ({"NNODES": "0"}, "NNODES must be a number of machines, 1 or more, got '0'"),
+        ({"NNODES": "1:4"}, "NNODES must be a number of machines, 1 or more, got '1:4'"),
+        ({"NNODES": "2", "NODE_RANK": "5", "MASTER_ADDR": "head"}, "below NNODES, which is 2; got '5'"),
+        ({"NNODES": "2", "NODE_RANK": "x", "MASTER_ADDR": "head"}, "below NNODES, which is 2; got 'x'"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "head"}, "below NNODES, which is 1; got '1'"),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "use srun --ntasks-per-node=1"),
+        ({"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}, "use srun --ntasks-per-node=1"),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n4,n5"},
+            "the job has 2 machines and this is one of them; start it with srun",
+        ),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n4,n5"},
+            "no scontrol here to ask for machine 0 of n4,n5; set MASTER_ADDR",
+        ),
+    ],
+)
+def test_machines_that_cannot_meet(variables: dict[str, str], said: str, calls: Path) -> None:
+    done = launch("run_13b_64k", LONGSPAN_PYTHON=os.environ["STAND_IN"], **variables)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not calls.exists()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "run_tiny"])
+def test_a_copy_or_a_link_finds_the_repository(name: str, tmp_path: Path) -> None:
+    """sbatch runs a copy."""
+    spool, link = tmp_path / "slurm_script", tmp_path / "go"
+    shutil.copy(ROOT / "launch" / f"{name}.sh", spool)
+    link.symlink_to(ROOT / "launch" / f"{name}.sh")
+    for script, variables in (
+        (link, {}),
+        (spool, {"SLURM_SUBMIT_DIR": str(ROOT)}),
+        (spool, {"SLURM_SUBMIT_DIR": "/nowhere", "LONGSPAN_ROOT": str(ROOT)}),
     ):
-        done = launch("run_13b_64k", LONGSPAN_PYTHON=python, **variables)
-        assert done.returncode == 2 and said in done.stderr and not calls.exists()
+        told = launch(script, "--help", cwd=tmp_path, **variables)
+        assert told.returncode == 0 and f"launch/{name}.sh" in told.stdout, told.stderr
+    lost = launch(spool, "--help", cwd=tmp_path, SLURM_SUBMIT_DIR="/nowhere")
+    assert lost.returncode == 2
+    assert lost.stderr == f"{name}: no /nowhere/launch/run.sh; set LONGSPAN_ROOT to the repository.\n"
+
+
+def test_python_and_folders_are_seen_from_where_the_user_stands(calls: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    (here / "bin").mkdir(parents=True)
+    (here / "bin/py").symlink_to(os.environ["STAND_IN"])
+    assert launch("run_70b_32k", cwd=here, LONGSPAN_PYTHON="bin/py").returncode == 0
+    assert len(calls.read_text().splitlines()) == 2
+    calls.unlink()
+
+    for part in ("train", "val"):
+        (here / part).mkdir()
+    tiny = {"LONGSPAN_PYTHON": "./bin/py", "FAIL_AT": "tools.evaluate"}
+    stopped = launch("run_tiny", "--text", ".", "--output", "out", cwd=here, **tiny)
+    assert stopped.returncode == 1, stopped.stderr
+    call = next(line for line in calls.read_text().splitlines() if "tools.evaluate" in line)
+    assert f"data.path={here}/./train " in call and f"output={here}/out " in call
+    for arguments, said in ((["--text"], "--text needs a folder"), (["--fast"], "unknown argument --fast; usage: ")):
+        wrong = launch("run_tiny", *arguments, cwd=here, **tiny)
+        assert wrong.returncode == 2 and said in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
 
 def test_the_other_modes_start_their_tools(calls: Path) -> None:

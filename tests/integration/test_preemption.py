@@ -1,19 +1,28 @@
-"""Signals, and SIGKILL at random instants, on real ranks: saved at one step, resumed to the bit."""
+"""Signals, to ranks and through launch/run.sh, and SIGKILL at random instants, on real ranks: saved at one step,
+resumed to the bit."""
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from parallel.errors import ConfigError
+from parallel.rank_env import EXIT_FILE, RankEnv
+from parallel.stop import exit_code
 from pipeline.checkpoint.choose import choose
 from pipeline.lock import OutputLock
-from tests.integration.test_faults import finish, mark, start
+from tests.integration.test_faults import QUIET, ROOT, finish, mark, start
 from tests.numerics.test_training import losses, run_here, write_run
+from tests.ranks import _reserved_port
 
 __all__ = ["mark"]
 STEPS = 12
@@ -45,6 +54,130 @@ def test_a_signal_to_one_rank_saves_on_all(number: signal.Signals, mark: str, tm
     assert choice is not None and choice.step == done and not choice.warnings
     assert f"{number.name}: stopped and saved at step {done}; the same command goes on" in ended.text
     assert not (run / ".lock").exists()
+
+
+def launch(mark: str, path: Path, *settings: str) -> subprocess.Popen[bytes]:
+    """launch/run.sh on two CPU processes, in a session of its own; preflight would ask for GPUs."""
+    python, script = path.parent / "python", path.parent / "run_test.sh"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *tools.preflight*) exit 0 ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    script.write_text(f"name=run_test config={path}\nsource {ROOT}/launch/run.sh\n")
+    words = [word for setting in settings for word in ("--set", setting)]
+    with open(f"{mark}.txt", "wb") as out:
+        return subprocess.Popen(
+            ["bash", str(script), "--nproc", "2", *words],
+            env=os.environ | QUIET | {"LONGSPAN_PYTHON": str(python)},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
+
+def torchrun(mark: str, *words: str) -> subprocess.Popen[bytes]:
+    """tools.torchrun in torchrun's place."""
+    with open(f"{mark}.txt", "ab") as out:
+        command = [sys.executable, "-m", "tools.torchrun", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | QUIET, stdout=out, stderr=out)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 75)])
+def test_a_signal_to_the_launch_script_saves_and_the_same_command_resumes(
+    number: signal.Signals, code: int, mark: str, tmp_path: Path
+) -> None:
+    path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
+    settings = ("save.every=0", f"save.signal_exit_code={code}")
+    job = launch(mark, path, "train.steps=5000", *settings)
+    wait_for_step(run, 3)
+    job.send_signal(number)
+    time.sleep(0.3)
+    job.send_signal(number)  # a second one, while it saves or leaves, changes nothing
+    ended = finish(mark, [job])
+    assert ended.codes == [code], ended.text
+    done = len(losses(run))
+    choice = choose(run / "checkpoints")
+    assert choice is not None and choice.step == done
+    assert f"{number.name}: stopped and saved at step {done}; the same command goes on" in ended.text
+    assert "Traceback" not in ended.text and "launcher:" not in ended.text
+    ended = finish(mark, [launch(mark, path, f"train.steps={done + 1}", *settings)])
+    assert ended.codes == [0] and f"resumed at step {done} from" in ended.text, ended.text
+    assert len(losses(run)) == done + 1
+
+
+@pytest.mark.timeout(400)
+def test_a_signal_to_one_of_two_machines_saves_on_both(mark: str, tmp_path: Path) -> None:
+    path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
+    settings = ("--set", "train.steps=5000", "--set", "save.every=0", "--set", "save.signal_exit_code=75")
+    with _reserved_port() as port:
+        meet = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
+        jobs = [torchrun(mark, *meet, rank, "-m", "pipeline.train", "--config", str(path), *settings) for rank in "01"]
+    wait_for_step(run, 3)
+    jobs[1].send_signal(signal.SIGUSR1)
+    ended = finish(mark, jobs)
+    assert ended.codes == [75, 75], ended.text
+    choice = choose(run / "checkpoints")
+    assert choice is not None and choice.step == len(losses(run))
+
+
+def test_ctrl_c_ends_the_launch_script_at_once(mark: str, tmp_path: Path) -> None:
+    path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
+    job = launch(mark, path, "train.steps=5000", "save.every=0")
+    wait_for_step(run, 3)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: to the foreground's processes
+    began = time.monotonic()
+    ended = finish(mark, [job])
+    assert ended.codes == [130] and time.monotonic() - began < 20, ended.text
+    assert "was interrupted at step" in ended.told[0] and "Traceback" not in ended.text
+    assert choose(run / "checkpoints") is None
+
+
+def test_a_signal_with_nothing_to_save_ends_it_at_once(mark: str, tmp_path: Path) -> None:
+    """Its processes are still starting, or wait for another machine."""
+    job = launch(mark, write_run(tmp_path, "mark"), "train.steps=5000")
+    until = time.monotonic() + 60
+    while not psutil.Process(job.pid).children() or "torchrun" not in " ".join(psutil.Process(job.pid).cmdline()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    ended = finish(mark, [job], 30)
+    assert ended.codes == [128 + signal.SIGUSR1], ended.text
+    assert ended.text.splitlines()[-1].startswith("launcher: SIGUSR1 came before the first step")
+
+    meet = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "9")
+    job = torchrun(mark, *meet, "-m", "pipeline.train", "--config", mark)
+    while not re.search(r"SigCgt:\s+\w*[2367abef]\w\w$", Path(f"/proc/{job.pid}/status").read_text(), re.MULTILINE):
+        assert time.monotonic() < until  # SIGUSR1 is bit 9
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    ended = finish(mark, [job], 10)
+    assert ended.codes == [128 + signal.SIGUSR1]
+    assert ended.text.splitlines()[-1] == "launcher: SIGUSR1: no process is at work, nothing is to be saved."
+
+
+def test_what_a_rank_says_of_its_failure_comes_last(mark: str, tmp_path: Path) -> None:
+    ended = finish(mark, [launch(mark, write_run(tmp_path, "mark"), "train.xyzzy=1")])
+    assert ended.codes == [2] and "train.xyzzy: unknown key" in ended.text.splitlines()[-1], ended.text
+    assert "Traceback" not in ended.text
+
+    fault = ("--standalone", "--nproc-per-node", "2", "-m", "tests.integration.faulty")
+    ended = finish(mark, [torchrun(mark, *fault, "bug", "1", "2", "60", mark)])
+    lines = ended.text.splitlines()
+    assert ended.codes == [1] and lines[-1] == "launcher: rank 1 left with code 1; what it said of it is above."
+    assert lines[-2].startswith("error: rank 1 failed at step 2: ") and ended.text.count("Traceback") == 1
+    ended = finish(mark, [torchrun(mark, *fault, "kill", "1", "2", "60", mark)])
+    lines = ended.text.splitlines()
+    assert ended.codes == [128 + signal.SIGKILL] and re.fullmatch(r"launcher: rank 1 .* ended by SIGKILL\.", lines[-1])
+    assert lines[-2].startswith("error: rank 1 died at step 2 ")
+
+
+def test_the_exit_code_goes_through_the_launchers_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "exit"
+    assert exit_code(75, RankEnv.read()) == 75, "one process alone"
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", EXIT_FILE: str(file)}.items():
+        monkeypatch.setenv(name, value)
+    assert exit_code(75, RankEnv.read()) == 0 and not file.exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code(75, RankEnv.read()) == 0 and file.read_text() == "75"
 
 
 @pytest.mark.timeout(600)

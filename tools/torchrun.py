@@ -1,0 +1,118 @@
+"""torchrun whose signals reach the trainer: `python -m tools.torchrun --nproc-per-node 8 -m pipeline.train --config C`
+
+It takes torchrun's arguments and is what launch/run.sh starts. torchrun alone dies of SIGUSR1, ends its processes 30 s
+after SIGTERM whether they have saved or not, makes a 1 of every exit code, and buries a rank's sentence under a
+traceback of its own. Exit code: 0; `save.signal_exit_code` after a signal, once the state is saved; 128 + the signal
+that ended it with nothing to save; otherwise that of the first process that failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import psutil
+
+from parallel.rank_env import EXIT_FILE
+from parallel.stop import SIGNALS, signal_name
+
+if TYPE_CHECKING:  # it imports torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+TOLD = 2
+"""Exit code of a process that has told its error in a sentence."""
+
+
+def say(text: str) -> None:
+    """One line on standard error, in one write: the processes share it."""
+    os.write(2, f"launcher: {text}\n".encode())
+
+
+class Forwarder:
+    """Passes the first of SIGNALS on to this process's children, from a thread.
+
+    The main thread may stand in a call of torch's that waits for other machines, and runs no Python handler; the byte
+    in the pipe arrives at once. Later signals say nothing new, and might meet a process that has saved and is leaving.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The signal passed on; 0: none."""
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._run, name="longspan-signals", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            for number in os.read(self._read, 4096):
+                if number in SIGNALS and not self.number:
+                    self._forward(number)
+
+    def _forward(self, number: int) -> None:
+        workers = psutil.Process().children()
+        if not workers:
+            say(f"{signal_name(number)}: no process is at work, nothing is to be saved.")
+            os._exit(128 + number)
+        self.number = number
+        for worker in workers:
+            with contextlib.suppress(psutil.Error):
+                worker.send_signal(number)
+
+    def failed(self, error: ChildFailedError) -> int:
+        """The exit code of a failed job; tells what its processes cannot have told."""
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if self.number and codes <= {-self.number, 128 + self.number}:
+            say(
+                f"{signal_name(self.number)} came before the first step or after the last: nothing was to be saved; "
+                "the same command goes on."
+            )
+            return 128 + self.number
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:
+            say(f"rank {rank} (process {first.pid}) was ended by {signal_name(-first.exitcode)}.")
+            return 128 - first.exitcode
+        if first.exitcode != TOLD:
+            say(f"rank {rank} left with code {first.exitcode}; what it said of it is above.")
+        return first.exitcode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: see the module."""
+    # Until there are processes to end, at once: not when torch's rendezvous returns to Python.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Seconds, in which a signal still ends it.
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    args = parse_args(argv)
+    # Ended without a save, as by torchrun: Ctrl-C reaches only the launcher. It would undo what nohup did.
+    ending = ["SIGINT", "SIGQUIT"] + (["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])
+    args.signals_to_handle = ",".join(ending)
+    # "Sending process ... closing signal" and "failed (exitcode: ...)", after the sentence that says why.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    with tempfile.NamedTemporaryFile("r", prefix="longspan-exit-") as file:
+        os.environ[EXIT_FILE] = file.name
+        forwarder = Forwarder()
+        try:
+            run(args)
+        except ChildFailedError as error:
+            return forwarder.failed(error)
+        except SignalException as error:
+            return 128 + error.sigval
+        return int(file.read() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
