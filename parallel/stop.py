@@ -47,5 +47,8 @@ def exit_code(wanted: int, env: RankEnv) -> int:
     if not env.exit_file:
         return wanted
     if env.local_rank == 0:  # each machine has a launcher
-        Path(env.exit_file).write_text(str(wanted))
+        try:
+            Path(env.exit_file).write_text(str(wanted))
+        except OSError:
+            return wanted  # what was saved is saved
     return 0

@@ -131,9 +131,14 @@ def _collect(folder: Path, config: Mapping[str, Any], base: HfCheckpoint, arch: 
     for source in (adapter, trainable or {}):
         seen = {name: stored for name, (_, stored, _) in found.rows.items()}
         for stored in source:
+            if ".original_module." in stored:
+                continue  # the base's matrix, which PEFT keeps beside the trained one
             rows = stored.endswith(ROWS)
             name = stored.removeprefix(PREFIX).removesuffix(ROWS) + ".weight" if rows else _canonical(stored)
             if name in seen:
+                # PEFT saves a matrix of modules_to_save once more where the embedding was resized.
+                if not rows and seen[name] in source and torch.equal(source[stored], source[seen[name]]):
+                    continue
                 raise CheckpointError(
                     f"{folder}: {stored} and {seen[name]} are both {name}, so it is unclear which counts; merge this "
                     "adapter with PEFT itself."

@@ -308,7 +308,11 @@ def resume(parts: TrainerParts) -> Choice | None:
         check_cursor(manifest)
         load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
         parts.guard.load_state_dict(manifest.raw["guard"])
-        rng = reader.rng(groups.env.rank) if manifest.layout == parts.manifest["layout"] else None
+        layout, here = manifest.layout, parts.manifest["layout"]
+        same = layout is not None and {"device": here["device"], **layout} == here
+        rng = reader.rng(groups.env.rank) if same else None
+        if rng is not None and ("cuda" in rng) != (here["device"] == "cuda"):
+            rng = None  # written before the device was recorded, on another one
     if rng is not None:
         set_rng_state({key: torch.from_numpy(value) for key, value in rng.items()})
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,14 @@ class Evaluator:
 
     def _path(self, label: str) -> Path:
         return Path(self.config.output) / f"eval-{label}.json"
+
+
+def forget_later(output: Path, step: int) -> None:
+    """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
+    for path in output.glob("eval-*.json"):
+        with contextlib.suppress(DataError):
+            if EvalReport.read(path).step > step:
+                path.unlink()
 
 
 def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:

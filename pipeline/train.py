@@ -1,6 +1,6 @@
 """Train from one YAML: `python -m pipeline.train --config run.yaml`; the same command resumes.
 
-Several processes: `torchrun --nproc-per-node N -m pipeline.train --config run.yaml`.
+Several processes: `python -m tools.torchrun --nproc-per-node N -m pipeline.train --config run.yaml`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from pipeline.lock import locked
     from pipeline.metrics import MetricsWriter
     from pipeline.progress import TrainProgress
-    from pipeline.run_eval import Evaluator
+    from pipeline.run_eval import Evaluator, forget_later
     from pipeline.run_facts import record_run, starting_line
     from pipeline.trainer import Stopped
 
@@ -76,6 +76,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 f"train.steps: {config.train.steps} is less than the {began_at} steps done in {config.output}; "
                 "raise it, or choose another output."
             )
+        if main:
+            forget_later(run.output, began_at)
         if lock is not None:
             run.trainer.parts.saver.still_ours = lock.check
             (run.output / "config.yaml").write_text(dump_config(config))
@@ -103,9 +105,15 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             if metrics is not None:
                 metrics.write_perplexity(step, report.perplexity)
 
+        def label_of(step: int) -> str:
+            return f"step-{step:06d}"
+
+        def due(step: int) -> bool:
+            return bool(config.eval.every) and step % config.eval.every == 0 and 0 < step < config.train.steps
+
         def on_step(step: int) -> None:
-            if config.eval.every and step % config.eval.every == 0 and step < config.train.steps:
-                assess(f"step-{step:06d}", step, shown=False)
+            if due(step):
+                assess(label_of(step), step, shown=False)
 
         told = run.resumed.warnings if run.resumed is not None else ()
         for warning in (*config.warnings, *filter(None, [lock and lock.took_over]), *told):
@@ -121,6 +129,9 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                     assess("untrained", 0)
                 else:
                     progress.say(f"resumed at step {began_at} from {run.resumed.folder.name}: {run.resumed.reason}")
+                    # One that a signal cut off, after its step was saved.
+                    if evaluator is not None and due(began_at) and not evaluator.has(label_of(began_at), began_at):
+                        assess(label_of(began_at), began_at)
                     if began_at >= end:
                         progress.say(f"nothing left to train: {began_at} steps of {end} are done")
                 with progress:

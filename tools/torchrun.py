@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -111,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return forwarder.failed(error)
         except SignalException as error:
             return 128 + error.sigval
-        return int(file.read() or 0)
+        # By its name: whoever cleaned temporary folders meanwhile, a process has made it again.
+        path = Path(file.name)
+        return int((path.read_text() if path.is_file() else "") or 0)
 
 
 if __name__ == "__main__":

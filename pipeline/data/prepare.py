@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -51,7 +52,16 @@ _worker_tokenizer: TextTokenizer | None = None
 
 def _start_worker(path: Path) -> None:
     global _worker_tokenizer
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker_tokenizer = load_tokenizer(path)
+
+
+def _leave_with_parent() -> None:
+    """A parent that is killed cannot end its workers, and their queue, of which they hold both ends, never closes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+    parent.join()
+    os._exit(1)
 
 
 def _tokenize_in_worker(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

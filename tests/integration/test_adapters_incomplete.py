@@ -159,6 +159,27 @@ def test_what_peft_writes_merges_to_its_logits(tmp_path: Path, kind: str, settin
         assert (merged(TOKENS).logits - want).abs().max() <= 1e-4 * max(1.0, want.abs().max().item())
 
 
+def test_a_grown_vocabulary_that_peft_saves_three_times_over(tmp_path: Path) -> None:
+    """As after resize_token_embeddings: X.weight, X.modules_to_save.weight and X.original_module.weight."""
+    base = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path / "base", "llama2"))
+    base.resize_token_embeddings(base.config.vocab_size + 3)
+    settings = PeftLora(target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    network = get_peft_model(base, settings).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    network.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert sum("lm_head" in name for name in stored) == 3, sorted(stored)
+    model = load_adapter(tmp_path / "adapter", tmp_path / "base")
+    rows = network.base_model.model.lm_head.modules_to_save["default"].weight
+    assert torch.equal(model.trained["lm_head.weight"], rows)
+    name = next(name for name in stored if name.endswith("lm_head.weight") and "modules" not in name)
+    save_file({**stored, name: stored[name] + 1}, tmp_path / "adapter" / WEIGHTS)
+    assert "are both lm_head.weight, so it is unclear which counts" in lost(tmp_path / "adapter", tmp_path / "base")
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [

@@ -178,6 +178,8 @@ def test_the_exit_code_goes_through_the_launchers_file(tmp_path: Path, monkeypat
     assert exit_code(75, RankEnv.read()) == 0 and not file.exists()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert exit_code(75, RankEnv.read()) == 0 and file.read_text() == "75"
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "gone/exit"))
+    assert exit_code(75, RankEnv.read()) == 75, "what was saved is saved"
 
 
 @pytest.mark.timeout(600)

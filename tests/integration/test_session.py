@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def test_a_signal_amid_a_later_evaluation_saves(
     assert "SIGTERM: stopped and saved at step 2" in capsys.readouterr().out
     choice = choose(run / "checkpoints")
     assert choice is not None and choice.step == 2
+    assert not (run / "eval-step-000002.json").exists()
     assert main(words) == 0
+    assert (run / "eval-step-000002.json").exists(), "the one that was cut off is made up"
     run_here(write_run(tmp_path, "straight"))
     assert losses(run) == losses(tmp_path / "straight")
 
@@ -87,6 +90,17 @@ def test_a_signal_amid_the_last_evaluation_which_a_rerun_makes(
     after.write_text("{")
     with pytest.raises(TypeError, match="not callable"):  # what was cut off is made again
         main(words)
+
+
+def test_another_models_evaluations_are_forgotten(tmp_path: Path) -> None:
+    words, run = command(tmp_path), tmp_path / "run"
+    assert main(words) == 0
+    before = {name: (run / f"eval-{name}.json").read_text() for name in ("after", "step-000004")}
+    shutil.rmtree(run / "checkpoints")
+    assert main([*words, "--set", "train.lr=5.0e-2", "--stop-after", "2"]) == 0
+    assert not any((run / f"eval-{name}.json").exists() for name in before)
+    assert main([*words, "--set", "train.lr=5.0e-2"]) == 0
+    assert all((run / f"eval-{name}.json").read_text() != text for name, text in before.items())
 
 
 def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
