@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 import sentencepiece
 
@@ -389,41 +388,3 @@ def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> Non
     bad = subprocess.run([*command, "--tokenizer", "nope"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: nope: no tokenizer there;") and bad.stderr.count("\n") == 1
-
-
-POOL = """
-import sys
-from pathlib import Path
-from pipeline.data import prepare as module
-from pipeline.data.prepare import prepare
-from pipeline.data.tokenizer import load_tokenizer
-
-def tell(done, *_):
-    if done:
-        print("at work", flush=True)
-        sys.stdin.read()
-
-if __name__ == "__main__":
-    module._BATCH_CHARACTERS = 100
-    prepare(Path(sys.argv[1]), Path(sys.argv[2]), load_tokenizer(Path(sys.argv[3])), progress=tell, workers=2)
-"""
-
-
-def test_workers_do_not_outlive_a_killed_parent(corpus: Path, tmp_path: Path, model: Path) -> None:
-    script = tmp_path / "pool.py"
-    script.write_text(POOL)
-    child = subprocess.Popen(
-        [sys.executable, str(script), str(corpus), str(tmp_path / "out"), str(model)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    with child:
-        assert child.stdout.readline() == "at work\n"
-        workers = psutil.Process(child.pid).children(recursive=True)
-        child.send_signal(signal.SIGKILL)
-    assert len(workers) >= 2
-    assert not psutil.wait_procs(workers, timeout=20)[1]
