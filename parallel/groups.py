@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import resource
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
 from parallel.s2_context import ContextShard
 
+# At its import megatron warns of optional packages that this product does not use.
+warnings.filterwarnings("ignore", module="megatron")
 cpu.install()  # before megatron.core: without triton its import needs the stand-in
 
 from megatron.core import parallel_state  # noqa: E402

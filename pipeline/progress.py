@@ -44,7 +44,24 @@ def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class TrainProgress:
+class _Display:
+    """A bar, if there is one, shown while it is entered."""
+
+    _live: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+class TrainProgress(_Display):
     """Shows training; a context manager.
 
     Args:
@@ -69,17 +86,6 @@ class TrainProgress:
         self._seconds = 0.0
         self._task: TaskID | None = None
         self._live = _live_display(self._console, transient=False) if enabled else None
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -120,7 +126,7 @@ class TrainProgress:
         return "  ".join(facts)
 
 
-class EvalProgress:
+class EvalProgress(_Display):
     """Shows one evaluation, alone or while `TrainProgress` is live; a context manager.
 
     Args:
@@ -148,9 +154,8 @@ class EvalProgress:
     def __enter__(self) -> Self:
         self._began = self._clock()
         if self._live is not None:
-            self._live.start()
             self._task = self._live.add_task(self.label, total=self.windows, facts="")
-        return self
+        return super().__enter__()
 
     def advance(self) -> None:
         """Count a finished window."""
@@ -163,13 +168,12 @@ class EvalProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        super().__exit__(kind, error, trace)
         if self.enabled and error is None:
             _say(self._console, f"{self.label}: {self.done} windows in {duration(self._clock() - self._began)}")
 
 
-class ByteProgress:
+class ByteProgress(_Display):
     """Shows a conversion by bytes: a bar with rate and time left on a terminal, a line a file elsewhere.
 
     Args:
@@ -191,9 +195,8 @@ class ByteProgress:
 
     def __enter__(self) -> Self:
         if self._live is not None:
-            self._live.start()
             self._task = self._live.add_task(self.label, total=self.total)
-        return self
+        return super().__enter__()
 
     def advance(self, count: int, note: str | None = None) -> None:
         """Count finished bytes, and say `note`."""
@@ -208,14 +211,8 @@ class ByteProgress:
         if self.enabled and self._live is None:
             _say(self._console, f"{self.label}: {text} ({self.done / 2**30:.2f} of {self.total / 2**30:.2f} GiB)")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
-
-class TokenProgress:
+class TokenProgress(_Display):
     """Shows text becoming tokens: a bar on a terminal, a line every ten seconds elsewhere; a context manager.
 
     Args:
@@ -249,18 +246,12 @@ class TokenProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
     def __call__(self, done: int, total: int, tokens: int) -> None:
         """See `pipeline.data.prepare.Progress`."""
         self.calls += 1
         self._touch()
         if self._live is not None:
-            if self._task is None:  # nothing is drawn where nothing has to be done
+            if self._task is None:
                 self._live.start()
                 self._task = self._live.add_task("", total=total, tokens=0)
             self._live.update(self._task, completed=done, total=total, tokens=tokens)

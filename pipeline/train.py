@@ -9,12 +9,11 @@ import argparse
 import contextlib
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import LongspanError
 from parallel.rank_env import RankEnv
 from pipeline.config import dump_config, load_config
 from pipeline.schema import RunConfig
@@ -43,9 +42,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     Raises:
         LongspanError: one sentence for whatever a user can mend.
     """
-    # Heavy imports wait until the configuration is known to be good. megatron-core warns at import of optional packages
-    # that this product does not use.
-    warnings.filterwarnings("ignore", module="megatron")
+    # Heavy imports wait until the configuration is known to be good.
     from parallel.groups import destroy_groups
     from parallel.process import Watch
     from parallel.stop import StopSignals, exit_code, signal_name
@@ -71,11 +68,6 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         cleanup.callback(run.trainer.parts.model.close)
         main, trainer = run.groups.is_main, run.trainer
         began_at = trainer.step
-        if began_at > config.train.steps:
-            raise ConfigError(
-                f"train.steps: {config.train.steps} is less than the {began_at} steps done in {config.output}; "
-                "raise it, or choose another output."
-            )
         if main:
             forget_later(run.output, began_at)
         if lock is not None:
@@ -105,6 +97,11 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             if metrics is not None:
                 metrics.write_perplexity(step, report.perplexity)
 
+        def make_up(label: str, step: int) -> None:
+            """Evaluate what an earlier process did not come to, or was stopped in, after its step was saved."""
+            if evaluator is not None and not evaluator.has(label, step):
+                assess(label, step)
+
         def label_of(step: int) -> str:
             return f"step-{step:06d}"
 
@@ -120,18 +117,16 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             progress.say(f"warning: {warning}")
         if main:
             record_run(run)
-        progress.say(starting_line(run))
-        end = config.train.steps if stop_after is None else min(config.train.steps, stop_after)
-        stopped = 0
+            progress.say(starting_line(run))
+        end, stopped = trainer.end(stop_after), 0
         with StopSignals() as trainer.signals:
             try:
                 if run.resumed is None:
                     assess("untrained", 0)
                 else:
                     progress.say(f"resumed at step {began_at} from {run.resumed.folder.name}: {run.resumed.reason}")
-                    # One that a signal cut off, after its step was saved.
-                    if evaluator is not None and due(began_at) and not evaluator.has(label_of(began_at), began_at):
-                        assess(label_of(began_at), began_at)
+                    if due(began_at):
+                        make_up(label_of(began_at), began_at)
                     if began_at >= end:
                         progress.say(f"nothing left to train: {began_at} steps of {end} are done")
                 with progress:
@@ -141,9 +136,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                         f"{signal_name(stopped)}: stopped and saved at step {trainer.step}; the same command goes on "
                         "from there"
                     )
-                elif evaluator is not None and trainer.step == config.train.steps:
-                    if not evaluator.has("after", trainer.step):  # nor did an earlier process that trained so far
-                        assess("after", trainer.step)
+                elif trainer.step == config.train.steps:
+                    make_up("after", trainer.step)
             except Stopped as stop:
                 stopped = stop.number
                 progress.say(

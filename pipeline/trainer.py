@@ -99,7 +99,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written; of one written beside training, at the next step.
         """
         config, saver = self.parts.config, self.parts.saver
-        end = config.train.steps if stop_after is None else min(config.train.steps, stop_after)
+        end = self.end(stop_after)
         watch = watch or Watch()
         while self.step < end:
             watch.progress(self.step + 1)
@@ -126,18 +126,22 @@ class Trainer:
             if metrics is not None:
                 metrics.write(row)
             progress.update(self.step, row | {"saving": saver.progress})
+            self._rng = rng_state()
             if self.step == end or (config.save.every and self.step % config.save.every == 0):
-                self._rng = rng_state()
                 with watch.patient("saving"):
                     self.save(wait=self.step == end)
                 self._show(progress)
-            self._rng = rng_state()
             try:
                 on_step(self.step)
             except Stopped as stop:
                 self._save_and_leave(progress, watch)
                 return stop.number
         return 0
+
+    def end(self, stop_after: int | None) -> int:
+        """Steps done when `run` with this `stop_after` returns unstopped."""
+        steps = self.parts.config.train.steps
+        return steps if stop_after is None else min(steps, stop_after)
 
     def _save_and_leave(self, progress: TrainProgress, watch: Watch) -> None:
         with watch.patient("saving"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         if args.state:
-            # Torch and megatron load only once the configuration is known to be good. The latter warns at import of
-            # optional packages that this product does not use.
-            warnings.filterwarnings("ignore", module="megatron")
+            # Torch and megatron load only once the configuration is known to be good.
             from pipeline.run_eval import evaluate_state
 
             env = RankEnv.read()

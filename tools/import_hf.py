@@ -34,20 +34,6 @@ from pipeline.schema import RopeSettings
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-
-GGUF_MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-GGUF_LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-"""llama.cpp's names of what a layer holds."""
 GGUF_PLAIN_ROPE = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
 """Metadata -> values that scale nothing (0: not set)."""
 GGUF_FREQUENCIES = "rope_freqs.weight"
@@ -175,15 +161,6 @@ def _import_folder(
         )
 
 
-def _gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor."""
-    module, _, leaf = name.rpartition(".")
-    if module in GGUF_MODULES:
-        return f"{GGUF_MODULES[module]}.{leaf}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{GGUF_LAYER[rest]}.{leaf}"
-
-
 def _gguf_tensors(path: Path) -> set[str]:
     """Names of the tensors in a GGUF file.
 
@@ -211,6 +188,7 @@ def _gguf_tensors(path: Path) -> set[str]:
 
 def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
     # transformers takes seconds to import; importing a folder does without.
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with new_folder(output, force) as folder:
@@ -237,11 +215,14 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         config = {**kept, **hf_rope_fields(rope, arch, arch.max_positions)}
         state = model.state_dict()
         facts = {}
+        # Of these tensors llama.cpp's names are the same in every architecture that is read here.
+        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, arch.layers)
         for name, shape in names.hf_tensor_shapes(arch).items():
             # transformers gives random values to what it does not find, and leaves out what it has no place for.
-            if _gguf_name(name) not in stored:
-                raise CheckpointError(f"{path}: lacks {_gguf_name(name)}; it is incomplete, so download it again.")
-            stored.remove(_gguf_name(name))
+            called = theirs.get_name(name, try_suffixes=(".weight", ".bias"))
+            if called not in stored:
+                raise CheckpointError(f"{path}: lacks {called}; it is incomplete, so download it again.")
+            stored.remove(called)
             if name not in state or tuple(state[name].shape) != shape:
                 raise CheckpointError(
                     f"{path}: its {name} is missing or not {shape} as its header says; download it again."

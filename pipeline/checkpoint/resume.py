@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
 )
 """Settings a resumed run may change: where things live and how fast they run, never what is computed. The data and the
 base model are compared by content (fingerprint, base hash), so that a folder may move."""
+ROPE = "model.rope."
 DERIVED = ("attention.group_size", "data.sequence", "train.lr_embed_norm")
 """Settings that None derives from others; compared as what comes of them."""
 
@@ -85,9 +86,9 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
         flat["attention.group_size"] = flat["attention.group_size"] or whole.group_tokens(flat["data.sequence"])
         flat["attention.group_fraction"] = None
     flat["train.lr_embed_norm"] = flat["train.lr_embed_norm"] or flat["train.lr"]
-    rope = {key: value for key, value in flat.items() if key.startswith("model.rope.")}
-    used = used_rope({key.removeprefix("model.rope."): value for key, value in rope.items()})
-    return flat | {key: used.get(key.removeprefix("model.rope.")) for key in rope}
+    rope = _rope(flat)
+    used = used_rope(rope)
+    return flat | {f"{ROPE}{name}": used.get(name) for name in rope}
 
 
 def _forget_spelling(old: Mapping[str, Any], new: dict[str, Any], current: Mapping[str, Any]) -> None:
@@ -97,18 +98,18 @@ def _forget_spelling(old: Mapping[str, Any], new: dict[str, Any], current: Mappi
     """
     try:
         stored = read_arch(Path(current["model"]["path"]))
-        plans = [plan_rope(stored, _rope(side), side["model.context"]) for side in (old, new)]
+        plans = [plan_rope(stored, RopeSettings(**_rope(side)), side["model.context"]) for side in (old, new)]
     except (KeyError, TypeError, ConfigError):
         return
     if plans[0] == plans[1]:
-        new |= {key: value for key, value in old.items() if key.startswith("model.rope.")}
+        new |= {key: value for key, value in old.items() if key.startswith(ROPE)}
     if (old["model.vocab"] or stored.vocab) == (new["model.vocab"] or stored.vocab):
         new["model.vocab"] = old["model.vocab"]
 
 
-def _rope(flat: Mapping[str, Any]) -> RopeSettings:
-    prefix = "model.rope."
-    return RopeSettings(**{key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)})
+def _rope(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `model.rope` by their names there."""
+    return {key.removeprefix(ROPE): value for key, value in flat.items() if key.startswith(ROPE)}
 
 
 def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -174,7 +175,8 @@ def check_output(config: RunConfig) -> Path | None:
         The checkpoint's folder, None where there is none.
 
     Raises:
-        ConfigError, CheckpointError: see `check_settings`; or the checkpoint is of another release's format.
+        ConfigError, CheckpointError: see `check_settings`; the run went beyond `train.steps` already; or the checkpoint
+            is of another release's format.
     """
     for folder in candidates(Path(config.output) / "checkpoints"):
         try:
@@ -182,5 +184,10 @@ def check_output(config: RunConfig) -> Path | None:
         except Damaged:
             continue
         check_settings(manifest.raw.get("config", {}), config_dict(config))
+        if manifest.step > config.train.steps:
+            raise ConfigError(
+                f"train.steps: {config.train.steps} is less than the {manifest.step} steps done in {config.output}; "
+                "raise it, or choose another output."
+            )
         return folder
     return None

@@ -144,20 +144,16 @@ def prune(folder: Path, keep: int, keep_every: int) -> list[str]:
     Returns:
         What could not be removed, a sentence each: it is tried again after the next save.
     """
-    kept = clear_unfinished(folder)
+    kept = []
     found = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
     for step, path in sorted(found)[:-keep]:
         if not keep_every or step % keep_every:
-            # Renamed first: half a checkpoint must never have a whole one's name.
-            gone = folder / f"{WRITING}old-{path.name}"
-            left = path
             try:
-                rename(path, gone)
-                left = gone
-                remove(gone)
+                # Not removed under its name: half a checkpoint must never have a whole one's.
+                rename(path, folder / f"{WRITING}old-{path.name}")
             except OSError as error:
-                kept.append(_kept(left, error))
-    return kept
+                kept.append(_kept(path, error))
+    return kept + clear_unfinished(folder)
 
 
 def clear_unfinished(folder: Path) -> list[str]:

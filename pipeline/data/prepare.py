@@ -188,7 +188,7 @@ def prepare(
     tokenizer: TextTokenizer,
     text_field: str = "text",
     progress: Progress = _silent,
-    workers: int = 1,
+    workers: int | None = 1,
     max_shard_tokens: int = MAX_SHARD_TOKENS,
 ) -> Manifest:
     """Tokenize `source` into the shard folder `out`, or leave it as it is if it is up to date.
@@ -201,7 +201,8 @@ def prepare(
         tokenizer: what to tokenize with.
         text_field: key of the text in .jsonl records.
         progress: told after every batch of documents.
-        workers: processes that tokenize; the result does not depend on it.
+        workers: processes that tokenize; the result does not depend on it. None: as many as there is text for, up to
+            half of this machine's cores.
         max_shard_tokens: tokens a shard file.
 
     Raises:
@@ -217,6 +218,8 @@ def prepare(
         if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
             raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
         reader = RecordReader(source, text_field)
+        if workers is None:
+            workers = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))
         entries = _describe(source, lambda: progress(0, reader.total_bytes, 0))
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
             for tokens, lengths, done in _tokenized(reader, tokenizer, workers):
@@ -240,15 +243,11 @@ def open_text_or_shards(
 ) -> TokenShards:
     """The token stream of a prepared folder, or of raw text, which is prepared into `cache_dir` the first time.
 
-    Half of this machine's cores tokenize, if there is so much text.
-
     Raises:
         DataError: see `prepare` and `open_shards`.
     """
     if is_prepared(path):
         return open_shards(path, tokenizer)
     out = cache_folder(path, cache_dir, tokenizer, text_field)
-    size = sum(file.stat().st_size for file in find_files(path))
-    workers = max(1, min(len(os.sched_getaffinity(0)) // 2, size // SOURCE_A_WORKER))
-    prepare(path, out, tokenizer, text_field, progress, workers)
+    prepare(path, out, tokenizer, text_field, progress, workers=None)
     return open_shards(out, tokenizer)

@@ -131,11 +131,19 @@ def _sdpa(*kernels: SDPBackend) -> Dense:
     return dense
 
 
+def expand_groups(
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V with a head for every query head, for kernels without grouped-query attention."""
+    ratio = q_BSHD.shape[2] // k_BSHD.shape[2]
+    if ratio == 1:
+        return k_BSHD, v_BSHD
+    return k_BSHD.repeat_interleave(ratio, dim=2), v_BSHD.repeat_interleave(ratio, dim=2)
+
+
 def _efficient(q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, scale: float) -> torch.Tensor:
     """torch's memory-efficient kernel; it has no GQA, so K and V are expanded here."""
-    ratio = q_BSHD.shape[2] // k_BSHD.shape[2]
-    if ratio > 1:
-        k_BSHD, v_BSHD = k_BSHD.repeat_interleave(ratio, dim=2), v_BSHD.repeat_interleave(ratio, dim=2)
+    k_BSHD, v_BSHD = expand_groups(q_BSHD, k_BSHD, v_BSHD)
     return _sdpa(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)(q_BSHD, k_BSHD, v_BSHD, scale)
 
 

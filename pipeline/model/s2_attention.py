@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import Backend, attend_pieces, select_backend
+from pipeline.model.attention_backends import Backend, attend_pieces, expand_groups, select_backend
 from pipeline.model.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span
 
 
@@ -161,10 +161,9 @@ def attend_block(
     queries, keys = q_BSHD.shape[1], k_BSHD.shape[1]
     if queries == keys:
         return backend.dense(q_BSHD, k_BSHD, v_BSHD, scale)
-    ratio = q_BSHD.shape[2] // k_BSHD.shape[2]
-    if q_BSHD.is_cuda and ratio > 1:
+    if q_BSHD.is_cuda:
         # The memory-efficient kernel, here for fp32, has no GQA: asked for it, torch would hold all scores instead.
-        k_BSHD, v_BSHD = k_BSHD.repeat_interleave(ratio, dim=2), v_BSHD.repeat_interleave(ratio, dim=2)
+        k_BSHD, v_BSHD = expand_groups(q_BSHD, k_BSHD, v_BSHD)
     # SDPA's is_causal is aligned top-left for unequal lengths, so the mask is given.
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BSHD.device).tril(keys - queries)
     out_BHSD = F.scaled_dot_product_attention(

@@ -15,6 +15,7 @@ from parallel.process import Watch
 from parallel.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
 from pipeline.checkpoint.choose import choose
+from pipeline.checkpoint.resume import check_output
 from pipeline.config import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
@@ -122,6 +123,8 @@ def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.Capt
     assert json.loads((run / "run.json").read_text())["step"] == 2
     with pytest.raises(ConfigError, match=r"^train\.steps: 1 is less than the 2 steps done in .*; raise it, or choose"):
         run_here(path, ["train.steps=1"])
+    with pytest.raises(ConfigError, match=r"^train\.steps: 1 is less than the 2"):  # the preflight's look, too
+        check_output(load_config(path, ["train.steps=1"]))
 
 
 @pytest.mark.parametrize("steps", ["0", "-3"])

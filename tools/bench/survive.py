@@ -338,8 +338,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 or 2; see the module."""
     args = parse(argv)
-    # As an exception, so that the job under way, in a session of its own, does not outlive this program.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     folder, began = args.output.resolve(), time.monotonic()
     try:
         if folder.exists() and any(folder.iterdir()):
@@ -389,4 +387,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As an exception, so that the job under way, in a session of its own, does not outlive this program.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     sys.exit(main())
