@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from parallel import cpu
 from parallel.errors import ConfigError
+from parallel.fake import stand_in
 from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
 from parallel.s2_context import ContextShard
@@ -144,6 +145,7 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
             # Importing this registers the backend; torch keeps it among its test utilities.
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
+            stand_in()
             dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
         elif env.launched:
             store = _arrive(env, max(timeout, START))

@@ -12,16 +12,19 @@ moves and nothing is copied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from parallel.fake import gathered_from, scattered_to
+from parallel.fake import all_gather, reduce_scatter
 
 Span = tuple[int, int]
 """[start, stop) of a rank's own tokens."""
+ROWS = 128
+"""Rows that a GPU's matrix units take at once: what a product has beyond a multiple costs as much as so many more."""
 Rows = Callable[[int, int], torch.Tensor]
 """(start, stop) -> a rank's own tokens [start, stop), contiguous [l, ...]."""
 
@@ -32,7 +35,8 @@ class TokenTiles:
     Args:
         group: tensor-parallel ranks; None: this one alone.
         tokens: L, the same on every rank.
-        most: tokens of a gathered tile (T l) wanted; the tiles come out equal, but for a shorter last one.
+        most: tokens of a gathered tile (T l) wanted; the tiles come out equal, but for a shorter last one. Tiles of
+            many tokens get a multiple of ROWS, and up to a third more tiles are made if they are all alike then.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, tokens: int, most: int) -> None:
@@ -40,6 +44,10 @@ class TokenTiles:
         self.size = 1 if group is None else dist.get_world_size(group)
         count = max(1, -(-tokens * self.size // max(1, most)))
         step = max(1, -(-tokens // count))
+        rows = ROWS // math.gcd(ROWS, self.size)
+        if count > 1 and step >= 4 * rows:
+            alike = (tokens // more for more in range(count, 4 * count // 3 + 1) if tokens % more == 0)
+            step = next((step for step in alike if step % rows == 0), -(-step // rows) * rows)
         self.spans: Sequence[Span] = [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
     def gather(self, *sources: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
@@ -61,8 +69,7 @@ class TokenTiles:
         piece = source[span[0] : span[1]] if isinstance(source, torch.Tensor) else source(*span)
         if self.size == 1:
             return piece, None
-        whole = gathered_from(piece, self.group)
-        return whole, dist.all_gather_into_tensor(whole, piece, group=self.group, async_op=True)
+        return all_gather(piece, self.group)
 
     def read(self, everything: torch.Tensor, span: Span) -> torch.Tensor:
         """A tile's part [T l, ...] of a tensor [T L, ...] of all ranks' tokens: a view if T = 1, else a copy."""
@@ -107,13 +114,11 @@ class TileScatter:
             return
         self.finish()
         own = self._own[span[0] : span[1]]
-        work = dist.reduce_scatter_tensor(own, partial, group=self._tiles.group, async_op=True)
-        scattered_to(own, partial, self._tiles.group)
-        # Kept until it was read: NCCL reads it on a stream of its own.
-        self._under_way = work, partial
+        # The tile is kept until it was read: NCCL reads it on a stream of its own.
+        self._under_way = reduce_scatter(own, partial, self._tiles.group), partial
 
     def finish(self) -> None:
         """Make the current stream wait for what is under way."""
-        if self._under_way is not None:
+        if self._under_way is not None and self._under_way[0] is not None:
             self._under_way[0].wait()
-            self._under_way = None
+        self._under_way = None

@@ -21,7 +21,7 @@ GATHER_SLOTS = 2
 """Buffers of engine zero3 for gathered weights: of the layer at work and of the next (the output matrix is one too)."""
 LOGITS = 3 * 4 * (1 << 25)
 """Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
-TILE_TOKENS, TILE_ELEMENTS = 2048, 1 << 26
+TILE_TOKENS, TILE_ELEMENTS = 2048, 3 << 25
 """`tiled_linear`'s rule for the tokens of which a checkpointed frozen MLP's wide tensors exist at once."""
 CUDA_CONTEXT = 3 * GIB
 """What no formula sees: CUDA's context, NCCL's buffers, blocks of the allocator that do not fit together."""

@@ -26,8 +26,8 @@ from parallel.token_tiles import TileScatter, TokenTiles
 
 LEAST_TOKENS = 2048
 """Tokens of a tile at least: fewer leave a GPU's matrix units waiting, for weights or for the next launch."""
-TILE_ELEMENTS = 1 << 26
-"""Elements of a tile that are enough, where it is narrow (bf16: 128 MiB)."""
+TILE_ELEMENTS = 3 << 25
+"""Elements of a tile that are enough, where it is narrow (bf16: 192 MiB)."""
 
 
 def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> TokenTiles:

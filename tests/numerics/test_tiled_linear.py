@@ -257,3 +257,22 @@ def _tiles(rank: int, world: int) -> bool:
 
 def test_tiles_between_ranks() -> None:
     assert run_ranks(_tiles, 2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "sizes"),
+    [
+        (32768, 3300, {3328, 32768 - 9 * 3328}),  # 10 tiles, and no 10 to 13 alike ones of whole blocks
+        (32768, 3000, {3072, 32768 - 10 * 3072}),
+        (32768, 5000, {4096}),  # 7 tiles would do; 8 are alike
+        (32768, 2500, {2048}),
+        (1000, 300, {250}),  # few tokens are not rounded
+        (32768, 40000, {32768}),
+        (12345, 4000, {3200, 12345 - 3 * 3200}),
+    ],
+)
+def test_tiles_are_whole_blocks_of_rows(tokens: int, most: int, sizes: set[int]) -> None:
+    spans = TokenTiles(None, tokens, most).spans
+    assert [start for start, _ in spans[1:]] == [stop for _, stop in spans[:-1]]
+    assert spans[0][0] == 0 and spans[-1][1] == tokens
+    assert {stop - start for start, stop in spans} == sizes

@@ -12,8 +12,8 @@ turn, in one process, for the size of tensor parallelism's tiles.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -62,8 +62,12 @@ def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
     return model
 
 
-def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
-    """Step times and peaks of one rank."""
+def stepper(args: argparse.Namespace, groups: Groups) -> Callable[[int], float]:
+    """What takes an optimizer step and returns its seconds.
+
+    Raises:
+        LongspanError: gradients were not finite: arithmetic on NaN and zeros is faster than on numbers.
+    """
     model = build_part(args, groups).train()
     named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
     optimizer = TrainableAdamW(named, group=groups.data)
@@ -83,8 +87,16 @@ def measure(args: argparse.Namespace, groups: Groups) -> dict[str, Any]:
         norm = float(optimizer.grad_norm(reduction.squares))
         optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
         torch.cuda.synchronize()
+        if not 0 < norm < math.inf:
+            raise LongspanError(f"The gradient norm of step {step} is {norm}: its time says nothing about training.")
         return time.perf_counter() - began
 
+    return take
+
+
+def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], float]) -> dict[str, Any]:
+    """Step times and peaks of one rank."""
+    torch.cuda.empty_cache()
     for step in range(args.warmup):
         take(step)
     torch.cuda.reset_peak_memory_stats()
@@ -117,14 +129,13 @@ def _profile(work: Callable[[], object], told: bool) -> None:
 
 
 def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
-    """`measure` for each size of tiles."""
+    """`measure` for each size of tiles, of one model."""
     least, enough = tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS
+    take = stepper(args, groups)
     rows = []
     for scale in args.tile_scale:
         tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS = int(least * scale), int(enough * scale)
-        gc.collect()
-        torch.cuda.empty_cache()
-        rows.append({"tile_scale": scale, **measure(args, groups)})
+        rows.append({"tile_scale": scale, **measure(args, groups, take)})
     return rows
 
 
