@@ -84,6 +84,29 @@ class _OfNorm(torch.autograd.Function):
         return grad_input, grad_a, None
 
 
+class _AddUpdate(torch.autograd.Function):
+    """base + scale * low B^T, over the base output, which nothing else keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, base_SBO: torch.Tensor, low_SBR: torch.Tensor, b_OR: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(low_SBR, b_OR)
+        ctx.scale = scale
+        ctx.mark_dirty(base_SBO)
+        base_SBO.view(-1, base_SBO.shape[-1]).addmm_(low_SBR.flatten(0, -2), b_OR.t(), alpha=scale)
+        return base_SBO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        low, b_OR = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        grad_low = (flat @ b_OR).mul_(ctx.scale).view(low.shape) if ctx.needs_input_grad[1] else None
+        grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        return grad, grad_low, grad_b, None
+
+
 class AdapterSet(torch.nn.Module):
     """The adapters of one (possibly fused) linear, or of a tensor-parallel slice of it.
 
@@ -146,7 +169,7 @@ class AdapterSet(torch.nn.Module):
         return self.fuse_rows(blocks)
 
     def forward(self, input_SBI: torch.Tensor, base_SBO: torch.Tensor) -> torch.Tensor:
-        """Add scale * B A x to the base output.
+        """Add scale * B A x to the base output, in place where it has memory of its own.
 
         With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
         """
@@ -157,11 +180,15 @@ class AdapterSet(torch.nn.Module):
             low = _OfNorm.apply(input_SBI, self.stacked_a(), recipe)
         if self.move is not None:
             low = self.move(low)
-        low = low.flatten(0, -2)
         update_b = self.fused_b()
-        flat = base_SBO.flatten(0, -2)
-        # addmm reads the base output once and writes the sum once: no separate update tensor.
-        return torch.addmm(flat, low, update_b.t(), alpha=self.lora.scale).view_as(base_SBO)
+        # A view: megatron's reductions return their input where one rank has nothing to reduce. Not contiguous: a
+        # placeholder of a recomputation.
+        if base_SBO.is_contiguous() and not base_SBO._is_view():
+            sum_SBO: torch.Tensor = _AddUpdate.apply(base_SBO, low, update_b, self.lora.scale)
+            return sum_SBO
+        return torch.addmm(base_SBO.flatten(0, -2), low.flatten(0, -2), update_b.t(), alpha=self.lora.scale).view_as(
+            base_SBO
+        )
 
     def _drop(self, input_SBI: torch.Tensor) -> torch.Tensor:
         if not self.lora.dropout or not self.training:

@@ -6,11 +6,12 @@ Shapes: S positions, B batch, H heads, D head width.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from pipeline.model.arch import LlamaArch
+from pipeline.model.fused import kernels_for
 from pipeline.model.plan import RopePlan
 
 # Whoever computes with a plan finds how it is made here as well.
@@ -83,6 +84,27 @@ def rope_tables(plan: RopePlan, head_dim: int, positions_S: torch.Tensor) -> tup
     return angles.cos() * plan.attention_factor, angles.sin() * plan.attention_factor
 
 
+class _Rotate(torch.autograd.Function):
+    """`apply_rope` in one pass each way, on a GPU with kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x_SBHD, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1.0), None, None
+
+
+def _rotated(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    kernels = kernels_for(x_SBHD, cos, sin)
+    assert kernels is not None, "`apply_rope` asked"
+    return cast(torch.Tensor, kernels.rotate(x_SBHD if x_SBHD.stride(-1) == 1 else x_SBHD.contiguous(), cos, sin, sign))
+
+
 def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate channel i with channel i + D/2 (Hugging Face's half-rotation order); same shape and dtype as the input.
 
@@ -92,6 +114,9 @@ def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     Args:
         cos, sin: fp32 [S, D/2] from `rope_tables`.
     """
+    if x_SBHD.stride(-1) == 1 and kernels_for(x_SBHD, cos, sin) is not None:
+        turned: torch.Tensor = _Rotate.apply(x_SBHD, cos, sin)
+        return turned
     cos, sin = cos.to(x_SBHD.dtype)[:, None, None], sin.to(x_SBHD.dtype)[:, None, None]
     first, second = x_SBHD.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

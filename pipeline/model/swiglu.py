@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
+from pipeline.model.fused import kernels_for
+
 CHUNK_ELEMENTS = 1 << 26
 """Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""
 
 
-@functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """Triton's kernels, if they can be built and run on this device; else None, and a warning."""
-    try:
-        from pipeline.model import swiglu_kernels
-
-        swiglu_kernels.forward(torch.ones(1, 2, device=device))
-    except Exception as error:  # whatever a compiler, its headers or a driver may lack
-        warnings.warn(
-            f"SwiGLU runs unfused, which is slower: Triton's kernels do not work here ({error}). Most often a C "
-            "compiler or Python's headers are missing.",
-            stacklevel=2,
-        )
-        return None
-    return swiglu_kernels
-
-
-def _fused(*tensors: torch.Tensor) -> ModuleType | None:
-    """The kernels, where they can take these tensors."""
-    (first, *_) = tensors
-    if first.device.type != "cuda" or first.dtype is torch.float64 or not all(x.is_contiguous() for x in tensors):
-        return None
-    return _kernels(first.device)
-
-
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of [gate; up] side by side: [..., 2 F] -> [..., F], any float dtype."""
-    kernels = _fused(gate_up)
+    kernels = kernels_for(gate_up, gate_up)
     if kernels is not None:
-        return cast(torch.Tensor, kernels.forward(gate_up))
+        return cast(torch.Tensor, kernels.swiglu(gate_up))
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
 
@@ -54,9 +28,9 @@ def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Te
 
     Chunk by chunk, where kernels cannot do it in place: the widest tensors of a layer meet here.
     """
-    kernels = _fused(gate_up, grad, result)
+    kernels = kernels_for(gate_up, gate_up, grad, result)
     if kernels is not None:
-        kernels.backward_(gate_up, grad, result)
+        kernels.swiglu_gradient_(gate_up, grad, result)
         return
     width = grad.shape[-1]
     rows = max(1, CHUNK_ELEMENTS // max(1, width))

@@ -1,0 +1,33 @@
+"""Where the Triton kernels can serve; elsewhere torch's own operations do."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def load_kernels(device: torch.device) -> ModuleType | None:
+    """The module `kernels`, if its kernels can be built and run on this device; else None, and a warning."""
+    try:
+        from pipeline.model import kernels
+
+        kernels.swiglu(torch.ones(1, 2, device=device))
+    except Exception as error:  # whatever a compiler, its headers or a driver may lack
+        warnings.warn(
+            f"SwiGLU and RoPE run unfused, which is slower: Triton's kernels do not work here ({error}). Most often a "
+            "C compiler or Python's headers are missing.",
+            stacklevel=2,
+        )
+        return None
+    return kernels
+
+
+def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
+    """The module `kernels` where it can serve: `first` is on a GPU and of a dtype it knows, `others` are contiguous."""
+    if first.device.type != "cuda" or first.dtype is torch.float64 or not all(x.is_contiguous() for x in others):
+        return None
+    return load_kernels(first.device)

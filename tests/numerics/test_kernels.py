@@ -1,0 +1,121 @@
+"""Triton's kernels against eager operations: interpreted on any machine, and compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pipeline.model import fused, rope, swiglu
+
+DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
+
+
+def _swiglu_agrees(device: str) -> None:
+    """The gradient lies over the input."""
+    from pipeline.model import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    # 1100 columns: a whole block, and part of one.
+    for dtype, tolerance in DTYPES:
+        gate_up = (4 * torch.randn(3, 2, 2200, generator=generator)).to(device, dtype)
+        gate_up[0, 0, :2] = torch.tensor([80.0, -80.0])
+        grad = torch.randn(3, 2, 1100, generator=generator).to(device, dtype)
+        gate, up = gate_up.double().chunk(2, dim=-1)
+        slope = grad.double()
+        sigmoid = gate.sigmoid()
+        expected = torch.cat((slope * up * sigmoid * (1 + gate * (1 - sigmoid)), slope * gate * sigmoid), dim=-1)
+        found = kernels.swiglu(gate_up)
+        torch.testing.assert_close(found.double(), gate * sigmoid * up, rtol=2 * tolerance, atol=tolerance)
+        kernels.swiglu_gradient_(gate_up, grad, gate_up)
+        torch.testing.assert_close(gate_up.double(), expected, rtol=tolerance, atol=tolerance)
+    assert kernels.swiglu(torch.empty(0, 8, device=device)).shape == (0, 4)
+
+
+def _rotation_agrees(device: str) -> None:
+    """Both ways to the bit, from strided inputs; head widths that are no power of two, more heads than a block has."""
+    from pipeline.model import kernels
+
+    generator = torch.Generator().manual_seed(1)
+    for dtype, _ in DTYPES:
+        for heads, width in ((3, 128), (40, 128), (2, 80), (1, 6)):
+            angles = torch.randn(5, width // 2, generator=generator)
+            cos, sin = (1.1 * angles.cos()).to(device), (1.1 * angles.sin()).to(device)
+            fused_qkv = torch.randn(5, 2, heads, 3 * width, generator=generator).to(device, dtype)
+            x = fused_qkv[..., width : 2 * width].detach().requires_grad_()
+            grad = torch.randn(5, 2, heads, width, generator=generator).to(device, dtype)
+            # Eager operations wherever the tensors are.
+            small, large = cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None]
+            first, second = x.chunk(2, dim=-1)
+            expected = torch.cat((first * small - second * large, second * small + first * large), dim=-1)
+            expected.backward(grad)
+            assert x.grad is not None
+            # The interpreter cuts bf16 off instead of rounding it.
+            slack = 0.1 if dtype is torch.bfloat16 and device == "cpu" else 0.0
+            for found, wanted in (
+                (kernels.rotate(x.detach(), cos, sin), expected),
+                (kernels.rotate(grad, cos, sin, -1.0), x.grad),
+            ):
+                assert found.dtype is dtype and found.is_contiguous()
+                torch.testing.assert_close(found, wanted, rtol=0, atol=slack, msg=f"{dtype} {heads} {width}")
+
+
+@pytest.mark.parametrize("check", ["_swiglu_agrees", "_rotation_agrees"])
+def test_interpreted(check: str) -> None:
+    """Triton's interpreter must be chosen before the kernels are imported."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"from tests.numerics import test_kernels; test_kernels.{check}('cpu')"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_swiglu_on_a_gpu() -> None:
+    _swiglu_agrees("cuda")
+    gate_up = (4 * torch.randn(64, 1, 2048, device="cuda")).bfloat16()
+    grad = torch.randn(64, 1, 1024, device="cuda").bfloat16()
+    assert fused.kernels_for(gate_up, grad) is not None
+    found, result = swiglu.swiglu(gate_up), torch.empty_like(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    differ = (found != functional.silu(gate) * up).float().mean()
+    assert differ < 1e-3, "transformers computes so"
+    swiglu.swiglu_gradient_(gate_up, grad, result)
+    # Not contiguous: eager operations.
+    wide = torch.empty(64, 1, 4096, device="cuda", dtype=torch.bfloat16)[..., ::2]
+    swiglu.swiglu_gradient_(gate_up, grad, wide)
+    torch.testing.assert_close(result, wide, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.gpu
+def test_rotation_on_a_gpu() -> None:
+    _rotation_agrees("cuda")
+    angles = torch.rand(7, 64, device="cuda")
+    x = torch.randn(7, 2, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(x)
+    turned = rope.apply_rope(x, angles.cos(), angles.sin())
+    (found,) = torch.autograd.grad(turned, x, grad)
+    # A last stride that is not 1: eager operations.
+    other = x.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
+    again = rope.apply_rope(other, angles.cos(), angles.sin())
+    assert torch.equal(turned, again)
+    again.backward(grad)
+    assert other.grad is not None and torch.equal(found, other.grad)
+
+
+def test_without_a_compiler_eager_operations_serve() -> None:
+    """A CPU has no driver for Triton: told once, and nothing fails."""
+    fused.load_kernels.cache_clear()
+    device = torch.device("cpu")
+    with pytest.warns(UserWarning, match="run unfused"):
+        assert fused.load_kernels(device) is None
+    assert fused.load_kernels(device) is None
+    fused.load_kernels.cache_clear()
