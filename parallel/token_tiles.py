@@ -71,16 +71,19 @@ class TokenTiles:
             return piece, None
         return all_gather(piece, self.group)
 
+    def view(self, everything: torch.Tensor, span: Span) -> torch.Tensor:
+        """A tile's place in a contiguous tensor [T L, ...] of all ranks' tokens: a view [T, l, ...]."""
+        return everything.unflatten(0, (self.size, self.tokens))[:, span[0] : span[1]]
+
     def read(self, everything: torch.Tensor, span: Span) -> torch.Tensor:
         """A tile's part [T l, ...] of a tensor [T L, ...] of all ranks' tokens: a view if T = 1, else a copy."""
         if self.size == 1:
             return everything[span[0] : span[1]]
-        return everything.unflatten(0, (self.size, self.tokens))[:, span[0] : span[1]].flatten(0, 1)
+        return self.view(everything, span).flatten(0, 1)
 
     def write(self, everything: torch.Tensor, span: Span, values: torch.Tensor) -> None:
         """Put a tile's values [T l, ...] where `read` finds them."""
-        tile = everything.unflatten(0, (self.size, self.tokens))[:, span[0] : span[1]]
-        tile.copy_(values.unflatten(0, (self.size, span[1] - span[0])))
+        self.view(everything, span).copy_(values.unflatten(0, (self.size, span[1] - span[0])))
 
     def scatter(self, own: torch.Tensor) -> TileScatter:
         """What sums tiles over the ranks into `own` [L, ...]."""

@@ -1,7 +1,7 @@
 """Pointwise work of a layer in one pass over memory, in Triton: SwiGLU, its gradient, and RoPE.
 
-Eager operations read and write the same tensors several times: on an H100 SwiGLU's took a tenth of a Llama layer's time,
-RoPE's a twenty-fifth. `fused.kernels_for` says where these can serve.
+Eager operations read and write the same tensors several times: on an H100 SwiGLU's took a tenth of a Llama layer's
+time, RoPE's a twenty-fifth. `fused.kernels_for` says where these can serve.
 
 Shapes: S tokens, B batch, F local FFN width, H local heads, D head width.
 """

@@ -60,6 +60,21 @@ def product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None =
     return torch.mm(flat, matrix).view(*rows.shape[:-1], matrix.shape[1])
 
 
+def product_of(tiles: TokenTiles, span: Tokens, everything: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """A tile [T l, B, I] of all ranks' tokens [S, B, I] times [I, O], read where it lies: [T l, B, O]."""
+    rows = tiles.view(everything, span).flatten(1, -2)
+    found = torch.bmm(rows, matrix.expand(tiles.size, *matrix.shape))
+    return found.view(-1, *everything.shape[1:-1], matrix.shape[1])
+
+
+def product_into(
+    tiles: TokenTiles, span: Tokens, everything: torch.Tensor, rows: torch.Tensor, matrix: torch.Tensor
+) -> None:
+    """A gathered tile [T l, B, I] times [I, O], written where it belongs in all ranks' tokens [S, B, O]."""
+    target = tiles.view(everything, span).flatten(1, -2)
+    torch.bmm(rows.view(*target.shape[:2], -1), matrix.expand(tiles.size, *matrix.shape), out=target)
+
+
 def sum_product(scatter: TileScatter, span: Tokens, rows: torch.Tensor, matrix: torch.Tensor) -> None:
     """A tile's product, summed over the ranks."""
     scatter.put(span, product(rows, matrix, scatter.target(span)))
@@ -83,7 +98,7 @@ class _Column(torch.autograd.Function):
         out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight_OI.shape[0]))
         gathered = tiles.gather(own)
         for span in tiles.spans:
-            tiles.write(out, span, product(next(gathered), weight_OI.t()))
+            product_into(tiles, span, out, next(gathered), weight_OI.t())
         return out if bias_O is None else out.add_(bias_O)
 
     @staticmethod
@@ -94,7 +109,7 @@ class _Column(torch.autograd.Function):
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
         for span in tiles.spans:
-            sum_product(scatter, span, tiles.read(grad, span), weight)
+            scatter.put(span, product_of(tiles, span, grad, weight))
         scatter.finish()
         return grad_own, None, None, None
 
@@ -119,7 +134,10 @@ class _Row(torch.autograd.Function):
         own = input_SBI.new_empty(shape)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
-            sum_product(scatter, span, tiles.read(input_SBI, span), weight_OI.t())
+            if tiles.size == 1:
+                sum_product(scatter, span, tiles.read(input_SBI, span), weight_OI.t())
+            else:
+                scatter.put(span, product_of(tiles, span, input_SBI, weight_OI.t()))
         scatter.finish()
         return own
 
@@ -133,7 +151,7 @@ class _Row(torch.autograd.Function):
         grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], weight.shape[1]))
         gathered = tiles.gather(grad)
         for span in tiles.spans:
-            tiles.write(grad_input, span, product(next(gathered), weight))
+            product_into(tiles, span, grad_input, next(gathered), weight)
         return grad_input, None, None, None
 
 
