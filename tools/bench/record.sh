@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
-#   bash tools/bench/record.sh one|doctor|ring|survive|tensor OUT
+#   bash tools/bench/record.sh one|doctor|ring|survive-megatron|survive-zero3|tensor OUT
 # one: any GPU of 80 GB. The others: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-part=${1:?one, doctor, ring, survive or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -22,7 +22,7 @@ two() { local limit=$1; shift; run "$limit" python3 -W ignore -m torch.distribut
 
 case $part in
   one)
-    alone 180 tools.bench.step --tp 8 --tile-scale 1 2 --json "$out/step.json"
+    alone 180 tools.bench.step --tp 8 --steps 5 --plain --json "$out/step.json"
     alone 180 tools.dry_run --config $yaml --steps 2
     run 240 python3 -m pytest -q -m gpu -p no:cacheprovider tests
     ;;
@@ -35,24 +35,15 @@ case $part in
     done
     ;;
   ring) two 420 tools.bench.context --repeats 5 --json "$out/context.json" ;;
-  survive)
-    scratch=$(mktemp -d)
-    for engine in megatron zero3; do
-      alone 280 tools.bench.survive --processes 2 --engine $engine --output "$scratch/$engine" --json "$out/survive.json"
-      tar -C "$scratch" -czf "$out/$engine-logs.tgz" $(cd "$scratch" && ls $engine/*.log)
-    done
+  survive-megatron | survive-zero3)
+    engine=${part#survive-} scratch=$(mktemp -d)
+    alone 400 tools.bench.survive --processes 2 --engine "$engine" --output "$scratch/$engine" --json "$out/survive.json"
+    tar -C "$scratch" -czf "$out/$engine-logs.tgz" $(cd "$scratch" && ls "$engine"/*.log)
     ;;
   tensor)
-    layers=12
-    alone 100 tools.bench.step --tp 2 --layers $layers --profile --json "$out/step.json"
-    two 150 tools.bench.step --tp 2 --layers $layers --tile-scale 1 2 4 16 --profile --json "$out/step.json"
-    for setting in NCCL_MAX_NCHANNELS=4 NCCL_MAX_NCHANNELS=8 TORCH_NCCL_HIGH_PRIORITY=1 CUDA_DEVICE_MAX_CONNECTIONS=1; do
-      export "${setting?}"
-      echo "== $setting"
-      two 80 tools.bench.step --tp 2 --layers $layers --tile-scale 1 4 --json "$out/step.json"
-      unset "${setting%%=*}"
-    done
+    alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
+    two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --plain --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, doctor, ring, survive, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed

@@ -6,7 +6,7 @@
 Started alone, the process is rank `--rank` of tp x cp x pp under torch's fake process group: memory and compute are
 real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
 GPU: sequence tokens over the step's time over the ranks that share a sequence. Several `--tile-scale` are measured in
-turn, in one process, for the size of tensor parallelism's tiles.
+turn, in one process, for the size of tensor parallelism's tiles; `--plain` adds megatron-core's own layers (`plain`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
 from pipeline.schema import LoraConfig, RopeSettings
 from tools.bench.command_line import add_integers, console_of
+from tools.bench.plain import plain_layers
 from tools.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
@@ -135,7 +136,10 @@ def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, An
     rows = []
     for scale in args.tile_scale:
         tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS = int(least * scale), int(enough * scale)
-        rows.append({"tile_scale": scale, **measure(args, groups, take)})
+        rows.append({"variant": f"ours, tiles x {scale:g}", **measure(args, groups, take)})
+    if args.plain:
+        with plain_layers():
+            rows.append({"variant": "megatron-core's own", **measure(args, groups, take)})
     return rows
 
 
@@ -162,6 +166,7 @@ def main() -> None:
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
     )
+    parser.add_argument("--plain", action="store_true", help="also measure megatron-core's own layers")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
     args = parser.parse_args()
