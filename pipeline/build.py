@@ -108,6 +108,17 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
     return base
 
 
+def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> torch.dtype:
+    """The dtype the model has on this device, in which attention.backend can run there.
+
+    Raises:
+        ConfigError: it cannot. Asked before anything is tokenized or loaded, not at the first forward.
+    """
+    dtype = compute_dtype(config.model.dtype, device)
+    select_backend(config.attention.backend, device, dtype, arch.head_dim)
+    return dtype
+
+
 def build_model(
     config: RunConfig, arch: LlamaArch, rope: RopePlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint
 ) -> ModelPart:
@@ -117,9 +128,7 @@ def build_model(
         ConfigError: attention.backend cannot run here.
         CheckpointError: a tensor is missing or misshaped.
     """
-    dtype = compute_dtype(config.model.dtype, groups.device)
-    # Asked before anything is loaded, not at the first forward.
-    select_backend(config.attention.backend, groups.device, dtype, arch.head_dim)
+    dtype = check_backend(config, arch, groups.device)
     parallel, train = config.parallel, config.train
     shards = None
     if parallel.engine == "zero3":
@@ -205,6 +214,7 @@ def build(
     check_output(config)  # `resume` looks again, at the base's hash and the data too
     base = base or open_base(config, arch)
     groups = connect(config, env, fake)
+    check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups, watch), config.sequence)

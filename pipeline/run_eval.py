@@ -15,8 +15,9 @@ from parallel.process import Watch
 from parallel.rank_env import RankEnv
 from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
 from pipeline.checkpoint.choose import newest
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_resumable
+from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
@@ -131,6 +132,8 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
         groups = connect(config, env)
         if state == "trained":
             folder = Path(share_from_main(groups, lambda: _newest(config)))
+            # Told before the model is loaded; the base's hash is looked at after it.
+            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(config))
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
         model = build_model(config, arch, rope, lora, groups, base)

@@ -67,7 +67,7 @@ def notes(config: RunConfig, step: int) -> list[str]:
             f"Sequences were shorter than the target context of {config.model.context:,}: what holds beyond "
             f"{config.sequence:,} tokens is carried by the stretched rotary positions, not by having trained there."
         )
-    return found
+    return [*found, *config.warnings]
 
 
 def starting_line(run: Run) -> str:

@@ -18,7 +18,9 @@ from tools.export_hf import main as export
 from tools.report import main as report
 
 
-def test_train_stop_resume_evaluate_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_stop_resume_evaluate_export_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, run = write_run(tmp_path, "run", kind="llama2"), tmp_path / "run"
     # Tied weights and GQA are test_import_export's; held-out text is one the run does not train on.
     (tmp_path / "held-out.txt").write_text(" ".join(f"w{n % 25}{'abc'[n % 7 % 3]}" for n in range(800)))
@@ -38,6 +40,11 @@ def test_train_stop_resume_evaluate_export_report(tmp_path: Path, capsys: pytest
     assert all(row in told for row in ("as shipped", "RoPE stretched, untrained", "trained"))
     figures = [json.loads((run / f"eval-{key}.json").read_text()) for key in ("shipped", "untrained", "after")]
     assert [figure["label"] for figure in figures] == ["shipped", "untrained", "after"]
+
+    with monkeypatch.context() as closed:
+        closed.setattr("pipeline.run_eval.build_model", None)  # other settings are told before a model is loaded
+        assert evaluate([*common, "--state", "trained", "--set", "attention.shifted_heads=alternate"]) == 2
+    assert "attention.shifted_heads" in capsys.readouterr().err
 
     for form in ("adapter", "merged"):
         assert export(["--run", str(run), "--output", str(tmp_path / form), "--format", form]) == 0

@@ -64,16 +64,17 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_backend_this_device_lacks_is_refused_before_allocation(
+def test_a_backend_this_device_lacks_is_refused_before_anything_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(write_run(tmp_path, "run"), ["attention.backend=cudnn"])
 
     def never(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the model was allocated")
+        raise AssertionError("text was tokenized, or the model allocated")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(composition, "ModelPart", never)
+    monkeypatch.setattr(composition, "open_tokens", never)
     with pytest.raises(ConfigError, match=r"attention\.backend: cudnn needs a CUDA device.*use auto or math"):
         composition.build(config, RankEnv())
 
