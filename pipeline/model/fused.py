@@ -27,7 +27,10 @@ def load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
-    """The module `kernels` where it can serve: `first` is on a GPU and of a dtype it knows, `others` are contiguous."""
+    """The module `kernels` where it can serve: `first` is of a dtype it knows and `others` are contiguous.
+
+    And all are on the current GPU, where Triton launches whatever its tensors are on.
+    """
     if first.device.type != "cuda" or first.dtype is torch.float64 or not all(x.is_contiguous() for x in others):
         return None
-    return load_kernels(first.device)
+    return load_kernels(first.device) if first.device.index == torch.cuda.current_device() else None

@@ -105,6 +105,7 @@ def rotate(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: flo
         sign: 1, or -1 for the gradient.
     """
     tokens, batch, heads, width = x_SBHD.shape
+    assert cos.shape == sin.shape == (tokens, width // 2), "a kernel reads wherever it is told to"
     out = x_SBHD.new_empty(x_SBHD.shape)
     if out.numel():
         half = triton.next_power_of_2(width // 2)

@@ -6,9 +6,11 @@ Shapes: S positions, B batch, H heads, D head width.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from pipeline.model.arch import LlamaArch
 from pipeline.model.fused import kernels_for
@@ -85,24 +87,22 @@ def rope_tables(plan: RopePlan, head_dim: int, positions_S: torch.Tensor) -> tup
 
 
 class _Rotate(torch.autograd.Function):
-    """`apply_rope` in one pass each way, on a GPU with kernels."""
+    """`apply_rope` in one pass each way, by the module `kernels`."""
 
     @staticmethod
-    def forward(ctx: Any, x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernels: ModuleType
+    ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x_SBHD, cos, sin, 1.0)
+        ctx.rotate = kernels.rotate
+        return cast(torch.Tensor, kernels.rotate(x_SBHD, cos, sin))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad,) = grads
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1.0), None, None
-
-
-def _rotated(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
-    kernels = kernels_for(x_SBHD, cos, sin)
-    assert kernels is not None, "`apply_rope` asked"
-    return cast(torch.Tensor, kernels.rotate(x_SBHD if x_SBHD.stride(-1) == 1 else x_SBHD.contiguous(), cos, sin, sign))
+        return ctx.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, -1.0), None, None, None
 
 
 def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -114,8 +114,9 @@ def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     Args:
         cos, sin: fp32 [S, D/2] from `rope_tables`.
     """
-    if x_SBHD.stride(-1) == 1 and kernels_for(x_SBHD, cos, sin) is not None:
-        turned: torch.Tensor = _Rotate.apply(x_SBHD, cos, sin)
+    kernels = kernels_for(x_SBHD, cos, sin) if x_SBHD.stride(-1) == 1 else None
+    if kernels is not None:
+        turned: torch.Tensor = _Rotate.apply(x_SBHD, cos, sin, kernels)
         return turned
     cos, sin = cos.to(x_SBHD.dtype)[:, None, None], sin.to(x_SBHD.dtype)[:, None, None]
     first, second = x_SBHD.chunk(2, dim=-1)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.model.fused import kernels_for
@@ -31,6 +32,8 @@ def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Te
     kernels = kernels_for(gate_up, gate_up, grad, result)
     if kernels is not None:
         kernels.swiglu_gradient_(gate_up, grad, result)
+        # Torch's own operations tell autograd by themselves that a tensor was written to.
+        torch.autograd.graph.increment_version(result)
         return
     width = grad.shape[-1]
     rows = max(1, CHUNK_ELEMENTS // max(1, width))
@@ -59,6 +62,7 @@ class _SwiGlu(torch.autograd.Function):
         return swiglu(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (grad,) = grads
         (gate_up,) = ctx.saved_tensors

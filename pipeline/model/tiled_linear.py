@@ -60,13 +60,6 @@ def product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None =
     return torch.mm(flat, matrix).view(*rows.shape[:-1], matrix.shape[1])
 
 
-def product_of(tiles: TokenTiles, span: Tokens, everything: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """A tile [T l, B, I] of all ranks' tokens [S, B, I] times [I, O], read where it lies: [T l, B, O]."""
-    rows = tiles.view(everything, span).flatten(1, -2)
-    found = torch.bmm(rows, matrix.expand(tiles.size, *matrix.shape))
-    return found.view(-1, *everything.shape[1:-1], matrix.shape[1])
-
-
 def product_into(
     tiles: TokenTiles, span: Tokens, everything: torch.Tensor, rows: torch.Tensor, matrix: torch.Tensor
 ) -> None:
@@ -76,8 +69,20 @@ def product_into(
 
 
 def sum_product(scatter: TileScatter, span: Tokens, rows: torch.Tensor, matrix: torch.Tensor) -> None:
-    """A tile's product, summed over the ranks."""
+    """A gathered tile's product, summed over the ranks."""
     scatter.put(span, product(rows, matrix, scatter.target(span)))
+
+
+def sum_product_of(
+    scatter: TileScatter, tiles: TokenTiles, span: Tokens, everything: torch.Tensor, matrix: torch.Tensor
+) -> None:
+    """The same of a tile of all ranks' tokens [S, B, I], read where it lies."""
+    if tiles.size == 1:
+        sum_product(scatter, span, tiles.read(everything, span), matrix)
+        return
+    rows = tiles.view(everything, span).flatten(1, -2)
+    partial = torch.bmm(rows, matrix.expand(tiles.size, *matrix.shape))
+    scatter.put(span, partial.view(-1, *everything.shape[1:-1], matrix.shape[1]))
 
 
 def placeholder(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -109,7 +114,7 @@ class _Column(torch.autograd.Function):
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
         for span in tiles.spans:
-            scatter.put(span, product_of(tiles, span, grad, weight))
+            sum_product_of(scatter, tiles, span, grad, weight)
         scatter.finish()
         return grad_own, None, None, None
 
@@ -134,10 +139,7 @@ class _Row(torch.autograd.Function):
         own = input_SBI.new_empty(shape)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
-            if tiles.size == 1:
-                sum_product(scatter, span, tiles.read(input_SBI, span), weight_OI.t())
-            else:
-                scatter.put(span, product_of(tiles, span, input_SBI, weight_OI.t()))
+            sum_product_of(scatter, tiles, span, input_SBI, weight_OI.t())
         scatter.finish()
         return own
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pipeline.model import swiglu
 from pipeline.model.swiglu import _SwiGlu
 
 
@@ -30,6 +31,31 @@ def test_keeps_only_its_input() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
         _SwiGlu.apply(gate_up)
     assert kept == [gate_up.shape]
+
+
+class _Unseen:
+    """Kernels that write, as Triton's, where autograd does not see it."""
+
+    @staticmethod
+    def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.detach().chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    @staticmethod
+    def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Tensor) -> None:
+        result.data.fill_(1.0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_second_backward_is_refused(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """The first wrote its gradient over what the second would need."""
+    if fused:
+        monkeypatch.setattr(swiglu, "kernels_for", lambda *tensors: _Unseen)
+    gate_up = torch.randn(5, 1, 8, requires_grad=True)
+    total = _SwiGlu.apply(gate_up * 1.0).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -23,7 +23,7 @@ from pipeline.model.norm import recipe_of
 from pipeline.model.part import ModelPart
 from pipeline.model.residual import last_residual_add, residual_add
 from pipeline.model.rope import plan_rope
-from pipeline.model.tiled_linear import LastRowParallelLinear, _Row, recomputing
+from pipeline.model.tiled_linear import LastRowParallelLinear, _Column, _Row, recomputing
 from pipeline.model.tiled_mlp import TiledMLP
 from pipeline.model.weights import mark_trainable
 from pipeline.schema import LoraConfig, RopeSettings
@@ -233,6 +233,18 @@ def test_a_layers_sums_are_made_in_place_only_where_nothing_keeps_them(
         assert seen == [(False, False)] * 2 * first
     model.token_nll(tokens, spec)
     assert seen[trained:] == [(False, True)] * 2 * first
+
+
+def test_one_rank_alone(groups: Groups) -> None:
+    """Both linears in tiles where nothing is sent; memory that nobody wrote would be NaN."""
+    group = groups.collection.tp
+    x, weight = torch.randn(6, 2, 8, requires_grad=True), torch.randn(4, 8)
+    grad = torch.randn(6, 2, 4)
+    expected = torch.nn.functional.linear(x, weight)
+    (slope,) = torch.autograd.grad(expected, x, grad)
+    for found in (_Column.apply(x, weight, None, group), _Row.apply(x, weight, group, False)):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, x, grad)[0], slope)
 
 
 def _tiles(rank: int, world: int) -> bool:

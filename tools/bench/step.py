@@ -139,7 +139,7 @@ def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, An
         rows.append({"variant": f"ours, tiles x {scale:g}", **measure(args, groups, take)})
     if args.plain:
         with plain_layers():
-            rows.append({"variant": "megatron-core's own", **measure(args, groups, take)})
+            rows.append({"variant": "megatron-core's own, pointwise work torch's", **measure(args, groups, take)})
     return rows
 
 
