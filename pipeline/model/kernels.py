@@ -1,4 +1,4 @@
-"""Pointwise work of a layer in one pass over memory, in Triton: SwiGLU, its gradient, and RoPE.
+"""Work of a layer that memory bounds in one pass over it, in Triton: SwiGLU, RoPE, LoRA's update, a norm's gradient.
 
 Eager operations read and write the same tensors several times: on an H100 SwiGLU's took a tenth of a Llama layer's
 time, RoPE's a twenty-fifth. `fused.kernels_for` says where these can serve.
@@ -115,3 +115,77 @@ def rotate(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: flo
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def _add_update(  # type: ignore[no-untyped-def]
+    base_ptr, low_ptr, b_ptr, rows, columns, rank, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.arange(0, RANK)
+    low = tl.load(
+        low_ptr + row.to(tl.int64) * rank + part[None, :], mask=(row < rows) & (part < rank)[None, :], other=0.0
+    )
+    b = tl.load(
+        b_ptr + column[None, :] * rank + part[:, None],
+        mask=(column < columns)[None, :] & (part < rank)[:, None],
+        other=0.0,
+    )
+    update = tl.dot(low, b)
+    place = base_ptr + row.to(tl.int64) * columns + column[None, :]
+    inside = (row < rows) & (column < columns)[None, :]
+    total = tl.load(place, mask=inside).to(tl.float32) + scale * update
+    tl.store(place, total.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+def add_update_(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Add scale * low b^T to `base`, rounded once: [N, O] += [N, R] [O, R]^T; contiguous, bf16 or fp16, R up to 128."""
+    (rows, columns), rank = base.shape, low.shape[1]
+    if base.numel():
+        _add_update[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
+            base, low, b, rows, columns, rank, scale, ROWS=64, COLUMNS=128, RANK=max(16, triton.next_power_of_2(rank))
+        )
+
+
+@triton.jit
+def _norm_gradient(  # type: ignore[no-untyped-def]
+    x_ptr, weight_ptr, grad_ptr, result_ptr, sums_ptr, rows, width, eps, EACH: tl.constexpr, WIDTH: tl.constexpr
+):
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    for number in range(EACH):
+        row = tl.program_id(0) * EACH + number
+        place = row.to(tl.int64) * width + column
+        here = inside & (row < rows)
+        x = tl.load(x_ptr + place, mask=here, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=here, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+        x = x * scale
+        total += grad * x
+        grad = grad * weight
+        result = scale * (grad - x * (tl.sum(grad * x) / width))
+        tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=here)
+    tl.store(sums_ptr + tl.program_id(0) * width + column, total, mask=inside)
+
+
+def norm_gradient(
+    x: torch.Tensor, weight_H: torch.Tensor, grad: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of RMSNorm's input [..., H] and weight [H], in their dtypes, sums in fp32; all contiguous.
+
+    The root mean square is computed again from the input: nothing is kept for it.
+    """
+    width = x.shape[-1]
+    rows = x.numel() // width
+    # Each program goes through many rows and holds a sum of the weight's gradient, which are added last.
+    each = triton.cdiv(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4)
+    programs = triton.cdiv(rows, each)
+    result, sums = torch.empty_like(x), x.new_empty((programs, width), dtype=torch.float32)
+    _norm_gradient[(programs,)](
+        x, weight_H, grad, result, sums, rows, width, eps, EACH=each, WIDTH=triton.next_power_of_2(width), num_warps=16
+    )
+    return result, sums.sum(dim=0).to(weight_H.dtype)

@@ -30,10 +30,13 @@ from megatron.core.tensor_parallel import (
 )
 from torch.nn import functional
 
+from pipeline.model.fused import kernels_for
 from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.schema import LoraConfig
 
+MOST_COLUMNS = 128
+"""Ranks of all parts of a fused projection together that the update's kernel takes."""
 FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Lay the row blocks of the parts (each [rows_part, k], in part order) out as the fused weight's rows."""
 Move = Callable[[torch.Tensor], torch.Tensor]
@@ -94,7 +97,14 @@ class _AddUpdate(torch.autograd.Function):
         ctx.save_for_backward(low_SBR, b_OR)
         ctx.scale = scale
         ctx.mark_dirty(base_SBO)
-        base_SBO.view(-1, base_SBO.shape[-1]).addmm_(low_SBR.flatten(0, -2), b_OR.t(), alpha=scale)
+        base, low = base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2)
+        # In fp32 tensor cores would round the factors to tf32.
+        half = base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
+        kernels = kernels_for(base, low, b_OR) if half else None
+        if kernels is None:
+            base.addmm_(low, b_OR.t(), alpha=scale)
+        else:
+            kernels.add_update_(base, low, b_OR, scale)
         return base_SBO
 
     @staticmethod

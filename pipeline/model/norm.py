@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+
+from pipeline.model.fused import kernels_for
+
+WIDEST = 1 << 14
+"""Values of a row that the gradient's kernel holds at once."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,25 @@ class NormRecipe:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Tokens [start, stop) of the output again, to the bit."""
         return torch.nn.functional.rms_norm(self.input_SBH[start:stop], self.weight_H.shape, self.weight_H, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """`rms_norm` on a GPU, its gradient in one pass; keeps its input and weight, as torch's does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(hidden_SBH, weight_H)
+        ctx.eps = eps
+        return torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        (grad,) = grads
+        hidden_SBH, weight_H = ctx.saved_tensors
+        kernels = kernels_for(hidden_SBH, weight_H)
+        assert kernels is not None, "`RMSNorm` asked"
+        result, weight_grad = kernels.norm_gradient(hidden_SBH, weight_H, grad.contiguous(), ctx.eps)
+        return result, weight_grad if ctx.needs_input_grad[1] else None, None
 
 
 def recipe_of(output_SBH: torch.Tensor) -> NormRecipe | None:
@@ -47,7 +72,11 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension; shape and dtype unchanged."""
-        output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
+        width = self.weight.shape[0]
+        if torch.is_grad_enabled() and width <= WIDEST and kernels_for(hidden_SBH, hidden_SBH, self.weight) is not None:
+            output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps)
+        else:
+            output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
         recipe = NormRecipe(hidden_SBH.detach(), self.weight.detach(), self.eps)
         output.norm_recipe = recipe  # type: ignore[attr-defined]
         return output

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model import fused, rope, swiglu
+from pipeline.model import fused, norm, rope, swiglu
 
 DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
 
@@ -65,7 +65,42 @@ def _rotation_agrees(device: str) -> None:
                 torch.testing.assert_close(found, wanted, rtol=0, atol=slack, msg=f"{dtype} {heads} {width}")
 
 
-@pytest.mark.parametrize("check", ["_swiglu_agrees", "_rotation_agrees"])
+def _update_agrees(device: str) -> None:
+    """LoRA's update over its base, in shapes that are no multiple of a program's."""
+    from pipeline.model import kernels
+
+    generator = torch.Generator().manual_seed(2)
+    # The interpreter's matrix product takes bf16's bits for integers.
+    half = ((torch.float16, 2**-10), (torch.bfloat16, 2**-8))
+    for dtype, tolerance in half[: 1 if device == "cpu" else 2]:
+        for rows, columns, rank in ((70, 200, 24), (64, 128, 16), (5, 3, 1), (130, 40, 128)):
+            base, low, b = (
+                torch.randn(shape, generator=generator).to(device, dtype)
+                for shape in ((rows, columns), (rows, rank), (columns, rank))
+            )
+            expected = base.double() + 0.5 * low.double() @ b.double().t()
+            kernels.add_update_(base, low, b, 0.5)
+            torch.testing.assert_close(base.double(), expected, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+def _norm_gradient_agrees(device: str) -> None:
+    """Against fp64, rows that do not share out evenly, a width that is no power of two."""
+    from pipeline.model import kernels
+
+    generator = torch.Generator().manual_seed(3)
+    for dtype, tolerance in DTYPES:
+        for rows, width in (((7, 3), 96), ((1, 1), 64), ((9, 2), 1000)):
+            x, grad = (torch.randn(*rows, width, generator=generator).to(device, dtype) for _ in range(2))
+            weight = torch.rand(width, generator=generator).add(0.5).to(device, dtype)
+            exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
+            functional.rms_norm(exact[0], (width,), exact[1], 1e-5).backward(grad.double())
+            found = kernels.norm_gradient(x, weight, grad, 1e-5)
+            for tensor, twin in zip(found, exact, strict=True):
+                assert twin.grad is not None and tensor.dtype is dtype
+                torch.testing.assert_close(tensor.double(), twin.grad, rtol=2 * tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("check", ["_swiglu_agrees", "_rotation_agrees", "_update_agrees", "_norm_gradient_agrees"])
 def test_interpreted(check: str) -> None:
     """Triton's interpreter must be chosen before the kernels are imported."""
     pytest.importorskip("triton")  # torch requires it on Linux alone
@@ -113,6 +148,24 @@ def test_rotation_on_a_gpu() -> None:
     assert torch.equal(turned, again)
     again.backward(grad)
     assert other.grad is not None and torch.equal(found, other.grad)
+
+
+@pytest.mark.gpu
+def test_update_on_a_gpu() -> None:
+    _update_agrees("cuda")
+
+
+@pytest.mark.gpu
+def test_norm_gradient_on_a_gpu() -> None:
+    _norm_gradient_agrees("cuda")
+    for rows, width in ((4096, 8192), (5, 16384)):
+        x = torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.rand(width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16)
+        found = torch.autograd.grad(norm._Norm.apply(x, weight, 1e-5), (x, weight), grad)
+        expected = torch.autograd.grad(functional.rms_norm(x, (width,), weight, 1e-5), (x, weight), grad)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).float().norm() < 4e-3 * other.float().norm()
 
 
 def test_without_a_compiler_eager_operations_serve() -> None:
