@@ -181,8 +181,10 @@ def norm_gradient(
     """
     width = x.shape[-1]
     rows = x.numel() // width
-    # Each program goes through many rows and holds a sum of the weight's gradient, which are added last.
-    each = triton.cdiv(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4)
+    # Each program goes through many rows and holds a sum of the weight's gradient, which are added last. Powers of two:
+    # the kernel is compiled for each number.
+    programs = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    each = triton.next_power_of_2(triton.cdiv(rows, programs))
     programs = triton.cdiv(rows, each)
     result, sums = torch.empty_like(x), x.new_empty((programs, width), dtype=torch.float32)
     _norm_gradient[(programs,)](
