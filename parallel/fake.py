@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -60,7 +62,8 @@ def reduce_scatter(own: torch.Tensor, partial: torch.Tensor, group: dist.Process
 
 
 def stand_in() -> None:
-    """Let megatron's own reduce-scatters leave numbers under a fake group: they would leave their outputs as found.
+    """Let megatron's own gathers and reduce-scatters give numbers under a fake group, as `all_gather` and
+    `reduce_scatter` do: torch's would copy, and leave what is summed as found.
 
     What was found is zeros or garbage, and an embedding of it a forward pass of zeros or NaN: its products take a fifth
     less time on an H100 than those of numbers. Groups that are not fake are not touched.
@@ -72,4 +75,12 @@ def stand_in() -> None:
         if work is not None:
             work.wait()
 
+    def gather(own: torch.Tensor, group: dist.ProcessGroup, *rest: Any, **options: Any) -> torch.Tensor:
+        if dist.get_backend(group) == "fake" and group.size() > 1:
+            return all_gather(own, group)[0]
+        result: torch.Tensor = megatrons(own, group, *rest, **options)
+        return result
+
     mappings.dist_reduce_scatter_func = scatter
+    if mappings._gather_along_first_dim.__module__ != __name__:
+        megatrons, mappings._gather_along_first_dim = mappings._gather_along_first_dim, gather
