@@ -44,7 +44,8 @@ class TokenTiles:
         self.size = 1 if group is None else dist.get_world_size(group)
         count = max(1, -(-tokens * self.size // max(1, most)))
         step = max(1, -(-tokens // count))
-        rows = ROWS // math.gcd(ROWS, self.size)
+        # Products of all ranks' tokens are made of ROWS in each rank's, those of a whole tile in all together.
+        rows = ROWS if step >= 4 * ROWS else ROWS // math.gcd(ROWS, self.size)
         if count > 1 and step >= 4 * rows:
             alike = (tokens // more for more in range(count, 4 * count // 3 + 1) if tokens % more == 0)
             step = next((step for step in alike if step % rows == 0), -(-step // rows) * rows)

@@ -146,7 +146,7 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     attention = ((9 if grouped else 7) * query + 6 * key_value) // tp + 2 * hidden
     if full and not adapted:
         mlp = tokens * (3 * hidden + (3 * query + 2 * key_value) // tp)
-        tile = max(TILE_TOKENS, TILE_ELEMENTS // (2 * ffn + 2 * arch.hidden))
+        tile = max(TILE_TOKENS * min(2, tp), TILE_ELEMENTS // (2 * ffn + 2 * arch.hidden))
         mlp += min(tokens, tile) * (6 * ffn + 4 * arch.hidden)
     else:
         # Gradients of gate, up and their product beside them; sequence parallelism sums whole rows.

@@ -25,7 +25,10 @@ from parallel.token_tiles import Span as Tokens
 from parallel.token_tiles import TileScatter, TokenTiles
 
 LEAST_TOKENS = 2048
-"""Tokens of a tile at least: fewer leave a GPU's matrix units waiting, for weights or for the next launch."""
+"""Tokens of a tile at least: fewer leave a GPU's matrix units waiting, for weights or for the next launch.
+
+Twice as many under tensor parallelism, where some products are made rank by rank.
+"""
 TILE_ELEMENTS = 3 << 25
 """Elements of a tile that are enough, where it is narrow (bf16: 192 MiB)."""
 
@@ -38,7 +41,8 @@ def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> Toke
         shape: [L, B, any] of a rank's own tokens; a tile has those of all B sequences.
         width: columns of all that exists of a tile at once.
     """
-    return TokenTiles(group, shape[0], max(LEAST_TOKENS, TILE_ELEMENTS // width) // prod(shape[1:-1]))
+    least = LEAST_TOKENS * min(2, dist.get_world_size(group))
+    return TokenTiles(group, shape[0], max(least, TILE_ELEMENTS // width) // prod(shape[1:-1]))
 
 
 def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight_OI: torch.Tensor) -> TokenTiles:
@@ -135,8 +139,10 @@ class _Row(torch.autograd.Function):
         shape = (tokens, *input_SBI.shape[1:-1], weight_OI.shape[0])
         if skip:
             return placeholder(input_SBI, shape)
-        tiles = _product_tiles(group, shape, weight_OI)
         own = input_SBI.new_empty(shape)
+        if dist.get_world_size(group) == 1:
+            return product(input_SBI, weight_OI.t(), own)
+        tiles = _product_tiles(group, shape, weight_OI)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
             sum_product_of(scatter, tiles, span, input_SBI, weight_OI.t())
@@ -171,11 +177,14 @@ class TiledColumnParallelLinear(ColumnParallelLinear):
 
 
 class TiledRowParallelLinear(RowParallelLinear):
-    """Row-parallel linear to sequence-parallel tokens (o_proj), tiled if its weight is frozen."""
+    """Row-parallel linear to sequence-parallel tokens (o_proj), tiled if its weight is frozen.
+
+    Alone as well: megatron would return a view of the product, and an adapter's update could not be made in place.
+    """
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([L, B, O], bias to be added later or None)."""
-        if self.tp_group.size() == 1 or not self.tileable():
+        if not self.tileable():
             return super().forward(input_)
         return _Row.apply(input_, self.weight, self.tp_group, False), None
 

@@ -152,7 +152,7 @@ def write_config(folder: Path, name: str, grid: Grid) -> Path:
 def _observe(rank: int, world: int, paths: list[str], steps: int) -> list[dict[str, Any]]:
     """Each configuration in turn, in the same processes; `Observed` as dicts, which travel by value."""
     # Several tiles a product, the last one shorter; the reference computes whole sequences.
-    tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS, loss.LEAST_TOKENS, loss.CHUNK_LOGITS = 28, 1, 28, 1
+    tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS, loss.LEAST_TOKENS, loss.CHUNK_LOGITS = 14, 1, 28, 1
     found = []
     for path in paths:
         try:

@@ -106,6 +106,16 @@ def test_the_layers_down_projection_is_the_one_that_skips(tmp_path: Path, groups
     assert x.grad is not None and torch.allclose(x.grad, wanted, rtol=1e-6)
 
 
+def test_an_adapters_update_goes_over_the_frozen_product_of_one_rank(tmp_path: Path, groups: Groups) -> None:
+    """megatron's own linear returns a view there, over which autograd lets nothing be written."""
+    projection = _model(tmp_path, groups, ("o",)).stages[0].decoder.layers[0].self_attention.linear_proj
+    x = torch.randn(3, 1, projection.input_size)
+    for frozen in (True, False):
+        projection.weight.requires_grad_(not frozen)
+        made_by = projection(x)[0].grad_fn
+        assert ("_AddUpdate" in str(made_by)) is frozen
+
+
 def _mlp_run(mlp: torch.nn.Module, x: torch.Tensor, slope: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Through megatron's call, in a checkpoint: [values of the forward, of the recomputation], gradient of x."""
     seen: list[torch.Tensor] = []
@@ -272,19 +282,25 @@ def test_tiles_between_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "most", "sizes"),
+    ("ranks", "tokens", "most", "sizes"),
     [
-        (32768, 3300, {3328, 32768 - 9 * 3328}),  # 10 tiles, and no 10 to 13 alike ones of whole blocks
-        (32768, 3000, {3072, 32768 - 10 * 3072}),
-        (32768, 5000, {4096}),  # 7 tiles would do; 8 are alike
-        (32768, 2500, {2048}),
-        (1000, 300, {250}),  # few tokens are not rounded
-        (32768, 40000, {32768}),
-        (12345, 4000, {3200, 12345 - 3 * 3200}),
+        (1, 32768, 3300, {3328, 32768 - 9 * 3328}),  # 10 tiles, and no 10 to 13 alike ones of whole blocks
+        (1, 32768, 3000, {3072, 32768 - 10 * 3072}),
+        (1, 32768, 5000, {4096}),  # 7 tiles would do; 8 are alike
+        (1, 32768, 2500, {2048}),
+        (1, 1000, 300, {250}),  # few tokens are not rounded
+        (1, 32768, 40000, {32768}),
+        (1, 12345, 4000, {3200, 12345 - 3 * 3200}),
+        (8, 4096, 9362, {1024}),
+        (8, 12500, 9000, {1152, 12500 - 10 * 1152}),  # whole blocks of each rank's tokens
+        (8, 900, 1600, {192, 900 - 4 * 192}),  # few tokens: whole blocks of all ranks' together
     ],
 )
-def test_tiles_are_whole_blocks_of_rows(tokens: int, most: int, sizes: set[int]) -> None:
-    spans = TokenTiles(None, tokens, most).spans
+def test_tiles_are_whole_blocks_of_rows(ranks: int, tokens: int, most: int, sizes: set[int]) -> None:
+    group = None
+    if ranks > 1:
+        group = make_groups(plan_grid(ranks, ranks, 1, 1), RankEnv(0, ranks, launched=True), fake=True).collection.tp
+    spans = TokenTiles(group, tokens, most).spans
     assert [start for start, _ in spans[1:]] == [stop for _, stop in spans[:-1]]
     assert spans[0][0] == 0 and spans[-1][1] == tokens
     assert {stop - start for start, stop in spans} == sizes
