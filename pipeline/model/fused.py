@@ -15,11 +15,13 @@ def load_kernels(device: torch.device) -> ModuleType | None:
     try:
         from pipeline.model import kernels
 
-        kernels.swiglu(torch.ones(1, 2, device=device))
+        kernels.probe(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler, its headers or a driver may lack
         warnings.warn(
-            f"SwiGLU and RoPE run unfused, which is slower: Triton's kernels do not work here ({error}). Most often a "
-            "C compiler or Python's headers are missing.",
+            "SwiGLU, RoPE, LoRA's updates and norms' gradients run unfused, which is slower: Triton's kernels do not "
+            f"work here ({error}). Most often a C compiler or Python's headers are missing.",
             stacklevel=2,
         )
         return None

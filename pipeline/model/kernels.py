@@ -14,6 +14,18 @@ import triton.language as tl
 
 _BLOCK = 1024
 """Columns a program: 16 bytes a thread and load, in bf16."""
+WHY = "a kernel reads and writes wherever it is told to"
+
+
+def probe(device: torch.device) -> None:
+    """Build every kernel and run it on a few bf16 numbers; raises whatever a machine lacks for that."""
+    x = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
+    half = swiglu(x)
+    swiglu_gradient_(x, half, x.clone())
+    angles = torch.ones(1, 8, device=device)
+    rotate(x.view(1, 1, 2, 16), angles, angles)
+    add_update_(x.clone(), half, x.new_ones(16, 8), 1.0)
+    norm_gradient(x, x[0], x, 1e-5)
 
 
 @triton.jit
@@ -66,6 +78,7 @@ def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Te
         result: may be `gate_up` itself.
     """
     width = grad.shape[-1]
+    assert gate_up.shape == result.shape == (*grad.shape[:-1], 2 * width), WHY
     if grad.numel():
         _swiglu_gradient[_grid(width, grad.numel() // width)](gate_up, grad, result, width, BLOCK=_BLOCK)
 
@@ -77,7 +90,7 @@ def _rotate(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token = row // batch
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
     source = x_ptr + token * stride_s + (row % batch) * stride_b + head * stride_h + column
@@ -105,7 +118,7 @@ def rotate(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: flo
         sign: 1, or -1 for the gradient.
     """
     tokens, batch, heads, width = x_SBHD.shape
-    assert cos.shape == sin.shape == (tokens, width // 2), "a kernel reads wherever it is told to"
+    assert cos.shape == sin.shape == (tokens, width // 2), WHY
     out = x_SBHD.new_empty(x_SBHD.shape)
     if out.numel():
         half = triton.next_power_of_2(width // 2)
@@ -143,6 +156,7 @@ def _add_update(  # type: ignore[no-untyped-def]
 def add_update_(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """Add scale * low b^T to `base`, rounded once: [N, O] += [N, R] [O, R]^T; contiguous, bf16 or fp16, R up to 128."""
     (rows, columns), rank = base.shape, low.shape[1]
+    assert low.shape == (rows, rank) and b.shape == (columns, rank) and base.dtype == low.dtype == b.dtype, WHY
     if base.numel():
         _add_update[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
             base, low, b, rows, columns, rank, scale, ROWS=64, COLUMNS=128, RANK=max(16, triton.next_power_of_2(rank))
@@ -180,14 +194,17 @@ def norm_gradient(
     The root mean square is computed again from the input: nothing is kept for it.
     """
     width = x.shape[-1]
+    assert grad.shape == x.shape and weight_H.shape == (width,), WHY
     rows = x.numel() // width
     # Each program goes through many rows and holds a sum of the weight's gradient, which are added last. Powers of two:
     # the kernel is compiled for each number.
     programs = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    each = triton.next_power_of_2(triton.cdiv(rows, programs))
+    each = triton.next_power_of_2(max(1, triton.cdiv(rows, programs)))
     programs = triton.cdiv(rows, each)
     result, sums = torch.empty_like(x), x.new_empty((programs, width), dtype=torch.float32)
-    _norm_gradient[(programs,)](
-        x, weight_H, grad, result, sums, rows, width, eps, EACH=each, WIDTH=triton.next_power_of_2(width), num_warps=16
-    )
+    if rows:
+        _norm_gradient[(programs,)](
+            x, weight_H, grad, result, sums, rows, width, eps, EACH=each, WIDTH=triton.next_power_of_2(width),
+            num_warps=16,
+        )  # fmt: skip
     return result, sums.sum(dim=0).to(weight_H.dtype)

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
     reduce_scatter_to_sequence_parallel_region,
 )
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.model.fused import kernels_for
@@ -76,6 +77,7 @@ class _OfNorm(torch.autograd.Function):
         return functional.linear(input_SBI, a_RI)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         (grad,) = grads
         a_RI, source, weight = ctx.saved_tensors
@@ -100,7 +102,7 @@ class _AddUpdate(torch.autograd.Function):
         base, low = base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2)
         # In fp32 tensor cores would round the factors to tf32.
         half = base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
-        kernels = kernels_for(base, low, b_OR) if half else None
+        kernels = kernels_for(base, base, low, b_OR) if half else None
         if kernels is None:
             base.addmm_(low, b_OR.t(), alpha=scale)
         else:

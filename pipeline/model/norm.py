@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from torch.autograd.function import once_differentiable
 
 from pipeline.model.fused import kernels_for
 
@@ -31,19 +33,20 @@ class _Norm(torch.autograd.Function):
     """`rms_norm` on a GPU, its gradient in one pass; keeps its input and weight, as torch's does."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float, kernels: ModuleType
+    ) -> torch.Tensor:
         ctx.save_for_backward(hidden_SBH, weight_H)
-        ctx.eps = eps
+        ctx.eps, ctx.gradient = eps, kernels.norm_gradient
         return torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         (grad,) = grads
         hidden_SBH, weight_H = ctx.saved_tensors
-        kernels = kernels_for(hidden_SBH, weight_H)
-        assert kernels is not None, "`RMSNorm` asked"
-        result, weight_grad = kernels.norm_gradient(hidden_SBH, weight_H, grad.contiguous(), ctx.eps)
-        return result, weight_grad if ctx.needs_input_grad[1] else None, None
+        result, weight_grad = ctx.gradient(hidden_SBH, weight_H, grad.contiguous(), ctx.eps)
+        return result, weight_grad if ctx.needs_input_grad[1] else None, None, None
 
 
 def recipe_of(output_SBH: torch.Tensor) -> NormRecipe | None:
@@ -73,8 +76,10 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension; shape and dtype unchanged."""
         width = self.weight.shape[0]
-        if torch.is_grad_enabled() and width <= WIDEST and kernels_for(hidden_SBH, hidden_SBH, self.weight) is not None:
-            output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps)
+        wanted = torch.is_grad_enabled() and width <= WIDEST
+        kernels = kernels_for(hidden_SBH, hidden_SBH, self.weight) if wanted else None
+        if kernels is not None:
+            output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps, kernels)
         else:
             output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
         recipe = NormRecipe(hidden_SBH.detach(), self.weight.detach(), self.eps)

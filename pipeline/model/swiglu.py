@@ -25,7 +25,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Tensor) -> None:
-    """Write the gradient of `gate_up` [..., 2 F] for `grad` [..., F] into `result`, which may be `gate_up` itself.
+    """Write the gradient of `gate_up` [..., 2 F] for `grad` [..., F] into `result`, contiguous; it may be `gate_up`.
 
     Chunk by chunk, where kernels cannot do it in place: the widest tensors of a layer meet here.
     """
@@ -37,7 +37,9 @@ def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Te
         return
     width = grad.shape[-1]
     rows = max(1, CHUNK_ELEMENTS // max(1, width))
-    pieces = (tensor.flatten(0, -2).split(rows) for tensor in (gate_up, result, grad))
+    # `view` refuses what `flatten` would copy, and then nothing would be written to `result`.
+    whole = gate_up.flatten(0, -2), result.view(-1, 2 * width), grad.flatten(0, -2)
+    pieces = (tensor.split(rows) for tensor in whole)
     for source, target, slope in zip(*pieces, strict=True):
         gate, up = source.chunk(2, dim=-1)
         # The operations of eager autograd, so that results are the same to the bit.
@@ -52,13 +54,15 @@ class _SwiGlu(torch.autograd.Function):
     """silu(gate) * up. Eager autograd would keep silu(gate) and a copy of `up` too: half as much again as the input.
 
     The backward writes the gradient over its saved input. A second backward through the same forward is then refused
-    by autograd, which sees that a saved tensor was modified. An input that the user made (a leaf) is left alone.
+    by autograd, which sees that a saved tensor was modified. An input that the user made (a leaf), or a view of one, is
+    left alone.
     """
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.reuse = gate_up.grad_fn is not None
+        base = gate_up if gate_up._base is None else gate_up._base
+        ctx.reuse = base.grad_fn is not None and gate_up.is_contiguous()
         return swiglu(gate_up)
 
     @staticmethod
@@ -66,7 +70,7 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (grad,) = grads
         (gate_up,) = ctx.saved_tensors
-        result = gate_up if ctx.reuse and gate_up.is_contiguous() else torch.empty_like(gate_up)
+        result = gate_up if ctx.reuse else torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         swiglu_gradient_(gate_up, grad, result)
         return result
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.mlp import MLP
+from torch.autograd.function import once_differentiable
 
 from parallel.token_tiles import TokenTiles
 from pipeline.model.norm import NormRecipe, recipe_of
@@ -57,6 +58,7 @@ class _FrozenMlp(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         gate_up_weight, down_weight, *kept = ctx.saved_tensors

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import functional
 
 from pipeline.model import fused, norm, rope, swiglu
+from tests.interpreted import interpret
 
 DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
 
@@ -81,6 +78,10 @@ def _update_agrees(device: str) -> None:
             expected = base.double() + 0.5 * low.double() @ b.double().t()
             kernels.add_update_(base, low, b, 0.5)
             torch.testing.assert_close(base.double(), expected, rtol=2 * tolerance, atol=2 * tolerance)
+            # What torch's product refuses, not read beyond its end.
+            for wrong in (low[: rows // 2], low.float()):
+                with pytest.raises(AssertionError, match="wherever it is told to"):
+                    kernels.add_update_(base, wrong, b, 0.5)
 
 
 def _norm_gradient_agrees(device: str) -> None:
@@ -98,21 +99,16 @@ def _norm_gradient_agrees(device: str) -> None:
             for tensor, twin in zip(found, exact, strict=True):
                 assert twin.grad is not None and tensor.dtype is dtype
                 torch.testing.assert_close(tensor.double(), twin.grad, rtol=2 * tolerance, atol=4 * tolerance)
+    # No tokens, and a weight of another dtype.
+    none, total = kernels.norm_gradient(x[:0], weight.float(), x[:0], 1e-5)
+    assert none.shape == (0, 2, 1000) and total.dtype is torch.float32 and not total.any()
+    _, total = kernels.norm_gradient(x, weight.float(), grad, 1e-5)
+    torch.testing.assert_close(total, found[1].float(), rtol=2 * tolerance, atol=4 * tolerance)
 
 
 @pytest.mark.parametrize("check", ["_swiglu_agrees", "_rotation_agrees", "_update_agrees", "_norm_gradient_agrees"])
 def test_interpreted(check: str) -> None:
-    """Triton's interpreter must be chosen before the kernels are imported."""
-    pytest.importorskip("triton")  # torch requires it on Linux alone
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"from tests.numerics import test_kernels; test_kernels.{check}('cpu')"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    interpret(f"test_kernels.{check}('cpu')")
 
 
 @pytest.mark.gpu

@@ -33,6 +33,24 @@ def test_keeps_only_its_input() -> None:
     assert kept == [gate_up.shape]
 
 
+def test_an_input_that_is_not_contiguous_gets_its_gradient() -> None:
+    """Memory shaped like it would be written to through a copy, and so never."""
+    x, grad = torch.randn(3, 5, 8, requires_grad=True), torch.randn(5, 3, 4)
+    gate, up = x.transpose(0, 1).chunk(2, dim=-1)
+    (expected,) = torch.autograd.grad(functional.silu(gate) * up, x, grad)
+    (found,) = torch.autograd.grad(_SwiGlu.apply((x * 1.0).transpose(0, 1)), x, grad)
+    assert torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match="view"):
+        swiglu.swiglu_gradient_(x.detach().transpose(0, 1), grad, torch.empty(3, 5, 8).transpose(0, 1))
+
+
+def test_what_a_user_made_is_not_written_over() -> None:
+    leaf = torch.randn(4, 16, requires_grad=True)
+    before = leaf.detach().clone()
+    _SwiGlu.apply(leaf.view(4, 1, 16)).sum().backward()
+    assert torch.equal(leaf, before) and leaf.grad is not None and bool(leaf.grad.any())
+
+
 class _Unseen:
     """Kernels that write, as Triton's, where autograd does not see it."""
 

@@ -1,8 +1,8 @@
 """megatron-core's own layers in place of ours: what their speed is compared with, side by side in one run.
 
-Weights, attention, LoRA and loss stay. But tensor-parallel linears gather whole sequences before a product and sum
-whole rows after it, an MLP holds its wide tensors for all tokens, a recomputed layer repeats all that its forward did,
-norms' outputs are kept, and SwiGLU and RoPE are torch's own operations.
+Weights, attention, LoRA's products and loss stay. But tensor-parallel linears gather whole sequences before a product
+and sum whole rows after it, an MLP holds its wide tensors for all tokens, a recomputed layer repeats all that its
+forward did, norms' outputs are kept, and SwiGLU, RoPE, LoRA's update and norms' gradients are torch's own operations.
 
 Alone, under a fake process group, neither side pays for what is sent (`parallel.fake`). Ratios of real runs, over NCCL,
 say what a user gets.

@@ -3,7 +3,7 @@
     python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank 0] [--json FILE]
     torchrun --nproc-per-node 8 -m tools.bench.step --model llama2-70b --sequence 32768 --cp 8
 
-Started alone, the process is rank `--rank` of tp x cp x pp under torch's fake process group: memory and compute are
+Started alone, the process is rank `--rank` of tp x cp under torch's fake process group: memory and compute are
 real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
 GPU: sequence tokens over the step's time over the ranks that share a sequence. Several `--tile-scale` are measured in
 turn, in one process, for the size of tensor parallelism's tiles; `--plain` adds megatron-core's own layers (`plain`).

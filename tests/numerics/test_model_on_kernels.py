@@ -1,0 +1,100 @@
+"""A whole model on Triton's kernels against the same one on eager operations: loss and every gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from parallel.groups import make_groups
+from parallel.plan import plan_grid
+from parallel.rank_env import RankEnv
+from pipeline.data.loader import Batch
+from pipeline.model import lora, norm, rope, swiglu
+from pipeline.model.arch import read_arch
+from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model.part import ModelPart
+from pipeline.model.rope import plan_rope
+from pipeline.model.weights import mark_trainable
+from pipeline.schema import LoraConfig, RopeSettings
+from tests.interpreted import interpret
+from tests.tiny_models import make_tiny
+
+ALL = ("q", "k", "v", "o", "gate", "up", "down")
+POINTWISE = {"swiglu", "swiglu_gradient_", "rotate"}
+# dtype, recompute, adapted, rank, trained, kernels that must have been used
+CASES: list[tuple[torch.dtype, str, tuple[str, ...], int, tuple[str, ...], set[str]]] = [
+    # No update: fp32 factors would be rounded.
+    (torch.float32, "full", ALL, 4, ("lora", "embed", "norm"), POINTWISE | {"norm_gradient"}),
+    (torch.float16, "full", ALL[:4], 4, ("lora", "embed", "norm"), POINTWISE | {"norm_gradient", "add_update_"}),
+    # Fused projections' ranks, two and three times 96, are more than the kernel takes; o's and down's are not.
+    (torch.float16, "none", ALL, 96, ("lora",), POINTWISE | {"norm_gradient", "add_update_"}),
+    (torch.float16, "none", ALL[:3], 96, ("norm",), POINTWISE | {"norm_gradient"}),
+]
+
+
+@contextlib.contextmanager
+def _on(kernels: Any) -> Iterator[None]:
+    """Everything that asks gets these kernels, or None, wherever tensors are."""
+
+    def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> Any:
+        return kernels if all(tensor.is_contiguous() for tensor in others) else None
+
+    with contextlib.ExitStack() as stack:
+        for module in (lora, norm, rope, swiglu):
+            stack.enter_context(mock.patch.object(module, "kernels_for", kernels_for))
+        yield
+
+
+def _gradients(model: ModelPart, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model.train().train_step([Batch(tokens, tokens, None)], AttentionSpec("s2", 16), 1 / tokens.numel())
+    return {"loss": loss, **{name: p.grad for name, p in model.canonical_parameters() if p.grad is not None}}
+
+
+def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
+    """On the device at hand; every dtype of CASES stands for another one, and its tolerance."""
+    from pipeline.model import kernels
+
+    groups = make_groups(plan_grid(1, 1, 1, 1), RankEnv())
+    with tempfile.TemporaryDirectory() as folder:
+        arch = read_arch(make_tiny(Path(folder) / "base", "tinyllama", num_hidden_layers=2))
+    tokens = torch.randint(0, arch.vocab, (2, 33), generator=torch.Generator().manual_seed(0))
+    for like, recompute, targets, rank, trained, wanted in CASES:
+        dtype, tolerance = dtypes[like]
+        adapters = LoraConfig(rank=rank, targets=targets)
+        model = ModelPart(arch, plan_rope(arch, RopeSettings(), 64), adapters, groups, dtype, recompute)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.canonical_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.1).add_("norm" in name))
+        mark_trainable(model, trained)
+        used = mock.Mock(wraps=kernels)
+        with _on(used):
+            found = _gradients(model, tokens)
+        with _on(None):
+            expected = _gradients(model, tokens)
+        assert {call[0] for call in used.mock_calls} == wanted, (dtype, recompute, targets)
+        assert found.keys() == expected.keys() and len(found) > 4
+        for name, tensor in expected.items():
+            error = (found[name].double() - tensor.double()).norm() / tensor.double().norm()
+            assert error <= tolerance, (dtype, recompute, targets, name, float(error))
+
+
+def _interpreted() -> None:
+    _model_agrees({torch.float32: (torch.float32, 1e-5), torch.float16: (torch.float16, 1e-2)})
+
+
+def test_interpreted() -> None:
+    interpret("test_model_on_kernels._interpreted()")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    _model_agrees({torch.float32: (torch.float32, 1e-5), torch.float16: (torch.bfloat16, 3e-2)})
