@@ -139,6 +139,13 @@ def test_the_trainer_ends_with_the_cause(fault: str, parts: tuple[str, ...], mar
     only_message(run(mark, fault, 1, 2, "--config", path), *parts)
 
 
+@pytest.mark.parametrize("grid", [(), ("parallel.pp=2", "checks=true")], ids=["data parallel", "pipeline"])
+def test_the_trainer_names_a_rank_that_hangs(grid: tuple[str, ...], mark: str, tmp_path: Path) -> None:
+    settings = [word for setting in ("parallel.timeout_s=10", *grid) for word in ("--set", setting)]
+    ended = run(mark, "hang", 1, 2, "--config", write_run(tmp_path, "mark"), *settings)
+    only_message(ended, "rank 1 hangs at step 2: no progress for ", "faulty.py:", " in hang;", "parallel.timeout_s")
+
+
 def test_an_unexpected_error_is_told_with_its_traceback(mark: str) -> None:
     ended = run(mark, "bug", 1, 3, 60, mark)
     only_message(ended, "rank 1 failed at step 3: RuntimeError: planted bug", "faulty.py:", "in bug")

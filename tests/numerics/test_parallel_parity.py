@@ -80,6 +80,12 @@ MODELS = {
     "full tied": Model("smollm2", {"num_hidden_layers": 4}, attention="{kind: full}"),
     # Layers for two chunks on each of four stages, one uneven.
     "deep": Model("smollm2", {"num_hidden_layers": 9}),
+    # The same heads, packed and padded.
+    "odd packed": Model(
+        "smollm2", {"num_hidden_layers": 4}, sequence=61, packed=True, recompute="full", targets="q, k, v, o"
+    ),
+    # Groups of three shards of four: keys come from as many as three ranks before.
+    "far": Model("llama2", {"num_hidden_layers": 2, "vocab_size": 131}, "{kind: s2, group_size: 48}", 61),
     # Odd KV groups shifted, packed and padded; the last steps of the run (from the third on) are full attention.
     "alternate": Model(
         "tinyllama",
@@ -188,9 +194,11 @@ CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
         Grid(): ("untied", "odd", "full"),
         TP2: ("untied", "tied", "full"),
         PP2: ("untied", "tied", "full", "full tied"),
-        INTERLEAVED: ("odd", "full"),
+        INTERLEAVED: ("odd", "full", "deep"),
         CP2: ("untied", "tied", "odd", "full"),
     },
+    # The S² split inside a KV group, over tensor-parallel ranks.
+    3: {Grid(tp=3): ("odd packed",)},
     4: {
         TP2: ("tied",),
         TP4: ("untied", "alternate", "full"),
@@ -198,7 +206,10 @@ CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
         INTERLEAVED: ("tied", "full tied"),
         # megatron exchanges otherwise than between two stages.
         Grid(pp=4, virtual=2): ("deep",),
-        CP4: ("untied", "odd", "alternate", "full"),
+        CP4: ("untied", "odd", "far", "alternate", "full"),
+        # Interleaving beside another axis; padded, packed.
+        Grid(tp=2, pp=2, virtual=2): ("tied",),
+        Grid(cp=2, pp=2, virtual=2): ("odd packed",),
         TP2_PP2: ("untied", "tied", "full"),
         TP2_CP2: ("untied", "tied", "alternate", "full"),
         PP2_CP2: ("untied", "odd", "alternate", "full"),
