@@ -14,6 +14,7 @@ from pathlib import Path
 
 from parallel.errors import ConfigError
 from parallel.plan import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from pipeline.advice import advise
 from pipeline.checkpoint.manifest import step_of
 from pipeline.data.records import find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
@@ -166,7 +167,8 @@ def check_layout(config: RunConfig, arch: LlamaArch | None, world: int) -> Findi
     except ConfigError as error:
         return Finding("Layout", axes, f"{world} processes", str(error))
     found = f"{axes} x dp {grid.dp}, {batch.accumulation} micro-batches a step"
-    return Finding("Layout", found, f"{world} processes")
+    advice = () if arch is None else advise(config, arch, grid)
+    return Finding("Layout", found, f"{world} processes", advice=advice)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Finding:
     needed: str
     problem: str = ""
     """One sentence; empty: all is well."""
+    advice: tuple[str, ...] = ()
+    """What would run and may not be meant, one sentence each."""
 
 
 def gib(size: float) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
 from parallel.rank_env import RankEnv
+from pipeline.advice import advise
 from pipeline.config import dump_config, load_config
 from pipeline.schema import RunConfig
 
@@ -113,7 +114,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 assess(label_of(step), step, shown=False)
 
         told = run.resumed.warnings if run.resumed is not None else ()
-        for warning in (*config.warnings, *filter(None, [lock and lock.took_over]), *told):
+        advice = advise(config, trainer.parts.model.arch, run.groups.plan)
+        for warning in (*config.warnings, *advice, *filter(None, [lock and lock.took_over]), *told):
             progress.say(f"warning: {warning}")
         if main:
             record_run(run)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     show(findings, Console())
     problems = [finding.problem for finding in findings if finding.problem]
-    for warning in config.warnings:
+    for warning in (*config.warnings, *(line for finding in findings for line in finding.advice)):
         print(f"warning: {warning}", file=sys.stderr)
     for problem in problems:
         print(f"missing: {problem}", file=sys.stderr)
