@@ -14,19 +14,34 @@ from parallel.s2_context import HaloExchange
 from pipeline.model import attention
 from pipeline.model.attention import CoreAttention
 from pipeline.model.norm import RMSNorm
+from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
 
 
 @contextlib.contextmanager
-def norms_wrong_group() -> Iterator[None]:
-    """Norm gradients are not summed over the tensor-parallel ranks: their marks are gone."""
+def norms_not_summed(mark: str = "nobody_sums") -> Iterator[None]:
+    """Norm gradients are not summed over the tensor-parallel ranks: they carry another mark than theirs."""
     made = RMSNorm.__init__
 
     def unmarked(self: RMSNorm, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+        setattr(self.weight, mark, True)
 
     with mock.patch.object(RMSNorm, "__init__", unmarked):
+        yield
+
+
+@contextlib.contextmanager
+def norms_wrong_group() -> Iterator[None]:
+    """Norm gradients are summed over ranks that see other sequences or shards instead of tensor-parallel ones."""
+    honest = GradientReduction.finish
+
+    def elsewhere(self: GradientReduction, optimizer: TrainableAdamW) -> None:
+        honest(self, optimizer)
+        optimizer.sum_marked("summed_elsewhere", self.groups.data)
+
+    with norms_not_summed("summed_elsewhere"), mock.patch.object(GradientReduction, "finish", elsewhere):
         yield
 
 

@@ -47,6 +47,7 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
         [
             (context, None),
             (stages, None),
+            (context, "tests.plants:norms_not_summed"),
             (context, "tests.plants:norms_wrong_group"),
             (context, "tests.plants:local_heads"),
             (context, "tests.plants:shifted_halo"),
@@ -56,14 +57,15 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
         processes=4,
         timeout_s=240,
     )
-    right, tied, norms, heads, halo, wrap, frozen = reports
+    right, tied, unsummed, norms, heads, halo, wrap, frozen = reports
     assert not failed(right) and right.passed and len(right.rows) == 14
     assert not failed(tied) and tied.shrunk.model["tie_word_embeddings"]
 
-    assert {"worst gradient, step 1", "copies in sync after 3 steps"} <= failed(norms)
-    assert "loss, step 1" not in failed(norms), "the forward pass is right"
-    worst = next(row for row in norms.rows if row.name == "worst gradient, step 1")
-    assert "norm.weight" in worst.value and "group" in worst.hint
+    for report in (unsummed, norms):
+        assert {"worst gradient, step 1", "copies in sync after 3 steps"} <= failed(report)
+        assert "loss, step 1" not in failed(report), "the forward pass is right"
+        worst = next(row for row in report.rows if row.name == "worst gradient, step 1")
+        assert "norm.weight" in worst.value and "group" in worst.hint
 
     assert {"loss, step 1", "token losses, grid against one process"} <= failed(heads)
     assert {"loss, step 1", "token losses, grid against one process"} <= failed(halo)

@@ -16,6 +16,8 @@ from pipeline import optim
 from pipeline.config import load_config
 from pipeline.flat_gradients import FlatGradients
 from pipeline.model import loss, tiled_linear
+from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.model.context_plan import halo_plan
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
 from tools.parity import Observed, compare, observe
@@ -191,9 +193,9 @@ TP2_PP2, TP2_CP2, PP2_CP2, TP2_PP2_CP2 = Grid(2, 1, 2), Grid(2, 2), Grid(1, 2, 2
 # By processes; what a grid leaves is data parallel.
 CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
     2: {
-        Grid(): ("untied", "odd", "full"),
+        Grid(): ("untied", "tied", "odd", "full"),
         TP2: ("untied", "tied", "full"),
-        PP2: ("untied", "tied", "full", "full tied"),
+        PP2: ("untied", "tied", "odd packed", "full", "full tied"),
         INTERLEAVED: ("odd", "full", "deep"),
         CP2: ("untied", "tied", "odd", "full"),
     },
@@ -220,6 +222,16 @@ CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
         PP2_CP2: ("full",),
     },
 }
+
+
+def test_far_models_keys_come_from_several_ranks_before() -> None:
+    """61 tokens over CP 4, in shards of 16."""
+    far = MODELS["far"]
+    heads = head_plan(0, 4, 4, 4, "upper_half")
+    plan = halo_plan(SequenceLayout.dense(1, far.sequence), AttentionSpec("s2", 48), heads, 4, 16)
+    assert {message.receiver - message.sender for message in plan.messages} >= {1, 2}
+
+
 S2_MODELS = {name for name, model in MODELS.items() if "s2" in model.attention}
 EVERY = (TP2, TP4, PP2, PP4, CP2, CP4, CP8, Grid(), TP2_PP2, TP2_CP2, PP2_CP2, TP2_PP2_CP2, INTERLEAVED)
 
