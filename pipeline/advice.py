@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 
 from parallel.plan import GridPlan
 from pipeline.model.arch import LlamaArch
@@ -57,10 +58,8 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
         f"attention: with tp {plan.tp} x cp {plan.cp} and groups of {config.group} tokens the busiest rank computes "
         f"{now:.2f} times the average rank's share of S² attention, and the others wait for it"
     )
-    best = 0.9 * now, ""
-    for found, setting in _ways_out(*settings):
-        if found < best[0]:
-            best = found, setting
-        if best[0] <= EVEN:
-            break
-    return (f"{told}; {best[1]} brings that to {best[0]:.2f}." if best[1] else f"{told}.",)
+    ways = list(_ways_out(*settings))
+    # The smallest change that evens it out; else the one that comes nearest, if that is worth a change.
+    found, setting = next((way for way in ways if way[0] <= EVEN), min(ways, key=itemgetter(0)))
+    worth = found <= EVEN or found < 0.9 * now
+    return (f"{told}; {setting} brings that to {found:.2f}." if worth else f"{told}.",)

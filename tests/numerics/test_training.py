@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.errors import ConfigError
+from parallel.plan import GridPlan
 from parallel.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config import load_config
+from pipeline.model.arch import LlamaArch
+from pipeline.schema import RunConfig
 from pipeline.train import train
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
@@ -124,6 +127,17 @@ def test_evaluating_beyond_the_context_is_told_when_training_starts(
     run_here(path, [*beyond, "train.steps=1", "train.warmup_steps=0"])
     told = " ".join("".join(capfd.readouterr()).split())
     assert "warning: eval.lengths: 96 exceed model.context 64" in told
+
+
+def test_advice_on_the_grid_is_told_when_training_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...]:
+        return (f"groups of {config.group}, {arch.heads} heads, cp {plan.cp}.",)
+
+    monkeypatch.setattr("pipeline.train.advise", advise)
+    run_here(write_run(tmp_path, "run"), ["train.steps=1", "train.warmup_steps=0"])
+    assert "warning: groups of 16, 9 heads, cp 1." in " ".join("".join(capfd.readouterr()).split())
 
 
 def test_frozen_weights_are_not_saved_and_do_not_change(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_imbalance_is_what_counting_gives(
         ),
         # One KV group a rank: no rule can put both kinds of heads on it.
         (8, 8, (" 1.50 times ", "; parallel.cp: 4 brings that to 1.00.")),
+        # The other rule changes nothing here, half the ranks do.
+        (1, 12, (" 1.18 times ", "; parallel.cp: 6 brings that to 1.07.")),
         # Shards of a quarter group.
         (1, 16, (" 1.27 times ", "; parallel.cp: 8 brings that to 1.00.")),
         (1, 8, ()),
