@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from parallel.plan import GridPlan
 from pipeline.model.arch import LlamaArch
+from pipeline.model.tile_size import tile_tokens
 from pipeline.schema import RunConfig
 
 GIB = 2**30
@@ -21,8 +22,6 @@ GATHER_SLOTS = 2
 """Buffers of engine zero3 for gathered weights: of the layer at work and of the next (the output matrix is one too)."""
 LOGITS = 3 * 4 * (1 << 25)
 """Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
-TILE_TOKENS, TILE_ELEMENTS = 2048, 3 << 25
-"""`tiled_linear`'s rule for the tokens of which a checkpointed frozen MLP's wide tensors exist at once."""
 CUDA_CONTEXT = 3 * GIB
 """What no formula sees: CUDA's context, NCCL's buffers, blocks of the allocator that do not fit together."""
 PROCESS = 4 * GIB
@@ -146,8 +145,8 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     attention = ((9 if grouped else 7) * query + 6 * key_value) // tp + 2 * hidden
     if full and not adapted:
         mlp = tokens * (3 * hidden + (3 * query + 2 * key_value) // tp)
-        tile = max(TILE_TOKENS * min(2, tp), TILE_ELEMENTS // (2 * ffn + 2 * arch.hidden))
-        mlp += min(tokens, tile) * (6 * ffn + 4 * arch.hidden)
+        # A checkpointed frozen MLP's wide tensors exist for one tile (`tiled_mlp`).
+        mlp += min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
     else:
         # Gradients of gate, up and their product beside them; sequence parallelism sums whole rows.
         mlp = tokens * (kept * full + 3 * ffn + hidden + arch.hidden * (tp > 1))

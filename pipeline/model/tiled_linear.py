@@ -23,14 +23,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from parallel.token_tiles import Span as Tokens
 from parallel.token_tiles import TileScatter, TokenTiles
-
-LEAST_TOKENS = 2048
-"""Tokens of a tile at least: fewer leave a GPU's matrix units waiting, for weights or for the next launch.
-
-Twice as many under tensor parallelism, where some products are made rank by rank.
-"""
-TILE_ELEMENTS = 3 << 25
-"""Elements of a tile that are enough, where it is narrow (bf16: 192 MiB)."""
+from pipeline.model.tile_size import tile_tokens
 
 
 def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> TokenTiles:
@@ -41,12 +34,13 @@ def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> Toke
         shape: [L, B, any] of a rank's own tokens; a tile has those of all B sequences.
         width: columns of all that exists of a tile at once.
     """
-    least = LEAST_TOKENS * min(2, dist.get_world_size(group))
-    return TokenTiles(group, shape[0], max(least, TILE_ELEMENTS // width) // prod(shape[1:-1]))
+    return TokenTiles(group, shape[0], tile_tokens(width, dist.get_world_size(group)) // prod(shape[1:-1]))
 
 
 def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight_OI: torch.Tensor) -> TokenTiles:
-    """For one product: the next tile's input or the last one's sums exist beside it."""
+    """For one product: the next tile's input or the last one's sums exist beside it. Alone, nothing does: one tile."""
+    if dist.get_world_size(group) == 1:
+        return TokenTiles(group, shape[0], shape[0])
     return tiles_of(group, shape, 2 * max(weight_OI.shape))
 
 
@@ -140,8 +134,6 @@ class _Row(torch.autograd.Function):
         if skip:
             return placeholder(input_SBI, shape)
         own = input_SBI.new_empty(shape)
-        if dist.get_world_size(group) == 1:
-            return product(input_SBI, weight_OI.t(), own)
         tiles = _product_tiles(group, shape, weight_OI)
         scatter = tiles.scatter(own)
         for span in tiles.spans:

@@ -15,7 +15,7 @@ from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything
 from pipeline.data.loader import Batch
-from pipeline.model import loss, tiled_linear
+from pipeline.model import loss, tile_size
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
@@ -47,8 +47,8 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_holds_every_tokens_hidden_state(monkeypatch: pytest.MonkeyPatch, tiled: bool) -> None:
     """With one tile for all tokens the check sees what it looks for."""
     if tiled:
-        monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 64)
-        monkeypatch.setattr(tiled_linear, "TILE_ELEMENTS", 1)
+        monkeypatch.setattr(tile_size, "LEAST_TOKENS", 64)
+        monkeypatch.setattr(tile_size, "TILE_ELEMENTS", 1)
         monkeypatch.setattr(loss, "LEAST_TOKENS", 64)
         monkeypatch.setattr(loss, "CHUNK_LOGITS", 1)
     arch = replace(llama2("70b", 2), hidden=HIDDEN, ffn=16 * HIDDEN, heads=16, kv_heads=8, head_dim=4, vocab=128)

@@ -16,7 +16,7 @@ from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from parallel.token_tiles import TokenTiles
 from pipeline.data.loader import Batch
-from pipeline.model import residual, tiled_linear, tiled_mlp
+from pipeline.model import residual, tile_size, tiled_linear, tiled_mlp
 from pipeline.model.arch import read_arch
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.norm import recipe_of
@@ -140,8 +140,8 @@ def test_frozen_mlp_in_tiles_equals_the_whole_one(
     whole, expected = _mlp_run(mlp, x, slope)  # trains: not tiled
     assert torch.equal(whole[0], whole[1])
     mlp.requires_grad_(False)
-    monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 6)  # of both sequences
-    monkeypatch.setattr(tiled_linear, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tile_size, "LEAST_TOKENS", 6)  # of both sequences
+    monkeypatch.setattr(tile_size, "TILE_ELEMENTS", 1)
     widest = 0
 
     def watched(*arguments: Any) -> torch.Tensor:
@@ -172,8 +172,8 @@ def test_frozen_mlp_has_a_norm_make_its_input_again(
     """Gradients with and without the recipe are equal to the bit, the norm's weight's too; its output is not kept."""
     layer = _model(tmp_path, groups, ("q",)).stages[0].decoder.layers[0]
     norm, mlp = layer.pre_mlp_layernorm, layer.mlp.requires_grad_(False)
-    monkeypatch.setattr(tiled_linear, "LEAST_TOKENS", 3)
-    monkeypatch.setattr(tiled_linear, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tile_size, "LEAST_TOKENS", 3)
+    monkeypatch.setattr(tile_size, "TILE_ELEMENTS", 1)
     x, slope = torch.randn(2, 7, 2, mlp.linear_fc1.input_size).unbind()
 
     def gradients(forget: bool) -> list[torch.Tensor]:

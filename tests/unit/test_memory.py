@@ -9,18 +9,10 @@ import pytest
 
 from parallel.plan import plan_grid
 from pipeline.config import load_config
-from pipeline.memory import (
-    CUDA_CONTEXT,
-    GIB,
-    LOGITS,
-    PROCESS,
-    TILE_ELEMENTS,
-    TILE_TOKENS,
-    count_parameters,
-    estimate_memory,
-)
-from pipeline.model import loss, names, tiled_linear
+from pipeline.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
+from pipeline.model import loss, names
 from pipeline.model.arch import read_arch
+from pipeline.model.tile_size import tile_tokens
 from tests.tiny_models import KINDS, make_tiny
 from tools.shapes import llama2
 
@@ -59,9 +51,9 @@ def test_the_papers_count_for_70b() -> None:
     [
         ([*MEGATRON, "parallel.tp=8", "parallel.cp=1"], 80, 8, 22.69),
         ([*MEGATRON, "parallel.tp=2", "parallel.cp=1"], 20, 2, 26.76),
-        ([*MEGATRON, "parallel.tp=2", "parallel.cp=1"], 12, 2, 17.80),
+        ([*MEGATRON, "parallel.tp=2", "parallel.cp=1"], 12, 2, 17.79),
         (MEGATRON, 20, 2, 43.11),
-        ([], 80, 2, 27.57),
+        ([], 80, 2, 26.93),
         ([], 80, 8, 26.93),
     ],
     ids=["TP8", "TP2", "TP2, 12 layers", "CP2", "zero3 CP2 of 2, offload", "zero3 CP2 of 8, offload"],
@@ -74,8 +66,10 @@ def test_near_the_peaks_in_results(settings: list[str], layers: int, ranks: int,
     assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.035)
 
 
-def test_tiles_follow_the_models_rule() -> None:
-    assert (TILE_TOKENS, TILE_ELEMENTS) == (tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS)
+def test_sizes_follow_the_models_rules() -> None:
+    # Llama-2-70B's MLP: gate, up and two hidden states, over 1, 2 and 8 tensor ranks.
+    widths = [2 * 28672 // ranks + 2 * 8192 for ranks in (1, 2, 8)]
+    assert [tile_tokens(width, ranks) for width, ranks in zip(widths, (1, 2, 8), strict=True)] == [2048, 4096, 4274]
     assert LOGITS == 3 * 4 * loss.CHUNK_LOGITS
 
 

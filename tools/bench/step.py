@@ -30,7 +30,7 @@ from parallel.plan import check_model_fits, plan_grid
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything
 from pipeline.data.loader import Batch
-from pipeline.model import tiled_linear
+from pipeline.model import tile_size
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
@@ -131,11 +131,11 @@ def _profile(work: Callable[[], object], told: bool) -> None:
 
 def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
     """`measure` for each size of tiles, of one model."""
-    least, enough = tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS
+    least, enough = tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS
     take = stepper(args, groups)
     rows = []
     for scale in args.tile_scale:
-        tiled_linear.LEAST_TOKENS, tiled_linear.TILE_ELEMENTS = int(least * scale), int(enough * scale)
+        tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
         rows.append({"variant": f"ours, tiles x {scale:g}", **measure(args, groups, take)})
     if args.plain:
         with plain_layers():
