@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model import fused, norm, rope, swiglu
+from pipeline.model import fused, lora, norm, rope, swiglu, tiled_mlp
 from tests.interpreted import interpret
+from tests.single import single_groups
 
 DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
 
@@ -172,3 +175,48 @@ def test_without_a_compiler_eager_operations_serve() -> None:
         assert fused.load_kernels(device) is None
     assert fused.load_kernels(device) is None
     fused.load_kernels.cache_clear()
+
+
+def test_memory_that_is_short_for_a_moment_switches_no_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("pipeline.model.kernels")
+    fused.load_kernels.cache_clear()
+    monkeypatch.setattr(kernels, "probe", mock.Mock(side_effect=[torch.OutOfMemoryError, None]))
+    device = torch.device("cpu")
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.load_kernels(device)
+    assert fused.load_kernels(device) is kernels
+    fused.load_kernels.cache_clear()
+
+
+def test_an_update_of_a_strided_base_is_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel takes rows to lie one behind the other."""
+    asked: list[bool] = []
+
+    def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> None:
+        asked.append(all(tensor.is_contiguous() for tensor in others))
+
+    monkeypatch.setattr(lora, "kernels_for", kernels_for)
+    low, b = torch.randn(6, 1, 4).half(), torch.randn(20, 4).half()
+    for whole in (torch.zeros(6, 1, 40), torch.zeros(6, 1, 20)):
+        base = whole.half()[..., :20]
+        lora._AddUpdate.apply(base, low, b, 1.0)
+        assert torch.equal(base, torch.addmm(torch.zeros(6, 20).half(), low[:, 0], b.t())[:, None])
+    assert asked == [False, True]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """What kernels and frozen products compute has none, and a wrong one would not be noticed."""
+    x, weight = torch.randn(3, 2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    kernels = mock.Mock()
+    kernels.norm_gradient.side_effect = lambda x, weight, grad, eps: (grad * weight, (grad * x).sum((0, 1)))
+    recipe = norm.NormRecipe(x.detach(), weight.detach(), 1e-5)
+    for output in (
+        norm._Norm.apply(x, weight, 1e-5, kernels),
+        lora._OfNorm.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
+        tiled_mlp._FrozenMlp.apply(
+            x, torch.randn(12, 8), torch.randn(8, 6), single_groups().collection.tp, False, None
+        ),
+    ):
+        (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.square().sum().backward()

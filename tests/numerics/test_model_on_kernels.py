@@ -12,9 +12,6 @@ from unittest import mock
 import pytest
 import torch
 
-from parallel.groups import make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
 from pipeline.data.loader import Batch
 from pipeline.model import lora, norm, rope, swiglu
 from pipeline.model.arch import read_arch
@@ -24,6 +21,7 @@ from pipeline.model.rope import plan_rope
 from pipeline.model.weights import mark_trainable
 from pipeline.schema import LoraConfig, RopeSettings
 from tests.interpreted import interpret
+from tests.single import single_groups
 from tests.tiny_models import make_tiny
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
@@ -62,7 +60,7 @@ def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
     """On the device at hand; every dtype of CASES stands for another one, and its tolerance."""
     from pipeline.model import kernels
 
-    groups = make_groups(plan_grid(1, 1, 1, 1), RankEnv())
+    groups = single_groups()
     with tempfile.TemporaryDirectory() as folder:
         arch = read_arch(make_tiny(Path(folder) / "base", "tinyllama", num_hidden_layers=2))
     tokens = torch.randint(0, arch.vocab, (2, 33), generator=torch.Generator().manual_seed(0))
