@@ -78,6 +78,8 @@ class LengthResult:
     block_nll: tuple[float | None, ...]
     """Mean nll of the tokens at window positions [b * block, (b + 1) * block), over all windows; None: no token."""
     block_tokens: tuple[int, ...]
+    window_nll: tuple[float, ...] = ()
+    """Mean nll of each window, in order: for differences between models on the same windows. Empty in old reports."""
 
     @property
     def perplexity(self) -> float:
@@ -117,6 +119,7 @@ class EvalReport:
             entry["perplexity"] = json_number(result.perplexity)
             entry["block_nll"] = [json_number(nll) for nll in result.block_nll]
             entry["block_tokens"] = list(result.block_tokens)
+            entry["window_nll"] = [json_number(nll) for nll in result.window_nll]
         return data
 
     @classmethod
@@ -130,8 +133,10 @@ class EvalReport:
             names = [field.name for field in fields(LengthResult)]
             results = []
             for entry in data["lengths"]:
-                values = {name: entry[name] for name in names}
+                values = {"window_nll": (), **entry}
+                values = {name: values[name] for name in names}
                 values["nll"] = math.nan if values["nll"] is None else float(values["nll"])
+                values["window_nll"] = tuple(math.nan if nll is None else float(nll) for nll in values["window_nll"])
                 for name in ("block_nll", "block_tokens"):
                     values[name] = tuple(values[name])
                 results.append(LengthResult(**values))
@@ -309,6 +314,7 @@ def _summarize(table: torch.Tensor, length: int, block: int) -> LengthResult:
         block=block,
         block_nll=tuple(s / n if n else None for s, n in zip(block_sums, block_counts, strict=True)),
         block_tokens=tuple(int(n) for n in block_counts),
+        window_nll=tuple(means.tolist()),
     )
 
 

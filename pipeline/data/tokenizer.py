@@ -44,6 +44,10 @@ class TextTokenizer(Protocol):
         """One more than the largest token id, added tokens included."""
 
     @property
+    def prompt_start(self) -> list[int]:
+        """Ids the tokenizer itself puts before a prompt: BOS, or nothing."""
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) over the names and contents of the tokenizer's files."""
 
@@ -85,6 +89,9 @@ class HfTokenizer:
         self.eos_id = int(self._tokenizer.eos_token_id)
         bos = self._tokenizer.bos_token_id
         self.bos_id = None if bos is None else int(bos)
+        plain, full = self.encode("x"), list(self._tokenizer("x")["input_ids"])
+        starts = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
+        self.prompt_start = full[: starts[0]] if starts else []
         self.fingerprint = _fingerprint([folder / name for name in _HF_FILES if (folder / name).is_file()])
 
     def encode(self, text: str) -> list[int]:
@@ -121,6 +128,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{file}: has no end-of-text piece; train the sentencepiece model with eos_id >= 0.")
         bos = int(self._processor.bos_id())
         self.bos_id = bos if bos >= 0 else None
+        self.prompt_start = [] if self.bos_id is None else [self.bos_id]
         files, added = [file], file.with_name("added_tokens.json")
         if added.is_file():
             # Tokens beyond the model's own, such as LongLoRA's [PAD]: never made from text, but rows of the embedding.

@@ -43,21 +43,46 @@ class VocabShard:
     """Rows that are tokens; what lies beyond in the weight is padding and never scored."""
 
 
+def _logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
+    """Logits of one chunk, fp32 [C, V]; -inf in the columns that only pad the vocabulary."""
+    logits = (hidden_CH @ weight_VH.t()).float()
+    if shard is not None and shard.rows < logits.shape[1]:
+        logits[:, shard.rows :] = -math.inf
+    return logits
+
+
+def _greedy(logits: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
+    """The token of the largest logit over the whole vocabulary, int64 [C]; among equals the smallest id, as argmax."""
+    best = logits.argmax(dim=1)
+    if shard is None:
+        return best
+    own = logits.gather(1, best[:, None])[:, 0]
+    largest = own.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    best = torch.where(own == largest, best + shard.start, torch.iinfo(torch.int64).max)
+    dist.all_reduce(best, dist.ReduceOp.MIN, group=shard.group)
+    return best
+
+
 def _normalize(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, labels_C: torch.Tensor, shard: VocabShard | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses of one chunk, and what their gradient needs.
+    """`_normalized` of a chunk's logits."""
+    return _normalized(_logits(hidden_CH, weight_VH, shard), labels_C, shard)
+
+
+def _normalized(
+    logits: torch.Tensor, labels_C: torch.Tensor, shard: VocabShard | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses of one chunk, and what their gradient needs. The logits are overwritten.
 
     Returns:
         losses fp32 [C]; exp(logit - max) fp32 [C, V] (local columns); its sum over the vocabulary fp32 [C, 1]; the
         labels' local column, int64 [C], V where another rank (or nobody) holds it.
     """
-    logits = (hidden_CH @ weight_VH.t()).float()
     columns = logits.shape[1]
     local = labels_C if shard is None else labels_C - shard.start
     rows = columns if shard is None else shard.rows
-    if rows < columns:
-        logits[:, rows:] = -math.inf
     local = torch.where((local >= 0) & (local < rows), local, columns)
     largest = logits.amax(dim=1, keepdim=True)
     if shard is not None:
@@ -95,6 +120,31 @@ def token_losses(
         for span in tiles.spans:
             tiles.write(losses, span, _normalize(next(gathered), weight_VH, tiles.read(labels_T, span), shard)[0])
     return losses
+
+
+def token_scores(
+    hidden_LH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
+) -> torch.Tensor:
+    """Of each token its loss in nats, as `token_losses`, and 1 if greedy decoding picks it; 0 where it is IGNORE.
+
+    Chunks without a scored token are passed over.
+
+    Returns:
+        fp32 [2, T]; every rank gets all of it.
+    """
+    scores = torch.zeros(2, *labels_T.shape, dtype=torch.float32, device=hidden_LH.device)
+    tiles = _tiles(hidden_LH, weight_VH, shard)
+    with torch.no_grad():
+        gathered = tiles.gather(hidden_LH)
+        for span in tiles.spans:
+            hidden_CH, labels_C = next(gathered), tiles.read(labels_T, span)
+            if not bool((labels_C != IGNORE).any()):
+                continue
+            logits = _logits(hidden_CH, weight_VH, shard)
+            del hidden_CH
+            tiles.write(scores[1], span, (_greedy(logits, shard) == labels_C).float())
+            tiles.write(scores[0], span, _normalized(logits, labels_C, shard)[0])
+    return scores
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -224,25 +224,54 @@ class ModelPart(torch.nn.Module):
         Collective over the ranks of a replica, which are given the same tokens.
         """
         labels = functional.pad(tokens_BS[:, 1:], (0, 1), value=IGNORE)
-        batch = self.place(Batch(tokens_BS.cpu(), labels.cpu(), None))
+        return self._score(tokens_BS, labels, spec, 1, lambda *given: LlamaStage.losses_of(*given).unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def token_scores(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, spec: AttentionSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What greedy decoding would make of given continuations, by one teacher-forced forward; alike on every rank.
+
+        Collective over the ranks of a replica, which are given the same tokens.
+
+        Args:
+            tokens_BS: int64 [B, S].
+            labels_BS: int64 [B, S], the next token where it is scored, IGNORE elsewhere.
+
+        Returns:
+            fp32 [B, S - 1] negative log-likelihoods in nats, 0 where nothing is scored; bool [B, S - 1] whether the
+            label is the arg max over the vocabulary (the smallest id among equals), as greedy `generate` picks.
+        """
+        nll, hits = self._score(tokens_BS, labels_BS, spec, 2, LlamaStage.scores_of)
+        return nll, hits > 0.5
+
+    def _score(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        spec: AttentionSpec,
+        kinds: int,
+        of: Callable[[LlamaStage, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """fp32 [kinds, B, S - 1], from the [kinds, B, L] that `of` makes of last stage, hidden states and labels."""
+        batch = self.place(Batch(tokens_BS.cpu(), labels_BS.cpu(), None))
         plan = self.groups.plan
 
         def forward(stage: LlamaStage) -> torch.Tensor:
             hidden = stage.hidden(batch.tokens, self._context(stage, batch.layout, spec))
-            return stage.losses_of(hidden, batch.labels) if stage.chunk.last else hidden
+            return of(stage, hidden, batch.labels) if stage.chunk.last else hidden
 
-        share = batch.tokens.shape[1]
+        share, rows = batch.tokens.shape[1], tokens_BS.shape[0]
         if plan.pp == 1:
-            losses: torch.Tensor | None = forward(self.stages[0])
+            scores: torch.Tensor | None = forward(self.stages[0])
         else:
-            shape = (share // plan.tp, tokens_BS.shape[0], self.arch.hidden)
-            losses = relay(self.groups, self.stages, forward, shape, self.dtype)
-        everything = torch.zeros(tokens_BS.shape[0], plan.cp * share, device=self.groups.device)
-        if losses is not None:
+            scores = relay(self.groups, self.stages, forward, (share // plan.tp, rows, self.arch.hidden), self.dtype)
+        everything = torch.zeros(kinds, rows, plan.cp * share, device=self.groups.device)
+        if scores is not None:
             start = plan.coordinates(self.groups.env.rank)[1] * share
-            everything[:, start : start + share] = losses
+            everything[..., start : start + share] = scores
         # A sum of disjoint parts is a gather, and reaches the stages that have none.
         sum_over(self.groups.collection.cp, everything)
         if plan.pp > 1:
             dist.all_reduce(everything, group=self.groups.collection.pp)
-        return everything[:, : tokens_BS.shape[1] - 1]
+        return everything[..., : tokens_BS.shape[1] - 1]

@@ -20,7 +20,7 @@ from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
-from pipeline.model.loss import VocabShard, sum_cross_entropy, token_losses
+from pipeline.model.loss import VocabShard, sum_cross_entropy, token_losses, token_scores
 from pipeline.model.rope import RopePlan, rope_tables
 from pipeline.model.spec import block_submodules
 from pipeline.schema import LoraConfig
@@ -186,6 +186,13 @@ class LlamaStage(MegatronModule):
         hidden_LH, labels_T = self._scored(hidden, labels_BS)
         losses = token_losses(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
         return losses.view(labels_BS.shape[1], labels_BS.shape[0]).t()
+
+    @torch.no_grad()
+    def scores_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of each local label in nats, and 1 if it is the arg max; both 0 at IGNORE; fp32 [2, B, S]."""
+        hidden_LH, labels_T = self._scored(hidden, labels_BS)
+        scores = token_scores(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
+        return scores.view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
 
     def loss_sum(
         self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec

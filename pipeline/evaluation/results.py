@@ -1,0 +1,146 @@
+"""What was found in each cell of a retrieval grid, kept in a JSON file as it is found: nothing is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.errors import DataError
+from pipeline.checkpoint.files import replace_text
+from pipeline.evaluation.tasks import Cell
+from pipeline.metrics import json_number
+
+VERSION = 1
+"""Of the measurement: another one does not take over what this one found."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """How a model did in one cell."""
+
+    task: str
+    length: int
+    """Tokens of a window."""
+    depth: float
+    scores: tuple[float, ...]
+    """Of each prompt, in [0, 1]: 1 where greedy decoding gives the answer exactly."""
+    nll: tuple[float, ...]
+    """Of each prompt, the mean over the answer's tokens, nats."""
+
+    @property
+    def score(self) -> float:
+        """Mean over the prompts."""
+        return sum(self.scores) / len(self.scores)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {**asdict(self), "scores": list(self.scores), "nll": [json_number(value) for value in self.nll]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CellResult:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is none."""
+        scores = tuple(float(value) for value in data["scores"])
+        nll = tuple(math.nan if value is None else float(value) for value in data["nll"])
+        if not scores or len(scores) != len(nll):
+            raise ValueError("as many scores as answers, one at least")
+        return cls(str(data["task"]), int(data["length"]), float(data["depth"]), scores, nll)
+
+
+def cell_key(model: Mapping[str, Any], cell: Cell) -> str:
+    """Hash of all that decides a cell's result: the model's identity and the prompts token by token.
+
+    Args:
+        model: JSON-ready; whatever tells this model from others.
+    """
+    digest = hashlib.sha256(json.dumps([VERSION, cell.task, model], sort_keys=True).encode())
+    for case in cell.cases:
+        digest.update(np.array([case.answer, len(case.tokens)], dtype="<i8").tobytes())
+        digest.update(case.tokens.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+class ResultFile:
+    """Results by key in a JSON file, which is whole whenever the process is killed.
+
+    Args:
+        path: the file; None keeps nothing.
+
+    Raises:
+        DataError: the file is there and is not one of these.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.cells: dict[str, CellResult] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            data = json.loads(path.read_text())
+            self.cells = {str(key): CellResult.from_json(entry) for key, entry in data["cells"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}: does not hold retrieval results ({type(error).__name__}: {error}); move it away, and rerun."
+            ) from None
+
+    def add(self, found: Mapping[str, CellResult]) -> None:
+        """Keep results.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        self.cells |= found
+        if self.path is None:
+            return
+        data = {"version": VERSION, "cells": {key: cell.to_json() for key, cell in self.cells.items()}}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free space there.") from None
+
+
+def by_length(cells: Iterable[CellResult]) -> dict[int, tuple[float, int]]:
+    """Mean score and prompts of each length, over its depths."""
+    scores: dict[int, list[float]] = {}
+    for cell in cells:
+        scores.setdefault(cell.length, []).extend(cell.scores)
+    return {length: (sum(found) / len(found), len(found)) for length, found in sorted(scores.items())}
+
+
+def standard_error(scores: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent prompts; None for a single one."""
+    if len(scores) < 2:
+        return None
+    mean = sum(scores) / len(scores)
+    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
+
+
+def lost_and_won(cells: Sequence[CellResult], base: Sequence[CellResult], base_context: int) -> list[str]:
+    """Sentences on retrieval against the base, task by task, at lengths that the base itself serves.
+
+    Args:
+        cells: of the model.
+        base: of the base, same tasks.
+        base_context: tokens the base was made for.
+    """
+    said = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        own = by_length(cell for cell in cells if cell.task == task and cell.length <= base_context)
+        theirs = by_length(cell for cell in base if cell.task == task and cell.length <= base_context)
+        for length in own.keys() & theirs.keys():
+            (mine, _), (before, count) = own[length], theirs[length]
+            if before == 0:
+                said.append(f"{task} at {length} tokens: the base scores 0 here: nothing to lose or win.")
+            elif mine < before:
+                said.append(
+                    f"{task} at {length} tokens: {mine:.0%} where the base has {before:.0%} ({count} prompts): "
+                    "retrieval that the base had is lost."
+                )
+    return said

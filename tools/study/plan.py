@@ -1,0 +1,196 @@
+"""The list of recipes, a YAML file, and what each makes of a run's configuration. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel.errors import ConfigError
+from pipeline.config import config_dict, load_config
+from pipeline.schema import RunConfig
+
+VERSION = 1
+"""Of what a result means: another one is not taken over."""
+_NOT_DECISIVE = ("output", "save", "eval", "checks")
+"""Sections of a run that do not decide what is trained."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """One way to extend a model."""
+
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    """(dotted key, value) over the study's own."""
+    untrained: bool = False
+    """Only the RoPE settings count."""
+    stretch: float | None = None
+    """Context over the base's own; None: the study's."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every model is judged by; lengths are in units of the base's own context."""
+
+    lengths: tuple[float, ...] = (0.25, 1.0, 2.0, 4.0)
+    """Of perplexity."""
+    retrieval_lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    tasks: tuple[str, ...] = ("passkey",)
+    windows: int = 6
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    trials: int = 4
+    digits: int = 5
+    filler: str = "grass"
+    tail: float = 0.25
+
+
+@dataclass(frozen=True)
+class Study:
+    """Recipes, and what they share."""
+
+    stretch: float
+    """Context wanted over the base's own."""
+    seeds: tuple[int, ...]
+    common: tuple[tuple[str, Any], ...]
+    """(dotted key, value) of every run."""
+    recipes: tuple[Recipe, ...]
+    """The most valuable first."""
+    judge: Asked
+
+    def order(self) -> Iterator[tuple[Recipe, int]]:
+        """Every run, (recipe, seed): all recipes of the first seed, then the next; what is not trained has one."""
+        for number, seed in enumerate(self.seeds):
+            for recipe in self.recipes:
+                if not recipe.untrained or number == 0:
+                    yield recipe, seed
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's YAML.
+
+    Raises:
+        ConfigError: one sentence naming the file and the key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a study's YAML file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML, {' '.join(str(error).split())}.") from None
+    top = _keys(tree, path, "", ("stretch", "seeds", "common", "recipes", "judge"), ("recipes",))
+    recipes = []
+    for number, entry in enumerate(_listed(top["recipes"], path, "recipes")):
+        given = _keys(entry, path, f"recipes[{number}]", ("name", "set", "untrained", "stretch"), ("name",))
+        settings = tuple(_keys(given.get("set") or {}, path, f"recipes[{number}].set").items())
+        stretch = given.get("stretch")
+        recipes.append(Recipe(str(given["name"]), settings, bool(given.get("untrained", False)), stretch))
+    names = [recipe.name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: two recipes are called {twice[0]!r}; give each its own name.")
+    fields = tuple(Asked.__dataclass_fields__)
+    given = _keys(top.get("judge") or {}, path, "judge", fields)
+    asked: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    try:
+        judge = Asked(**asked)
+        return Study(
+            float(top.get("stretch", 4.0)),
+            tuple(int(seed) for seed in _listed(top.get("seeds", [1234]), path, "seeds")),
+            tuple(_keys(top.get("common") or {}, path, "common").items()),
+            tuple(recipes),
+            judge,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: stretch is a number and seeds are integers ({error}).") from None
+
+
+def _keys(
+    value: Any, path: Path, where: str, known: Sequence[str] | None = None, needed: Sequence[str] = ()
+) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {where or 'the file'} must be a section of keys.")
+    for key in value:
+        if known is not None and key not in known:
+            raise ConfigError(
+                f"{path}: {where + '.' if where else ''}{key}: unknown key; known here: {', '.join(known)}."
+            )
+    for key in needed:
+        if not value.get(key):
+            raise ConfigError(f"{path}: {where + '.' if where else ''}{key}: is missing.")
+    return value
+
+
+def _listed(value: Any, path: Path, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{path}: {where} must be a list such as [a, b].")
+    return value
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study finds and puts things."""
+
+    run: Path
+    """YAML of a run, which the recipes change."""
+    model: Path
+    train: Path
+    held_out: Path
+    runs: Path
+    """Checkpoints, and tokens made from raw text."""
+    overrides: tuple[str, ...] = ()
+    """`a.b=c` over everything, the recipes' own settings too: to shrink a study."""
+
+
+def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_context: int) -> RunConfig:
+    """The configuration of one run.
+
+    Args:
+        own_context: tokens the base was made for.
+
+    Raises:
+        ConfigError: the recipe's settings are no valid run.
+    """
+    context = round(own_context * (recipe.stretch or study.stretch))
+    # Last what the study itself decides: a recipe may replace whole sections.
+    settings: dict[str, Any] = {
+        **dict(study.common),
+        **dict(recipe.settings),
+        "model.path": str(places.model),
+        "model.context": context,
+        "data.path": str(places.train),
+        "data.cache": str(places.runs / "tokens"),
+        "eval.path": str(places.held_out),
+        "eval.lengths": [],
+        "eval.stride": None,
+        "train.seed": seed,
+        "save.every": 0,
+        "output": str(places.runs / "unnamed"),
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    try:
+        config = load_config(places.run, [*overrides, *places.overrides])
+    except ConfigError as error:
+        raise ConfigError(f"Recipe {recipe.name!r}: {error}") from None
+    return config
+
+
+def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> str:
+    """Hash of all that decides the weights of a run.
+
+    Args:
+        base_hash: of the base's weights.
+        data: fingerprint of the training tokens.
+    """
+    decisive = {key: value for key, value in config_dict(config).items() if key not in _NOT_DECISIVE}
+    decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "path"}
+    decisive["data"] = {key: value for key, value in decisive["data"].items() if key not in ("path", "cache")}
+    if recipe.untrained:
+        decisive, data = {"model": decisive["model"]}, ""
+    text = json.dumps([VERSION, decisive, base_hash, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
