@@ -19,6 +19,7 @@ class ByteTokenizer:
     eos_id: int = 2
     bos_id: int | None = 1
     vocab_size: int = 259
+    prompt_start: tuple[int, ...] = ()
     fingerprint: str = "byte-tokenizer"
 
     def encode(self, text: str) -> list[int]:

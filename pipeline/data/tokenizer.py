@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +45,7 @@ class TextTokenizer(Protocol):
         """One more than the largest token id, added tokens included."""
 
     @property
-    def prompt_start(self) -> list[int]:
+    def prompt_start(self) -> Sequence[int]:
         """Ids the tokenizer itself puts before a prompt: BOS, or nothing."""
 
     @property

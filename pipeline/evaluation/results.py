@@ -71,23 +71,38 @@ class ResultFile:
 
     Args:
         path: the file; None keeps nothing.
+        text: what it holds, where somebody else has read it; None: read it.
 
     Raises:
         DataError: the file is there and is not one of these.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, text: str | None = None) -> None:
         self.path = path
         self.cells: dict[str, CellResult] = {}
-        if path is None or not path.exists():
+        if text is None:
+            text = self.text_of(path)
+        if not text:
             return
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(text)
             self.cells = {str(key): CellResult.from_json(entry) for key, entry in data["cells"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}: does not hold retrieval results ({type(error).__name__}: {error}); move it away, and rerun."
             ) from None
+
+    @staticmethod
+    def text_of(path: Path | None) -> str:
+        """What a file of results holds; empty: there is none.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            return "" if path is None or not path.exists() else path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); mend or remove it, and rerun.") from None
 
     def add(self, found: Mapping[str, CellResult]) -> None:
         """Keep results.
@@ -134,7 +149,7 @@ def lost_and_won(cells: Sequence[CellResult], base: Sequence[CellResult], base_c
     for task in dict.fromkeys(cell.task for cell in cells):
         own = by_length(cell for cell in cells if cell.task == task and cell.length <= base_context)
         theirs = by_length(cell for cell in base if cell.task == task and cell.length <= base_context)
-        for length in own.keys() & theirs.keys():
+        for length in sorted(own.keys() & theirs.keys()):
             (mine, _), (before, count) = own[length], theirs[length]
             if before == 0:
                 said.append(f"{task} at {length} tokens: the base scores 0 here: nothing to lose or win.")

@@ -1,0 +1,212 @@
+"""Retrieval's one forward against transformers' greedy `generate`, and every grid and engine against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from parallel.groups import destroy_groups, make_groups
+from parallel.plan import plan_grid
+from parallel.rank_env import RankEnv
+from pipeline.build import build_model, full_attention, open_base
+from pipeline.config import load_config
+from pipeline.evaluation.prompts import Case
+from pipeline.evaluation.retrieval import score_cases
+from pipeline.model import loss
+from pipeline.model.arch import read_arch
+from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model.loss import IGNORE
+from pipeline.model.part import ModelPart
+from pipeline.model.plan import plan_rope
+from pipeline.schema import LoraConfig, RopeSettings, RunConfig
+from tests.ranks import run_ranks
+from tests.single import single_groups
+from tests.tiny_models import make_tiny
+
+FULL = AttentionSpec("full", 2)
+ANSWER = 4
+VOCAB = 131
+"""Two tensor-parallel ranks hold 66 and 65 rows."""
+
+
+def write_run(folder: Path) -> Path:
+    make_tiny(folder / "base", "llama2", vocab_size=VOCAB, num_hidden_layers=4)
+    path = folder / "run.yaml"
+    path.write_text(
+        f"model: {{path: {folder / 'base'}, context: 64, dtype: fp32}}\n"
+        f"data: {{path: {folder}}}\ntrain: {{steps: 1, global_batch: 4}}\noutput: {folder / 'never'}\n"
+    )
+    return path
+
+
+def model_of(config: RunConfig, groups: Any) -> ModelPart:
+    arch = read_arch(Path(config.model.path))
+    base = open_base(config, arch)
+    return build_model(config, arch, plan_rope(arch, RopeSettings(), 64), LoraConfig(rank=0), groups, base).eval()
+
+
+def twins(model: ModelPart) -> list[tuple[int, int]]:
+    """Give pairs of tokens the same row of the output matrix: their logits are equal to the bit, on every rank."""
+    pairs = [(3, 4), (10, 100), (64, 65), (65, 66), (66, 130)]
+    with torch.no_grad():
+        for stage in model.stages:
+            if not stage.chunk.last:
+                continue
+            shard = stage.vocab_shard
+            start, rows = (0, VOCAB) if shard is None else (shard.start, shard.rows)
+            generator = torch.Generator().manual_seed(7)
+            for pair in pairs:
+                row = torch.randn(model.arch.hidden, generator=generator)
+                for token in pair:
+                    if start <= token < start + rows:
+                        # Large, so that they win often.
+                        stage.output_weight[token - start] = 2 * row
+    return pairs
+
+
+def prompts() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (6, 33), generator=torch.Generator().manual_seed(0))
+
+
+def greedy(scores: Any, prompts_BS: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding by asking about every token of the vocabulary: for models that cannot generate."""
+    rows, tokens = len(prompts_BS), prompts_BS
+    for _ in range(ANSWER):
+        asked = torch.cat((tokens.repeat_interleave(VOCAB, 0), torch.arange(VOCAB).repeat(rows)[:, None]), 1)
+        labels = torch.full_like(asked, IGNORE)
+        labels[:, -2] = asked[:, -1]
+        hits = scores(asked, labels)[1][:, -1].view(rows, VOCAB)
+        assert hits.sum(1).tolist() == [1] * rows, "greedy decoding picks one token"
+        tokens = torch.cat((tokens, hits.float().argmax(1, keepdim=True)), 1)
+    return tokens[:, prompts_BS.shape[1] :]
+
+
+@pytest.mark.parametrize("kind", ["llama2", "smollm2", "qwen2"])
+def test_an_answer_is_found_exactly_where_generate_gives_it(kind: str, tmp_path: Path) -> None:
+    """generate's own tokens score 1; with any one of them changed they score 0."""
+    make_tiny(tmp_path / "base", kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    asked = prompts() % 128
+    with torch.no_grad():
+        given = theirs.generate(
+            asked,
+            max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER,
+            do_sample=False,
+            attention_mask=torch.ones_like(asked),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tmp_path / 'base'}, context: 64, dtype: fp32}}\n"
+        f"data: {{path: {tmp_path}}}\ntrain: {{steps: 1, global_batch: 1}}\noutput: {tmp_path / 'never'}\n"
+    )
+    model = model_of(load_config(tmp_path / "run.yaml", []), single_groups())
+
+    def scores(tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.token_scores(tokens, labels, FULL)
+
+    found = score_cases(scores, [Case(row, ANSWER) for row in given.numpy()])
+    assert found[:, 0].tolist() == [1.0] * len(asked)
+    logits = theirs(given).logits.detach()[:, -ANSWER - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), given[:, -ANSWER:], reduction="none").mean(1)
+    assert torch.allclose(found[:, 1].float(), nll, atol=1e-4)
+    for place in range(1, ANSWER + 1):
+        wrong = given.numpy().copy()
+        wrong[:, -place] = (wrong[:, -place] + 1) % 128
+        assert score_cases(scores, [Case(row, ANSWER) for row in wrong])[:, 0].tolist() == [0.0] * len(asked)
+
+
+def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[Any]:
+    """Hits and losses of every grid, in the same processes."""
+    loss.LEAST_TOKENS, loss.CHUNK_LOGITS = 12, 1  # several tiles
+    found = []
+    for grid in grids:
+        config = load_config(Path(path), grid)
+        parallel = config.parallel
+        plan = plan_grid(world, parallel.tp, parallel.cp, parallel.pp)
+        groups = make_groups(plan, RankEnv.read() if world > 1 else RankEnv(), virtual=parallel.virtual)
+        model = model_of(config, groups)
+        twins(model)
+        tokens = torch.from_numpy(np.load(Path(path).with_name("cases.npy")))
+        labels = torch.full_like(tokens, IGNORE)
+        labels[:, -ANSWER - 1 : -1] = tokens[:, -ANSWER:]
+        nll, hits = model.token_scores(tokens, labels, full_attention(config.attention))
+        found.append((nll[:, -ANSWER:].cpu(), hits[:, -ANSWER:].cpu(), nll[:, :-ANSWER].abs().sum().item()))
+        model.close()
+        destroy_groups(keep_world=True)
+    return found
+
+
+GRIDS = [
+    ["parallel.tp=2"],
+    ["parallel.cp=2"],
+    ["parallel.pp=2"],
+    ["parallel.pp=2", "parallel.virtual=2"],
+    ["parallel.engine=zero3"],
+    ["parallel.engine=zero3", "parallel.tp=2"],
+]
+
+
+def test_every_grid_and_engine_finds_what_one_process_finds(tmp_path: Path) -> None:
+    """Ties too: of equal logits on two tensor-parallel ranks the smaller id is picked, as by argmax."""
+    path = write_run(tmp_path)
+    model = model_of(load_config(path, []), single_groups())
+    pairs = twins(model)
+    best = greedy(lambda tokens, labels: model.token_scores(tokens, labels, FULL), prompts())
+    given = torch.cat((prompts(), best), 1)
+    firsts = {pair[0] for pair in pairs}
+    assert len(firsts & set(best.flatten().tolist())) >= 2, "ties decide some of it"
+    # Rows 6..11: the last token's twin, which has the same logit and must not count.
+    other = given.clone()
+    twin = dict(pairs) | {65: 64}
+    for row in other:
+        row[-1] = twin.get(int(row[-1]), (int(row[-1]) + 1) % VOCAB)
+    np.save(tmp_path / "cases.npy", torch.cat((given, other)).numpy())
+    destroy_groups()
+    (alone,) = _observe(0, 1, str(path), [[]])
+    destroy_groups()
+    assert alone[1][:6].all() and not alone[1][6:, -1].any() and alone[1][6:, :-1].all() and alone[2] == 0
+    for found in run_ranks(_observe, 2, str(path), GRIDS, timeout=240):
+        for grid, (nll, hits, rest) in zip(GRIDS, found, strict=True):
+            assert torch.equal(hits, alone[1]), grid
+            assert torch.allclose(nll, alone[0], atol=1e-4) and rest == 0, grid
+
+
+@pytest.mark.gpu
+def test_smollm2_shape_on_a_gpu_agrees_with_generate(tmp_path: Path) -> None:
+    """bf16, SmolLM2's width and vocabulary, 2048 tokens: greedy decoding's answers but for logits too near to tell."""
+    over = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192}
+    make_tiny(tmp_path / "base", "smollm2", **over, num_hidden_layers=6)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval().cuda()
+    asked = torch.randint(0, 49152, (4, 2000), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mask = torch.ones_like(asked).cuda()
+        options = {
+            "max_new_tokens": 8,
+            "min_new_tokens": 8,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+        }
+        given = theirs.generate(asked.cuda(), attention_mask=mask, **options)
+        logits = theirs(given).logits[:, -9:-1].float()
+    top = logits.topk(2, dim=-1).values
+    clear = (top[..., 0] - top[..., 1] > 0.05 * logits.std()).cpu()
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{path: {tmp_path / 'base'}, context: 8192, dtype: bf16}}\n"
+        f"data: {{path: {tmp_path}}}\ntrain: {{steps: 1, global_batch: 1}}\noutput: {tmp_path / 'never'}\n"
+    )
+    model = model_of(load_config(path, []), single_groups())
+    tokens = given.cpu()
+    labels = torch.full_like(tokens, IGNORE)
+    labels[:, -9:-1] = tokens[:, -8:]
+    hits = model.token_scores(tokens, labels, FULL)[1][:, -8:].cpu()
+    assert clear.float().mean() > 0.7
+    assert hits[clear].all()
