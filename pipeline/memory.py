@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from parallel.plan import GridPlan
 from pipeline.model.arch import LlamaArch
 from pipeline.model.tile_size import tile_tokens
+from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.schema import RunConfig
 
 GIB = 2**30
@@ -134,11 +135,14 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     hidden, ffn, tp = arch.hidden // grid.tp, arch.ffn // grid.tp, grid.tp
     adapted = any(target in ("gate", "up", "down") for target in config.lora.targets)
-    full = config.train.recompute == "full"
+    policies = plan_recompute(config.train.recompute, arch.layers)[:layers]
+    full = RecomputePolicy.FULL in policies
     # The layer's input, attention's own sum, queries, keys, values, attention's output twice (as its kernel left it and
     # by heads), gate and up; the product of the two if an adapter reads it.
-    kept = 2 * hidden + (3 * query + 2 * key_value) // tp + (3 if adapted else 2) * ffn
-    name, stored = ("layer inputs", hidden) if full else ("activations", kept)
+    everything = 2 * hidden + (3 * query + 2 * key_value) // tp + (3 if adapted else 2) * ffn
+    kept = {RecomputePolicy.FULL: hidden, RecomputePolicy.NONE: everything}
+    stored = sum(kept[policy] for policy in policies)
+    name = "layer inputs" if set(policies) == {RecomputePolicy.FULL} else "activations"
     # Attention's backward: queries, output twice, and their gradients, one of them in fp32; gradients of keys and
     # values, with GQA first by query heads; two hidden states.
     grouped = arch.kv_heads < arch.heads
@@ -149,7 +153,7 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
         mlp += min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
     else:
         # Gradients of gate, up and their product beside them; sequence parallelism sums whole rows.
-        mlp = tokens * (kept * full + 3 * ffn + hidden + arch.hidden * (tp > 1))
+        mlp = tokens * (everything * full + 3 * ffn + hidden + arch.hidden * (tp > 1))
     at_work = max(tokens * attention, mlp) * width
     # As many micro-batches are under way as there are stages, of each a stage's layers.
-    return {name: tokens * stored * width * layers * grid.pp, "a layer or the loss at work": max(at_work, LOGITS)}
+    return {name: tokens * stored * width * grid.pp, "a layer or the loss at work": max(at_work, LOGITS)}

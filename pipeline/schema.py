@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from parallel.errors import ConfigError
+from pipeline.planning.recompute import SETTINGS as RECOMPUTE
 from pipeline.schema_checks import at_least, between, not_empty, one_of
 from pipeline.schema_parallel import ParallelConfig
 from pipeline.schema_rope import RopeSettings
@@ -202,7 +203,7 @@ class TrainConfig:
         at_least("train.warmup_steps", self.warmup_steps, 0)
         between("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         one_of("train.schedule", self.schedule, ("constant", "cosine"))
-        one_of("train.recompute", self.recompute, ("full", "none"))
+        one_of("train.recompute", self.recompute, RECOMPUTE)
         at_least("train.bad_steps", self.bad_steps, 1)
         for kind in self.trainable:
             one_of("train.trainable", kind, TRAINABLE_KINDS)

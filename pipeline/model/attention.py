@@ -73,7 +73,15 @@ class CoreAttention(torch.nn.Module):
 
 
 class LongAttention(SelfAttention):
-    """megatron's `SelfAttention` (fused projections, sharding) with true-position RoPE and the S² core."""
+    """megatron's `SelfAttention` (fused projections, sharding) with true-position RoPE and the S² core.
+
+    Args:
+        fused_rope: use RoPE's kernel.
+    """
+
+    def __init__(self, *args: Any, fused_rope: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fused_rope = fused_rope
 
     def forward(  # megatron's dozen inference arguments have no meaning here
         self,
@@ -86,8 +94,8 @@ class LongAttention(SelfAttention):
         assert packed_seq_params is not None, "LlamaStage passes the AttentionContext here"
         context = packed_seq_params
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        query = apply_rope(query, context.cos, context.sin)
-        key = apply_rope(key, context.cos, context.sin)
+        query = apply_rope(query, context.cos, context.sin, self.fused_rope)
+        key = apply_rope(key, context.cos, context.sin, self.fused_rope)
         # A view would keep the whole fused projection alive until the backward, of which it is a tenth or less (GQA).
         value = value.clone(memory_format=torch.contiguous_format)
         mixed = self.core_attention(query, key, value, context)

@@ -21,19 +21,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer import TransformerConfig
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.model.fused import kernels_for
 from pipeline.model.norm import NormRecipe, recipe_of
-from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.schema import LoraConfig
 
 MOST_COLUMNS = 128
@@ -47,10 +46,12 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 class Adapter(torch.nn.Module):
     """One low-rank pair, A [R, in] and B [out, R]; B starts at zero, A is filled by `weights.init_adapters`."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, like: torch.Tensor) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, dtype: torch.dtype, device: torch.device | None
+    ) -> None:
         super().__init__()
-        self.lora_A = torch.nn.Parameter(torch.empty(rank, in_features, dtype=like.dtype, device=like.device))
-        self.lora_B = torch.nn.Parameter(torch.zeros(out_features, rank, dtype=like.dtype, device=like.device))
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.lora_B = torch.nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
 
 
 def initial_a(name: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -94,14 +95,14 @@ class _AddUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, base_SBO: torch.Tensor, low_SBR: torch.Tensor, b_OR: torch.Tensor, scale: float
+        ctx: Any, base_SBO: torch.Tensor, low_SBR: torch.Tensor, b_OR: torch.Tensor, scale: float, fused: bool = True
     ) -> torch.Tensor:
         ctx.save_for_backward(low_SBR, b_OR)
         ctx.scale = scale
         ctx.mark_dirty(base_SBO)
         base, low = base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2)
         # In fp32 tensor cores would round the factors to tf32.
-        half = base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
+        half = fused and base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
         kernels = kernels_for(base, base, low, b_OR) if half else None
         if kernels is None:
             base.addmm_(low, b_OR.t(), alpha=scale)
@@ -116,7 +117,7 @@ class _AddUpdate(torch.autograd.Function):
         flat = grad.flatten(0, -2)
         grad_low = (flat @ b_OR).mul_(ctx.scale).view(low.shape) if ctx.needs_input_grad[1] else None
         grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
-        return grad, grad_low, grad_b, None
+        return grad, grad_low, grad_b, None, None
 
 
 class AdapterSet(torch.nn.Module):
@@ -127,9 +128,11 @@ class AdapterSet(torch.nn.Module):
         parts: name and local output rows of every part of the fused weight, in part order.
         adapted: the parts that carry an adapter.
         in_features: local input width I.
-        like: the base weight, for dtype and device.
+        dtype: of the factors, whatever form the base weight is kept in.
+        device: of the factors; None: torch's default.
         fuse_rows: row layout of the fused weight; None when there is a single part.
         move: between A and B under tensor parallelism; None: nothing travels.
+        fused: use kernels, and make a norm's output again instead of keeping it.
     """
 
     def __init__(
@@ -138,16 +141,18 @@ class AdapterSet(torch.nn.Module):
         parts: Sequence[tuple[str, int]],
         adapted: Sequence[str],
         in_features: int,
-        like: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device | None,
         fuse_rows: FuseRows | None,
         move: Move | None = None,
+        fused: bool = True,
     ) -> None:
         super().__init__()
-        self.lora, self.parts, self.fuse_rows, self.move = lora, tuple(parts), fuse_rows, move
+        self.lora, self.parts, self.fuse_rows, self.move, self.fused = lora, tuple(parts), fuse_rows, move, fused
         self.names = tuple(name for name, _ in parts if name in adapted)
         for name, rows in parts:
             if name in adapted:
-                self.add_module(name, Adapter(in_features, rows, lora.rank, like))
+                self.add_module(name, Adapter(in_features, rows, lora.rank, dtype, device))
 
     def mark(self, replicated: str, sharded: str) -> None:
         """Put megatron's marks on the factors (lora_A or lora_B) by how tensor parallelism places them."""
@@ -185,7 +190,8 @@ class AdapterSet(torch.nn.Module):
 
         With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
         """
-        recipe = None if self.lora.dropout and self.training else recipe_of(input_SBI)
+        again = self.fused and not (self.lora.dropout and self.training)
+        recipe = recipe_of(input_SBI) if again else None
         if recipe is None:
             low = functional.linear(self._drop(input_SBI), self.stacked_a())
         else:
@@ -196,7 +202,7 @@ class AdapterSet(torch.nn.Module):
         # A view: megatron's reductions return their input where one rank has nothing to reduce. Not contiguous: a
         # placeholder of a recomputation.
         if base_SBO.is_contiguous() and not base_SBO._is_view():
-            sum_SBO: torch.Tensor = _AddUpdate.apply(base_SBO, low, update_b, self.lora.scale)
+            sum_SBO: torch.Tensor = _AddUpdate.apply(base_SBO, low, update_b, self.lora.scale, self.fused)
             return sum_SBO
         return torch.addmm(base_SBO.flatten(0, -2), low.flatten(0, -2), update_b.t(), alpha=self.lora.scale).view_as(
             base_SBO
@@ -212,60 +218,92 @@ class AdapterSet(torch.nn.Module):
             return functional.dropout(input_SBI, self.lora.dropout)
 
 
-def _require_sequence_parallel(linear: ColumnParallelLinear | RowParallelLinear) -> int:
-    """Tensor-parallel ranks of a linear; above one, activations between layers must be sharded along the tokens."""
-    ranks: int = linear.tp_group.size()
-    assert ranks == 1 or linear.config.sequence_parallel, "spec.transformer_config sets it with tp > 1"
-    return ranks
+class AdaptedLinear(torch.nn.Module):
+    """A parallel linear of any family with low-rank adapters beside it.
 
+    The adapters see the linear's input and add to its output; nothing of the linear is overridden. Its parameters go by
+    the names they have without adapters (`LlamaStage.canonical_parameters`).
+    """
 
-class LoraColumnParallelLinear(TiledColumnParallelLinear):
-    """Column-parallel linear whose parts may carry adapters; A is replicated, B sharded like the weight's rows."""
-
-    def __init__(
-        self,
-        *args: Any,
-        lora: LoraConfig,
-        parts: Sequence[tuple[str, int]],
-        adapted: Sequence[str],
-        fuse_rows: FuseRows | None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        ranks = _require_sequence_parallel(self)
-        local = [(name, rows // ranks) for name, rows in parts]
-        move = partial(gather_from_sequence_parallel_region, group=self.tp_group) if ranks > 1 else None
-        self.adapters = AdapterSet(lora, local, adapted, self.input_size, self.weight, fuse_rows, move)
-        if ranks > 1:
-            self.adapters.mark(replicated="lora_A", sharded="lora_B")
+    def __init__(self, base: torch.nn.Module, adapters: AdapterSet) -> None:
+        super().__init__()
+        self.base, self.adapters = base, adapters
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, I] -> ([S, B, O], bias to be added later or None)."""
-        base, bias = super().forward(input_, *args, **kwargs)
+        """[S, B, I] -> ([S, B, O], bias to be added later or None), as megatron's parallel linears."""
+        base, bias = self.base(input_, *args, **kwargs)
         return self.adapters(input_, base), bias
 
 
-class _LoraRow(TiledRowParallelLinear):
-    """Row-parallel linear with an adapter; A is sharded like the weight's columns, B replicated."""
-
-    def __init__(self, *args: Any, lora: LoraConfig, part: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        ranks = _require_sequence_parallel(self)
-        move = partial(reduce_scatter_to_sequence_parallel_region, group=self.tp_group) if ranks > 1 else None
-        columns = self.input_size_per_partition
-        self.adapters = AdapterSet(lora, [(part, self.output_size)], [part], columns, self.weight, None, move)
-        if ranks > 1:
-            self.adapters.mark(replicated="lora_B", sharded="lora_A")
-
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, I] -> ([S, B, O], bias to be added later or None)."""
-        base, bias = super().forward(input_)
-        return self.adapters(input_, base), bias
+Linear = Callable[..., torch.nn.Module]
+"""Builds a parallel linear as megatron's layers do: (I, O, config=, tp_group=, ...), global widths."""
 
 
-class LoraRowParallelLinear(_LoraRow):
-    """An adapted o_proj."""
+def _place(config: TransformerConfig) -> tuple[torch.dtype, torch.device | None]:
+    """dtype and device of what a layer makes: megatron's own rule."""
+    device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+    return config.params_dtype, device
 
 
-class LoraLastRowParallelLinear(_LoraRow, LastRowParallelLinear):
-    """An adapted down_proj: the frozen product is skipped while recomputing, its own are not."""
+def adapted_column(
+    input_size: int,
+    output_size: int,
+    *,
+    linear: Linear,
+    lora: LoraConfig,
+    parts: Sequence[tuple[str, int]],
+    adapted: Sequence[str],
+    fuse_rows: FuseRows | None,
+    fused: bool = True,
+    config: TransformerConfig,
+    tp_group: dist.ProcessGroup,
+    **kwargs: Any,
+) -> AdaptedLinear:
+    """A column-parallel linear whose parts may carry adapters; A is replicated, B sharded like the weight's rows.
+
+    Args:
+        linear: the family's column-parallel linear, which gets all of megatron's arguments.
+        parts: name and global output rows of every part of the fused weight.
+        adapted, fuse_rows, fused: see `AdapterSet`.
+    """
+    base = linear(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
+    ranks = _require_sequence_parallel(config, tp_group)
+    local = [(name, rows // ranks) for name, rows in parts]
+    move = partial(gather_from_sequence_parallel_region, group=tp_group) if ranks > 1 else None
+    adapters = AdapterSet(lora, local, adapted, input_size, *_place(config), fuse_rows, move, fused)
+    if ranks > 1:
+        adapters.mark(replicated="lora_A", sharded="lora_B")
+    return AdaptedLinear(base, adapters)
+
+
+def adapted_row(
+    input_size: int,
+    output_size: int,
+    *,
+    linear: Linear,
+    lora: LoraConfig,
+    part: str,
+    fused: bool = True,
+    config: TransformerConfig,
+    tp_group: dist.ProcessGroup,
+    **kwargs: Any,
+) -> AdaptedLinear:
+    """A row-parallel linear with an adapter; A is sharded like the weight's columns, B replicated.
+
+    Where a recomputation skips the frozen product of a layer's last linear, the adapter still runs.
+    """
+    base = linear(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
+    ranks = _require_sequence_parallel(config, tp_group)
+    move = partial(reduce_scatter_to_sequence_parallel_region, group=tp_group) if ranks > 1 else None
+    place = _place(config)
+    adapters = AdapterSet(lora, [(part, output_size)], [part], input_size // ranks, *place, None, move, fused)
+    if ranks > 1:
+        adapters.mark(replicated="lora_B", sharded="lora_A")
+    return AdaptedLinear(base, adapters)
+
+
+def _require_sequence_parallel(config: TransformerConfig, tp_group: dist.ProcessGroup) -> int:
+    """Tensor-parallel ranks of a linear; above one, activations between layers must be sharded along the tokens."""
+    ranks = dist.get_world_size(tp_group)
+    assert ranks == 1 or config.sequence_parallel, "spec.transformer_config sets it with tp > 1"
+    return ranks

@@ -61,11 +61,12 @@ class RMSNorm(torch.nn.Module):
         config: megatron's configuration; its `params_dtype` and device rules place the weight.
         hidden_size: width H of the last dimension.
         eps: added to the mean square.
+        fused: use a kernel for the gradient.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, fused: bool = True) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.fused = eps, fused
         # None: the default device, which megatron's linears take too when they initialize on the CPU.
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
@@ -76,7 +77,7 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension; shape and dtype unchanged."""
         width = self.weight.shape[0]
-        wanted = torch.is_grad_enabled() and width <= WIDEST
+        wanted = self.fused and torch.is_grad_enabled() and width <= WIDEST
         kernels = kernels_for(hidden_SBH, hidden_SBH, self.weight) if wanted else None
         if kernels is not None:
             output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps, kernels)

@@ -21,11 +21,13 @@ from pipeline.data.loader import Batch
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.loss import IGNORE
 from pipeline.model.rope import RopePlan
 from pipeline.model.sharding import shard_stage
 from pipeline.model.spec import transformer_config
 from pipeline.model.stage import Chunk, LlamaStage
+from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.schema import LoraConfig
 
 
@@ -51,10 +53,11 @@ class ModelPart(torch.nn.Module):
         arch, rope, lora: see `LlamaStage`.
         groups: the grid.
         dtype: of the weights.
-        recompute: see `spec.transformer_config`.
+        recompute: policy of every layer of the whole model (`planning.recompute`), or one word for all.
         virtual: pipeline chunks a rank.
         shards: engine zero3: takes the frozen matrices; None: every rank holds its slice of them.
         kinds: train.trainable, which decides what `shards` takes.
+        family: whose classes the layers are of (`spec.FAMILIES`).
     """
 
     def __init__(
@@ -64,10 +67,11 @@ class ModelPart(torch.nn.Module):
         lora: LoraConfig,
         groups: Groups,
         dtype: torch.dtype,
-        recompute: str,
+        recompute: Sequence[RecomputePolicy] | str,
         virtual: int = 1,
         shards: FrozenShards | None = None,
         kinds: Sequence[str] = (),
+        family: str = "local",
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -78,7 +82,8 @@ class ModelPart(torch.nn.Module):
         layers = plan_stages(arch.layers, plan.pp, virtual)
         # Sharded weights are never allocated whole, so the modules are made without memory first.
         home = contextlib.nullcontext() if shards is None else torch.device("meta")
-        config = transformer_config(arch, plan, dtype, groups.device, recompute, layers, sharded=shards is not None)
+        config = transformer_config(arch, plan, dtype, groups.device, layers, sharded=shards is not None)
+        policies = plan_recompute(recompute, arch.layers) if isinstance(recompute, str) else recompute
         self.chunks = torch.nn.ModuleList()
         for number in range(groups.stage, len(layers), plan.pp):
             chunk = Chunk(
@@ -88,7 +93,7 @@ class ModelPart(torch.nn.Module):
                 virtual=number // plan.pp if virtual > 1 else None,
             )
             with home:
-                self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk))
+                self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk, policies, family))
         if shards is not None:
             (stage,) = self.stages
             shard_stage(stage, kinds, shards)
@@ -102,6 +107,11 @@ class ModelPart(torch.nn.Module):
         """See `LlamaStage.canonical_parameters`; in model order."""
         for stage in self.stages:
             yield from stage.canonical_parameters()
+
+    def frozen_matrices(self) -> Iterator[tuple[str, FrozenWeight]]:
+        """See `LlamaStage.frozen_matrices`; in model order."""
+        for stage in self.stages:
+            yield from stage.frozen_matrices()
 
     def place(self, batch: Batch) -> LocalBatch:
         """This rank's tokens of whole sequences [B, N], on its device, and the layout all ranks share."""

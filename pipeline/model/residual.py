@@ -57,3 +57,14 @@ def residual_add(training: bool, fused: bool) -> Add:
 def last_residual_add(training: bool, fused: bool) -> Add:
     """The MLP's output plus the residual stream, which leaves the layer; values are arbitrary while recomputing."""
     return _add_last
+
+
+def _add_plainly(
+    x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    return residual + x_and_bias[0]
+
+
+def plain_add(training: bool, fused: bool) -> Add:
+    """Either sum, made whenever it is asked for: for comparison."""
+    return _add_plainly

@@ -105,7 +105,7 @@ class _Rotate(torch.autograd.Function):
         return ctx.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, -1.0), None, None, None
 
 
-def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool = True) -> torch.Tensor:
     """Rotate channel i with channel i + D/2 (Hugging Face's half-rotation order); same shape and dtype as the input.
 
     The tables are rounded to the input's dtype and the arithmetic runs in it, exactly as in transformers, so that bf16
@@ -113,8 +113,9 @@ def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 
     Args:
         cos, sin: fp32 [S, D/2] from `rope_tables`.
+        fused: use a kernel where there is one.
     """
-    kernels = kernels_for(x_SBHD, cos, sin) if x_SBHD.stride(-1) == 1 else None
+    kernels = kernels_for(x_SBHD, cos, sin) if fused and x_SBHD.stride(-1) == 1 else None
     if kernels is not None:
         turned: torch.Tensor = _Rotate.apply(x_SBHD, cos, sin, kernels)
         return turned

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -20,9 +20,11 @@ from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.model.layers.frozen_weight import FrozenWeight, kept_by
 from pipeline.model.loss import VocabShard, sum_cross_entropy, token_losses
 from pipeline.model.rope import RopePlan, rope_tables
 from pipeline.model.spec import block_submodules
+from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.schema import LoraConfig
 
 
@@ -52,6 +54,8 @@ class LlamaStage(MegatronModule):
         config: megatron's configuration of the same architecture.
         groups: megatron's process groups.
         chunk: the part to build; None: the whole model.
+        recompute: policy of every layer of the whole model; None: nothing is recomputed.
+        family: whose classes the layers are of (`spec.FAMILIES`).
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class LlamaStage(MegatronModule):
         config: TransformerConfig,
         groups: ProcessGroupCollection,
         chunk: Chunk | None = None,
+        recompute: Sequence[RecomputePolicy] | None = None,
+        family: str = "local",
     ) -> None:
         super().__init__(config=config)
         self.arch, self.rope, self.lora, self.groups = arch, rope, lora, groups
@@ -70,6 +76,7 @@ class LlamaStage(MegatronModule):
         self.vp_stage, self.model_type = self.chunk.virtual, ModelType.encoder_or_decoder
         self.tp_rank, self.tp_size = groups.tp.rank(), groups.tp.size()
         vocab = names.padded_vocab(arch, self.tp_size)
+        policies = plan_recompute("none", arch.layers) if recompute is None else recompute
         if self.chunk.first:
             self.embedding = VocabParallelEmbedding(
                 vocab,
@@ -81,7 +88,7 @@ class LlamaStage(MegatronModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_submodules(arch, lora, len(self.chunk.layers)),
+            spec=block_submodules(arch, lora, [policies[layer] for layer in self.chunk.layers], family),
             pg_collection=groups,
             pre_process=self.chunk.first,
             post_process=self.chunk.last,
@@ -109,12 +116,20 @@ class LlamaStage(MegatronModule):
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name, parameter) with global layer indices; a tied copy of the embedding goes by the embedding's name."""
         for name, parameter in self.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, index, rest = name.split(".", 3)
-                name = f"decoder.layers.{self.chunk.layers[int(index)]}.{rest}"
-            elif getattr(parameter, "shared_copy", False):
-                name = "embedding.weight"
-            yield name, parameter
+            yield "embedding.weight" if getattr(parameter, "shared_copy", False) else self._canonical(name), parameter
+
+    def _canonical(self, name: str) -> str:
+        """With the layer's global index; a linear goes by the same name with adapters beside it and without."""
+        if not name.startswith("decoder.layers."):
+            return name
+        _, _, index, rest = name.split(".", 3)
+        return f"decoder.layers.{self.chunk.layers[int(index)]}.{rest.replace('.base.', '.')}"
+
+    def frozen_matrices(self) -> Iterator[tuple[str, FrozenWeight]]:
+        """(canonical name, matrix) of the layers' linears, which never train."""
+        for name, module in self.named_modules():
+            if name.startswith("decoder.") and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                yield self._canonical(f"{name}.weight"), kept_by(module)
 
     @property
     def device(self) -> torch.device:

@@ -84,3 +84,12 @@ class SwiGlu(torch.nn.Module):
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Any float dtype; shape and dtype of the halves."""
         return _SwiGlu.apply(gate_up)
+
+
+class EagerSwiGlu(SwiGlu):
+    """The same by torch's own operations, autograd keeping what it will: for comparison."""
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As `SwiGlu.forward`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up

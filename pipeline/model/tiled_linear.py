@@ -13,7 +13,7 @@ Shapes: S tokens of all T ranks, L = S / T own ones, B batch, I input width, O o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from parallel.token_tiles import Span as Tokens
 from parallel.token_tiles import TileScatter, TokenTiles
+from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
 from pipeline.model.tile_size import tile_tokens
 
 
@@ -37,11 +38,11 @@ def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> Toke
     return TokenTiles(group, shape[0], tile_tokens(width, dist.get_world_size(group)) // prod(shape[1:-1]))
 
 
-def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight_OI: torch.Tensor) -> TokenTiles:
+def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight: FrozenWeight) -> TokenTiles:
     """For one product: the next tile's input or the last one's sums exist beside it. Alone, nothing does: one tile."""
     if dist.get_world_size(group) == 1:
         return TokenTiles(group, shape[0], shape[0])
-    return tiles_of(group, shape, 2 * max(weight_OI.shape))
+    return tiles_of(group, shape, 2 * max(weight.shape))
 
 
 def recomputing() -> bool:
@@ -49,38 +50,32 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """[l, B, I] times [I, O], into `out` if given; flattened, since matmul does not fold a batch of one."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    if out is not None:
-        torch.mm(flat, matrix, out=out.view(-1, matrix.shape[1]))
-        return out
-    return torch.mm(flat, matrix).view(*rows.shape[:-1], matrix.shape[1])
+Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""`FrozenWeight.product` or `FrozenWeight.grad_input`: (rows, out) -> rows."""
 
 
 def product_into(
-    tiles: TokenTiles, span: Tokens, everything: torch.Tensor, rows: torch.Tensor, matrix: torch.Tensor
+    tiles: TokenTiles, span: Tokens, everything: torch.Tensor, rows: torch.Tensor, product: Product
 ) -> None:
-    """A gathered tile [T l, B, I] times [I, O], written where it belongs in all ranks' tokens [S, B, O]."""
+    """A gathered tile's product, [T l, B, O], written where it belongs in all ranks' tokens [S, B, O]."""
     target = tiles.view(everything, span).flatten(1, -2)
-    torch.bmm(rows.view(*target.shape[:2], -1), matrix.expand(tiles.size, *matrix.shape), out=target)
+    product(rows.view(*target.shape[:2], -1), target)
 
 
-def sum_product(scatter: TileScatter, span: Tokens, rows: torch.Tensor, matrix: torch.Tensor) -> None:
+def sum_product(scatter: TileScatter, span: Tokens, rows: torch.Tensor, product: Product) -> None:
     """A gathered tile's product, summed over the ranks."""
-    scatter.put(span, product(rows, matrix, scatter.target(span)))
+    scatter.put(span, product(rows, scatter.target(span)))
 
 
 def sum_product_of(
-    scatter: TileScatter, tiles: TokenTiles, span: Tokens, everything: torch.Tensor, matrix: torch.Tensor
+    scatter: TileScatter, tiles: TokenTiles, span: Tokens, everything: torch.Tensor, product: Product
 ) -> None:
     """The same of a tile of all ranks' tokens [S, B, I], read where it lies."""
     if tiles.size == 1:
-        sum_product(scatter, span, tiles.read(everything, span), matrix)
+        sum_product(scatter, span, tiles.read(everything, span), product)
         return
-    rows = tiles.view(everything, span).flatten(1, -2)
-    partial = torch.bmm(rows, matrix.expand(tiles.size, *matrix.shape))
-    scatter.put(span, partial.view(-1, *everything.shape[1:-1], matrix.shape[1]))
+    partial = product(tiles.view(everything, span).flatten(1, -2), None)
+    scatter.put(span, partial.view(-1, *everything.shape[1:-1], partial.shape[-1]))
 
 
 def placeholder(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -93,26 +88,24 @@ class _Column(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, group: dist.ProcessGroup
+        ctx: Any, own: torch.Tensor, weight: FrozenWeight, bias_O: torch.Tensor | None, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight_OI)
-        ctx.group, ctx.shape = group, own.shape
-        tiles = _product_tiles(group, own.shape, weight_OI)
-        out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight_OI.shape[0]))
+        ctx.weight, ctx.group, ctx.shape = weight, group, own.shape
+        tiles = _product_tiles(group, own.shape, weight)
+        out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight.shape[0]))
         gathered = tiles.gather(own)
         for span in tiles.spans:
-            product_into(tiles, span, out, next(gathered), weight_OI.t())
+            product_into(tiles, span, out, next(gathered), weight.product)
         return out if bias_O is None else out.add_(bias_O)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        (weight,) = ctx.saved_tensors
-        tiles = _product_tiles(ctx.group, ctx.shape, weight)
+        tiles = _product_tiles(ctx.group, ctx.shape, ctx.weight)
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
         for span in tiles.spans:
-            sum_product_of(scatter, tiles, span, grad, weight)
+            sum_product_of(scatter, tiles, span, grad, ctx.weight.grad_input)
         scatter.finish()
         return grad_own, None, None, None
 
@@ -125,33 +118,31 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_SBI: torch.Tensor, weight_OI: torch.Tensor, group: dist.ProcessGroup, skip: bool
+        ctx: Any, input_SBI: torch.Tensor, weight: FrozenWeight, group: dist.ProcessGroup, skip: bool
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight_OI)
-        ctx.group = group
+        ctx.weight, ctx.group = weight, group
         tokens = input_SBI.shape[0] // dist.get_world_size(group)
-        shape = (tokens, *input_SBI.shape[1:-1], weight_OI.shape[0])
+        shape = (tokens, *input_SBI.shape[1:-1], weight.shape[0])
         if skip:
             return placeholder(input_SBI, shape)
         own = input_SBI.new_empty(shape)
-        tiles = _product_tiles(group, shape, weight_OI)
+        tiles = _product_tiles(group, shape, weight)
         scatter = tiles.scatter(own)
         for span in tiles.spans:
-            sum_product_of(scatter, tiles, span, input_SBI, weight_OI.t())
+            sum_product_of(scatter, tiles, span, input_SBI, weight.product)
         scatter.finish()
         return own
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        (weight,) = ctx.saved_tensors
-        tiles = _product_tiles(ctx.group, grad.shape, weight)
+        tiles = _product_tiles(ctx.group, grad.shape, ctx.weight)
         if tiles.size == 1:
-            return product(grad, weight), None, None, None
-        grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], weight.shape[1]))
+            return ctx.weight.grad_input(grad), None, None, None
+        grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], ctx.weight.shape[1]))
         gathered = tiles.gather(grad)
         for span in tiles.spans:
-            product_into(tiles, span, grad_input, next(gathered), weight)
+            product_into(tiles, span, grad_input, next(gathered), ctx.weight.grad_input)
         return grad_input, None, None, None
 
 
@@ -161,11 +152,12 @@ class TiledColumnParallelLinear(ColumnParallelLinear):
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[L, B, I] -> ([S, B, O], bias to be added later or None)."""
         # Biases are frozen with the weight, as in megatron's own linear with a frozen weight.
-        if self.tp_group.size() == 1 or args or kwargs or self.weight.requires_grad:
+        weight = frozen_weight(self)
+        if args or kwargs or weight is None:
             return super().forward(input_, *args, **kwargs)
-        assert self.sequence_parallel, "spec.transformer_config sets it with tp > 1"
+        assert self.sequence_parallel or self.tp_group.size() == 1, "spec.transformer_config sets it with tp > 1"
         bias, later = (None, self.bias) if self.skip_bias_add else (self.bias, None)
-        return _Column.apply(input_, self.weight, bias, self.tp_group), later
+        return _Column.apply(input_, weight, bias, self.tp_group), later
 
 
 class TiledRowParallelLinear(RowParallelLinear):
@@ -176,13 +168,14 @@ class TiledRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([L, B, O], bias to be added later or None)."""
-        if not self.tileable():
+        weight = self.tileable()
+        if weight is None:
             return super().forward(input_)
-        return _Row.apply(input_, self.weight, self.tp_group, False), None
+        return _Row.apply(input_, weight, self.tp_group, False), None
 
-    def tileable(self) -> bool:
-        """Whether the weight is frozen and nothing but its product is wanted."""
-        return not self.weight.requires_grad and self.bias is None and self.input_is_parallel
+    def tileable(self) -> FrozenWeight | None:
+        """The weight if it is frozen and nothing but its product is wanted."""
+        return frozen_weight(self) if self.bias is None and self.input_is_parallel else None
 
 
 class LastRowParallelLinear(TiledRowParallelLinear):
@@ -190,6 +183,7 @@ class LastRowParallelLinear(TiledRowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([L, B, O], bias to be added later or None); values are arbitrary while recomputing."""
-        if recomputing() and self.tileable():
-            return _Row.apply(input_, self.weight, self.tp_group, True), None
+        weight = self.tileable() if recomputing() else None
+        if weight is not None:
+            return _Row.apply(input_, weight, self.tp_group, True), None
         return super().forward(input_)

@@ -19,14 +19,16 @@ from megatron.core.transformer.mlp import MLP
 from torch.autograd.function import once_differentiable
 
 from parallel.token_tiles import TokenTiles
+from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
 from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.swiglu import swiglu, swiglu_gradient_
-from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tiles_of
+from pipeline.model.tiled_linear import placeholder, recomputing, sum_product, tiles_of
+from pipeline.planning.recompute import RecomputePolicy
 
 
-def _tiles(group: dist.ProcessGroup, own: torch.Tensor, gate_up_2FH: torch.Tensor) -> TokenTiles:
+def _tiles(group: dist.ProcessGroup, own: torch.Tensor, gate_up: FrozenWeight) -> TokenTiles:
     """Of a tile exist gate and up, and the next tile's input or the last one's sums beside its own."""
-    width, hidden = gate_up_2FH.shape
+    width, hidden = gate_up.shape
     return tiles_of(group, own.shape, width + 2 * hidden)
 
 
@@ -37,23 +39,24 @@ class _FrozenMlp(torch.autograd.Function):
     def forward(
         ctx: Any,
         own: torch.Tensor,
-        gate_up_2FH: torch.Tensor,
-        down_HF: torch.Tensor,
+        gate_up: FrozenWeight,
+        down: FrozenWeight,
         group: dist.ProcessGroup,
         skip: bool,
         recipe: NormRecipe | None,
     ) -> torch.Tensor:
         kept = (own,) if recipe is None else (recipe.input_SBH, recipe.weight_H)
-        ctx.save_for_backward(gate_up_2FH, down_HF, *kept)
+        ctx.save_for_backward(*kept)
+        ctx.gate_up, ctx.down = gate_up, down
         ctx.group, ctx.eps = group, None if recipe is None else recipe.eps
         if skip:
             return placeholder(own, own.shape)
-        tiles = _tiles(group, own, gate_up_2FH)
+        tiles = _tiles(group, own, gate_up)
         out = own.new_empty(own.shape)
         scatter = tiles.scatter(out)
         gathered = tiles.gather(own)
         for span in tiles.spans:
-            sum_product(scatter, span, swiglu(product(next(gathered), gate_up_2FH.t())), down_HF.t())
+            sum_product(scatter, span, swiglu(gate_up.product(next(gathered))), down.product)
         scatter.finish()
         return out
 
@@ -61,21 +64,21 @@ class _FrozenMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        gate_up_weight, down_weight, *kept = ctx.saved_tensors
-        tiles = _tiles(ctx.group, grad, gate_up_weight)
+        kept = ctx.saved_tensors
+        tiles = _tiles(ctx.group, grad, ctx.gate_up)
         grad_own = grad.new_empty(grad.shape)
         scatter = tiles.scatter(grad_own)
         own = kept[0] if ctx.eps is None else NormRecipe(kept[0], kept[1], ctx.eps).rows
         gathered = tiles.gather(own, grad)
         for span in tiles.spans:
             # Every tile is let go of as soon as it was used: this is where a layer's memory peaks.
-            gate_up = product(next(gathered), gate_up_weight.t())
-            slope = product(next(gathered), down_weight)
+            gate_up = ctx.gate_up.product(next(gathered))
+            slope = ctx.down.grad_input(next(gathered))
             # The last tile's sums had two products' time.
             scatter.finish()
             swiglu_gradient_(gate_up, slope, gate_up)
             del slope
-            sum_product(scatter, span, gate_up, gate_up_weight)
+            sum_product(scatter, span, gate_up, ctx.gate_up.grad_input)
             del gate_up
         scatter.finish()
         return grad_own, None, None, None, None, None
@@ -85,16 +88,28 @@ class TiledMLP(MLP):
     """megatron's MLP; tiled where layers are checkpointed and its weights are frozen without adapters.
 
     Elsewhere gate and up are kept for the backward, which tiles would only compute again.
+
+    Args:
+        recompute: of the layer it is in.
     """
+
+    def __init__(self, *args: Any, recompute: RecomputePolicy, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
 
     def forward(  # megatron's arguments for experts have no meaning here
         self, hidden_states: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[L, B, H] -> ([L, B, H], None); values are arbitrary while recomputing."""
-        parameters = list(self.parameters())
-        frozen = len(parameters) == 2 and not any(parameter.requires_grad for parameter in parameters)
-        if self.config.recompute_granularity != "full" or not frozen:
+        weights = self._frozen() if self.recompute is RecomputePolicy.FULL else None
+        if weights is None:
             return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states))
         group = self.linear_fc1.tp_group
-        weights = self.linear_fc1.weight, self.linear_fc2.weight
         return _FrozenMlp.apply(hidden_states, *weights, group, recomputing(), recipe_of(hidden_states)), None
+
+    def _frozen(self) -> tuple[FrozenWeight, FrozenWeight] | None:
+        """Both weights, if they are frozen and nothing else is here: no adapters, no biases."""
+        if len(list(self.parameters())) != 2:
+            return None
+        gate_up, down = frozen_weight(self.linear_fc1), frozen_weight(self.linear_fc2)
+        return None if gate_up is None or down is None else (gate_up, down)

@@ -12,6 +12,7 @@ from parallel.zero3 import FrozenShards
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
+from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.lora import initial_a
 from pipeline.model.vocabulary import VOCABULARY_HF, read_rows
 from pipeline.schema import LoraConfig
@@ -29,6 +30,9 @@ class Part(Protocol):
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(our name with global layer indices, parameter)."""
+
+    def frozen_matrices(self) -> Iterator[tuple[str, FrozenWeight]]:
+        """(our name, matrix) of the layers' linears."""
 
 
 VOCABULARY = ("embedding.weight", "output_layer.weight")
@@ -72,6 +76,7 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
     Raises:
         CheckpointError: a tensor is missing or misshaped (named).
     """
+    matrices = dict(part.frozen_matrices())
     with torch.no_grad():
         for name, parameter in part.canonical_parameters():
             if kind_of(name) == "lora" or (part.shards is not None and part.shards.holds(parameter)):
@@ -81,6 +86,11 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
                 _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
                 continue
             whole = _assemble(name, [_cut(checkpoint, source, part) for source in sources], part.arch)
+            if name in matrices:
+                if whole.shape != matrices[name].shape:
+                    raise _misshaped(sources[0], whole, parameter)
+                matrices[name].write(whole)
+                continue
             if whole.shape != parameter.shape:
                 raise _misshaped(sources[0], whole, parameter)
             parameter.copy_(whole)
@@ -91,6 +101,7 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
 def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> None:
     """Read this rank's stretch of every sharded matrix, and no other row, into its share."""
     known = {id(parameter): name for name, parameter in part.canonical_parameters()}
+    matrices = dict(part.frozen_matrices())
     for piece in shards.pieces():
         name = known[id(piece.parameter)]
         columns = piece.shape[1]
@@ -105,6 +116,8 @@ def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> 
                     found = read_rows(checkpoint, run.hf_name, *span)
                 else:
                     found = checkpoint.block(run.hf_name, span, run.columns)
+                if name in matrices:
+                    found = matrices[name].encode(found)["weight"]
                 # A share begins and ends anywhere: of its first and last row it may hold a part.
                 begin, end = max(low * columns, piece.start), min(high * columns, piece.start + len(piece.target))
                 values = found.reshape(-1)[begin - low * columns : end - low * columns]

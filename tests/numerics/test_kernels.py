@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.model import fused, lora, norm, rope, swiglu, tiled_mlp
+from pipeline.model.layers.frozen_weight import DenseWeight
 from tests.interpreted import interpret
 from tests.single import single_groups
 
@@ -210,12 +211,11 @@ def test_a_second_derivative_is_refused() -> None:
     kernels = mock.Mock()
     kernels.norm_gradient.side_effect = lambda x, weight, grad, eps: (grad * weight, (grad * x).sum((0, 1)))
     recipe = norm.NormRecipe(x.detach(), weight.detach(), 1e-5)
+    matrices = [DenseWeight(torch.nn.Parameter(torch.randn(shape))) for shape in ((12, 8), (8, 6))]
     for output in (
         norm._Norm.apply(x, weight, 1e-5, kernels),
         lora._OfNorm.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
-        tiled_mlp._FrozenMlp.apply(
-            x, torch.randn(12, 8), torch.randn(8, 6), single_groups().collection.tp, False, None
-        ),
+        tiled_mlp._FrozenMlp.apply(x, *matrices, single_groups().collection.tp, False, None),
     ):
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -31,7 +31,7 @@ def stage_of(
 ) -> LlamaStage:
     arch = read_arch(folder)
     rope = plan_rope(arch, settings or RopeSettings(), context or arch.max_positions)
-    config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU, "none")
+    config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU)
     stage = LlamaStage(arch, rope, lora or LoraConfig(rank=0), config, single_groups().collection)
     load_base(stage, HfCheckpoint(folder))
     init_adapters(stage, 0)

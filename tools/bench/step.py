@@ -6,12 +6,17 @@
 Started alone, the process is rank `--rank` of tp x cp under torch's fake process group: memory and compute are
 real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
 GPU: sequence tokens over the step's time over the ranks that share a sequence. Several `--tile-scale` are measured in
-turn, in one process, for the size of tensor parallelism's tiles; `--plain` adds megatron-core's own layers (`plain`).
+turn, in one process, for the size of tensor parallelism's tiles; so are several families of layers: `--family local
+megatron` puts megatron-core's own beside ours.
+
+Alone, under a fake process group, neither family pays for what is sent (`parallel.fake`). Ratios of real runs, over
+NCCL, say what a user gets.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -34,24 +39,25 @@ from pipeline.model import tile_size
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
+from pipeline.model.spec import FAMILIES
 from pipeline.model.weights import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
+from pipeline.planning.recompute import SETTINGS
 from pipeline.reduction import GradientReduction
 from pipeline.schema import LoraConfig, RopeSettings
 from tools.bench.command_line import add_integers, console_of
-from tools.bench.plain import plain_layers
 from tools.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 
 
-def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
+def build_part(args: argparse.Namespace, groups: Groups, family: str) -> ModelPart:
     """The rank's part with random weights: LoRA r 8 on q, k, v, o, embedding and norms train."""
     arch = llama2(MODELS[args.model], args.layers)
     plan = groups.plan
     check_model_fits(plan, arch.heads, arch.kv_heads, arch.ffn)
     rope = plan_rope(arch, RopeSettings(type="linear"), max(args.sequence, arch.max_positions))
-    model = ModelPart(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute)
+    model = ModelPart(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute, family=family)
     with torch.no_grad():
         for name, parameter in model.canonical_parameters():
             if name.endswith("layernorm.weight"):
@@ -63,13 +69,13 @@ def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
     return model
 
 
-def stepper(args: argparse.Namespace, groups: Groups) -> Callable[[int], float]:
+def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[int], float]:
     """What takes an optimizer step and returns its seconds.
 
     Raises:
         LongspanError: gradients were not finite: arithmetic on NaN and zeros is faster than on numbers.
     """
-    model = build_part(args, groups).train()
+    model = build_part(args, groups, family).train()
     named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
     optimizer = TrainableAdamW(named, group=groups.data)
     reduction = GradientReduction(groups, model)
@@ -129,17 +135,18 @@ def _profile(work: Callable[[], object], told: bool) -> None:
         print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70), flush=True)
 
 
-def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
-    """`measure` for each size of tiles, of one model."""
+def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
+    """`measure` for each family, and for each size of tiles where the family has tiles; one model at a time."""
     least, enough = tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS
-    take = stepper(args, groups)
     rows = []
-    for scale in args.tile_scale:
-        tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
-        rows.append({"variant": f"ours, tiles x {scale:g}", **measure(args, groups, take)})
-    if args.plain:
-        with plain_layers():
-            rows.append({"variant": "megatron-core's own, pointwise work torch's", **measure(args, groups, take)})
+    for family in args.family:
+        take = stepper(args, groups, family)
+        for scale in args.tile_scale if family == "local" else [1.0]:
+            tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
+            variant = f"{family}, tiles x {scale:g}" if family == "local" else family
+            rows.append({"variant": variant, **measure(args, groups, take)})
+        del take
+        gc.collect()
     return rows
 
 
@@ -155,7 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--tile-scale", type=float, nargs="+", default=[1.0], help="tiles this many times the product's (default 1)"
     )
-    parser.add_argument("--recompute", choices=("full", "none"), default="full")
+    parser.add_argument("--recompute", choices=SETTINGS, default="full")
     add_integers(
         parser,
         ("--tp", 1, "tensor-parallel ranks"),
@@ -166,7 +173,9 @@ def main() -> None:
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
     )
-    parser.add_argument("--plain", action="store_true", help="also measure megatron-core's own layers")
+    parser.add_argument(
+        "--family", nargs="+", choices=sorted(FAMILIES), default=["local"], help="whose layers (default local: ours)"
+    )
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
     args = parser.parse_args()
@@ -180,7 +189,7 @@ def main() -> None:
             env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
         groups = make_groups(plan_grid(world, args.tp, args.cp, 1), env, fake=alone and world > 1)
         seed_everything(0)
-        rows = measure_tiles(args, groups)
+        rows = measure_all(args, groups)
     except LongspanError as error:
         parser.exit(2, f"{error}\n")
     finally:
