@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import LongspanError
-from parallel.groups import Groups
+from parallel.world.groups import Groups
 
 _TEXT_BYTES = 1024
 """Longest message that travels."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.fake import to_receive
+from parallel.world.lone_rank import to_receive
 
 Span = tuple[int, int]
 """[start, stop) of a parameter in the flat space, in elements."""

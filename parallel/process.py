@@ -40,8 +40,8 @@ from parallel.liveness import (
     machine,
     main_thread_stands,
 )
-from parallel.rank_env import RankEnv
 from parallel.watch_store import LOST, STORE_S, StoreMinder, meet
+from parallel.world.rank_env import RankEnv
 
 DEFAULT_TIMEOUT_S = 600.0
 BEAT_S = 0.5

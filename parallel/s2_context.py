@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from parallel.fake import to_receive
 from parallel.halo_plan import HaloPlan, Message, Region
+from parallel.world.lone_rank import to_receive
 
 
 @dataclass

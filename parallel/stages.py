@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from parallel.groups import Groups
 from parallel.s2_context import acquaint
+from parallel.world.groups import Groups
 
 Forward = Callable[[int, Any], torch.Tensor]
 """(micro-batch, chunk module) -> hidden states [S, B, H], or on the last chunk the scalar loss to differentiate."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What launchers and Slurm (`--signal=USR1@120`, preemption, time limit) send before they kill."""

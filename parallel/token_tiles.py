@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.fake import all_gather, reduce_scatter
+from parallel.world.lone_rank import all_gather, reduce_scatter
 
 Span = tuple[int, int]
 """[start, stop) of a rank's own tokens."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from parallel.errors import LongspanError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 
 STORE_S = 30.0
 """Seconds a call to the store may take."""

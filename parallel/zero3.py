@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from parallel.errors import LongspanError
-from parallel.fake import to_receive
-from parallel.groups import Groups
 from parallel.pinned import pin, unpin
-from parallel.rank_env import local_rank_exported
+from parallel.world.groups import Groups
+from parallel.world.lone_rank import to_receive
+from parallel.world.rank_env import local_rank_exported
 
 ALIGN_ELEMENTS = 64
 """Every parameter starts at a multiple of this in its unit: matrix kernels want 16-byte addresses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import itemgetter
 
-from parallel.plan import GridPlan
+from parallel.world.grid import GridPlan
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
 from pipeline.model.context_plan import query_key_pairs
@@ -46,7 +46,7 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
     """One sentence for each thing that makes ranks wait for each other.
 
     Args:
-        plan: fits the model (`parallel.plan.check_model_fits`).
+        plan: fits the model (`parallel.world.grid.check_model_fits`).
     """
     if config.attention.kind != "s2" or plan.cp == 1:
         return ()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from parallel.collectives import on_main_first, share_from_main
 from parallel.errors import CheckpointError, ConfigError
-from parallel.groups import Groups, make_groups
-from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from parallel.process import Watch, collective_timeout_s
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything, set_rng_state
+from parallel.world.collectives import on_main_first, share_from_main
+from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from parallel.world.groups import Groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything, set_rng_state
 from parallel.zero3 import FrozenShards, deepspeed_config
 from pipeline.checkpoint.choose import Choice, candidates, choose
 from pipeline.checkpoint.files import remove, rename

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from parallel.collectives import sum_over
 from parallel.data_parallel import FlatShards, GradientReducer
+from parallel.world.collectives import sum_over
 
 ALIGN_ELEMENTS = 64
 """Every parameter's span of the flat buffer starts at a multiple of this (256 bytes), for vectorized kernels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parallel.checks import Checked, RunChecks
-from parallel.groups import Groups
+from parallel.world.groups import Groups
 from pipeline.model import names
 from pipeline.model.part import ModelPart
 from pipeline.optim import TrainableAdamW

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallel.plan import GridPlan
+from parallel.world.grid import GridPlan
 from pipeline.model.arch import LlamaArch
 from pipeline.model.tile_size import tile_tokens
 from pipeline.schema import RunConfig

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import ConfigError
-from parallel.plan import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.advice import advise
 from pipeline.checkpoint.manifest import step_of
 from pipeline.data.records import find_files

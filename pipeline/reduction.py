@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from parallel.collectives import sum_over
-from parallel.groups import Groups
+from parallel.world.collectives import sum_over
+from parallel.world.groups import Groups
 from pipeline.model.part import ModelPart
 from pipeline.optim import TrainableAdamW
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from parallel.collectives import share_from_main, sum_over
 from parallel.errors import CheckpointError, ConfigError, DataError
-from parallel.groups import Groups, destroy_groups
 from parallel.process import Watch
-from parallel.rank_env import RankEnv
+from parallel.world.collectives import share_from_main, sum_over
+from parallel.world.groups import Groups, destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
 from pipeline.checkpoint.choose import newest
 from pipeline.checkpoint.manifest import read_manifest

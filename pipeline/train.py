@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.advice import advise
 from pipeline.config import dump_config, load_config
 from pipeline.schema import RunConfig
@@ -44,9 +44,9 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         LongspanError: one sentence for whatever a user can mend.
     """
     # Heavy imports wait until the configuration is known to be good.
-    from parallel.groups import destroy_groups
     from parallel.process import Watch
     from parallel.stop import StopSignals, exit_code, signal_name
+    from parallel.world.groups import destroy_groups
     from pipeline.build import build
     from pipeline.lock import locked
     from pipeline.metrics import MetricsWriter

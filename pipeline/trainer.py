@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from parallel.checks import RunChecks
-from parallel.collectives import sum_over
-from parallel.groups import Groups
 from parallel.process import Watch
-from parallel.rng import rng_state
 from parallel.stop import StopSignals
+from parallel.world.collectives import sum_over
+from parallel.world.groups import Groups
+from parallel.world.rng import rng_state
 from pipeline.checkpoint.resume import data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.data.loader import TrainLoader

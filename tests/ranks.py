@@ -153,7 +153,7 @@ def run_ranks[T](
 ) -> list[T]:
     """Call `fn(rank, world, *args)` in `world` fresh processes with torchrun's variables set.
 
-    torch.distributed is not initialized: that is `parallel.groups.make_groups`'s to do. A process costs about 7 s of
+    torch.distributed is not initialized: that is `parallel.world.groups.make_groups`'s to do. A process costs about 7 s of
     imports, so put many cases into one call.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from parallel.groups import Groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
 
 _made: list[Groups] = []
 

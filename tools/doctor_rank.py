@@ -19,7 +19,7 @@ import torch
 
 from parallel.checks import InvariantViolated, RunChecks
 from parallel.errors import ConfigError, LongspanError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.build import Run
 from pipeline.config import load_config
 from pipeline.invariants import run_checks

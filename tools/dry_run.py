@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.fake import numbers_bytes
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build, check_before_spending
 from pipeline.config import load_config
 from pipeline.hf_files import HfCheckpoint, TensorFact

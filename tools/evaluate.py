@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import DataError, LongspanError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.config import load_config
 from pipeline.evaluate import EvalReport
 

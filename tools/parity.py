@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
 from pipeline.model.canonical import gather
 from pipeline.model.weights import trainable

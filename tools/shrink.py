@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError
-from parallel.plan import check_model_fits, plan_grid, plan_stages
+from parallel.world.grid import check_model_fits, plan_grid, plan_stages
 from pipeline.model.arch import ARCHITECTURES, LlamaArch, read_arch
 from pipeline.schema import DataConfig, EvalConfig, ParallelConfig, RunConfig, SaveConfig
 from tools.shapes import llama2

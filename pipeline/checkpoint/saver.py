@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.collectives import agree
 from parallel.errors import CheckpointError, LongspanError
-from parallel.groups import Groups
 from parallel.pinned import pin, unpin
+from parallel.world.collectives import agree
+from parallel.world.groups import Groups
 from pipeline.checkpoint.files import remove
 from pipeline.checkpoint.manifest import folder_name
 from pipeline.checkpoint.writer import PieceArrays, prune, publish, working_folder, write_part

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from parallel.plan import plan_stages
+from parallel.world.grid import plan_stages
 from pipeline.model import names
 from pipeline.model.part import ModelPart
 from pipeline.model.weights import VOCABULARY_HF, trained_names

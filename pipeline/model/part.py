@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from parallel.collectives import sum_over
-from parallel.groups import Groups
-from parallel.plan import plan_stages
 from parallel.stages import relay, run_schedule
+from parallel.world.collectives import sum_over
+from parallel.world.grid import plan_stages
+from parallel.world.groups import Groups
 from parallel.zero3 import FrozenShards
 from pipeline.data.loader import Batch
 from pipeline.model.arch import LlamaArch

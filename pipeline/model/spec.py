@@ -14,7 +14,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from parallel.plan import GridPlan
+from parallel.world.grid import GridPlan
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention

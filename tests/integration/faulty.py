@@ -13,7 +13,7 @@ import sys
 import time
 
 from parallel.errors import ConfigError, DataError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 
 
 def user_error() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.guard import TrainingDiverged

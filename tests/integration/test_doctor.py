@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from parallel.errors import ConfigError
-from parallel.plan import plan_stages
+from parallel.world.grid import plan_stages
 from pipeline.config import load_config
 from pipeline.schema import RunConfig
 from tests.tiny_models import make_tiny

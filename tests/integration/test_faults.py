@@ -19,7 +19,7 @@ import pytest
 
 from parallel.liveness import SILENCE_S, Beat, Peers, machine
 from parallel.process import Watch, collective_timeout_s, watch_ranks
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from tests.numerics.test_training import write_run
 from tests.ranks import _reserved_port
 

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import rng_state
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import rng_state
 from pipeline import build, run_eval, run_facts, train
 from pipeline.checkpoint.choose import candidates, choose
 from pipeline.checkpoint.manifest import CHECKSUM, FIELDS, LATEST, MANIFEST, WRITING, Cut, folder_name, step_of

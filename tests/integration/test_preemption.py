@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.rank_env import EXIT_FILE, RankEnv
 from parallel.stop import exit_code
+from parallel.world.rank_env import EXIT_FILE, RankEnv
 from pipeline.checkpoint.choose import choose
 from pipeline.lock import OutputLock
 from tests.integration.test_faults import QUIET, ROOT, finish, mark, start

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build
 from pipeline.config import load_config
 from pipeline.state import whole_state

@@ -12,7 +12,7 @@ import pytest
 
 from parallel.errors import ConfigError
 from parallel.process import Watch
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.resume import check_output

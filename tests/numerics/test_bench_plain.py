@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.groups import make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import plan_grid
+from parallel.world.groups import make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
 from pipeline.data.loader import Batch
 from pipeline.model import tiled_linear, tiled_mlp
 from pipeline.model.arch import read_arch

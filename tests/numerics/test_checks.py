@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from parallel.checks import InvariantViolated, bit_sums
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
 from pipeline.config import load_config
 from tests.numerics.test_parallel_parity import Grid, write_config

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from parallel.plan import plan_grid
+from parallel.world.grid import plan_grid
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model.arch import read_arch
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline import optim
 from pipeline.config import load_config
 from pipeline.flat_gradients import FlatGradients

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel.groups import make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import plan_grid
+from parallel.world.groups import make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
 from pipeline.data.loader import Batch
 from pipeline.model import loss, tile_size
 from pipeline.model.attention_layout import AttentionSpec

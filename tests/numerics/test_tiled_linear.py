@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from parallel.groups import Groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
 from parallel.token_tiles import TokenTiles
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, make_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.data.loader import Batch
 from pipeline.model import residual, tile_size, tiled_linear, tiled_mlp
 from pipeline.model.arch import read_arch

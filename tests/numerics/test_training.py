@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.errors import ConfigError
-from parallel.plan import GridPlan
-from parallel.rank_env import RankEnv
+from parallel.world.grid import GridPlan
+from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config import load_config
 from pipeline.model.arch import LlamaArch

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from parallel.errors import ConfigError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from parallel.zero3 import ALIGN_ELEMENTS, deepspeed_config
 from pipeline.build import build, open_base, read_arch
 from pipeline.config import load_config

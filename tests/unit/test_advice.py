@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.plan import plan_grid
+from parallel.world.grid import plan_grid
 from pipeline.advice import EVEN, advise, imbalance
 from pipeline.config import load_config
 from pipeline.preflight import check_layout

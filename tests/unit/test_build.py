@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.errors import CheckpointError, ConfigError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
 from pipeline import run_eval
 from pipeline.checkpoint.resume import check_output

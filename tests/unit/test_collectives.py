@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from parallel.collectives import on_main_first, share_from_main
 from parallel.errors import DataError
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
+from parallel.world.collectives import on_main_first, share_from_main
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 from tests.ranks import run_ranks
 from tests.single import single_groups
 

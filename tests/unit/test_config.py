@@ -294,7 +294,7 @@ def test_every_shipped_yaml_parses_in_15_lines(path: Path) -> None:
 def test_no_torch_is_imported(minimal: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.config import load_config, dump_config;"
-        "import parallel.plan;"
+        "import parallel.world.grid;"
         f"dump_config(load_config(Path({str(minimal)!r}))); print([m for m in ('torch', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

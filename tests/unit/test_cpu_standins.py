@@ -39,7 +39,7 @@ assert len(before) > 20 and "torch.cuda" in before
 assert cpu.install() is False
 assert cpu.install() is False
 assert snapshot() == before
-import parallel.groups
+import parallel.world.groups
 after = snapshot()
 assert all(after[module] == found for module, found in before.items())
 assert megatron.core.pipeline_parallel.schedules.torch is torch

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import ConfigError
-from parallel.groups import check_groups, destroy_groups, make_groups
-from parallel.plan import GridPlan
-from parallel.rank_env import RankEnv
+from parallel.world.grid import GridPlan
+from parallel.world.groups import check_groups, destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 
 
 @pytest.mark.parametrize("plan", [GridPlan(2, 2, 2, 2), GridPlan(4, 1, 3, 1), GridPlan(1, 4, 1, 2)], ids=str)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.plan import plan_grid
+from parallel.world.grid import plan_grid
 from pipeline.config import load_config
 from pipeline.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
 from pipeline.model import loss, names

@@ -126,9 +126,9 @@ def reads_parallel_state(tree: ast.AST) -> Iterator[str]:
 
 Rule = Callable[[ast.AST], Iterator[str]]
 RULES: dict[Rule, tuple[str, ...]] = {
-    reads_rank_environment: ("parallel/rank_env.py",),
-    patches_library: ("parallel/cpu.py", "parallel/fake.py"),
-    reads_parallel_state: ("parallel/cpu.py", "parallel/groups.py"),
+    reads_rank_environment: ("parallel/world/rank_env.py",),
+    patches_library: ("parallel/world/cpu_standins.py", "parallel/world/lone_rank.py"),
+    reads_parallel_state: ("parallel/world/cpu_standins.py", "parallel/world/groups.py"),
     loads_unsafely: (),
 }
 BREAKING: list[tuple[Rule, str]] = [

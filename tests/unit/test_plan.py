@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
-from parallel.plan import (
+from parallel.world.grid import (
     GridPlan,
     check_interleaving,
     check_model_fits,

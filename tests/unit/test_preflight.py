@@ -298,7 +298,7 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
 
 
 def test_the_70b_run_needs_what_its_yaml_says() -> None:
-    from parallel.plan import plan_grid
+    from parallel.world.grid import plan_grid
     from tools.shapes import llama2
 
     path = ROOT / "launch/configs/llama2_70b_32k.yaml"

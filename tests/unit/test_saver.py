@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from parallel.errors import CheckpointError
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import rng_state
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import rng_state
 from pipeline.checkpoint import files, saver, writer
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import FIELDS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel.plan import plan_stages
+from parallel.world.grid import plan_stages
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import write_safetensors_sharded
 from pipeline.model import names

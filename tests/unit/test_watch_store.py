@@ -11,8 +11,8 @@ import pytest
 
 from parallel.liveness import Verdict
 from parallel.process import RankWatch
-from parallel.rank_env import RankEnv
 from parallel.watch_store import StoreMinder
+from parallel.world.rank_env import RankEnv
 
 
 def test_silence_is_counted_from_the_last_answer() -> None:

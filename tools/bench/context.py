@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
 from parallel.s2_context import ContextShard
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.model.attention_backends import Backend, LseKernel, select_backend
 from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend

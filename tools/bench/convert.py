@@ -26,9 +26,9 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.export_adapter import export_adapter
 from pipeline.hashes import HASHES
 from pipeline.hf_companions import write_json

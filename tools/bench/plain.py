@@ -4,8 +4,8 @@ Weights, attention, LoRA's products and loss stay. But tensor-parallel linears g
 and sum whole rows after it, an MLP holds its wide tensors for all tokens, a recomputed layer repeats all that its
 forward did, norms' outputs are kept, and SwiGLU, RoPE, LoRA's update and norms' gradients are torch's own operations.
 
-Alone, under a fake process group, neither side pays for what is sent (`parallel.fake`). Ratios of real runs, over NCCL,
-say what a user gets.
+Alone, under a fake process group, neither side pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs,
+over NCCL, say what a user gets.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
-from parallel.fake import numbers_bytes
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import check_model_fits, plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import check_model_fits, plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
 from pipeline.data.loader import Batch
 from pipeline.model import tile_size
 from pipeline.model.attention_layout import AttentionSpec

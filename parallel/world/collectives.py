@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import CheckpointError, ConfigError, DataError, LongspanError
-from parallel.groups import Groups
+from parallel.world.groups import Groups
 
 _POLL_S = (0.02, 0.5)
 """First and longest pause between two looks at the store."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel import cpu
 from parallel.errors import ConfigError
-from parallel.fake import stand_in
-from parallel.plan import GridPlan
-from parallel.rank_env import RankEnv
 from parallel.s2_context import ContextShard
+from parallel.world import cpu_standins
+from parallel.world.grid import GridPlan
+from parallel.world.lone_rank import stand_in
+from parallel.world.rank_env import RankEnv
 
 # At its import megatron warns of optional packages that this product does not use.
 warnings.filterwarnings("ignore", module="megatron")
-cpu.install()  # before megatron.core: without triton its import needs the stand-in
+cpu_standins.install()  # before megatron.core: without triton its import needs the stand-in
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
