@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import CheckpointError, ConfigError
 from parallel.process import Watch, collective_timeout_s
 from parallel.world.collectives import on_main_first, share_from_main
@@ -15,7 +16,6 @@ from parallel.world.grid import check_interleaving, check_model_fits, plan_batch
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything, set_rng_state
-from parallel.zero3 import FrozenShards, deepspeed_config
 from pipeline.checkpoint.choose import Choice, candidates, choose
 from pipeline.checkpoint.files import remove, rename
 from pipeline.checkpoint.manifest import step_of

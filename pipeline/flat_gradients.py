@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from parallel.data_parallel import FlatShards, GradientReducer
+from parallel.axes.data import FlatShards, GradientReducer
 from parallel.world.collectives import sum_over
 
 ALIGN_ELEMENTS = 64

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from parallel.data_parallel import Piece
+from parallel.axes.data import Piece
 from parallel.errors import CheckpointError
 from pipeline.flat_gradients import FlatGradients
 

@@ -9,8 +9,8 @@ from unittest import mock
 
 import torch
 
-from parallel.halo_plan import Region
-from parallel.s2_context import HaloExchange
+from parallel.axes.context import HaloExchange
+from parallel.axes.halo_plan import Region
 from pipeline.model import attention
 from pipeline.model.attention import CoreAttention
 from pipeline.model.norm import RMSNorm

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError
-from parallel.s2_context import ContextShard
 from parallel.world import cpu_standins
 from parallel.world.grid import GridPlan
 from parallel.world.lone_rank import stand_in

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from parallel.axes.pinned import pin, unpin
 from parallel.errors import CheckpointError, LongspanError
-from parallel.pinned import pin, unpin
 from parallel.world.collectives import agree
 from parallel.world.groups import Groups
 from pipeline.checkpoint.files import remove

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
-from parallel.s2_context import ContextShard
+from parallel.axes.context import ContextShard
 from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend
 from pipeline.model.rope import apply_rope

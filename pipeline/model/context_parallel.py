@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from parallel.axes.context import ContextShard, Exchange, Flight, GatherExchange, HaloExchange
 from parallel.errors import ConfigError
-from parallel.s2_context import ContextShard, Exchange, Flight, GatherExchange, HaloExchange
 from pipeline.model.attention_backends import select_backend
 from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, Span, Straddle
 from pipeline.model.context_plan import ShardWork, blocks_of, halo_plan, shard_work

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallel.halo_plan import HaloPlan, Region, plan_halos
+from parallel.axes.halo_plan import HaloPlan, Region, plan_halos
 from pipeline.model.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span, Straddle
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.token_tiles import TokenTiles
+from parallel.axes.tensor import TokenTiles
 
 IGNORE = -100
 """Label of a token that is not scored (PyTorch's convention)."""

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from parallel.stages import relay, run_schedule
+from parallel.axes.pipeline import relay, run_schedule
+from parallel.axes.zero3 import FrozenShards
 from parallel.world.collectives import sum_over
 from parallel.world.grid import plan_stages
 from parallel.world.groups import Groups
-from parallel.zero3 import FrozenShards
 from pipeline.data.loader import Batch
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext

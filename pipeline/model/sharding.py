@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from parallel.zero3 import FrozenShards
+from parallel.axes.zero3 import FrozenShards
 from pipeline.model.stage import LlamaStage
 from pipeline.model.weights import trains
 

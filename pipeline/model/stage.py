@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from parallel.s2_context import ContextShard
-from parallel.zero3 import FrozenShards
+from parallel.axes.context import ContextShard
+from parallel.axes.zero3 import FrozenShards
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext

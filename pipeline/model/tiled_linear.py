@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from parallel.token_tiles import Span as Tokens
-from parallel.token_tiles import TileScatter, TokenTiles
+from parallel.axes.tensor import Span as Tokens
+from parallel.axes.tensor import TileScatter, TokenTiles
 from pipeline.model.tile_size import tile_tokens
 
 

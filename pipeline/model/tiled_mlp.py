@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.transformer.mlp import MLP
 from torch.autograd.function import once_differentiable
 
-from parallel.token_tiles import TokenTiles
+from parallel.axes.tensor import TokenTiles
 from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.swiglu import swiglu, swiglu_gradient_
 from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tiles_of

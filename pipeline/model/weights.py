@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
+from parallel.axes.zero3 import FrozenShards
 from parallel.errors import CheckpointError, ConfigError
-from parallel.zero3 import FrozenShards
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.halo_plan import Region
-from parallel.s2_context import ContextShard, Flight
+from parallel.axes.context import ContextShard, Flight
+from parallel.axes.halo_plan import Region
 from pipeline.model import context_parallel, s2_attention
 from pipeline.model.attention_backends import Backend, attend_pieces, select_backend
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from parallel.axes.context import ByteMeter, ContextShard, HaloExchange
+from parallel.axes.halo_plan import Region
 from parallel.errors import ConfigError
-from parallel.halo_plan import Region
-from parallel.s2_context import ByteMeter, ContextShard, HaloExchange
 from pipeline.model import context_parallel
 from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from parallel.token_tiles import TokenTiles
+from parallel.axes.tensor import TokenTiles
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv

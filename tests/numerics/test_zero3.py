@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.axes.zero3 import ALIGN_ELEMENTS, deepspeed_config
 from parallel.errors import ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from parallel.zero3 import ALIGN_ELEMENTS, deepspeed_config
 from pipeline.build import build, open_base, read_arch
 from pipeline.config import load_config
 from pipeline.run_eval import Evaluator

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.halo_plan import Region, plan_halos
+from parallel.axes.halo_plan import Region, plan_halos
 from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_plan import (
     halo_bytes,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel import pinned
+from parallel.axes import pinned
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from parallel.halo_plan import HaloPlan, Message, Region
+from parallel.axes.halo_plan import HaloPlan, Message, Region
 from parallel.world.lone_rank import to_receive
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from parallel.axes.pinned import pin, unpin
 from parallel.errors import LongspanError
-from parallel.pinned import pin, unpin
 from parallel.world.groups import Groups
 from parallel.world.lone_rank import to_receive
 from parallel.world.rank_env import local_rank_exported

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from parallel.s2_context import acquaint
+from parallel.axes.context import acquaint
 from parallel.world.groups import Groups
 
 Forward = Callable[[int, Any], torch.Tensor]
