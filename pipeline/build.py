@@ -10,7 +10,7 @@ import torch
 
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import CheckpointError, ConfigError
-from parallel.process import Watch, collective_timeout_s
+from parallel.health.watch import Watch, collective_timeout_s
 from parallel.world.collectives import on_main_first, share_from_main
 from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from parallel.world.groups import Groups, make_groups

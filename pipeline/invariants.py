@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.checks import Checked, RunChecks
+from parallel.health.replicas import Checked, RunChecks
 from parallel.world.groups import Groups
 from pipeline.model import names
 from pipeline.model.part import ModelPart

@@ -21,7 +21,7 @@ from typing import Any, Self
 import psutil
 
 from parallel.errors import ConfigError
-from parallel.liveness import machine
+from parallel.health.liveness import machine
 from pipeline.checkpoint.files import Damaged, parse_json, read_small
 
 NAME = ".lock"

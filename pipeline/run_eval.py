@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError, ConfigError, DataError
-from parallel.process import Watch
+from parallel.health.watch import Watch
 from parallel.world.collectives import share_from_main, sum_over
 from parallel.world.groups import Groups, destroy_groups
 from parallel.world.rank_env import RankEnv

@@ -20,7 +20,7 @@ from pipeline.config import dump_config, load_config
 from pipeline.schema import RunConfig
 
 if TYPE_CHECKING:  # it imports torch
-    from parallel.process import Watch
+    from parallel.health.watch import Watch
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,8 +44,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         LongspanError: one sentence for whatever a user can mend.
     """
     # Heavy imports wait until the configuration is known to be good.
-    from parallel.process import Watch
-    from parallel.stop import StopSignals, exit_code, signal_name
+    from parallel.health.signals import StopSignals, exit_code, signal_name
+    from parallel.health.watch import Watch
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
     from pipeline.lock import locked
@@ -154,7 +154,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
 
 
 def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
-    from parallel.process import watch_ranks  # imports torch, for which a wrong configuration need not wait
+    from parallel.health.watch import watch_ranks  # imports torch, for which a wrong configuration need not wait
 
     return watch_ranks(env, *timeout_s)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from parallel.checks import RunChecks
-from parallel.process import Watch
-from parallel.stop import StopSignals
+from parallel.health.replicas import RunChecks
+from parallel.health.signals import StopSignals
+from parallel.health.watch import Watch
 from parallel.world.collectives import sum_over
 from parallel.world.groups import Groups
 from parallel.world.rng import rng_state

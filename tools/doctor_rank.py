@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from parallel.checks import InvariantViolated, RunChecks
 from parallel.errors import ConfigError, LongspanError
+from parallel.health.replicas import InvariantViolated, RunChecks
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run
 from pipeline.config import load_config
@@ -171,7 +171,7 @@ def findings(
         wrong = wrong or seen_alone.violations[name]
         if name == "frozen weights unchanged" and not (mine.frozen_kept and theirs.frozen_kept):
             wrong = wrong or "the frozen weights' hash changed on rank 0"
-        rows.append(Row(name, wrong or "yes", "yes", not wrong, "parallel.checks says what must hold"))
+        rows.append(Row(name, wrong or "yes", "yes", not wrong, "parallel.health.replicas says what must hold"))
     return rows
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from parallel.stop import SIGNALS, signal_name
+from parallel.health.signals import SIGNALS, signal_name
 from parallel.world.rank_env import EXIT_FILE
 
 if TYPE_CHECKING:  # it imports torch

@@ -76,7 +76,7 @@ def loop(fault: str, rank: int, step: int, timeout_s: float) -> int:
     import torch
     import torch.distributed as dist
 
-    from parallel.process import watch_ranks
+    from parallel.health.watch import watch_ranks
 
     env = RankEnv.read()
     with watch_ranks(env, timeout_s) as watch:

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel.liveness import SILENCE_S, Beat, Peers, machine
-from parallel.process import Watch, collective_timeout_s, watch_ranks
+from parallel.health.liveness import SILENCE_S, Beat, Peers, machine
+from parallel.health.watch import Watch, collective_timeout_s, watch_ranks
 from parallel.world.rank_env import RankEnv
 from tests.numerics.test_training import write_run
 from tests.ranks import _reserved_port

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.stop import exit_code
+from parallel.health.signals import exit_code
 from parallel.world.rank_env import EXIT_FILE, RankEnv
 from pipeline.checkpoint.choose import choose
 from pipeline.lock import OutputLock

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.process import Watch
+from parallel.health.watch import Watch
 from parallel.world.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
 from pipeline.checkpoint.choose import choose

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.checks import InvariantViolated, bit_sums
+from parallel.health.replicas import InvariantViolated, bit_sums
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.liveness import machine
+from parallel.health.liveness import machine
 from pipeline.lock import STALE_S, OutputLock, locked
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from parallel.liveness import Verdict
-from parallel.process import RankWatch
-from parallel.watch_store import StoreMinder
+from parallel.health.liveness import Verdict
+from parallel.health.watch import RankWatch
+from parallel.health.watch_store import StoreMinder
 from parallel.world.rank_env import RankEnv
 
 

@@ -32,7 +32,7 @@ import psutil
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.process import SIGTERM_CODE
+from parallel.health.watch import SIGTERM_CODE
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
 from pipeline.config import dump_config

@@ -29,7 +29,7 @@ from typing import NoReturn, Self
 import psutil
 
 from parallel.errors import LongspanError
-from parallel.liveness import (
+from parallel.health.liveness import (
     PATIENCE,
     SILENCE_S,
     Beat,
@@ -40,7 +40,7 @@ from parallel.liveness import (
     machine,
     main_thread_stands,
 )
-from parallel.watch_store import LOST, STORE_S, StoreMinder, meet
+from parallel.health.watch_store import LOST, STORE_S, StoreMinder, meet
 from parallel.world.rank_env import RankEnv
 
 DEFAULT_TIMEOUT_S = 600.0
