@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.sections import RopeSettings
 from pipeline.hf_write import NOTE
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.rope import RopePlan, plan_rope
-from pipeline.schema import RopeSettings
 
 CONFIG = "adapter_config.json"
 _UNSUPPORTED = (

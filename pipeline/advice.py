@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from operator import itemgetter
 
 from parallel.world.grid import GridPlan
+from pipeline.config.sections import RunConfig
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
 from pipeline.model.context_plan import query_key_pairs
-from pipeline.schema import RunConfig
 
 EVEN = 1.1
 """Work of the busiest rank over the mean up to which nothing is said."""

@@ -23,7 +23,8 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.checkpoint.writer import clear_unfinished
-from pipeline.config import config_dict
+from pipeline.config.sections import AttentionConfig, LoraConfig, RunConfig
+from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
@@ -42,7 +43,6 @@ from pipeline.model.weights import init_adapters, load_base, mark_trainable, tra
 from pipeline.optim import TrainableAdamW
 from pipeline.progress import TokenProgress
 from pipeline.reduction import GradientReduction
-from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
 from pipeline.state import load_state, own_pieces
 from pipeline.trainer import Trainer, TrainerParts
 

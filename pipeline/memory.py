@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.world.grid import GridPlan
+from pipeline.config.sections import RunConfig
 from pipeline.model.arch import LlamaArch
 from pipeline.model.tile_size import tile_tokens
-from pipeline.schema import RunConfig
 
 GIB = 2**30
 GRADIENT = 4

@@ -16,6 +16,7 @@ from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.advice import advise
 from pipeline.checkpoint.manifest import step_of
+from pipeline.config.sections import RunConfig
 from pipeline.data.records import find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype
@@ -32,7 +33,6 @@ from pipeline.preflight_files import (
     existing,
     gib,
 )
-from pipeline.schema import RunConfig
 
 SHARED_MEMORY = 128 * 2**20
 """/dev/shm bytes a process: NCCL puts its buffers between processes of one machine there."""

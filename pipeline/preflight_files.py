@@ -13,6 +13,7 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.resume import check_output
+from pipeline.config.sections import ModelConfig, RunConfig
 from pipeline.data.records import check_first_record, find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
@@ -20,7 +21,6 @@ from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.memory import GIB
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.plan import plan_model
-from pipeline.schema import ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)

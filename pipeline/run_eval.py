@@ -19,14 +19,14 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config import config_dict
+from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
+from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluate import EvalReport, Shards, evaluate
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_trained, mark_trainable
 from pipeline.progress import EvalProgress
-from pipeline.schema import LoraConfig, RopeSettings, RunConfig
 from pipeline.state import check_trained
 
 STATES = ("shipped", "untrained", "trained")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from pipeline.build import Run
+from pipeline.config.sections import RunConfig
 from pipeline.model import names
 from pipeline.model.weights import kind_of, trained_names
-from pipeline.schema import RunConfig
 from pipeline.versions import versions
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from parallel.errors import LongspanError
 from parallel.world.rank_env import RankEnv
 from pipeline.advice import advise
-from pipeline.config import dump_config, load_config
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch

@@ -13,6 +13,8 @@ import torch
 from parallel.errors import CheckpointError
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
+from pipeline.config.rope import used_rope
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
@@ -21,8 +23,6 @@ from pipeline.model.plan import check_growth
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.safetensors_io import SafetensorsFile
-from pipeline.schema import LoraConfig, RopeSettings
-from pipeline.schema_rope import used_rope
 
 PAD_TOKEN = "[PAD]"
 MERGE_ELEMENTS = 1 << 25

@@ -17,6 +17,7 @@ from parallel.world.groups import Groups
 from parallel.world.rng import rng_state
 from pipeline.checkpoint.resume import data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
+from pipeline.config.sections import RunConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.guard import NonFiniteGuard, TrainingDiverged
 from pipeline.metrics import MetricsWriter, peak_memory_gib
@@ -27,7 +28,6 @@ from pipeline.optim import TrainableAdamW
 from pipeline.progress import TrainProgress
 from pipeline.reduction import GradientReduction
 from pipeline.schedule import learning_rate
-from pipeline.schema import RunConfig
 from pipeline.state import own_pieces
 from pipeline.versions import versions
 

@@ -21,8 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from pipeline.config import dump_config, load_config
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
 from tools.local_ranks import RankFailed, run_local
 from tools.shrink import Shrunk, shrink
 

@@ -21,9 +21,9 @@ from parallel.errors import ConfigError, LongspanError
 from parallel.health.replicas import InvariantViolated, RunChecks
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run
-from pipeline.config import load_config
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import load_config
 from pipeline.invariants import run_checks
-from pipeline.schema import RunConfig
 from tools.local_ranks import die_with_parent
 from tools.parity import Difference, Observed, compare, observe
 from tools.shrink import STEPS, TOKENS

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from parallel.errors import DataError, LongspanError
 from parallel.world.rank_env import RankEnv
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.evaluate import EvalReport
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}

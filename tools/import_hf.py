@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, LongspanError
+from pipeline.config.sections import RopeSettings
 from pipeline.export import refuse_overlap, source_files
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf_files import HfCheckpoint
@@ -29,7 +30,6 @@ from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.model.vocabulary import grown_tensor
 from pipeline.progress import ByteProgress
 from pipeline.safetensors_io import TensorFact
-from pipeline.schema import RopeSettings
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}

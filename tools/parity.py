@@ -11,10 +11,10 @@ import torch
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
+from pipeline.config.sections import RunConfig
 from pipeline.model.canonical import gather
 from pipeline.model.weights import trainable
 from pipeline.reduction import main_grad
-from pipeline.schema import RunConfig
 from pipeline.state import whole_state
 
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.preflight import Launch, survey
 from pipeline.preflight_files import Finding
 from tools.machine import read_machine

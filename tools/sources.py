@@ -8,9 +8,9 @@ from pathlib import Path
 from parallel.errors import CheckpointError
 from pipeline.adapters_in import load_adapter
 from pipeline.checkpoint.choose import newest
+from pipeline.config.sections import RopeSettings
 from pipeline.export import export
 from pipeline.hf_write import REPORT
-from pipeline.schema import RopeSettings
 from pipeline.trained_model import TrainedModel, load_trained_model
 
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError, DataError, LongspanError
-from pipeline.config import dump_config, load_config
-from pipeline.schema import EvalConfig, ParallelConfig, RunConfig
-from pipeline.schema_parallel import OffloadConfig
+from pipeline.config.parallel import OffloadConfig
+from pipeline.config.sections import EvalConfig, ParallelConfig, RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
 from tools.local_ranks import ROOT, RankFailed
 from tools.shrink import Shrunk, shrink
 

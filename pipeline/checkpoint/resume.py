@@ -10,11 +10,11 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import candidates
 from pipeline.checkpoint.files import Damaged
 from pipeline.checkpoint.manifest import Manifest, read_manifest
-from pipeline.config import config_dict, defaults
+from pipeline.config.rope import used_rope
+from pipeline.config.sections import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
+from pipeline.config.yaml_file import config_dict, defaults
 from pipeline.model.arch import read_arch
 from pipeline.model.plan import plan_rope
-from pipeline.schema import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
-from pipeline.schema_rope import used_rope
 
 FREE_TO_CHANGE = (
     "output",

@@ -31,10 +31,10 @@ from megatron.core.tensor_parallel import (
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from pipeline.config.sections import LoraConfig
 from pipeline.model.fused import kernels_for
 from pipeline.model.norm import NormRecipe, recipe_of
 from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
-from pipeline.schema import LoraConfig
 
 MOST_COLUMNS = 128
 """Ranks of all parts of a fused projection together that the update's kernel takes."""

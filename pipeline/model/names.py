@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from parallel.errors import ConfigError
+from pipeline.config.sections import LoraConfig
 from pipeline.model.arch import LlamaArch
-from pipeline.schema import LoraConfig
 
 GLOBAL = {
     "model.embed_tokens.weight": "embedding.weight",

@@ -17,6 +17,7 @@ from parallel.axes.zero3 import FrozenShards
 from parallel.world.collectives import sum_over
 from parallel.world.grid import plan_stages
 from parallel.world.groups import Groups
+from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
@@ -26,7 +27,6 @@ from pipeline.model.rope import RopePlan
 from pipeline.model.sharding import shard_stage
 from pipeline.model.spec import transformer_config
 from pipeline.model.stage import Chunk, LlamaStage
-from pipeline.schema import LoraConfig
 
 
 @dataclass(frozen=True)

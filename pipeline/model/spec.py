@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from parallel.world.grid import GridPlan
+from pipeline.config.sections import LoraConfig
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import CoreAttention, LongAttention
@@ -25,7 +26,6 @@ from pipeline.model.residual import last_residual_add, residual_add
 from pipeline.model.swiglu import SwiGlu
 from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.model.tiled_mlp import TiledMLP
-from pipeline.schema import LoraConfig
 
 
 def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from parallel.axes.context import ContextShard
 from parallel.axes.zero3 import FrozenShards
+from pipeline.config.sections import LoraConfig
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
@@ -23,7 +24,6 @@ from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.model.loss import VocabShard, sum_cross_entropy, token_losses
 from pipeline.model.rope import RopePlan, rope_tables
 from pipeline.model.spec import block_submodules
-from pipeline.schema import LoraConfig
 
 
 @dataclass(frozen=True)

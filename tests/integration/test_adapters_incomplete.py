@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from parallel.errors import CheckpointError, LongspanError
 from pipeline.adapters_in import load_adapter
+from pipeline.config.sections import RopeSettings
 from pipeline.export import export, export_adapter
 from pipeline.hf_files import HfCheckpoint
-from pipeline.schema import RopeSettings
 from pipeline.verify import verify
 from tests.integration.test_import_export import trained_model
 from tests.integration.test_longlora_files import CONTEXT, TOKENS, published

@@ -10,7 +10,7 @@ import torch
 
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.guard import TrainingDiverged
 from pipeline.progress import TrainProgress
 from pipeline.state import whole_state

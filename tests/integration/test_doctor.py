@@ -11,8 +11,8 @@ from rich.console import Console
 
 from parallel.errors import ConfigError
 from parallel.world.grid import plan_stages
-from pipeline.config import load_config
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import load_config
 from tests.tiny_models import make_tiny
 from tools.doctor import Report, main, run_doctor, run_doctors, show
 from tools.local_ranks import RankFailed

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
 from pipeline.export import export, export_adapter, export_merged
 from pipeline.export_adapter import peft_config
 from pipeline.hf_files import HfCheckpoint
@@ -24,7 +25,6 @@ from pipeline.model import names
 from pipeline.model.arch import read_arch
 from pipeline.model.rope import plan_rope
 from pipeline.safetensors_io import TensorFact
-from pipeline.schema import LORA_TARGETS, LoraConfig, RopeSettings
 from pipeline.trained_model import TrainedModel, load_trained_model
 from pipeline.verify import sample_tokens, verify
 from tests.tiny_models import KINDS, make_tiny

@@ -12,6 +12,7 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model import names
 from pipeline.model.arch import read_arch
@@ -19,7 +20,6 @@ from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_base
-from pipeline.schema import LoraConfig, RopeSettings
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
 

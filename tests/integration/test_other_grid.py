@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.world.rank_env import RankEnv
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.train import train
 from tests.numerics.test_training import final, losses, run_here, write_run
 from tests.ranks import run_ranks

@@ -16,7 +16,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.resume import check_output
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.progress import EvalProgress

@@ -11,6 +11,7 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model import tiled_linear, tiled_mlp
 from pipeline.model.arch import read_arch
@@ -18,7 +19,6 @@ from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
 from tools.bench.plain import REPLACED, plain_layers

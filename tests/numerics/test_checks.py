@@ -12,7 +12,7 @@ from parallel.health.replicas import InvariantViolated, bit_sums
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from tests.numerics.test_parallel_parity import Grid, write_config
 from tests.ranks import run_ranks
 

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model import lora, norm, rope, swiglu
 from pipeline.model.arch import read_arch
@@ -19,7 +20,6 @@ from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
 from tests.interpreted import interpret
 from tests.single import single_groups
 from tests.tiny_models import make_tiny

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parallel.world.grid import plan_grid
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf_files import HfCheckpoint
 from pipeline.model.arch import read_arch
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
@@ -18,7 +19,6 @@ from pipeline.model.rope import hf_rope_fields, plan_rope
 from pipeline.model.spec import transformer_config
 from pipeline.model.stage import LlamaStage
 from pipeline.model.weights import init_adapters, load_base
-from pipeline.schema import LoraConfig, RopeSettings
 from tests.single import single_groups
 from tests.tiny_models import KINDS, make_tiny
 

@@ -13,7 +13,7 @@ import torch
 
 from parallel.world.rank_env import RankEnv
 from pipeline import optim
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.flat_gradients import FlatGradients
 from pipeline.model import loss, tile_size
 from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan

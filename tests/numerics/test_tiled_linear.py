@@ -15,6 +15,7 @@ from parallel.axes.tensor import TokenTiles
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model import residual, tile_size, tiled_linear, tiled_mlp
 from pipeline.model.arch import read_arch
@@ -26,7 +27,6 @@ from pipeline.model.rope import plan_rope
 from pipeline.model.tiled_linear import LastRowParallelLinear, _Column, _Row, recomputing
 from pipeline.model.tiled_mlp import TiledMLP
 from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
 

@@ -15,9 +15,9 @@ from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan
 from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config import load_config
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import load_config
 from pipeline.model.arch import LlamaArch
-from pipeline.schema import RunConfig
 from pipeline.train import train
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer

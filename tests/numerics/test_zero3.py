@@ -13,7 +13,7 @@ from parallel.errors import ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build, open_base, read_arch
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.run_eval import Evaluator
 from pipeline.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parallel.world.grid import plan_grid
 from pipeline.advice import EVEN, advise, imbalance
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.preflight import check_layout
 from tools.shapes import llama2
 

@@ -17,7 +17,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
 from pipeline import run_eval
 from pipeline.checkpoint.resume import check_output
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.hf_files import HfCheckpoint
 from pipeline.train import train
 from tests.numerics.test_training import write_run

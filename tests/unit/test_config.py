@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from parallel.errors import ConfigError
-from pipeline.config import config_dict, dump_config, load_config
-from pipeline.schema import EvalConfig, RunConfig
+from pipeline.config.sections import EvalConfig, RunConfig
+from pipeline.config.yaml_file import config_dict, dump_config, load_config
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -293,7 +293,7 @@ def test_every_shipped_yaml_parses_in_15_lines(path: Path) -> None:
 
 def test_no_torch_is_imported(minimal: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.config import load_config, dump_config;"
+        "import sys; from pathlib import Path; from pipeline.config.yaml_file import load_config, dump_config;"
         "import parallel.world.grid;"
         f"dump_config(load_config(Path({str(minimal)!r}))); print([m for m in ('torch', 'numpy') if m in sys.modules])"
     )

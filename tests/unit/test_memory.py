@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from parallel.world.grid import plan_grid
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
 from pipeline.model import loss, names
 from pipeline.model.arch import read_arch

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from parallel.errors import ConfigError
+from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.schema import LORA_TARGETS, LoraConfig
 from tests.tiny_models import KINDS, tiny_config
 
 

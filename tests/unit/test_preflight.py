@@ -19,12 +19,12 @@ from rich.console import Console
 
 from pipeline import preflight, preflight_files
 from pipeline.checkpoint.manifest import checksum_text, manifest_bytes
-from pipeline.config import config_dict, load_config
+from pipeline.config.sections import ModelConfig, RopeSettings, RunConfig
+from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
 from pipeline.memory import GIB, MemoryEstimate, estimate_memory
 from pipeline.model.arch import read_arch
 from pipeline.preflight import Gpu, Launch, Machine, Space
-from pipeline.schema import ModelConfig, RopeSettings, RunConfig
 from tests.tiny_models import make_tiny, write_tokenizer
 from tools import machine as machines
 from tools.preflight import main, show, weights_bytes

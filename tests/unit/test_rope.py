@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from parallel.errors import ConfigError
+from pipeline.config.sections import RopeSettings
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.plan import RopePlan, ntk_theta, plan_rope
 from pipeline.model.rope import apply_rope, hf_rope_fields, inverse_frequencies, rope_tables
-from pipeline.schema import RopeSettings
 from tests.tiny_models import tiny_config
 
 LLAMA31 = {

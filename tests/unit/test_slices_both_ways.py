@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.world.grid import plan_stages
+from pipeline.config.sections import LoraConfig
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import write_safetensors_sharded
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.weights import VOCABULARY, load_base
 from pipeline.safetensors_io import TensorFact
-from pipeline.schema import LoraConfig
 from tests.tiny_models import KINDS, make_tiny
 
 GRIDS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2), (4, 2)]

@@ -29,6 +29,7 @@ from parallel.errors import LongspanError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.export_adapter import export_adapter
 from pipeline.hashes import HASHES
 from pipeline.hf_companions import write_json
@@ -41,7 +42,6 @@ from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_base
 from pipeline.run_facts import git_commit
 from pipeline.safetensors_io import TensorFact
-from pipeline.schema import LoraConfig, RopeSettings
 from pipeline.trained_model import TrainedModel
 from tools.bench.command_line import console_of
 from tools.shapes import config_json, llama2

@@ -29,6 +29,7 @@ from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model import tile_size
 from pipeline.model.attention_layout import AttentionSpec
@@ -37,7 +38,6 @@ from pipeline.model.rope import plan_rope
 from pipeline.model.weights import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
-from pipeline.schema import LoraConfig, RopeSettings
 from tools.bench.command_line import add_integers, console_of
 from tools.bench.plain import plain_layers
 from tools.shapes import SIZES, llama2

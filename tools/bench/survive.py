@@ -35,10 +35,10 @@ from parallel.errors import ConfigError, LongspanError
 from parallel.health.watch import SIGTERM_CODE
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
-from pipeline.config import dump_config
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.sections import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
+from pipeline.config.yaml_file import dump_config
 from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.schema import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
-from pipeline.schema_parallel import ParallelConfig
 from tools.bench.command_line import add_integers, console_of
 from tools.local_ranks import ROOT, RankFailed
 from tools.shapes import config_json, llama2

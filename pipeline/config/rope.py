@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.errors import ConfigError
-from pipeline.schema_checks import at_least, one_of
+from pipeline.config.checks import at_least, one_of
 
 ROPE_TYPES = ("auto", "none", "linear", "ntk", "abf", "yarn", "llama3")
 

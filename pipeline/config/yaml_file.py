@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
 
 _NOUNS = {
     int: "an integer",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from parallel.errors import ConfigError
-from pipeline.schema_checks import at_least, between, not_empty, one_of
-from pipeline.schema_parallel import ParallelConfig
-from pipeline.schema_rope import RopeSettings
+from pipeline.config.checks import at_least, between, not_empty, one_of
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.rope import RopeSettings
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")

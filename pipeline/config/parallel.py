@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from parallel.errors import ConfigError
-from pipeline.schema_checks import at_least, one_of
+from pipeline.config.checks import at_least, one_of
 
 
 @dataclass(frozen=True)
