@@ -13,9 +13,9 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import RopeSettings
 from pipeline.hf_write import NOTE
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch
 from pipeline.model.rope import RopePlan, plan_rope
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
 
 CONFIG = "adapter_config.json"
 _UNSUPPORTED = (

@@ -33,14 +33,14 @@ from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf_files import HfCheckpoint
 from pipeline.invariants import run_checks
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.attention_backends import select_backend
-from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
-from pipeline.model.plan import RopePlan, plan_model
 from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import RopePlan, plan_model
 from pipeline.progress import TokenProgress
 from pipeline.reduction import GradientReduction
 from pipeline.state import load_state, own_pieces

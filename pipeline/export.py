@@ -16,8 +16,8 @@ from pipeline.export_adapter import export_adapter, export_longlora
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import read_arch
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
 from pipeline.progress import ByteProgress
 from pipeline.safetensors_io import TensorFact
 from pipeline.trained_model import TrainedModel, companions, extended_config

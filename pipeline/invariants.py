@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from parallel.health.replicas import Checked, RunChecks
 from parallel.world.groups import Groups
-from pipeline.model import names
 from pipeline.model.part import ModelPart
 from pipeline.optim import TrainableAdamW
+from pipeline.planning import tensors as names
 
 
 def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> RunChecks:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
-from pipeline.advice import advise
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.sections import RunConfig
 from pipeline.data.records import find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype
-from pipeline.memory import MemoryEstimate, estimate_memory
-from pipeline.model.arch import LlamaArch
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.balance import advise
+from pipeline.planning.memory import MemoryEstimate, estimate_memory
 from pipeline.preflight_files import (
     Finding,
     check_earlier_run,

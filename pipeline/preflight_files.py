@@ -18,9 +18,9 @@ from pipeline.data.records import check_first_record, find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
-from pipeline.memory import GIB
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.plan import plan_model
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.memory import GIB
+from pipeline.planning.rope import plan_model
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 
 from pipeline.build import Run
 from pipeline.config.sections import RunConfig
-from pipeline.model import names
 from pipeline.model.weights import kind_of, trained_names
+from pipeline.planning import tensors as names
 from pipeline.versions import versions
 
 

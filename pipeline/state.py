@@ -11,11 +11,11 @@ from parallel.errors import CheckpointError
 from pipeline.checkpoint.manifest import MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import StatePiece
-from pipeline.model import names
 from pipeline.model.canonical import gather, owned
 from pipeline.model.part import ModelPart
 from pipeline.model.weights import trained_names
 from pipeline.optim import MOMENTS, STEP, TrainableAdamW
+from pipeline.planning import tensors as names
 
 
 def own_pieces(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW) -> list[StatePiece]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
 from parallel.world.rank_env import RankEnv
-from pipeline.advice import advise
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
+from pipeline.planning.balance import advise
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch

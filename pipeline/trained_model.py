@@ -17,11 +17,11 @@ from pipeline.config.rope import used_rope
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size
 from pipeline.hf_files import HfCheckpoint
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.plan import check_growth
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.rope import check_growth
 from pipeline.safetensors_io import SafetensorsFile
 
 PAD_TOKEN = "[PAD]"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapters_in import TRAINABLE, load_adapter, read_pickled
 from pipeline.hf_files import HfCheckpoint
-from pipeline.model import names
+from pipeline.planning import tensors as names
 from pipeline.trained_model import TrainedModel, extended_config
 
 ROOM = 0.7

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
 
 VOCAB = 128
 _COMMON: dict[str, Any] = {

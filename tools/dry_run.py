@@ -32,8 +32,8 @@ from pipeline.build import build, check_before_spending
 from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf_files import HfCheckpoint, TensorFact
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
 from tools.shapes import SIZES, config_json, llama2
 from tools.tiny_checkpoint import write_tokenizer, write_tokens
 

@@ -24,10 +24,10 @@ from pipeline.export import refuse_overlap, source_files
 from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import read_arch
 from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.model.vocabulary import grown_tensor
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
 from pipeline.progress import ByteProgress
 from pipeline.safetensors_io import TensorFact
 

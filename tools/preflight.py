@@ -31,8 +31,8 @@ def weights_bytes(folder: Path) -> int:
     """
     # torch, which nothing else in a failing preflight needs
     from pipeline.hf_files import HfCheckpoint
-    from pipeline.model import names
-    from pipeline.model.arch import read_arch
+    from pipeline.planning import tensors as names
+    from pipeline.planning.arch import read_arch
 
     weights = HfCheckpoint(folder)
     weights.check(names.hf_tensor_shapes(read_arch(folder)), names.is_derived)

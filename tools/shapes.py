@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.model.arch import LlamaArch
+from pipeline.planning.arch import LlamaArch
 
 # hidden, FFN, layers, query heads, KV heads
 _LLAMA2 = {

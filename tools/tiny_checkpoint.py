@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from pipeline.config.sections import RunConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
 from tools.shrink import TOKENS
 
 LONGEST_DOCUMENT = 50

@@ -13,8 +13,8 @@ from pipeline.checkpoint.manifest import Manifest, read_manifest
 from pipeline.config.rope import used_rope
 from pipeline.config.sections import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict, defaults
-from pipeline.model.arch import read_arch
-from pipeline.model.plan import plan_rope
+from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import plan_rope
 
 FREE_TO_CHANGE = (
     "output",

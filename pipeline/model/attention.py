@@ -15,10 +15,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
 from parallel.axes.context import ContextShard
-from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend
 from pipeline.model.rope import apply_rope
 from pipeline.model.s2_attention import attend
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 
 
 @dataclass(frozen=True)

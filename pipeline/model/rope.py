@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.model.arch import LlamaArch
 from pipeline.model.fused import kernels_for
-from pipeline.model.plan import RopePlan
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.rope import RopePlan
 
 # Whoever computes with a plan finds how it is made here as well.
-from pipeline.model.plan import plan_rope as plan_rope
+from pipeline.planning.rope import plan_rope as plan_rope
 
 ROPE_KEYS = (
     "rope_theta",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from parallel.errors import ConfigError
 from pipeline.model.attention_backends import Backend, attend_pieces, expand_groups, select_backend
-from pipeline.model.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span
+from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span
 
 
 class Window(NamedTuple):

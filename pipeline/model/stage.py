@@ -17,13 +17,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from parallel.axes.context import ContextShard
 from parallel.axes.zero3 import FrozenShards
 from pipeline.config.sections import LoraConfig
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch
 from pipeline.model.attention import AttentionContext
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.model.loss import VocabShard, sum_cross_entropy, token_losses
 from pipeline.model.rope import RopePlan, rope_tables
 from pipeline.model.spec import block_submodules
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from parallel.axes.tensor import Span as Tokens
 from parallel.axes.tensor import TileScatter, TokenTiles
-from pipeline.model.tile_size import tile_tokens
+from pipeline.planning.tile_size import tile_tokens
 
 
 def tiles_of(group: dist.ProcessGroup, shape: Sequence[int], width: int) -> TokenTiles:

@@ -21,9 +21,9 @@ from pipeline.export import export, export_adapter, export_merged
 from pipeline.export_adapter import peft_config
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import plan_shards, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import read_arch
 from pipeline.model.rope import plan_rope
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
 from pipeline.safetensors_io import TensorFact
 from pipeline.trained_model import TrainedModel, load_trained_model
 from pipeline.verify import sample_tokens, verify

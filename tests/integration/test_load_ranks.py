@@ -14,12 +14,12 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf_files import HfCheckpoint
-from pipeline.model import names
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_base
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pipeline.model.attention_backends import select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.context_plan import halo_bytes
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_bytes
 from tests.ranks import run_ranks
 from tools.bench.torch_ring import refuses
 

@@ -14,11 +14,11 @@ from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model import tiled_linear, tiled_mlp
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import mark_trainable
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
 from tools.bench.plain import REPLACED, plain_layers

@@ -17,9 +17,9 @@ from parallel.axes.context import ContextShard, Flight
 from parallel.axes.halo_plan import Region
 from pipeline.model import context_parallel, s2_attention
 from pipeline.model.attention_backends import Backend, attend_pieces, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend
 from pipeline.model.s2_attention import attend_straddling
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tests.numerics import attention_oracle as oracle
 
 CPU = torch.device("cpu")

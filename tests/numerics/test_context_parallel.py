@@ -20,10 +20,10 @@ from parallel.axes.context import ByteMeter, ContextShard, HaloExchange
 from parallel.axes.halo_plan import Region
 from parallel.errors import ConfigError
 from pipeline.model import context_parallel
-from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend
-from pipeline.model.context_plan import halo_bytes, halo_formula
 from pipeline.model.s2_attention import attend
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_bytes, halo_formula
 from tests.ranks import run_ranks
 
 LAYERS, DIM = 2, 8

@@ -15,11 +15,11 @@ import torch
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model import lora, norm, rope, swiglu
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import mark_trainable
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
 from tests.interpreted import interpret
 from tests.single import single_groups
 from tests.tiny_models import make_tiny

@@ -15,9 +15,10 @@ from parallel.world.rank_env import RankEnv
 from pipeline import optim
 from pipeline.config.yaml_file import load_config
 from pipeline.flat_gradients import FlatGradients
-from pipeline.model import loss, tile_size
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.context_plan import halo_plan
+from pipeline.model import loss
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
 from tools.parity import Observed, compare, observe

@@ -9,8 +9,8 @@ import torch
 from parallel.errors import ConfigError
 from pipeline.model import s2_attention
 from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan, segments
 from pipeline.model.s2_attention import attend, attend_block
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan, segments
 from tests.numerics import attention_oracle as oracle
 
 CPU = torch.device("cpu")

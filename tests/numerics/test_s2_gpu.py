@@ -11,8 +11,8 @@ import torch
 
 from parallel.errors import ConfigError
 from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan
 from pipeline.model.s2_attention import attend, attend_block
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan
 from tests.numerics import attention_oracle as oracle
 
 pytestmark = pytest.mark.gpu

@@ -16,11 +16,12 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import loss, tile_size
-from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model import loss
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import mark_trainable
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec
 from tools.shapes import llama2
 
 TOKENS, HIDDEN, RANKS = 512, 64, 8

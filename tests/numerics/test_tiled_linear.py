@@ -17,9 +17,7 @@ from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import residual, tile_size, tiled_linear, tiled_mlp
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
+from pipeline.model import residual, tiled_linear, tiled_mlp
 from pipeline.model.norm import recipe_of
 from pipeline.model.part import ModelPart
 from pipeline.model.residual import last_residual_add, residual_add
@@ -27,6 +25,9 @@ from pipeline.model.rope import plan_rope
 from pipeline.model.tiled_linear import LastRowParallelLinear, _Column, _Row, recomputing
 from pipeline.model.tiled_mlp import TiledMLP
 from pipeline.model.weights import mark_trainable
+from pipeline.planning import tile_size
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny
 

@@ -17,7 +17,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.model.arch import LlamaArch
+from pipeline.planning.arch import LlamaArch
 from pipeline.train import train
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer

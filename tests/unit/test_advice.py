@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.world.grid import plan_grid
-from pipeline.advice import EVEN, advise, imbalance
 from pipeline.config.yaml_file import load_config
+from pipeline.planning.balance import EVEN, advise, imbalance
 from pipeline.preflight import check_layout
 from tools.shapes import llama2
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from parallel.errors import ConfigError
-from pipeline.model.arch import read_arch
+from pipeline.planning.arch import read_arch
 from tests.tiny_models import KINDS, tiny_config
 
 
@@ -115,5 +115,5 @@ def test_wide_window_is_kept(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, pipeline.model.arch; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.planning.arch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

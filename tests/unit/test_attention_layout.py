@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError, DataError
-from pipeline.model.attention_layout import (
+from pipeline.planning.attention_layout import (
     AttentionSpec,
     HeadBlock,
     HeadPlan,

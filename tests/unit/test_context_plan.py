@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.axes.halo_plan import Region, plan_halos
-from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
-from pipeline.model.context_plan import (
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import (
     halo_bytes,
     halo_formula,
     halo_needs,

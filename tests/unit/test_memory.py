@@ -9,10 +9,11 @@ import pytest
 
 from parallel.world.grid import plan_grid
 from pipeline.config.yaml_file import load_config
-from pipeline.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
-from pipeline.model import loss, names
-from pipeline.model.arch import read_arch
-from pipeline.model.tile_size import tile_tokens
+from pipeline.model import loss
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
+from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
+from pipeline.planning.tile_size import tile_tokens
 from tests.tiny_models import KINDS, make_tiny
 from tools.shapes import llama2
 

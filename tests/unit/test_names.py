@@ -11,8 +11,8 @@ import torch
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
 from tests.tiny_models import KINDS, tiny_config
 
 

@@ -22,8 +22,8 @@ from pipeline.checkpoint.manifest import checksum_text, manifest_bytes
 from pipeline.config.sections import ModelConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
-from pipeline.memory import GIB, MemoryEstimate, estimate_memory
-from pipeline.model.arch import read_arch
+from pipeline.planning.arch import read_arch
+from pipeline.planning.memory import GIB, MemoryEstimate, estimate_memory
 from pipeline.preflight import Gpu, Launch, Machine, Space
 from tests.tiny_models import make_tiny, write_tokenizer
 from tools import machine as machines

@@ -14,9 +14,9 @@ from parallel.world.grid import plan_stages
 from pipeline.config.sections import LoraConfig
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.weights import VOCABULARY, load_base
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.safetensors_io import TensorFact
 from tests.tiny_models import KINDS, make_tiny
 

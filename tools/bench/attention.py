@@ -21,8 +21,8 @@ from rich.table import Table
 
 from parallel.errors import ConfigError
 from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.model.s2_attention import attend
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tools.bench.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")

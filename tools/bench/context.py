@@ -38,10 +38,10 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.model.attention_backends import Backend, LseKernel, select_backend
-from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.model.context_parallel import context_attend
-from pipeline.model.context_plan import ring_bytes
 from pipeline.model.s2_attention import attend
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import ring_bytes
 from tools.bench.command_line import add_integers, console_of
 from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
 

@@ -35,11 +35,11 @@ from pipeline.hashes import HASHES
 from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import SHARD_BYTES, check_space, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_base
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.run_facts import git_commit
 from pipeline.safetensors_io import TensorFact
 from pipeline.trained_model import TrainedModel

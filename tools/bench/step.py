@@ -31,12 +31,12 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import tile_size
-from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reduction import GradientReduction
 from tools.bench.command_line import add_integers, console_of
 from tools.bench.plain import plain_layers

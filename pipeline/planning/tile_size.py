@@ -1,4 +1,4 @@
-"""How many tokens a tile of frozen products has; no torch, so that `pipeline.memory` counts with the same rule."""
+"""How many tokens a tile of frozen products has; no torch, so that `planning.memory` counts with the same rule."""
 
 from __future__ import annotations
 

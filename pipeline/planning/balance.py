@@ -7,9 +7,9 @@ from operator import itemgetter
 
 from parallel.world.grid import GridPlan
 from pipeline.config.sections import RunConfig
-from pipeline.model.arch import LlamaArch
-from pipeline.model.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.context_plan import query_key_pairs
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import query_key_pairs
 
 EVEN = 1.1
 """Work of the busiest rank over the mean up to which nothing is said."""

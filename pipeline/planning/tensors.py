@@ -16,7 +16,7 @@ import torch
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import LoraConfig
-from pipeline.model.arch import LlamaArch
+from pipeline.planning.arch import LlamaArch
 
 GLOBAL = {
     "model.embed_tokens.weight": "embedding.weight",

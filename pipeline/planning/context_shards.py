@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from parallel.axes.halo_plan import HaloPlan, Region, plan_halos
-from pipeline.model.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span, Straddle
+from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span, Straddle
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from parallel.world.grid import GridPlan
 from pipeline.config.sections import RunConfig
-from pipeline.model.arch import LlamaArch
-from pipeline.model.tile_size import tile_tokens
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tile_size import tile_tokens
 
 GIB = 2**30
 GRADIENT = 4

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import ModelConfig, RopeSettings
-from pipeline.model.arch import LlamaArch
+from pipeline.planning.arch import LlamaArch
 
 SHORTEST_PRETRAINING = 2048
 """No Llama-class model was pretrained on less; a smaller `max_position_embeddings / factor` means the checkpoint keeps
