@@ -17,7 +17,6 @@ from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything, set_rng_state
 from pipeline.checkpoint.choose import Choice, candidates, choose
-from pipeline.checkpoint.files import remove, rename
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
@@ -44,6 +43,7 @@ from pipeline.planning.rope import RopePlan, plan_model
 from pipeline.progress import TokenProgress
 from pipeline.reduction import GradientReduction
 from pipeline.state import load_state, own_pieces
+from pipeline.storage.durable import remove, rename
 from pipeline.trainer import Trainer, TrainerParts
 
 

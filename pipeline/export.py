@@ -19,7 +19,7 @@ from pipeline.hf_write import SHARD_BYTES, resumable_folder, trained_finite, wri
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.progress import ByteProgress
-from pipeline.safetensors_io import TensorFact
+from pipeline.storage.safetensors import TensorFact
 from pipeline.trained_model import TrainedModel, companions, extended_config
 
 FORMATS = ("adapter", "merged", "longlora")

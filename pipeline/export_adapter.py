@@ -16,7 +16,7 @@ from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import NOTE, check_space, new_folder, trained_finite
 from pipeline.model.vocabulary import VOCABULARY_HF
-from pipeline.safetensors_io import TensorFact, write_safetensors
+from pipeline.storage.safetensors import TensorFact, write_safetensors
 from pipeline.trained_model import TrainedModel, companions, extended_config, partner_of
 
 EMBEDDINGS = ("auto", "whole", "rows")

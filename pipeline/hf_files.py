@@ -13,7 +13,7 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.hashes import Hashes, read_hashes
-from pipeline.safetensors_io import SafetensorsFile, TensorFact, read_header
+from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MEAN_ROWS = 1 << 13

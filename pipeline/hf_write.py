@@ -20,7 +20,7 @@ from pipeline.hashes import HASHES, write_hashes
 from pipeline.hf_companions import COMPANIONS, write_json
 from pipeline.hf_files import INDEX, SINGLE, file_digest
 from pipeline.progress import ByteProgress
-from pipeline.safetensors_io import TensorFact, Written, write_safetensors
+from pipeline.storage.safetensors import TensorFact, Written, write_safetensors
 
 SHARD_BYTES = 4_000_000_000
 FINITE_ROWS = 4096

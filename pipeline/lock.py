@@ -22,7 +22,7 @@ import psutil
 
 from parallel.errors import ConfigError
 from parallel.health.liveness import machine
-from pipeline.checkpoint.files import Damaged, parse_json, read_small
+from pipeline.storage.durable import Damaged, parse_json, read_small
 
 NAME = ".lock"
 BEAT_S = 15.0

@@ -22,7 +22,7 @@ from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import check_growth
-from pipeline.safetensors_io import SafetensorsFile
+from pipeline.storage.safetensors import SafetensorsFile
 
 PAD_TOKEN = "[PAD]"
 MERGE_ELEMENTS = 1 << 25

@@ -21,7 +21,7 @@ from pipeline.hf_companions import write_json
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import REPORT
 from pipeline.planning import tensors as names
-from pipeline.safetensors_io import tensor_digest
+from pipeline.storage.safetensors import tensor_digest
 from pipeline.trained_model import TrainedModel, extended_config, partner_of
 
 TOLERANCE = 1e-4

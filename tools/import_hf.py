@@ -29,7 +29,7 @@ from pipeline.model.vocabulary import grown_tensor
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.progress import ByteProgress
-from pipeline.safetensors_io import TensorFact
+from pipeline.storage.safetensors import TensorFact
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}

@@ -21,9 +21,9 @@ from parallel.axes.pinned import pin, unpin
 from parallel.errors import CheckpointError, LongspanError
 from parallel.world.collectives import agree
 from parallel.world.groups import Groups
-from pipeline.checkpoint.files import remove
 from pipeline.checkpoint.manifest import folder_name
 from pipeline.checkpoint.writer import PieceArrays, prune, publish, working_folder, write_part
+from pipeline.storage.durable import remove
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pipeline.hashes import HASHES
 from pipeline.hf_companions import add_pad_token, tokenizer_size
 from pipeline.hf_files import HfCheckpoint
 from pipeline.hf_write import new_folder, write_safetensors_sharded
-from pipeline.safetensors_io import SafetensorsFile, TensorFact, Written, tensor_digest
+from pipeline.storage.safetensors import SafetensorsFile, TensorFact, Written, tensor_digest
 from pipeline.trained_model import load_trained_model
 from pipeline.verify import verify
 from tests.integration.test_import_export import trained_model, write_checkpoint

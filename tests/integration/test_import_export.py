@@ -24,7 +24,7 @@ from pipeline.hf_write import plan_shards, write_safetensors_sharded
 from pipeline.model.rope import plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
-from pipeline.safetensors_io import TensorFact
+from pipeline.storage.safetensors import TensorFact
 from pipeline.trained_model import TrainedModel, load_trained_model
 from pipeline.verify import sample_tokens, verify
 from tests.tiny_models import KINDS, make_tiny

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import files
 from pipeline.checkpoint.choose import choose
+from pipeline.storage import durable
 from tests.checkpoints import holds, write
 
 CRASHED = 9
@@ -102,7 +102,7 @@ def read_only(faulty: FaultyOs, name: str, args: tuple[Any, ...]) -> None:
 def calls_of_a_save(folder: Path) -> int:
     counter = FaultyOs(-1, crash_before)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "os", counter)
+        patch.setattr(durable, "os", counter)
         write(folder, 2)
     return counter.calls
 
@@ -135,7 +135,7 @@ def test_a_process_ended_at_any_call(tmp_path: Path, fault: Callable[..., Any]) 
         child = os.fork()
         if not child:
             try:
-                files.os = FaultyOs(at, fault)  # type: ignore[assignment]
+                durable.os = FaultyOs(at, fault)  # type: ignore[assignment]
                 write(folder, 2)
             finally:
                 os._exit(0)
@@ -156,7 +156,7 @@ def test_a_disk_that_refuses_at_any_call(tmp_path: Path, fault: Callable[..., An
         folder = shutil.copytree(ready, tmp_path / f"at-{at}")
         refused = False
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "os", FaultyOs(at, fault))
+            patch.setattr(durable, "os", FaultyOs(at, fault))
             try:
                 write(folder, 2)
             except OSError:

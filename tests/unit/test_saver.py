@@ -15,11 +15,12 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import rng_state
-from pipeline.checkpoint import files, saver, writer
+from pipeline.checkpoint import saver, writer
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
 from pipeline.checkpoint.tensors import whole_trained
+from pipeline.storage import durable
 from tests.ranks import run_ranks
 from tests.single import single_groups
 
@@ -99,7 +100,7 @@ def test_a_failed_publication_and_a_lost_lock_are_errors_too(tmp_path: Path, mon
     blocked.start(1, [piece(1.0)], rng_state(), MANIFEST)
     with pytest.raises(CheckpointError, match="could not be written"):
         blocked.wait()
-    assert files.PRIVATE_FILE == 0o600
+    assert durable.PRIVATE_FILE == 0o600
 
 
 def test_an_old_checkpoint_that_stays_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pipeline.hf_write import write_safetensors_sharded
 from pipeline.model.weights import VOCABULARY, load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.safetensors_io import TensorFact
+from pipeline.storage.safetensors import TensorFact
 from tests.tiny_models import KINDS, make_tiny
 
 GRIDS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2), (4, 2)]

@@ -41,7 +41,7 @@ from pipeline.model.weights import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.run_facts import git_commit
-from pipeline.safetensors_io import TensorFact
+from pipeline.storage.safetensors import TensorFact
 from pipeline.trained_model import TrainedModel
 from tools.bench.command_line import console_of
 from tools.shapes import config_json, llama2

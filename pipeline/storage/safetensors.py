@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.safetensors_header import layout
+from pipeline.storage.safetensors_header import layout
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit, so that a damaged length cannot ask for terabytes."""

@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from parallel.errors import CheckpointError
-from pipeline.safetensors_header import layout
+from pipeline.storage.safetensors_header import layout
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 BLOCK = 1 << 23
