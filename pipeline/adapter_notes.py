@@ -12,7 +12,7 @@ from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import RopeSettings
-from pipeline.hf_write import NOTE
+from pipeline.hf.writer import NOTE
 from pipeline.model.rope import RopePlan, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch

@@ -15,8 +15,8 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.adapter_notes import CONFIG, check_complete, read_config, read_note, saved_whole, stretch
 from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model.vocabulary import VOCABULARY_HF
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.trained_model import LazyTensors, TrainedModel, find_base, grown_arch, wrong_base

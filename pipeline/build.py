@@ -30,7 +30,7 @@ from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.guard import NonFiniteGuard
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.invariants import run_checks
 from pipeline.model.attention_backends import select_backend
 from pipeline.model.part import ModelPart

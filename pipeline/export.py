@@ -13,9 +13,9 @@ import torch
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.export_adapter import export_adapter, export_longlora
-from pipeline.hf_companions import write_json
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import write_json
+from pipeline.hf.writer import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.progress import ByteProgress

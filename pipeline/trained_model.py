@@ -15,10 +15,10 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.rope import used_rope
 from pipeline.config.sections import LoraConfig, RopeSettings
-from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size
+from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.model.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
-from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import check_growth

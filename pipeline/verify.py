@@ -17,9 +17,9 @@ import torch
 from parallel.errors import CheckpointError
 from pipeline import verify_logits
 from pipeline.adapters_in import load_adapter
-from pipeline.hf_companions import write_json
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import REPORT
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import write_json
+from pipeline.hf.writer import REPORT
 from pipeline.planning import tensors as names
 from pipeline.storage.safetensors import tensor_digest
 from pipeline.trained_model import TrainedModel, extended_config, partner_of

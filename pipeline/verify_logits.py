@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapters_in import TRAINABLE, load_adapter, read_pickled
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning import tensors as names
 from pipeline.trained_model import TrainedModel, extended_config
 

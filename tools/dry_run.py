@@ -31,7 +31,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import build, check_before_spending
 from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.hf_files import HfCheckpoint, TensorFact
+from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from tools.shapes import SIZES, config_json, llama2

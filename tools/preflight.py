@@ -30,7 +30,7 @@ def weights_bytes(folder: Path) -> int:
         CheckpointError: a file is missing, truncated or of another model; it is named.
     """
     # torch, which nothing else in a failing preflight needs
-    from pipeline.hf_files import HfCheckpoint
+    from pipeline.hf.checkpoint import HfCheckpoint
     from pipeline.planning import tensors as names
     from pipeline.planning.arch import read_arch
 

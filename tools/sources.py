@@ -10,7 +10,7 @@ from pipeline.adapters_in import load_adapter
 from pipeline.checkpoint.choose import newest
 from pipeline.config.sections import RopeSettings
 from pipeline.export import export
-from pipeline.hf_write import REPORT
+from pipeline.hf.writer import REPORT
 from pipeline.trained_model import TrainedModel, load_trained_model
 
 

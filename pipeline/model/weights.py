@@ -10,9 +10,9 @@ import torch
 from parallel.axes.zero3 import FrozenShards
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LoraConfig
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
 from pipeline.model.lora import initial_a
-from pipeline.model.vocabulary import VOCABULARY_HF, read_rows
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 

@@ -20,7 +20,7 @@ from parallel.errors import CheckpointError, LongspanError
 from pipeline.adapters_in import load_adapter
 from pipeline.config.sections import RopeSettings
 from pipeline.export import export, export_adapter
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.verify import verify
 from tests.integration.test_import_export import trained_model
 from tests.integration.test_longlora_files import CONTEXT, TOKENS, published

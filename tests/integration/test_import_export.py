@@ -19,8 +19,8 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
 from pipeline.export import export, export_adapter, export_merged
 from pipeline.export_adapter import peft_config
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import plan_shards, write_safetensors_sharded
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.writer import plan_shards, write_safetensors_sharded
 from pipeline.model.rope import plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch

@@ -13,7 +13,7 @@ from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_base

@@ -20,7 +20,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.adapters_in import load_adapter, read_pickled
 from pipeline.export import export
 from pipeline.export_adapter import export_adapter
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning.arch import read_arch
 from pipeline.verify import verify
 from tests.integration.test_import_export import trained_model

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from parallel.world.grid import plan_grid
 from pipeline.config.sections import LoraConfig, RopeSettings
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import hf_rope_fields, plan_rope
 from pipeline.model.spec import transformer_config

@@ -18,7 +18,7 @@ from pipeline import build as composition
 from pipeline import run_eval
 from pipeline.checkpoint.resume import check_output
 from pipeline.config.yaml_file import load_config
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.train import train
 from tests.numerics.test_training import write_run
 from tests.ranks import run_ranks

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from parallel.world.grid import plan_stages
 from pipeline.config.sections import LoraConfig
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import write_safetensors_sharded
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.writer import write_safetensors_sharded
 from pipeline.model.weights import VOCABULARY, load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch

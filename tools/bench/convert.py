@@ -31,10 +31,10 @@ from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.export_adapter import export_adapter
-from pipeline.hashes import HASHES
-from pipeline.hf_companions import write_json
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, check_space, write_safetensors_sharded
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import write_json
+from pipeline.hf.hashes import HASHES
+from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
 from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import load_base

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.hf_files import HfCheckpoint
+from pipeline.hf.checkpoint import HfCheckpoint
 
 VOCABULARY_HF = ("model.embed_tokens.weight", "lm_head.weight")
 """Matrices whose rows are tokens."""

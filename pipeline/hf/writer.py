@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.hashes import HASHES, write_hashes
-from pipeline.hf_companions import COMPANIONS, write_json
-from pipeline.hf_files import INDEX, SINGLE, file_digest
+from pipeline.hf.checkpoint import INDEX, SINGLE, file_digest
+from pipeline.hf.companions import COMPANIONS, write_json
+from pipeline.hf.hashes import HASHES, write_hashes
 from pipeline.progress import ByteProgress
 from pipeline.storage.safetensors import TensorFact, Written, write_safetensors
 

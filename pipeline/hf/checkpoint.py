@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.hashes import Hashes, read_hashes
+from pipeline.hf.hashes import Hashes, read_hashes
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
