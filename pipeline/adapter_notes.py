@@ -13,7 +13,7 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import RopeSettings
 from pipeline.hf.writer import NOTE
-from pipeline.model.rope import RopePlan, plan_rope
+from pipeline.model.layers.rotary import RopePlan, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 

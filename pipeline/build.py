@@ -32,9 +32,9 @@ from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.guard import NonFiniteGuard
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.invariants import run_checks
-from pipeline.model.attention_backends import select_backend
-from pipeline.model.part import ModelPart
-from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
+from pipeline.model.attention.backends import select_backend
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch

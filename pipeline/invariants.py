@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parallel.health.replicas import Checked, RunChecks
 from parallel.world.groups import Groups
-from pipeline.model.part import ModelPart
+from pipeline.model.rank_model import ModelPart
 from pipeline.optim import TrainableAdamW
 from pipeline.planning import tensors as names
 

@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 from parallel.world.collectives import sum_over
 from parallel.world.groups import Groups
-from pipeline.model.part import ModelPart
+from pipeline.model.rank_model import ModelPart
 from pipeline.optim import TrainableAdamW
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.build import Run
 from pipeline.config.sections import RunConfig
-from pipeline.model.weights import kind_of, trained_names
+from pipeline.model.weights.load import kind_of, trained_names
 from pipeline.planning import tensors as names
 from pipeline.versions import versions
 

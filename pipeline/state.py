@@ -11,9 +11,9 @@ from parallel.errors import CheckpointError
 from pipeline.checkpoint.manifest import MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import StatePiece
-from pipeline.model.canonical import gather, owned
-from pipeline.model.part import ModelPart
-from pipeline.model.weights import trained_names
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.gather import gather, owned
+from pipeline.model.weights.load import trained_names
 from pipeline.optim import MOMENTS, STEP, TrainableAdamW
 from pipeline.planning import tensors as names
 

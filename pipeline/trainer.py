@@ -21,8 +21,8 @@ from pipeline.config.sections import RunConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.guard import NonFiniteGuard, TrainingDiverged
 from pipeline.metrics import MetricsWriter, peak_memory_gib
-from pipeline.model.loss import IGNORE
-from pipeline.model.part import ModelPart
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.rank_model import ModelPart
 from pipeline.optim import TrainableAdamW
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.progress import TrainProgress

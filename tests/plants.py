@@ -11,9 +11,9 @@ import torch
 
 from parallel.axes.context import HaloExchange
 from parallel.axes.halo_plan import Region
-from pipeline.model import attention
-from pipeline.model.attention import CoreAttention
-from pipeline.model.norm import RMSNorm
+from pipeline.model.attention import layer
+from pipeline.model.attention.layer import CoreAttention
+from pipeline.model.layers.norm import RMSNorm
 from pipeline.optim import TrainableAdamW
 from pipeline.reduction import GradientReduction
 
@@ -75,7 +75,7 @@ def shifted_halo() -> Iterator[None]:
 @contextlib.contextmanager
 def wrap_leak() -> Iterator[None]:
     """The published roll: the first half group of a shifted head also sees the last one. In one process, too."""
-    honest = attention.attend
+    honest = layer.attend
 
     def leaking(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, spec: Any, plan: Any, scale: Any
@@ -100,7 +100,7 @@ def wrap_leak() -> Iterator[None]:
             parts.append(change)
         return torch.stack(parts).sum(0)
 
-    with mock.patch.object(attention, "attend", leaking):
+    with mock.patch.object(layer, "attend", leaking):
         yield
 
 

@@ -25,7 +25,7 @@ from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
+from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.progress import ByteProgress

@@ -12,8 +12,8 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
 from pipeline.config.sections import RunConfig
-from pipeline.model.canonical import gather
-from pipeline.model.weights import trainable
+from pipeline.model.weights.gather import gather
+from pipeline.model.weights.load import trainable
 from pipeline.reduction import main_grad
 from pipeline.state import whole_state
 

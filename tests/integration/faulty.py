@@ -55,7 +55,7 @@ FAULTS = {function.__name__: function for function in (user_error, bug, kill, fr
 def real(fault: str, rank: int, step: int, arguments: list[str]) -> int:
     """The trainer, with the fault in this rank's model."""
     from pipeline import train
-    from pipeline.model.part import ModelPart
+    from pipeline.model.rank_model import ModelPart
 
     env = RankEnv.read()
     inner, steps = ModelPart.train_step, 0

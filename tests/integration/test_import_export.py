@@ -21,7 +21,7 @@ from pipeline.export import export, export_adapter, export_merged
 from pipeline.export_adapter import peft_config
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import plan_shards, write_safetensors_sharded
-from pipeline.model.rope import plan_rope
+from pipeline.model.layers.rotary import plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.storage.safetensors import TensorFact

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.model.attention_backends import select_backend
+from pipeline.model.attention.backends import select_backend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import halo_bytes
 from tests.ranks import run_ranks

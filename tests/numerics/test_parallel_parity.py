@@ -15,7 +15,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline import optim
 from pipeline.config.yaml_file import load_config
 from pipeline.flat_gradients import FlatGradients
-from pipeline.model import loss
+from pipeline.model.layers import loss
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import halo_plan

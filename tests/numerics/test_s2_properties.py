@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tests.numerics import attention_oracle as oracle
 

@@ -16,10 +16,10 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import loss
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import mark_trainable
+from pipeline.model.layers import loss
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
 from tools.shapes import llama2

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 
 from parallel.errors import ConfigError
-from pipeline.model import attention_backends
-from pipeline.model.attention_backends import Backend, select_backend
+from pipeline.model.attention import backends
+from pipeline.model.attention.backends import Backend, select_backend
 
 CUDA = torch.device("cuda", 0)
 
@@ -51,7 +51,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: int, **versions: str) -
     """A GPU of this compute capability, and these releases; version 4 also returns its log-sum-exps."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
     names = {name.replace("_", "-"): version for name, version in versions.items()}
-    monkeypatch.setattr(attention_backends, "_installed", names.get)
+    monkeypatch.setattr(backends, "_installed", names.get)
     two, four = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
     two.flash_attn_func, two.flash_attn_varlen_func = plain, varlen  # type: ignore[attr-defined]
     four.flash_attn_func = lambda *a, **k: (plain(*a, **k), "lse")  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import pytest
 
 from parallel.world.grid import plan_grid
 from pipeline.config.yaml_file import load_config
-from pipeline.model import loss
+from pipeline.model.layers import loss
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory

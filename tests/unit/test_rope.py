@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import RopeSettings
-from pipeline.model.rope import apply_rope, hf_rope_fields, inverse_frequencies, rope_tables
+from pipeline.model.layers.rotary import apply_rope, hf_rope_fields, inverse_frequencies, rope_tables
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, ntk_theta, plan_rope
 from tests.tiny_models import tiny_config

@@ -14,7 +14,7 @@ from parallel.world.grid import plan_stages
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import write_safetensors_sharded
-from pipeline.model.weights import VOCABULARY, load_base
+from pipeline.model.weights.load import VOCABULARY, load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.storage.safetensors import TensorFact

@@ -20,8 +20,8 @@ import torch
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.backends import Backend, select_backend
+from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tools.bench.command_line import add_integers, console_of
 

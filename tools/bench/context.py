@@ -37,9 +37,9 @@ from parallel.errors import ConfigError, LongspanError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.model.attention_backends import Backend, LseKernel, select_backend
-from pipeline.model.context_parallel import context_attend
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.backends import Backend, LseKernel, select_backend
+from pipeline.model.attention.local import attend
+from pipeline.model.attention.sharded import context_attend
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import ring_bytes
 from tools.bench.command_line import add_integers, console_of

@@ -35,9 +35,9 @@ from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import write_json
 from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import load_base
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.run_facts import git_commit

@@ -31,9 +31,9 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import init_adapters, mark_trainable, trainable
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec

@@ -16,8 +16,8 @@ import torch
 
 from parallel.axes.context import ContextShard, Exchange, Flight, GatherExchange, HaloExchange
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import select_backend
-from pipeline.model.s2_attention import TakeWindows, Window, attend_block, attend_straddling, gather_windows
+from pipeline.model.attention.backends import select_backend
+from pipeline.model.attention.local import TakeWindows, Window, attend_block, attend_straddling, gather_windows
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, Span, Straddle
 from pipeline.planning.context_shards import ShardWork, blocks_of, halo_plan, shard_work
 

@@ -12,7 +12,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
-from pipeline.model.lora import initial_a
+from pipeline.model.layers.lora import initial_a
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 

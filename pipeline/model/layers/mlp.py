@@ -19,9 +19,9 @@ from megatron.core.transformer.mlp import MLP
 from torch.autograd.function import once_differentiable
 
 from parallel.axes.tensor import TokenTiles
-from pipeline.model.norm import NormRecipe, recipe_of
-from pipeline.model.swiglu import swiglu, swiglu_gradient_
-from pipeline.model.tiled_linear import placeholder, product, recomputing, sum_product, tiles_of
+from pipeline.model.layers.linear import placeholder, product, recomputing, sum_product, tiles_of
+from pipeline.model.layers.norm import NormRecipe, recipe_of
+from pipeline.model.layers.swiglu import swiglu, swiglu_gradient_
 
 
 def _tiles(group: dist.ProcessGroup, own: torch.Tensor, gate_up_2FH: torch.Tensor) -> TokenTiles:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.model.tiled_linear import placeholder, recomputing
+from pipeline.model.layers.linear import placeholder, recomputing
 
 Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 """megatron's call: ((x, bias), residual, dropout probability) -> sum."""

@@ -15,9 +15,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
 from parallel.axes.context import ContextShard
-from pipeline.model.context_parallel import context_attend
-from pipeline.model.rope import apply_rope
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.local import attend
+from pipeline.model.attention.sharded import context_attend
+from pipeline.model.layers.rotary import apply_rope
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 
 

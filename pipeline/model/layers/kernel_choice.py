@@ -13,9 +13,9 @@ import torch
 def load_kernels(device: torch.device) -> ModuleType | None:
     """The module `kernels`, if its kernels can be built and run on this device; else None, and a warning."""
     try:
-        from pipeline.model import kernels
+        from pipeline.model.layers import triton_kernels
 
-        kernels.probe(device)
+        triton_kernels.probe(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler, its headers or a driver may lack
@@ -25,7 +25,7 @@ def load_kernels(device: torch.device) -> ModuleType | None:
             stacklevel=2,
         )
         return None
-    return kernels
+    return triton_kernels
 
 
 def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.world.grid import plan_stages
-from pipeline.model.part import ModelPart
-from pipeline.model.weights import VOCABULARY_HF, trained_names
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import VOCABULARY_HF, trained_names
 from pipeline.planning import tensors as names
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from pipeline.model.fused import kernels_for
+from pipeline.model.layers.kernel_choice import kernels_for
 
 CHUNK_ELEMENTS = 1 << 26
 """Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""

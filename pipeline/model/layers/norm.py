@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from pipeline.model.fused import kernels_for
+from pipeline.model.layers.kernel_choice import kernels_for
 
 WIDEST = 1 << 14
 """Values of a row that the gradient's kernel holds at once."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import Backend, attend_pieces, expand_groups, select_backend
+from pipeline.model.attention.backends import Backend, attend_pieces, expand_groups, select_backend
 from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span
 
 

@@ -32,9 +32,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.config.sections import LoraConfig
-from pipeline.model.fused import kernels_for
-from pipeline.model.norm import NormRecipe, recipe_of
-from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
+from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
+from pipeline.model.layers.norm import NormRecipe, recipe_of
 
 MOST_COLUMNS = 128
 """Ranks of all parts of a fused projection together that the update's kernel takes."""

@@ -19,12 +19,12 @@ from parallel.world.grid import plan_stages
 from parallel.world.groups import Groups
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
-from pipeline.model.attention import AttentionContext
-from pipeline.model.loss import IGNORE
-from pipeline.model.rope import RopePlan
-from pipeline.model.sharding import shard_stage
+from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.chunk import Chunk, LlamaStage
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.layers.rotary import RopePlan
 from pipeline.model.spec import transformer_config
-from pipeline.model.stage import Chunk, LlamaStage
+from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 

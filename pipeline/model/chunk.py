@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from parallel.axes.context import ContextShard
 from parallel.axes.zero3 import FrozenShards
 from pipeline.config.sections import LoraConfig
-from pipeline.model.attention import AttentionContext
-from pipeline.model.loss import VocabShard, sum_cross_entropy, token_losses
-from pipeline.model.rope import RopePlan, rope_tables
+from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.layers.loss import VocabShard, sum_cross_entropy, token_losses
+from pipeline.model.layers.rotary import RopePlan, rope_tables
 from pipeline.model.spec import block_submodules
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch

@@ -13,8 +13,8 @@ import torch
 from torch.nn import Parameter
 
 from parallel.axes.zero3 import FrozenShards
-from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import trains
+from pipeline.model.chunk import LlamaStage
+from pipeline.model.weights.load import trains
 
 
 def shard_stage(stage: LlamaStage, kinds: Sequence[str], shards: FrozenShards) -> None:

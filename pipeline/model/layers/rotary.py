@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.model.fused import kernels_for
+from pipeline.model.layers.kernel_choice import kernels_for
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.rope import RopePlan
 
