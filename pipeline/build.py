@@ -17,9 +17,9 @@ from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything, set_rng_state
 from pipeline.checkpoint.choose import Choice, candidates, choose
+from pipeline.checkpoint.compatibility import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.checkpoint.writer import clear_unfinished
 from pipeline.config.sections import AttentionConfig, LoraConfig, RunConfig

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
-from pipeline.checkpoint.resume import check_output
+from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.sections import ModelConfig, RunConfig
 from pipeline.data.records import check_first_record, find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST

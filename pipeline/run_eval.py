@@ -15,9 +15,9 @@ from parallel.world.groups import Groups, destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
 from pipeline.checkpoint.choose import newest
+from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict

@@ -15,7 +15,7 @@ from parallel.health.watch import Watch
 from parallel.world.collectives import sum_over
 from parallel.world.groups import Groups
 from parallel.world.rng import rng_state
-from pipeline.checkpoint.resume import data_cursor
+from pipeline.checkpoint.compatibility import data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import RunConfig
 from pipeline.data.loader import TrainLoader

@@ -15,7 +15,7 @@ from parallel.health.watch import Watch
 from parallel.world.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
 from pipeline.checkpoint.choose import choose
-from pipeline.checkpoint.resume import check_output
+from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
 from pipeline import run_eval
-from pipeline.checkpoint.resume import check_output
+from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.train import train

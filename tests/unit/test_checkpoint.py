@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import choose
+from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import checksum_text, manifest_bytes, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_resumable, check_settings
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.storage.durable import MAX_JSON, Damaged
 from tests.checkpoints import LORA, SHAPES, holds, state_at, write
