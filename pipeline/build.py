@@ -40,8 +40,8 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import RopePlan, plan_model
-from pipeline.progress import TokenProgress
 from pipeline.reduction import GradientReduction
+from pipeline.reporting.progress import TokenProgress
 from pipeline.state import load_state, own_pieces
 from pipeline.storage.durable import remove, rename
 from pipeline.trainer import Trainer, TrainerParts

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from parallel.errors import DataError
-from pipeline.metrics import json_number
+from pipeline.reporting.metrics import json_number
 
 TokenNll = Callable[[torch.Tensor], torch.Tensor]
 """int64 [B, S] -> fp32 [B, S-1], nats."""

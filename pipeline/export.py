@@ -18,7 +18,7 @@ from pipeline.hf.companions import write_json
 from pipeline.hf.writer import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
-from pipeline.progress import ByteProgress
+from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.safetensors import TensorFact
 from pipeline.trained_model import TrainedModel, companions, extended_config
 

@@ -15,7 +15,7 @@ from pipeline.build import Run
 from pipeline.config.sections import RunConfig
 from pipeline.model.weights.load import kind_of, trained_names
 from pipeline.planning import tensors as names
-from pipeline.versions import versions
+from pipeline.reporting.versions import versions
 
 
 def device_name() -> str:

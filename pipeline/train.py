@@ -49,8 +49,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
     from pipeline.lock import locked
-    from pipeline.metrics import MetricsWriter
-    from pipeline.progress import TrainProgress
+    from pipeline.reporting.metrics import MetricsWriter
+    from pipeline.reporting.progress import TrainProgress
     from pipeline.run_eval import Evaluator, forget_later
     from pipeline.run_facts import record_run, starting_line
     from pipeline.trainer import Stopped

@@ -28,7 +28,7 @@ from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_fol
 from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
-from pipeline.progress import ByteProgress
+from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.safetensors import TensorFact
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}

@@ -23,8 +23,8 @@ import yaml
 
 from parallel.errors import DataError, LongspanError
 from pipeline.evaluate import EvalReport, LengthResult
-from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.progress import duration
+from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+from pipeline.reporting.progress import duration
 from tools import report_plots as plots
 
 PAGE = "index.html"

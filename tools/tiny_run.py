@@ -134,7 +134,7 @@ def run_tiny(config: RunConfig, folder: Path, processes: int | None, timeout_s: 
     (folder / "alone.yaml").write_text(dump_config(alone(run, folder / "alone")))
 
     # Both import torch, which a wrong configuration need not wait for.
-    from pipeline.metrics import METRICS_FILE, read_metrics
+    from pipeline.reporting.metrics import METRICS_FILE, read_metrics
     from tools.tiny_checkpoint import write_files
 
     write_files(run, tiny.model)

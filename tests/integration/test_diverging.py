@@ -12,7 +12,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import build
 from pipeline.config.yaml_file import load_config
 from pipeline.guard import TrainingDiverged
-from pipeline.progress import TrainProgress
+from pipeline.reporting.progress import TrainProgress
 from pipeline.state import whole_state
 from tests.numerics.test_training import write_run
 

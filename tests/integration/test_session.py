@@ -19,7 +19,7 @@ from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.progress import EvalProgress
+from pipeline.reporting.progress import EvalProgress
 from pipeline.train import main
 from tests.numerics.test_training import losses, run_here, write_run
 

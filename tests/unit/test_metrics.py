@@ -14,8 +14,15 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parallel.errors import DataError
-from pipeline.metrics import FIELDS, METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, peak_memory_gib, read_metrics
-from pipeline.progress import EvalProgress, TrainProgress, duration
+from pipeline.reporting.metrics import (
+    FIELDS,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    MetricsWriter,
+    peak_memory_gib,
+    read_metrics,
+)
+from pipeline.reporting.progress import EvalProgress, TrainProgress, duration
 
 
 def row(step: int, loss: float = 2.5) -> dict[str, Any]:

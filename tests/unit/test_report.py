@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from parallel.errors import DataError
 from pipeline.evaluate import EvalReport, LengthResult
-from pipeline.metrics import METRICS_FILE
+from pipeline.reporting.metrics import METRICS_FILE
 from tools import report_plots as plots
 from tools.report import PAGE, main, read_run, write_report
 

@@ -38,7 +38,7 @@ from pipeline.checkpoint.manifest import WRITING, folder_name
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.sections import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config
-from pipeline.metrics import METRICS_FILE, read_metrics
+from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from tools.bench.command_line import add_integers, console_of
 from tools.local_ranks import ROOT, RankFailed
 from tools.shapes import config_json, llama2
