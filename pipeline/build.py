@@ -29,22 +29,22 @@ from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
-from pipeline.guard import NonFiniteGuard
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.invariants import run_checks
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
-from pipeline.optim import TrainableAdamW
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import RopePlan, plan_model
-from pipeline.reduction import GradientReduction
 from pipeline.reporting.progress import TokenProgress
-from pipeline.state import load_state, own_pieces
 from pipeline.storage.durable import remove, rename
-from pipeline.trainer import Trainer, TrainerParts
+from pipeline.training.invariants import run_checks
+from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from pipeline.training.state import load_state, own_pieces
+from pipeline.training.trainer import Trainer, TrainerParts
 
 
 def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, RopePlan]:

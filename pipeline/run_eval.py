@@ -27,7 +27,7 @@ from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.reporting.progress import EvalProgress
-from pipeline.state import check_trained
+from pipeline.training.state import check_trained
 
 STATES = ("shipped", "untrained", "trained")
 

@@ -14,8 +14,8 @@ from parallel.axes.halo_plan import Region
 from pipeline.model.attention import layer
 from pipeline.model.attention.layer import CoreAttention
 from pipeline.model.layers.norm import RMSNorm
-from pipeline.optim import TrainableAdamW
-from pipeline.reduction import GradientReduction
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import Run
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.invariants import run_checks
+from pipeline.training.invariants import run_checks
 from tools.local_ranks import die_with_parent
 from tools.parity import Difference, Observed, compare, observe
 from tools.shrink import STEPS, TOKENS

@@ -14,8 +14,8 @@ from pipeline.build import Run, build
 from pipeline.config.sections import RunConfig
 from pipeline.model.weights.gather import gather
 from pipeline.model.weights.load import trainable
-from pipeline.reduction import main_grad
-from pipeline.state import whole_state
+from pipeline.training.reduction import main_grad
+from pipeline.training.state import whole_state
 
 
 @dataclass

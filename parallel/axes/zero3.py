@@ -6,7 +6,8 @@ coordinator is not used: it learns the order of modules from a trace, allocates 
 from host memory synchronously and cannot leave trained parameters whole. A transformer's order is known, so that two
 static buffers suffice: while one unit is computed with, the next is copied and gathered into the other.
 
-What trains stays whole on every rank, with its gradient sums; its optimizer state is sharded by `pipeline.optim`.
+What trains stays whole on every rank, with its gradient sums; its optimizer state is sharded by
+`pipeline.training.optimizer`.
 The only file that imports deepspeed (ZeRO-3: arXiv 1910.02054, section 5.3; offload: arXiv 2104.07857).
 """
 

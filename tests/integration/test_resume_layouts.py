@@ -12,7 +12,7 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build
 from pipeline.config.yaml_file import load_config
-from pipeline.state import whole_state
+from pipeline.training.state import whole_state
 from tests.numerics.test_training import write_run
 from tests.ranks import run_ranks
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from parallel.axes import data
 from parallel.axes.data import GradientReducer
-from pipeline.optim import TrainableAdamW
+from pipeline.training.optimizer import TrainableAdamW
 
 VOCAB, HIDDEN, MICRO, STEPS = 37, 10, 3, 3
 RATES = {"lora": 1e-2, "other": 3e-3}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.guard import NonFiniteGuard, TrainingDiverged
+from pipeline.training.non_finite import NonFiniteGuard, TrainingDiverged
 
 NAN, INF = math.nan, math.inf
 

@@ -15,7 +15,7 @@ import pytest
 
 from parallel.errors import ConfigError
 from parallel.health.liveness import machine
-from pipeline.lock import STALE_S, OutputLock, locked
+from pipeline.training.lock import STALE_S, OutputLock, locked
 
 
 def held_by(folder: Path, pid: int, where: str, age_s: float = 0.0) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from parallel.errors import CheckpointError
-from pipeline import optim
-from pipeline.optim import TrainableAdamW
+from pipeline.training import optimizer as optim
+from pipeline.training.optimizer import TrainableAdamW
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 RATES = {"lora": 1e-2, "other": 3e-3}

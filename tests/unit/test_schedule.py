@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.schedule import learning_rate
+from pipeline.training.schedule import learning_rate
 
 PEAK = 2e-5
 steps = st.integers(min_value=1, max_value=400)

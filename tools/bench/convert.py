@@ -40,9 +40,9 @@ from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.run_facts import git_commit
 from pipeline.storage.safetensors import TensorFact
 from pipeline.trained_model import TrainedModel
+from pipeline.training.run_record import git_commit
 from tools.bench.command_line import console_of
 from tools.shapes import config_json, llama2
 

@@ -34,10 +34,10 @@ from pipeline.data.loader import Batch
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
-from pipeline.optim import TrainableAdamW
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.reduction import GradientReduction
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
 from tools.bench.command_line import add_integers, console_of
 from tools.bench.plain import plain_layers
 from tools.shapes import SIZES, llama2

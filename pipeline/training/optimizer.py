@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from parallel.axes.data import Piece
 from parallel.errors import CheckpointError
-from pipeline.flat_gradients import FlatGradients
+from pipeline.training.gradients import FlatGradients
 
 BUCKET_ELEMENTS = 1 << 26
 """Gradient elements (fp32: 256 MiB) reduced by one collective, and weights gathered by one."""

@@ -14,8 +14,8 @@ from pipeline.checkpoint.saver import StatePiece
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.gather import gather, owned
 from pipeline.model.weights.load import trained_names
-from pipeline.optim import MOMENTS, STEP, TrainableAdamW
 from pipeline.planning import tensors as names
+from pipeline.training.optimizer import MOMENTS, STEP, TrainableAdamW
 
 
 def own_pieces(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW) -> list[StatePiece]:

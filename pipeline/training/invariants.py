@@ -5,8 +5,8 @@ from __future__ import annotations
 from parallel.health.replicas import Checked, RunChecks
 from parallel.world.groups import Groups
 from pipeline.model.rank_model import ModelPart
-from pipeline.optim import TrainableAdamW
 from pipeline.planning import tensors as names
+from pipeline.training.optimizer import TrainableAdamW
 
 
 def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> RunChecks:

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from parallel.world.collectives import sum_over
 from parallel.world.groups import Groups
 from pipeline.model.rank_model import ModelPart
-from pipeline.optim import TrainableAdamW
+from pipeline.training.optimizer import TrainableAdamW
 
 
 class GradientReduction:

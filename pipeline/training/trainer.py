@@ -19,17 +19,17 @@ from pipeline.checkpoint.compatibility import data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import RunConfig
 from pipeline.data.loader import TrainLoader
-from pipeline.guard import NonFiniteGuard, TrainingDiverged
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import ModelPart
-from pipeline.optim import TrainableAdamW
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.reduction import GradientReduction
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.versions import versions
-from pipeline.schedule import learning_rate
-from pipeline.state import own_pieces
+from pipeline.training.non_finite import NonFiniteGuard, TrainingDiverged
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from pipeline.training.schedule import learning_rate
+from pipeline.training.state import own_pieces
 
 
 @dataclass(frozen=True)
