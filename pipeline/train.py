@@ -48,9 +48,9 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from parallel.health.watch import Watch
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
+    from pipeline.evaluation.evaluator import Evaluator, forget_later
     from pipeline.reporting.metrics import MetricsWriter
     from pipeline.reporting.progress import TrainProgress
-    from pipeline.run_eval import Evaluator, forget_later
     from pipeline.training.lock import locked
     from pipeline.training.run_record import record_run, starting_line
     from pipeline.training.trainer import Stopped

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import DataError, LongspanError
-from pipeline.evaluate import EvalReport, LengthResult
+from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
 from tools import report_plots as plots

@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pipeline.evaluate import EvalReport, LengthResult
+from pipeline.evaluation.perplexity import EvalReport, LengthResult
 
 LOG_RATIO = 4.0
 """Perplexities spread over more than this ratio are drawn on a logarithmic axis."""

@@ -86,7 +86,8 @@ def test_a_signal_amid_the_last_evaluation_which_a_rerun_makes(
     assert main(words) == 0
     assert "nothing left to train: 6 steps of 6 are done" in capsys.readouterr().out
     assert json.loads(after.read_text())["step"] == 6
-    monkeypatch.setattr("pipeline.run_eval.evaluate", None)  # a third time there is nothing to evaluate either
+    # A third time there is nothing to evaluate either.
+    monkeypatch.setattr("pipeline.evaluation.evaluator.evaluate", None)
     assert main(words) == 0
     after.write_text("{")
     with pytest.raises(TypeError, match="not callable"):  # what was cut off is made again

@@ -14,7 +14,7 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build, open_base, read_arch
 from pipeline.config.yaml_file import load_config
-from pipeline.run_eval import Evaluator
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import DataError
-from pipeline.evaluate import (
+from pipeline.evaluation.perplexity import (
     EvalReport,
     LengthResult,
     Shards,

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.lines import Line2D
 
 from parallel.errors import DataError
-from pipeline.evaluate import EvalReport, LengthResult
+from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.reporting.metrics import METRICS_FILE
 from tools import report_plots as plots
 from tools.report import PAGE, main, read_run, write_report

@@ -22,7 +22,7 @@ from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from pipeline.evaluate import EvalReport, Shards, evaluate
+from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
