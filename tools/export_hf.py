@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from parallel.errors import LongspanError
-from pipeline.export import FORMATS
-from pipeline.export_adapter import EMBEDDINGS
+from pipeline.export.adapter_write import EMBEDDINGS
+from pipeline.export.formats import FORMATS
 from tools.sources import add_source_arguments, finish
 
 

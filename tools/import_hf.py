@@ -20,7 +20,7 @@ import torch
 
 from parallel.errors import CheckpointError, LongspanError
 from pipeline.config.sections import RopeSettings
-from pipeline.export import refuse_overlap, source_files
+from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size, write_json
 from pipeline.hf.vocabulary import grown_tensor

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 
 from parallel.errors import CheckpointError
-from pipeline.adapters_in import load_adapter
 from pipeline.checkpoint.choose import newest
 from pipeline.config.sections import RopeSettings
-from pipeline.export import export
+from pipeline.export.adapter_read import load_adapter
+from pipeline.export.formats import export
+from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.hf.writer import REPORT
-from pipeline.trained_model import TrainedModel, load_trained_model
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -80,7 +80,7 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:
         # transformers and peft take seconds to import; a plain export does without.
-        from pipeline.verify import verify
+        from pipeline.export.verify import verify
 
         report = verify(model, options.output, form)
         tensors = report["tensors"]

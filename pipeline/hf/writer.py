@@ -30,7 +30,7 @@ FINISHED = ".finished.json"
 NOTE = "longspan.json"
 """Beside an adapter: what PEFT's files cannot tell."""
 REPORT = "verify.json"
-"""What `pipeline.verify` found, in every export it looked at."""
+"""What `pipeline.export.verify` found, in every export it looked at."""
 _OURS = {
     HASHES: {INDEX},
     NOTE: {

@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 
 from parallel.errors import CheckpointError
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.export import FORMATS, export, export_merged
+from pipeline.export.formats import FORMATS, export, export_merged
+from pipeline.export.trained_model import load_trained_model
+from pipeline.export.verify import verify
 from pipeline.hf import writer
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import add_pad_token, tokenizer_size
 from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import new_folder, write_safetensors_sharded
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, Written, tensor_digest
-from pipeline.trained_model import load_trained_model
-from pipeline.verify import verify
 from tests.integration.test_import_export import trained_model, write_checkpoint
 from tests.tiny_models import make_tiny
 from tools import import_hf, sources
@@ -244,7 +244,7 @@ def test_verify_names_a_tensor_that_is_wrong(tmp_path: Path) -> None:
 def test_models_too_large_for_memory_are_verified_by_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained_model(make_tiny(tmp_path / "base", "mistral"))
     export_merged(model, tmp_path / "out")
-    monkeypatch.setattr("pipeline.verify_logits.available_memory", lambda: 100_000)
+    monkeypatch.setattr("pipeline.export.verify_logits.available_memory", lambda: 100_000)
     report = verify(model, tmp_path / "out", "merged")
     assert report["mode"] == "layer by layer" and report["passed"]
     assert any("Loading by transformers as a whole: that takes about" in line for line in report["not_checked"])

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.export.verify import sample_tokens
 from pipeline.train import main as train
-from pipeline.verify import sample_tokens
 from tests.numerics.test_training import losses, write_run
 from tools.evaluate import main as evaluate
 from tools.export_hf import main as export

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from parallel.errors import CheckpointError
-from pipeline.export import FORMATS, export, export_merged
+from pipeline.export.formats import FORMATS, export, export_merged
 from pipeline.hf import writer
 from pipeline.hf.companions import tokenizer_size
 from pipeline.hf.writer import new_folder

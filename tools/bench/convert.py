@@ -30,7 +30,8 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.config.sections import LoraConfig, RopeSettings
-from pipeline.export_adapter import export_adapter
+from pipeline.export.adapter_write import export_adapter
+from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import write_json
 from pipeline.hf.hashes import HASHES
@@ -41,7 +42,6 @@ from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.storage.safetensors import TensorFact
-from pipeline.trained_model import TrainedModel
 from pipeline.training.run_record import git_commit
 from tools.bench.command_line import console_of
 from tools.shapes import config_json, llama2
@@ -114,8 +114,8 @@ def child(what: str, folder: Path) -> None:
     elif what == "load":
         print(json.dumps(load_rank(folder / "imported")))
     elif what == "verify":
-        from pipeline.adapters_in import load_adapter
-        from pipeline.verify import verify
+        from pipeline.export.adapter_read import load_adapter
+        from pipeline.export.verify import verify
 
         model = load_adapter(folder / "adapter", folder / "imported", CONTEXT)
         verify(replace(model, source=folder / "adapter"), folder / "merged", "merged", layerwise=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.export_adapter import export_adapter, export_longlora
+from pipeline.export.adapter_write import export_adapter, export_longlora
+from pipeline.export.trained_model import TrainedModel, companions, extended_config
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import write_json
 from pipeline.hf.writer import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
@@ -20,7 +21,6 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.safetensors import TensorFact
-from pipeline.trained_model import TrainedModel, companions, extended_config
 
 FORMATS = ("adapter", "merged", "longlora")
 

@@ -16,10 +16,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.adapters_in import TRAINABLE, load_adapter, read_pickled
+from pipeline.export.adapter_read import TRAINABLE, load_adapter, read_pickled
+from pipeline.export.trained_model import TrainedModel, extended_config
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning import tensors as names
-from pipeline.trained_model import TrainedModel, extended_config
 
 ROOM = 0.7
 """Share of the available memory a check may take."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.adapters_in import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
+from pipeline.export.adapter_read import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
+from pipeline.export.trained_model import TrainedModel, companions, extended_config, partner_of
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import write_json
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.hf.writer import NOTE, check_space, new_folder, trained_finite
 from pipeline.storage.safetensors import TensorFact, write_safetensors
-from pipeline.trained_model import TrainedModel, companions, extended_config, partner_of
 
 EMBEDDINGS = ("auto", "whole", "rows")
 FEW = 8

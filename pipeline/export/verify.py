@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline import verify_logits
-from pipeline.adapters_in import load_adapter
+from pipeline.export import verify_logits
+from pipeline.export.adapter_read import load_adapter
+from pipeline.export.trained_model import TrainedModel, extended_config, partner_of
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import write_json
 from pipeline.hf.writer import REPORT
 from pipeline.planning import tensors as names
 from pipeline.storage.safetensors import tensor_digest
-from pipeline.trained_model import TrainedModel, extended_config, partner_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference of fp32 logits. The same sums in the same order should give no difference at all."""

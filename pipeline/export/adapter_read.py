@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.adapter_notes import CONFIG, check_complete, read_config, read_note, saved_whole, stretch
 from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.export.adapter_notes import CONFIG, check_complete, read_config, read_note, saved_whole, stretch
+from pipeline.export.trained_model import LazyTensors, TrainedModel, find_base, grown_arch, wrong_base
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.trained_model import LazyTensors, TrainedModel, find_base, grown_arch, wrong_base
 
 EMBEDDING, HEAD = VOCABULARY_HF
 PREFIX = "base_model.model."
