@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.preflight import Gpu, Machine
+from pipeline.preflight.survey import Gpu, Machine
 
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED = Path("/dev/shm")

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.config.yaml_file import load_config
-from pipeline.preflight import Launch, survey
-from pipeline.preflight_files import Finding
+from pipeline.preflight.files import Finding
+from pipeline.preflight.survey import Launch, survey
 from tools.machine import read_machine
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parallel.world.grid import plan_grid
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.balance import EVEN, advise, imbalance
-from pipeline.preflight import check_layout
+from pipeline.preflight.survey import check_layout
 from tools.shapes import llama2
 
 CONFIG = Path(__file__).parents[2] / "launch/configs/llama2_70b_32k.yaml"

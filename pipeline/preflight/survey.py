@@ -22,7 +22,7 @@ from pipeline.data.shards import is_prepared, token_dtype
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import advise
 from pipeline.planning.memory import MemoryEstimate, estimate_memory
-from pipeline.preflight_files import (
+from pipeline.preflight.files import (
     Finding,
     check_earlier_run,
     check_model,
