@@ -34,8 +34,8 @@ from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from tools.shapes import SIZES, config_json, llama2
-from tools.tiny_checkpoint import write_tokenizer, write_tokens
+from tools.support.shapes import SIZES, config_json, llama2
+from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
 

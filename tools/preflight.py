@@ -20,7 +20,7 @@ from parallel.errors import ConfigError, LongspanError
 from pipeline.config.yaml_file import load_config
 from pipeline.preflight.files import Finding
 from pipeline.preflight.survey import Launch, survey
-from tools.machine import read_machine
+from tools.support.machine import read_machine
 
 
 def weights_bytes(folder: Path) -> int:

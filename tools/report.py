@@ -25,7 +25,7 @@ from parallel.errors import DataError, LongspanError
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
-from tools import report_plots as plots
+from tools.support import report_plots as plots
 
 PAGE = "index.html"
 FIRST, LAST = ("shipped", "before", "untrained"), ("after",)

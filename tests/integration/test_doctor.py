@@ -15,8 +15,8 @@ from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
 from tests.tiny_models import make_tiny
 from tools.doctor import Report, main, run_doctor, run_doctors, show
-from tools.local_ranks import RankFailed
-from tools.shrink import VOCAB, shrink
+from tools.support.local_ranks import RankFailed
+from tools.support.shrink import VOCAB, shrink
 
 ROOT = Path(__file__).parents[2]
 YAML = """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.yaml_file import load_config
-from tools.local_ranks import RankFailed
+from tools.support.local_ranks import RankFailed
 from tools.tiny_run import PROCESSES, STOP, compare_losses, main, train
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from pipeline.training import optimizer
 from pipeline.training.gradients import FlatGradients
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny, write_tokenizer
-from tools.parity import Observed, compare, observe
+from tools.support.parity import Observed, compare, observe
 
 STEPS = 3
 YAML = """

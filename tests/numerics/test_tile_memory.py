@@ -22,7 +22,7 @@ from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
-from tools.shapes import llama2
+from tools.support.shapes import llama2
 
 TOKENS, HIDDEN, RANKS = 512, 64, 8
 

@@ -13,7 +13,7 @@ from parallel.world.grid import plan_grid
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.balance import EVEN, advise, imbalance
 from pipeline.preflight.survey import check_layout
-from tools.shapes import llama2
+from tools.support.shapes import llama2
 
 CONFIG = Path(__file__).parents[2] / "launch/configs/llama2_70b_32k.yaml"
 ON_GPUS = ["parallel.engine=megatron", "parallel.offload.params=none", "parallel.offload.optimizer=none"]

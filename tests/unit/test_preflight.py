@@ -26,8 +26,8 @@ from pipeline.planning.memory import GIB, MemoryEstimate, estimate_memory
 from pipeline.preflight import files, survey
 from pipeline.preflight.survey import Gpu, Launch, Machine, Space
 from tests.tiny_models import make_tiny, write_tokenizer
-from tools import machine as machines
 from tools.preflight import main, show, weights_bytes
+from tools.support import machine as machines
 
 ROOT = Path(__file__).parents[2]
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB)
@@ -261,8 +261,8 @@ def test_disk_needs_shrink_as_files_appear(tmp_path: Path) -> None:
 
 def tiny_run(folder: Path) -> tuple[RunConfig, Path]:
     """A run whose files are all there."""
-    from tools.shrink import shrink
-    from tools.tiny_checkpoint import write_files
+    from tools.support.shrink import shrink
+    from tools.support.tiny_checkpoint import write_files
 
     tiny = shrink(load_config(ROOT / "launch/configs/llama2_70b_32k.yaml"), folder)
     write_files(tiny.config, tiny.model)
@@ -299,7 +299,7 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
 
 def test_the_70b_run_needs_what_its_yaml_says() -> None:
     from parallel.world.grid import plan_grid
-    from tools.shapes import llama2
+    from tools.support.shapes import llama2
 
     path = ROOT / "launch/configs/llama2_70b_32k.yaml"
     estimate = estimate_memory(load_config(path), llama2("70b"), plan_grid(8, 1, 2, 1))

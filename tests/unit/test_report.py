@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.reporting.metrics import METRICS_FILE
-from tools import report_plots as plots
 from tools.report import PAGE, main, read_run, write_report
+from tools.support import report_plots as plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -23,7 +23,7 @@ from parallel.errors import ConfigError
 from pipeline.model.attention.backends import Backend, select_backend
 from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from tools.bench.command_line import add_integers, console_of
+from tools.support.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -42,8 +42,8 @@ from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import ring_bytes
-from tools.bench.command_line import add_integers, console_of
 from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
+from tools.support.command_line import add_integers, console_of
 
 RING = "full, torch ring"
 CHECK_LENGTH = 4096

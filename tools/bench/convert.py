@@ -43,8 +43,8 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.storage.safetensors import TensorFact
 from pipeline.training.run_record import git_commit
-from tools.bench.command_line import console_of
-from tools.shapes import config_json, llama2
+from tools.support.command_line import console_of
+from tools.support.shapes import config_json, llama2
 
 GIB = 1 << 30
 CONTEXT = 32768

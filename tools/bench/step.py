@@ -38,9 +38,9 @@ from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
-from tools.bench.command_line import add_integers, console_of
 from tools.bench.plain import plain_layers
-from tools.shapes import SIZES, llama2
+from tools.support.command_line import add_integers, console_of
+from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 

@@ -17,7 +17,7 @@ from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from tools.shrink import TOKENS
+from tools.support.shrink import TOKENS
 
 LONGEST_DOCUMENT = 50
 """Tokens; shorter than a sequence, so that a sequence packs several."""

@@ -1,7 +1,7 @@
-"""One process of `tools.doctor`: `python -m tools.doctor_rank RANK WORLD JOBS.json` (started by `tools.local_ranks`).
+"""One process of `tools.doctor`: `python -m tools.support.doctor_rank RANK WORLD JOBS.json`
 
-Rank 0 writes the tiny files and computes what one process gives, while the others still load; then all of them run the
-grid, and rank 0 compares and writes the findings beside the jobs.
+Started by `local_ranks`. Rank 0 writes the tiny files and computes what one process gives, while the others still
+load; then all of them run the grid, and rank 0 compares and writes the findings beside the jobs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pipeline.build import Run
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.training.invariants import run_checks
-from tools.local_ranks import die_with_parent
-from tools.parity import Difference, Observed, compare, observe
-from tools.shrink import STEPS, TOKENS
-from tools.tiny_checkpoint import write_files
+from tools.support.local_ranks import die_with_parent
+from tools.support.parity import Difference, Observed, compare, observe
+from tools.support.shrink import STEPS, TOKENS
+from tools.support.tiny_checkpoint import write_files
 
 PARITY = 1e-5
 """Relative, fp32 on CPU: sums in another order."""

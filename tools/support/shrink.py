@@ -18,7 +18,7 @@ from parallel.errors import ConfigError
 from parallel.world.grid import check_model_fits, plan_grid, plan_stages
 from pipeline.config.sections import DataConfig, EvalConfig, ParallelConfig, RunConfig, SaveConfig
 from pipeline.planning.arch import ARCHITECTURES, LlamaArch, read_arch
-from tools.shapes import llama2
+from tools.support.shapes import llama2
 
 VOCAB = 131
 """Prime: no tp divides it."""

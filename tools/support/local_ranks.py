@@ -18,7 +18,7 @@ from parallel.errors import LongspanError
 GRACE_S = 2.0
 """Seconds after the first failure in which the others may tell of theirs."""
 POLL_S = 0.05
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class RankFailed(LongspanError):
