@@ -1,7 +1,7 @@
 """How much memory a run needs, by formula: no torch, nothing is allocated or opened.
 
 One place for the arithmetic that the preflight checks a machine against. It counts training, in bytes of one rank; the
-figures it was compared with are in docs/RESULTS.md (tests/unit/test_memory.py holds it to them).
+figures it was compared with are in docs/RESULTS.md (tests/unit/planning/test_memory.py holds it to them).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pipeline.export.verify import verify
 from pipeline.hf.checkpoint import HfCheckpoint
 from tests.integration.test_import_export import trained_model
 from tests.integration.test_longlora_files import CONTEXT, TOKENS, published
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools.merge_lora import main as merge_main
 
 WEIGHTS = "adapter_model.safetensors"

@@ -28,7 +28,7 @@ from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import new_folder, write_safetensors_sharded
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, Written, tensor_digest
 from tests.integration.test_import_export import trained_model, write_checkpoint
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools import import_hf
 from tools.import_hf import import_model
 from tools.support import sources

@@ -15,7 +15,7 @@ from pipeline.hf.companions import tokenizer_size
 from pipeline.hf.writer import new_folder
 from tests.integration.test_conversion_faults import Stopped, stop_after
 from tests.integration.test_import_export import trained_model, write_checkpoint
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools.export_hf import main as export_main
 from tools.import_hf import import_model
 from tools.import_hf import main as import_main

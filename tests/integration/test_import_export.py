@@ -27,7 +27,7 @@ from pipeline.model.layers.rotary import plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.storage.safetensors import TensorFact
-from tests.tiny_models import KINDS, make_tiny
+from tests.support.tiny_models import KINDS, make_tiny
 from tools.export_hf import main as export_main
 from tools.import_hf import import_model
 from tools.import_hf import main as import_main

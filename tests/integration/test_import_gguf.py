@@ -17,7 +17,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools.import_hf import main
 
 NAMES = {

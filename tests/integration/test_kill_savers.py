@@ -34,7 +34,7 @@ from pipeline.evaluation import evaluator
 from pipeline.training import run_record
 from tests.integration.kill_zygote import END_S, START_S, WORLD, Board, Pair, victims_of
 from tests.numerics.test_training import losses, rows, write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 HEAVY = (build, evaluator, run_record)
 """Imported here so that the forked trainers need not."""

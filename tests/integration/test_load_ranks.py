@@ -20,8 +20,8 @@ from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny
 
 ADDED = 3
 CASES = (("qwen2", 0), ("llama32", 0), ("llama2", ADDED))

@@ -24,7 +24,7 @@ from pipeline.export.verify import verify
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning.arch import read_arch
 from tests.integration.test_import_export import trained_model
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.import_hf import main as import_main
 from tools.merge_lora import main as merge_main
 

@@ -22,7 +22,7 @@ from pipeline.checkpoint.choose import choose
 from pipeline.training.lock import OutputLock
 from tests.integration.test_faults import QUIET, ROOT, finish, mark, start
 from tests.numerics.test_training import losses, run_here, write_run
-from tests.ranks import _reserved_port
+from tests.support.ranks import _reserved_port
 
 __all__ = ["mark"]
 STEPS = 12

@@ -14,7 +14,7 @@ from pipeline.build import build
 from pipeline.config.yaml_file import load_config
 from pipeline.training.state import whole_state
 from tests.numerics.test_training import write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STEPS = 2
 Layout = dict[str, int | str]

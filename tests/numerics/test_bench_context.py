@@ -15,7 +15,7 @@ import torch
 from pipeline.model.attention.backends import select_backend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import halo_bytes
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tools.bench.torch_ring import refuses
 
 LENGTHS, GROUP, HEADS, KV_HEADS, DIM, RANKS = (256, 128), 64, 8, 2, 16, 2

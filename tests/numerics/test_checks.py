@@ -14,7 +14,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
 from pipeline.config.yaml_file import load_config
 from tests.numerics.test_parallel_parity import Grid, write_config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def _find(run: Run, name: str) -> torch.Tensor:

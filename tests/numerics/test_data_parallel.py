@@ -12,7 +12,7 @@ import torch
 
 from parallel.axes.data import plan_buckets
 from tests.numerics.data_parallel_work import HIDDEN, VOCAB, Model, work
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

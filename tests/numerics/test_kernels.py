@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from pipeline.model.layers import kernel_choice, lora, mlp, norm, rotary, swiglu
-from tests.interpreted import interpret
-from tests.single import single_groups
+from tests.support.interpreted import interpret
+from tests.support.single import single_groups
 
 DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
 

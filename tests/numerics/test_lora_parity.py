@@ -15,7 +15,7 @@ from pipeline.model.layers.loss import IGNORE
 from pipeline.model.weights.load import mark_trainable, trainable
 from pipeline.planning.attention_layout import SequenceLayout
 from tests.numerics.test_model_parity import FULL, stage_of
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -20,9 +20,9 @@ from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
-from tests.interpreted import interpret
-from tests.single import single_groups
-from tests.tiny_models import make_tiny
+from tests.support.interpreted import interpret
+from tests.support.single import single_groups
+from tests.support.tiny_models import make_tiny
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 POINTWISE = {"swiglu", "swiglu_gradient_", "rotate"}

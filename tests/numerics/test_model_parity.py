@@ -19,8 +19,8 @@ from pipeline.model.spec import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
-from tests.single import single_groups
-from tests.tiny_models import KINDS, make_tiny
+from tests.support.single import single_groups
+from tests.support.tiny_models import KINDS, make_tiny
 
 FULL = AttentionSpec("full", 2)
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, he
 from pipeline.planning.context_shards import halo_plan
 from pipeline.training import optimizer
 from pipeline.training.gradients import FlatGradients
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.support.parity import Observed, compare, observe
 
 STEPS = 3

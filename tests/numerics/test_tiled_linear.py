@@ -29,8 +29,8 @@ from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.arch import LlamaArch
 from pipeline.train import train
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny, write_tokenizer
 
 YAML = """
 model: {{path: {base}, context: 64, dtype: {dtype}, rope: {{type: linear, factor: 2}}}}

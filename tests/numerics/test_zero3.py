@@ -17,7 +17,7 @@ from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tools import dry_run
 
 STEPS = 3

@@ -21,7 +21,7 @@ from pipeline.evaluation import evaluator
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.train import train
 from tests.numerics.test_training import write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def change(base: Path, how: str) -> None:

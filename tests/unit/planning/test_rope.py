@@ -17,7 +17,7 @@ from pipeline.config.sections import RopeSettings
 from pipeline.model.layers.rotary import apply_rope, hf_rope_fields, inverse_frequencies, rope_tables
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, ntk_theta, plan_rope
-from tests.tiny_models import tiny_config
+from tests.support.tiny_models import tiny_config
 
 LLAMA31 = {
     "rope_type": "llama3",

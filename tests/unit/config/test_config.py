@@ -14,7 +14,7 @@ from parallel.errors import ConfigError
 from pipeline.config.sections import EvalConfig, RunConfig
 from pipeline.config.yaml_file import config_dict, dump_config, load_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
 MINIMAL = """\
 model: {path: models/m, context: 32768}

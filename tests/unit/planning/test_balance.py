@@ -15,7 +15,7 @@ from pipeline.planning.balance import EVEN, advise, imbalance
 from pipeline.preflight.survey import check_layout
 from tools.support.shapes import llama2
 
-CONFIG = Path(__file__).parents[2] / "launch/configs/llama2_70b_32k.yaml"
+CONFIG = Path(__file__).parents[3] / "launch/configs/llama2_70b_32k.yaml"
 ON_GPUS = ["parallel.engine=megatron", "parallel.offload.params=none", "parallel.offload.optimizer=none"]
 LLAMA2_70B = llama2("70b")
 

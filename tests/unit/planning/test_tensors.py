@@ -13,7 +13,7 @@ from parallel.errors import ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from tests.tiny_models import KINDS, tiny_config
+from tests.support.tiny_models import KINDS, tiny_config
 
 
 def arch_of(folder: Path, kind: str, **over: Any) -> LlamaArch:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import LORA, write
+from tests.support.checkpoints import LORA, write
 from tools.inspect_checkpoint import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_it_tells_what_is_inside_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

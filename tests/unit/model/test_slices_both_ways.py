@@ -18,7 +18,7 @@ from pipeline.model.weights.load import VOCABULARY, load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.storage.safetensors import TensorFact
-from tests.tiny_models import KINDS, make_tiny
+from tests.support.tiny_models import KINDS, make_tiny
 
 GRIDS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2), (4, 2)]
 

@@ -25,11 +25,11 @@ from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import GIB, MemoryEstimate, estimate_memory
 from pipeline.preflight import files, survey
 from pipeline.preflight.survey import Gpu, Launch, Machine, Space
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.preflight import main, show, weights_bytes
 from tools.support import machine as machines
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB)
 NODE = Machine((A100,) * 8, 500 * GIB, "this machine", 8 * GIB)
 ESTIMATE = MemoryEstimate(

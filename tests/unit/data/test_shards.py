@@ -25,7 +25,7 @@ from pipeline.data.shards import (
     remove_leftovers,
     token_dtype,
 )
-from tests.data_helpers import BYTES, WIDE, ByteTokenizer, stream_of, write_shards
+from tests.support.data_helpers import BYTES, WIDE, ByteTokenizer, stream_of, write_shards
 
 DOCUMENTS_OF = [[10, 11, 12], [], [13] * 9, [14, 15]]
 

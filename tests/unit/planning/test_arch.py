@@ -12,7 +12,7 @@ import pytest
 
 from parallel.errors import ConfigError
 from pipeline.planning.arch import read_arch
-from tests.tiny_models import KINDS, tiny_config
+from tests.support.tiny_models import KINDS, tiny_config
 
 
 def write(folder: Path, kind: str = "llama2", **over: Any) -> Path:

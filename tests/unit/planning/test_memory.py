@@ -14,11 +14,11 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
 from pipeline.planning.tile_size import tile_tokens
-from tests.tiny_models import KINDS, make_tiny
+from tests.support.tiny_models import KINDS, make_tiny
 from tools.support.shapes import llama2
 
 LLAMA2_70B = llama2("70b")
-CONFIG = Path(__file__).parents[2] / "launch/configs/llama2_70b_32k.yaml"
+CONFIG = Path(__file__).parents[3] / "launch/configs/llama2_70b_32k.yaml"
 MEGATRON = ["parallel.engine=megatron", "parallel.offload.params=none", "parallel.offload.optimizer=none"]
 
 

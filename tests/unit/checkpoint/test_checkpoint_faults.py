@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.checkpoint.choose import choose
 from pipeline.storage import durable
-from tests.checkpoints import holds, write
+from tests.support.checkpoints import holds, write
 
 CRASHED = 9
 injected: dict[str, int] = {}

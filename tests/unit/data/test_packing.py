@@ -14,7 +14,7 @@ from parallel.errors import DataError
 from pipeline.data import packing
 from pipeline.data.packing import IGNORE, PackedDataset, document_ids
 from pipeline.model.layers import loss
-from tests.data_helpers import make_shards, stream_of
+from tests.support.data_helpers import make_shards, stream_of
 
 documents_ = st.lists(st.lists(st.integers(3, 258), max_size=12), min_size=1, max_size=12)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import _reserved_port, run_ranks
+from tests.support.ranks import _reserved_port, run_ranks
 
 
 def values(rank: int, world: int, base: float) -> dict[str, Any]:

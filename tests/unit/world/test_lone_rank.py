@@ -10,7 +10,7 @@ from parallel.world import lone_rank
 from parallel.world.grid import plan_grid
 from parallel.world.groups import make_groups
 from parallel.world.rank_env import RankEnv
-from tests.single import single_groups
+from tests.support.single import single_groups
 
 from megatron.core.tensor_parallel import mappings  # isort: skip  # not before `parallel.world.groups`
 

@@ -153,8 +153,8 @@ def run_ranks[T](
 ) -> list[T]:
     """Call `fn(rank, world, *args)` in `world` fresh processes with torchrun's variables set.
 
-    torch.distributed is not initialized: that is `parallel.world.groups.make_groups`'s to do. A process costs about 7 s of
-    imports, so put many cases into one call.
+    torch.distributed is not initialized: that is `parallel.world.groups.make_groups`'s to do. A process costs about 7 s
+    of imports, so put many cases into one call.
 
     Args:
         fn: a function at the top level of an importable module.

@@ -14,7 +14,7 @@ from parallel.errors import ConfigError, DataError
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.data.packing import PackedDataset, Window
 from pipeline.data.sampler import step_indices
-from tests.data_helpers import make_shards
+from tests.support.data_helpers import make_shards
 
 SEQUENCE = 4
 

@@ -21,8 +21,8 @@ from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.storage import durable
-from tests.ranks import run_ranks
-from tests.single import single_groups
+from tests.support.ranks import run_ranks
+from tests.support.single import single_groups
 
 MANIFEST: dict[str, Any] = {"updates": 1, "config": {}}
 NAME = "model.norm.weight"

@@ -13,8 +13,8 @@ from parallel.world.collectives import on_main_first, share_from_main
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
-from tests.ranks import run_ranks
-from tests.single import single_groups
+from tests.support.ranks import run_ranks
+from tests.support.single import single_groups
 
 TIMEOUT_S = 3.0
 

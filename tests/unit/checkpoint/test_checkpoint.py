@@ -25,8 +25,8 @@ from pipeline.checkpoint.manifest import checksum_text, manifest_bytes, read_man
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.storage.durable import MAX_JSON, Damaged
-from tests.checkpoints import LORA, SHAPES, holds, state_at, write
-from tests.tiny_models import make_tiny
+from tests.support.checkpoints import LORA, SHAPES, holds, state_at, write
+from tests.support.tiny_models import make_tiny
 
 
 def redeclare(folder: Path, change: dict[str, Any]) -> None:
