@@ -20,20 +20,20 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from parallel.plan import GridPlan
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch
-from pipeline.model.attention import CoreAttention, LongAttention
+from parallel.world.grid import GridPlan
+from pipeline.config.sections import LoraConfig
+from pipeline.model.attention.layer import CoreAttention, LongAttention
 from pipeline.model.layer import LlamaLayer
-from pipeline.model.lora import Linear, adapted_column, adapted_row
-from pipeline.model.norm import RMSNorm
-from pipeline.model.plan import refuse_biases
-from pipeline.model.residual import Add, last_residual_add, plain_add, residual_add
-from pipeline.model.swiglu import EagerSwiGlu, SwiGlu
-from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
-from pipeline.model.tiled_mlp import TiledMLP
+from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
+from pipeline.model.layers.lora import Linear, adapted_column, adapted_row
+from pipeline.model.layers.mlp import TiledMLP
+from pipeline.model.layers.norm import RMSNorm
+from pipeline.model.layers.residual import Add, last_residual_add, plain_add, residual_add
+from pipeline.model.layers.swiglu import EagerSwiGlu, SwiGlu
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
 from pipeline.planning.recompute import RecomputePolicy
-from pipeline.schema import LoraConfig
+from pipeline.planning.rope import refuse_biases
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.tiled_linear import recomputing
-from pipeline.model.weights import mark_trainable
+from pipeline.model.layers.linear import recomputing
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.recompute import SETTINGS, RecomputePolicy, plan_recompute
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.single import single_groups
-from tests.tiny_models import make_tiny
+from tests.support.single import single_groups
+from tests.support.tiny_models import make_tiny
 
 FULL, NONE = RecomputePolicy.FULL, RecomputePolicy.NONE
 

@@ -9,7 +9,7 @@ GPU: sequence tokens over the step's time over the ranks that share a sequence. 
 turn, in one process, for the size of tensor parallelism's tiles; so are several families of layers: `--family local
 megatron` puts megatron-core's own beside ours.
 
-Alone, under a fake process group, neither family pays for what is sent (`parallel.fake`). Ratios of real runs, over
+Alone, under a fake process group, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over
 NCCL, say what a user gets.
 """
 
@@ -29,24 +29,24 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
-from parallel.fake import numbers_bytes
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import check_model_fits, plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import check_model_fits, plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import tile_size
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
 from pipeline.model.spec import FAMILIES
-from pipeline.model.weights import init_adapters, mark_trainable, trainable
-from pipeline.optim import TrainableAdamW
+from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.recompute import SETTINGS
-from pipeline.reduction import GradientReduction
-from pipeline.schema import LoraConfig, RopeSettings
-from tools.bench.command_line import add_integers, console_of
-from tools.shapes import SIZES, llama2
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from tools.support.command_line import add_integers, console_of
+from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 
