@@ -12,10 +12,10 @@ from parallel.errors import ConfigError
 from pipeline.config.checks import at_least, between, not_empty, one_of
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.rope import RopeSettings
-from pipeline.planning.recompute import SETTINGS as RECOMPUTE
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
+RECOMPUTE = ("full", "none")
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "full_last_steps")
 """Settings of `attention` that only kind s2 looks at."""
 

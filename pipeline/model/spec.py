@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from parallel.world.grid import GridPlan
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import CoreAttention, LongAttention
-from pipeline.model.layer import LlamaLayer
+from pipeline.model.layers.layer import LlamaLayer
 from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.model.layers.lora import Linear, adapted_column, adapted_row
 from pipeline.model.layers.mlp import TiledMLP

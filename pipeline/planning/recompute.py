@@ -17,15 +17,11 @@ class RecomputePolicy(StrEnum):
     """Every product's output. Norms' and SwiGLU's outputs are made again where nothing else needs them."""
 
 
-SETTINGS = tuple(policy.value for policy in RecomputePolicy)
-"""What train.recompute may say."""
-
-
 def plan_recompute(setting: str, layers: int) -> tuple[RecomputePolicy, ...]:
     """The policy of every layer of the model.
 
     Args:
-        setting: train.recompute, one of SETTINGS.
+        setting: train.recompute, one of `config.sections.RECOMPUTE`.
         layers: of the whole model.
     """
     return (RecomputePolicy(setting),) * layers

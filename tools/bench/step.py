@@ -9,8 +9,8 @@ GPU: sequence tokens over the step's time over the ranks that share a sequence. 
 turn, in one process, for the size of tensor parallelism's tiles; so are several families of layers: `--family local
 megatron` puts megatron-core's own beside ours.
 
-Alone, under a fake process group, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over
-NCCL, say what a user gets.
+Alone, under a fake process group, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real
+runs, over NCCL, say what a user gets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
@@ -42,7 +42,6 @@ from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.recompute import SETTINGS
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from tools.support.command_line import add_integers, console_of
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--tile-scale", type=float, nargs="+", default=[1.0], help="tiles this many times the product's (default 1)"
     )
-    parser.add_argument("--recompute", choices=SETTINGS, default="full")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="full")
     add_integers(
         parser,
         ("--tp", 1, "tensor-parallel ranks"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model.layers.linear import recomputing
 from pipeline.model.layers.rotary import plan_rope
@@ -15,7 +15,7 @@ from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.recompute import SETTINGS, RecomputePolicy, plan_recompute
+from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
 
@@ -23,7 +23,7 @@ FULL, NONE = RecomputePolicy.FULL, RecomputePolicy.NONE
 
 
 def test_a_setting_is_a_policy_for_every_layer() -> None:
-    assert [plan_recompute(setting, 3) for setting in SETTINGS] == [(FULL,) * 3, (NONE,) * 3]
+    assert [plan_recompute(setting, 3) for setting in RECOMPUTE] == [(FULL,) * 3, (NONE,) * 3]
     with pytest.raises(ValueError, match="half"):
         plan_recompute("half", 3)
 
