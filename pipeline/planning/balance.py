@@ -15,19 +15,32 @@ EVEN = 1.1
 """Work of the busiest rank over the mean up to which nothing is said."""
 
 
+def attention_work(arch: LlamaArch, sequence: int, spec: AttentionSpec, tp: int, cp: int) -> list[tuple[int, ...]]:
+    """(query head, query, key) triples of each tensor rank's context ranks, the last one's padding counted."""
+    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
+    layout, local = SequenceLayout.dense(1, cp * tokens), arch.heads // tp
+    plans = [head_plan(rank * local, local, arch.heads, arch.kv_heads, spec.shifted_heads) for rank in range(tp)]
+    return [query_key_pairs(layout, spec, plan, cp, tokens) for plan in plans]
+
+
+def busiest_rank(arch: LlamaArch, sequence: int, spec: AttentionSpec, grid: GridPlan) -> int:
+    """The rank whose attention does the most work, for which all others wait; the last of equals.
+
+    Of the first pipeline stage and replica: the others differ in nothing that is counted here.
+    """
+    work = attention_work(arch, sequence, spec, grid.tp, grid.cp)
+    _, tp, cp = max((work[tp][cp], tp, cp) for tp in range(grid.tp) for cp in range(grid.cp))
+    return grid.rank(tp, cp, 0, 0)
+
+
 def imbalance(arch: LlamaArch, sequence: int, group: int, rule: str, tp: int, cp: int) -> float:
-    """S² attention of the busiest tensor x context rank over the mean, the last one's padding counted.
+    """S² attention of the busiest tensor x context rank over the mean.
 
     Context rank 0 is left out where there are others: it has no past, so that it does about half of what they do under
     every rule.
     """
-    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
-    layout, spec = SequenceLayout.dense(1, cp * tokens), AttentionSpec("s2", group, rule)
-    local = arch.heads // tp
-    work: list[int] = []
-    for rank in range(tp):
-        heads = head_plan(rank * local, local, arch.heads, arch.kv_heads, rule)
-        work += query_key_pairs(layout, spec, heads, cp, tokens)[1 if cp > 1 else 0 :]
+    by_rank = attention_work(arch, sequence, AttentionSpec("s2", group, rule), tp, cp)
+    work = [pairs for row in by_rank for pairs in row[1 if cp > 1 else 0 :]]
     return max(work) * len(work) / sum(work)
 
 

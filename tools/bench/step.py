@@ -1,16 +1,16 @@
 """Time whole optimizer steps of one rank on one GPU, with random weights and tokens made in place.
 
-    python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank 0] [--json FILE]
+    python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank N] [--json FILE]
     torchrun --nproc-per-node 8 -m tools.bench.step --model llama2-70b --sequence 32768 --cp 8
 
-Started alone, the process is rank `--rank` of tp x cp under torch's fake process group: memory and compute are
-real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
-GPU: sequence tokens over the step's time over the ranks that share a sequence. Several `--tile-scale` are measured in
-turn, in one process, for the size of tensor parallelism's tiles; so are several families of layers: `--family local
-megatron` puts megatron-core's own beside ours.
+Started alone, the process is one rank of tp x cp, by default the one with the most work, under torch's fake process
+group: memory and compute are real, communication takes no time, and the losses mean nothing. Started by torchrun, all
+is real. Tokens/s are per GPU: sequence tokens over the step's time over the ranks that share a sequence. Several
+`--tile-scale` are measured in turn, in one process, for the size of tensor parallelism's tiles; so are several families
+of layers: `--family local megatron` puts megatron-core's own beside ours.
 
-Alone, under a fake process group, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real
-runs, over NCCL, say what a user gets.
+Alone, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over NCCL, say what a
+user gets.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.balance import busiest_rank
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from tools.support.command_line import add_integers, console_of
+from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
@@ -68,6 +70,11 @@ def build_part(args: argparse.Namespace, groups: Groups, family: str) -> ModelPa
     return model
 
 
+def attention_of(args: argparse.Namespace) -> AttentionSpec:
+    """The attention asked for."""
+    return AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
+
+
 def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[int], float]:
     """What takes an optimizer step and returns its seconds.
 
@@ -78,7 +85,7 @@ def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[
     named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
     optimizer = TrainableAdamW(named, group=groups.data)
     reduction = GradientReduction(groups, model)
-    spec = AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
+    spec = attention_of(args)
     shape = (args.micro_batch, args.sequence)
 
     def take(step: int) -> float:
@@ -109,7 +116,7 @@ def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], floa
     times = [take(args.warmup + step) for step in range(args.steps)]
     peaks = torch.cuda.max_memory_allocated() - numbers_bytes(), torch.cuda.max_memory_reserved()
     if args.profile:
-        _profile(lambda: take(args.warmup + args.steps), groups.is_main)
+        print_profile(lambda: take(args.warmup + args.steps), groups.is_main or not groups.env.launched)
     seconds = statistics.median(times)
     plan = groups.plan
     tokens_a_step = args.sequence * args.micro_batch * args.micro_batches
@@ -123,15 +130,6 @@ def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], floa
         "peak_reserved_gib": peaks[1] / gib,
         "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }
-
-
-def _profile(work: Callable[[], object], told: bool) -> None:
-    """Where one more step's time goes on this GPU, printed where `told`; every rank profiles, so that none waits."""
-    with torch.profiler.profile() as profiler:
-        work()
-    if told:
-        averages = profiler.key_averages()
-        print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70), flush=True)
 
 
 def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
@@ -166,7 +164,6 @@ def main() -> None:
         parser,
         ("--tp", 1, "tensor-parallel ranks"),
         ("--cp", 1, "context-parallel ranks"),
-        ("--rank", 0, "which rank to be, when alone"),
         ("--micro-batch", 1, "sequences a forward pass"),
         ("--micro-batches", 1, "forward passes a step"),
         ("--warmup", 2, "steps before timing"),
@@ -175,6 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--family", nargs="+", choices=sorted(FAMILIES), default=["local"], help="whose layers (default local: ours)"
     )
+    parser.add_argument("--rank", type=int, help="which rank to be, when alone (default: the one with the most work)")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
     args = parser.parse_args()
@@ -184,9 +182,13 @@ def main() -> None:
         env = RankEnv.read()
         alone = not env.launched
         world = args.tp * args.cp if alone else env.world_size
+        grid = plan_grid(world, args.tp, args.cp, 1)
         if alone:
-            env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
-        groups = make_groups(plan_grid(world, args.tp, args.cp, 1), env, fake=alone and world > 1)
+            arch = llama2(MODELS[args.model], args.layers)
+            check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
+            busiest = busiest_rank(arch, args.sequence, attention_of(args), grid)
+            env = RankEnv(rank=busiest if args.rank is None else args.rank, world_size=world, local_rank=0)
+        groups = make_groups(grid, env, fake=alone and world > 1)
         seed_everything(0)
         rows = measure_all(args, groups)
     except LongspanError as error:
@@ -198,7 +200,8 @@ def main() -> None:
     told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
     title = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
-        f"tp {args.tp} cp {args.cp}, recompute {args.recompute}, " + ("fake process group" if alone else "NCCL")
+        f"tp {args.tp} cp {args.cp}, rank {env.rank}, recompute {args.recompute}, "
+        + ("fake process group" if alone else "NCCL")
     )
     table = Table(title=title)
     for column in rows[0]:

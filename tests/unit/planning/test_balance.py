@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from parallel.world.grid import plan_grid
 from pipeline.config.yaml_file import load_config
-from pipeline.planning.balance import EVEN, advise, imbalance
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.balance import EVEN, advise, attention_work, busiest_rank, imbalance
 from pipeline.preflight.survey import check_layout
 from tools.support.shapes import llama2
 
@@ -48,6 +49,21 @@ def test_imbalance_is_what_counting_gives(
     arch = replace(LLAMA2_70B, heads=sizes[0], kv_heads=sizes[1])
     expected = _counted(*sizes, sequence, 2 * half, rule, tp, cp)
     assert imbalance(arch, sequence, 2 * half, rule, tp, cp) == pytest.approx(expected)
+
+
+def test_the_busiest_rank_has_the_most_attention() -> None:
+    """The first context rank has no past, the last one the longest under full attention; tensor ranks split heads."""
+    grid, s2 = plan_grid(8, 1, 8, 1), AttentionSpec("s2", 8192)
+    work = attention_work(LLAMA2_70B, 32768, s2, 1, 8)[0]
+    assert work[0] == min(work) and work[7] == max(work) and busiest_rank(LLAMA2_70B, 32768, s2, grid) == 7
+    assert work[7] == 32 * sum(4096 + t + 1 for t in range(4096)) + 32 * sum(t + 1 for t in range(4096))
+    assert busiest_rank(LLAMA2_70B, 32768, AttentionSpec("full", 2), grid) == 7
+    # tp 2 x cp 8: one tensor rank has all shifted heads, whose groups begin at odd shards.
+    grid = plan_grid(16, 2, 8, 1)
+    rank = busiest_rank(LLAMA2_70B, 32768, s2, grid)
+    by_rank = attention_work(LLAMA2_70B, 32768, s2, 2, 8)
+    tp, cp = grid.coordinates(rank)[:2]
+    assert by_rank[tp][cp] == max(max(row) for row in by_rank) > min(row[cp] for row in by_rank)
 
 
 @pytest.mark.parametrize(
