@@ -1,7 +1,8 @@
-"""Rank 0's share of a run on this machine's one GPU, before a node is booked: `python -m tools.dry_run --config X`
+"""One rank's share of a run on this machine's one GPU, before a node is booked: `python -m tools.dry_run --config X`
 
 All layers, real data path, a few optimizer steps of one micro-batch each, under torch's fake process group: memory and
-compute are those of rank 0 of `--nproc`, nothing is sent, losses mean nothing. A base model or text that is not on this
+compute are those of one rank of `--nproc`, by default the one with the most work, for which the others would wait;
+nothing is sent, losses mean nothing. A base model or text that is not on this
 machine is stood in for by random weights of its shape and random tokens. Started by torchrun, all ranks are there.
 """
 
@@ -25,17 +26,20 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.fake import numbers_bytes
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
-from pipeline.build import build, check_before_spending
-from pipeline.config import load_config
-from pipeline.hf_files import HfCheckpoint, TensorFact
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.schema import DataConfig, EvalConfig, RunConfig, SaveConfig
-from tools.shapes import SIZES, config_json, llama2
-from tools.tiny_checkpoint import write_tokenizer, write_tokens
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
+from pipeline.build import attention_spec, build, check_before_spending
+from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
+from pipeline.config.yaml_file import load_config
+from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.balance import busiest_rank
+from tools.support.profile import print_profile
+from tools.support.shapes import SIZES, config_json, llama2
+from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
 
@@ -129,7 +133,16 @@ def prepare(
     return changed, base, notes
 
 
-def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: int) -> dict[str, Any]:
+def _busiest(config: RunConfig, arch: LlamaArch, nproc: int) -> int:
+    """The rank that all others wait for."""
+    parallel, attention = config.parallel, config.attention
+    grid = plan_grid(nproc, parallel.tp, parallel.cp, parallel.pp)
+    return busiest_rank(arch, config.sequence, attention_spec(attention, config.group), grid)
+
+
+def measure(
+    config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: int, profile: bool = False
+) -> dict[str, Any]:
     """Take the steps; figures of this rank, which is alone unless torchrun started it.
 
     Raises:
@@ -153,6 +166,8 @@ def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: 
             rows.append(row)
             if step >= warmup:
                 seconds.append(time.perf_counter() - began)
+        if profile:
+            print_profile(lambda: trainer.gradients(config.train.steps - 1), run.groups.is_main or not env.launched)
     finally:
         trainer.parts.loader.close()
         trainer.parts.saver.close()
@@ -186,7 +201,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")
-    parser.add_argument("--rank", type=int, default=0, help="which of them to be (default 0)")
+    parser.add_argument("--rank", type=int, help="which of them to be (default: the one with the most work)")
+    parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up (default 3)")
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--json", type=Path, help="append the figures here, one line a run")
@@ -199,15 +215,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         env = RankEnv.read()
         if not env.launched:
-            env = RankEnv(rank=args.rank, world_size=args.nproc)
+            env = RankEnv(rank=args.rank or 0, world_size=args.nproc)
         if args.cap_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(env.local_rank).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total), env.local_rank)
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
-            check_before_spending(changed, env)
-            found = measure(changed, base, env, warmup=1)
+            arch, _ = check_before_spending(changed, env)
+            if args.rank is None and not env.launched:
+                env = replace(env, rank=_busiest(changed, arch, env.world_size))
+            found = measure(changed, base, env, warmup=1, profile=args.profile)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1

@@ -1,4 +1,9 @@
-"""Perplexity of a run's model: `python -m tools.evaluate --config run.yaml --state shipped|untrained|trained`."""
+"""Perplexity and retrieval of a run's model, or of any Hugging Face folder, under full attention.
+
+python -m tools.evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
+python -m tools.evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
+python -m tools.evaluate --compare OUT runs/a runs/b
+"""
 
 from __future__ import annotations
 
@@ -8,59 +13,149 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from parallel.errors import DataError, LongspanError
-from parallel.rank_env import RankEnv
-from pipeline.config import load_config
-from pipeline.evaluate import EvalReport
+from parallel.errors import ConfigError, DataError, LongspanError
+from parallel.world.rank_env import RankEnv
+from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from pipeline.config.yaml_file import dump_config, load_config
+from pipeline.planning.arch import read_arch
 
-SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
+TASKS = ("perplexity", "passkey", "needle")
+PICTURE = "evaluations.png"
 
 
-def compare(folder: Path) -> Table:
-    """Table of every `eval-*.json` of a run: a row a state, a column a context length.
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    description, _, examples = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
+    parser.add_argument("--model", type=Path, help="instead of --config: a Hugging Face folder, e.g. an export")
+    parser.add_argument("--text", type=Path, help="with --model: held-out text")
+    parser.add_argument("--output", type=Path, help="with --model: where the reports go")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: eval.lengths")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--state", choices=("shipped", "untrained", "trained"), help="which model to evaluate")
+    what.add_argument(
+        "--compare",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="only compare what was evaluated so far",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="with --state trained: not the newest but this one")
+    parser.add_argument("--tasks", default="perplexity", help=f"some of {','.join(TASKS)} (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=4, help="prompts a length and depth (default: %(default)s)")
+    parser.add_argument("--depths", type=int, default=5, metavar="N", help="from 0 to 100%% (default: %(default)s)")
+    parser.add_argument("--digits", type=int, default=5, help="of the key (default: %(default)s)")
+    parser.add_argument("--filler", choices=("grass", "text"), help="of passkey: LongLoRA's sentences, or the text")
+    parser.add_argument("--seed", type=int, default=0, help="of keys and filler (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.compare is None and args.state is None and args.model is None:
+        parser.error("say --state which model to evaluate, --model a folder, or --compare.")
+    if args.model is not None and (args.config is not None or args.text is None or args.output is None):
+        parser.error("--model needs --text and --output, and no --config.")
+    if args.model is not None and args.state not in (None, "shipped"):
+        parser.error("--model is evaluated as it is; --state is for a run.")
+    if args.config is None and args.model is None and not args.compare:
+        parser.error("--config is needed, or --model.")
+    if args.checkpoint is not None and args.state != "trained":
+        parser.error("--checkpoint is for --state trained.")
+    return args
+
+
+def configure(args: argparse.Namespace) -> RunConfig:
+    """The run, or one made up around a folder (and written beside its reports).
 
     Raises:
-        DataError: the run was never evaluated.
+        ConfigError, CheckpointError: one sentence each.
     """
-    reports = [EvalReport.read(path) for path in sorted(folder.glob("eval-*.json"))]
-    if not reports:
-        raise DataError(f"{folder}: holds no eval-*.json; evaluate the run first.")
-    lengths = sorted({length for report in reports for length in report.perplexity})
-    table = Table(title="Perplexity by context length, tokens (full attention)")
-    table.add_column("model")
-    for length in lengths:
-        table.add_column(str(length), justify="right")
-    order = list(SHOWN)
-    reports.sort(key=lambda r: (order.index(r.label) if r.label in order else 1.5, r.step))
-    for report in reports:
-        found = report.perplexity
-        cells = [f"{found[length]:.2f}" if length in found else "" for length in lengths]
-        table.add_row(SHOWN.get(report.label, report.label), *cells)
-    return table
+    overrides = list(args.set)
+    if args.lengths:
+        overrides.append(f"eval.lengths={args.lengths}")
+    if args.config is not None:
+        return load_config(args.config, overrides)
+    if not args.model.is_dir():
+        raise ConfigError(f"--model: {args.model} is not a folder; point it at a Hugging Face checkpoint.")
+    config = RunConfig(
+        model=ModelConfig(str(args.model), read_arch(args.model).max_positions),
+        data=DataConfig(str(args.text)),
+        train=TrainConfig(steps=1),
+        eval=EvalConfig(path=str(args.text)),
+        output=str(args.output),
+    )
+    path = args.output / "evaluate.yaml"
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_config(config))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another --output.") from None
+    return load_config(path, overrides)
+
+
+def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
+    """Measure what --tasks asks for."""
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}.")
+    if args.depths < 1:
+        raise ConfigError(f"--depths: {args.depths} is no number of depths; give 1 or more.")
+    # Torch and megatron load only once the configuration is known to be good.
+    from pipeline.evaluation.evaluator import evaluate_state
+    from pipeline.evaluation.tasks import RetrievalSettings
+
+    depths = tuple(n / max(1, args.depths - 1) for n in range(args.depths)) if args.depths > 1 else (0.5,)
+    grids = [
+        RetrievalSettings(
+            config.eval.lengths or (config.model.context,),
+            depths,
+            args.trials,
+            task,
+            "text" if task == "needle" else args.filler or "grass",
+            args.digits,
+            args.seed,
+        )
+        for task in tasks
+        if task != "perplexity"
+    ]
+    for warning in config.warnings if env.is_main else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--state", choices=("shipped", "untrained", "trained"), help="which model to evaluate")
-    what.add_argument("--compare", action="store_true", help="only print what was evaluated so far")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     try:
-        config = load_config(args.config, args.set)
-        if args.state:
-            # Torch and megatron load only once the configuration is known to be good.
-            from pipeline.run_eval import evaluate_state
+        folders = list(args.compare or [])
+        if args.config is not None or args.model is not None:
+            config = configure(args)
+            folders = folders or [Path(config.output)]
+            if args.compare is None:
+                env = RankEnv.read()
+                evaluate(args, config, env)
+                if not env.is_main:
+                    return 0
+        from tools.compare_evaluations import read_evaluated, sentences, tables
 
-            env = RankEnv.read()
-            evaluate_state(config, env, args.state)
-            if not env.is_main:
-                return 0
-        Console().print(compare(Path(config.output)))
+        everything = read_evaluated(folders)
+        console = Console()
+        for table in tables(everything):
+            console.print(table)
+        for sentence in sentences(everything):
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        if any(one.retrieval for one in everything):
+            from tools.retrieval_plots import page
+
+            picture = folders[0] / PICTURE
+            page(picture, everything)
+            console.print(f"Heat maps: {picture}", markup=False, highlight=False, soft_wrap=True)
     except LongspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

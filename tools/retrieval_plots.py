@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+from parallel.errors import DataError
+from pipeline.evaluation.results import CellResult
+from tools.compare_evaluations import Evaluated
 
-from parallel.errors import DataError  # noqa: E402
-from pipeline.evaluation.results import CellResult  # noqa: E402
+matplotlib.use("Agg")  # no display is needed
 
 
 def grid_of(cells: Sequence[CellResult]) -> tuple[list[int], list[float], list[list[float]]]:
@@ -39,25 +40,47 @@ def draw(axes: Axes, cells: Sequence[CellResult], title: str, context: int | Non
         axes.axvline(within - 0.5, color="black", linewidth=1.5)
 
 
-def heat_maps(path: Path, reports: Sequence[tuple[str, Sequence[CellResult], int | None]]) -> None:
-    """One page: a row a model, a column a task.
+def curves(axes: Axes, everything: Sequence[Evaluated]) -> None:
+    """Perplexity by context length with its standard error, a line a model; broken models' are left out."""
+    drawn = False
+    for one in everything:
+        if one.perplexity is None:
+            continue
+        results = [result for result in one.perplexity.lengths if result.perplexity < 1e6]
+        errors = [result.perplexity * (result.nll_stderr or 0.0) for result in results]
+        x, y = [result.length for result in results], [result.perplexity for result in results]
+        drawn = drawn or bool(results)
+        axes.errorbar(x, y, errors, marker="o", markersize=3, capsize=2, label=f"{one.folder.name}: {one.name}")
+    if drawn:  # matplotlib has no logarithmic axis of nothing
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("perplexity")
+    axes.legend(fontsize=7)
 
-    Args:
-        path: of the PNG.
-        reports: (name of the model, its cells, tokens it is made for: a line is drawn there).
+
+def page(path: Path, everything: Sequence[Evaluated]) -> None:
+    """One page: perplexity by length, then a row of heat maps a model, a column a task.
 
     Raises:
         DataError: the picture cannot be written.
     """
-    tasks = list(dict.fromkeys(cell.task for _, cells, _ in reports for cell in cells))
-    size = (4.6 * len(tasks), 3.2 * len(reports))
-    figure, grid = plt.subplots(len(reports), len(tasks), figsize=size, squeeze=False, layout="constrained")
+    measured = [(one, one.retrieval) for one in everything if one.retrieval is not None]
+    tasks = list(dict.fromkeys(cell.task for _, report in measured for cell in report.cells))
+    with_curves = any(one.perplexity for one in everything)
+    rows = len(measured) + with_curves
+    size = (max(4.8 * len(tasks), 6.0), 3.2 * rows)
+    figure, grid = plt.subplots(rows, len(tasks), figsize=size, squeeze=False, layout="constrained")
     try:
-        for row, (name, cells, context) in zip(grid, reports, strict=True):
+        if with_curves:
+            curves(grid[0][0], everything)
+            for axes in grid[0][1:]:
+                axes.set_axis_off()
+        for row, (one, report) in zip(grid[int(with_curves) :], measured, strict=True):
             for axes, task in zip(row, tasks, strict=True):
-                own = [cell for cell in cells if cell.task == task]
+                own = [cell for cell in report.cells if cell.task == task]
                 if own:
-                    draw(axes, own, f"{name}: {task}, % exact", context)
+                    draw(axes, own, f"{one.folder.name}, {one.name}: {task}, % exact", report.context)
                 else:
                     axes.set_axis_off()
         try:

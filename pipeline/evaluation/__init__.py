@@ -1,5 +1,5 @@
-"""What a model can do with its context: retrieval at every length and depth, under full attention, on any grid.
+"""What a model can do with its context, under full attention, on any grid: perplexity, and retrieval.
 
-Imports pipeline.model, pipeline.data and what lies below. Start reading in `retrieval`; `prompts` and `tasks` make what
-is asked, `results` keeps what was found.
+May import every package of `pipeline`. Start reading at `perplexity` and `retrieval`; `prompts` and `tasks` make what
+is asked, `results` keeps what was found, `evaluator` and `run_retrieval` measure a run's model.
 """

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.evaluate import EvalReport, Shards, cut_windows, evaluate
+from pipeline.evaluation.perplexity import EvalReport, Shards, cut_windows, evaluate
 from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tails import tail_nll
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
-from pipeline.metrics import json_number
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
+from pipeline.model.rank_model import ModelPart
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.reporting.metrics import json_number
 
 TAIL_READINGS = 16
 """A tail shorter context reads is scored in steps of that context over this."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import DataError
-from pipeline.checkpoint.files import replace_text
 from pipeline.evaluation.tasks import Cell
-from pipeline.metrics import json_number
+from pipeline.reporting.metrics import json_number
+from pipeline.storage.durable import replace_text
 
 VERSION = 1
 """Of the measurement: another one does not take over what this one found."""

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.collectives import share_from_main, sum_over
 from parallel.errors import DataError
-from parallel.groups import Groups
-from pipeline.checkpoint.files import replace_text
-from pipeline.evaluate import Shards
+from parallel.world.collectives import share_from_main, sum_over
+from parallel.world.groups import Groups
+from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tasks import Cell
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.progress import EvalProgress
+from pipeline.model.rank_model import ModelPart
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.reporting.progress import EvalProgress
+from pipeline.storage.durable import replace_text
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class RetrievalReport:
         try:
             data = json.loads(path.read_text())
             cells = tuple(CellResult.from_json(entry) for entry in data["cells"])
-            steps = (int(data[name]) for name in ("step", "context", "base_context"))
-            return cls(str(data["label"]), *steps, cells)
+            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
+            return cls(str(data["label"]), step, context, base_context, cells)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: is not a retrieval report ({type(error).__name__}: {error}); evaluate again."

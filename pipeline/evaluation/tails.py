@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.evaluate import Shards, TokenNll, shard
+from pipeline.evaluation.perplexity import Shards, TokenNll, shard
 
 
 def tail_spans(length: int, tail: int, context: int, stride: int) -> list[tuple[int, int]]:

@@ -8,25 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from pipeline.build import build_model, full_attention, open_base
-from pipeline.config import load_config
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
+from pipeline.build import build_model, connect, full_attention, open_base
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig, RunConfig
+from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.retrieval import score_cases
-from pipeline.model import loss
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.loss import IGNORE
-from pipeline.model.part import ModelPart
-from pipeline.model.plan import plan_rope
-from pipeline.schema import LoraConfig, RopeSettings, RunConfig
-from tests.ranks import run_ranks
-from tests.single import single_groups
-from tests.tiny_models import make_tiny
+from pipeline.model.layers import loss
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.rank_model import ModelPart
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
+from tests.support.ranks import run_ranks
+from tests.support.single import single_groups
+from tests.support.tiny_models import make_tiny
 
 FULL = AttentionSpec("full", 2)
 ANSWER = 4
@@ -34,8 +35,18 @@ VOCAB = 131
 """Two tensor-parallel ranks hold 66 and 65 rows."""
 
 
+TWINS = [(3, 4), (10, 100), (64, 65), (66, 130)]
+"""Tokens of equal rows in the output matrix, so of equal logits: some on one tensor-parallel rank, some on two."""
+
+
 def write_run(folder: Path) -> Path:
-    make_tiny(folder / "base", "llama2", vocab_size=VOCAB, num_hidden_layers=4)
+    file = make_tiny(folder / "base", "llama2", vocab_size=VOCAB, num_hidden_layers=4) / "model.safetensors"
+    weights = load_file(file)
+    rows = torch.randn(len(TWINS), weights["lm_head.weight"].shape[1], generator=torch.Generator().manual_seed(7))
+    for row, pair in zip(rows, TWINS, strict=True):
+        # Large, so that they win often.
+        weights["lm_head.weight"][list(pair)] = 2 * row
+    save_file(weights, file, metadata={"format": "pt"})
     path = folder / "run.yaml"
     path.write_text(
         f"model: {{path: {folder / 'base'}, context: 64, dtype: fp32}}\n"
@@ -48,25 +59,6 @@ def model_of(config: RunConfig, groups: Any) -> ModelPart:
     arch = read_arch(Path(config.model.path))
     base = open_base(config, arch)
     return build_model(config, arch, plan_rope(arch, RopeSettings(), 64), LoraConfig(rank=0), groups, base).eval()
-
-
-def twins(model: ModelPart) -> list[tuple[int, int]]:
-    """Give pairs of tokens the same row of the output matrix: their logits are equal to the bit, on every rank."""
-    pairs = [(3, 4), (10, 100), (64, 65), (65, 66), (66, 130)]
-    with torch.no_grad():
-        for stage in model.stages:
-            if not stage.chunk.last:
-                continue
-            shard = stage.vocab_shard
-            start, rows = (0, VOCAB) if shard is None else (shard.start, shard.rows)
-            generator = torch.Generator().manual_seed(7)
-            for pair in pairs:
-                row = torch.randn(model.arch.hidden, generator=generator)
-                for token in pair:
-                    if start <= token < start + rows:
-                        # Large, so that they win often.
-                        stage.output_weight[token - start] = 2 * row
-    return pairs
 
 
 def prompts() -> torch.Tensor:
@@ -128,11 +120,8 @@ def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[A
     found = []
     for grid in grids:
         config = load_config(Path(path), grid)
-        parallel = config.parallel
-        plan = plan_grid(world, parallel.tp, parallel.cp, parallel.pp)
-        groups = make_groups(plan, RankEnv.read() if world > 1 else RankEnv(), virtual=parallel.virtual)
+        groups = connect(config, RankEnv.read())
         model = model_of(config, groups)
-        twins(model)
         tokens = torch.from_numpy(np.load(Path(path).with_name("cases.npy")))
         labels = torch.full_like(tokens, IGNORE)
         labels[:, -ANSWER - 1 : -1] = tokens[:, -ANSWER:]
@@ -157,14 +146,12 @@ def test_every_grid_and_engine_finds_what_one_process_finds(tmp_path: Path) -> N
     """Ties too: of equal logits on two tensor-parallel ranks the smaller id is picked, as by argmax."""
     path = write_run(tmp_path)
     model = model_of(load_config(path, []), single_groups())
-    pairs = twins(model)
     best = greedy(lambda tokens, labels: model.token_scores(tokens, labels, FULL), prompts())
     given = torch.cat((prompts(), best), 1)
-    firsts = {pair[0] for pair in pairs}
-    assert len(firsts & set(best.flatten().tolist())) >= 2, "ties decide some of it"
+    assert len({pair[0] for pair in TWINS} & set(best.flatten().tolist())) >= 2, "ties decide some of it"
     # Rows 6..11: the last token's twin, which has the same logit and must not count.
     other = given.clone()
-    twin = dict(pairs) | {65: 64}
+    twin = dict(TWINS)
     for row in other:
         row[-1] = twin.get(int(row[-1]), (int(row[-1]) + 1) % VOCAB)
     np.save(tmp_path / "cases.npy", torch.cat((given, other)).numpy())

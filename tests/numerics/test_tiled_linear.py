@@ -11,24 +11,27 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from parallel.groups import Groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.token_tiles import TokenTiles
+from parallel.axes.tensor import TokenTiles
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, make_groups
+from parallel.world.rank_env import RankEnv
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import residual, tile_size, tiled_linear, tiled_mlp
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.norm import recipe_of
-from pipeline.model.part import ModelPart
-from pipeline.model.residual import last_residual_add, residual_add
-from pipeline.model.rope import plan_rope
-from pipeline.model.tiled_linear import LastRowParallelLinear, _Column, _Row, recomputing
-from pipeline.model.tiled_mlp import TiledMLP
-from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny
+from pipeline.model.layers import residual
+from pipeline.model.layers.frozen_weight import DenseWeight
+from pipeline.model.layers.linear import LastRowParallelLinear, _Column, _Row, recomputing
+from pipeline.model.layers.lora import AdaptedLinear
+from pipeline.model.layers.mlp import TiledMLP
+from pipeline.model.layers.norm import recipe_of
+from pipeline.model.layers.residual import last_residual_add, residual_add
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
+from pipeline.planning import tile_size
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny
 
 
 @pytest.fixture
@@ -46,10 +49,14 @@ def _layer(
     hidden = torch.tanh(x * gain)
     seen.append(recomputing())
     if group is not None and recomputing():
-        output = _Row.apply(hidden, weight, group, True)
+        output = _Row.apply(hidden, _dense(weight), group, True)
         assert bool(output.isnan().all())
         return x + output
     return x + torch.nn.functional.linear(hidden, weight)
+
+
+def _dense(weight: torch.Tensor) -> DenseWeight:
+    return DenseWeight(torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _gradients(group: dist.ProcessGroup | None) -> tuple[list[torch.Tensor], list[bool]]:
@@ -89,8 +96,10 @@ def test_the_layers_down_projection_is_the_one_that_skips(tmp_path: Path, groups
     """Computed in a forward pass; in a forward inside a backward its values are never made, and gradients are right."""
     model = _model(tmp_path, groups, ("q", "down") if adapted else ("q",))
     down = model.stages[0].decoder.layers[0].mlp.linear_fc2
-    assert isinstance(down, LastRowParallelLinear)
-    down.weight.requires_grad_(False)
+    assert isinstance(down, AdaptedLinear) is adapted
+    linear = down.base if adapted else down
+    assert isinstance(linear, LastRowParallelLinear)
+    linear.weight.requires_grad_(False)
     x = torch.randn(3, 1, model.arch.ffn, requires_grad=True)
     expected = down(x)[0]
     (wanted,) = torch.autograd.grad(expected.sum(), x)
@@ -109,9 +118,9 @@ def test_the_layers_down_projection_is_the_one_that_skips(tmp_path: Path, groups
 def test_an_adapters_update_goes_over_the_frozen_product_of_one_rank(tmp_path: Path, groups: Groups) -> None:
     """megatron's own linear returns a view there, over which autograd lets nothing be written."""
     projection = _model(tmp_path, groups, ("o",)).stages[0].decoder.layers[0].self_attention.linear_proj
-    x = torch.randn(3, 1, projection.input_size)
+    x = torch.randn(3, 1, projection.base.input_size)
     for frozen in (True, False):
-        projection.weight.requires_grad_(not frozen)
+        projection.base.weight.requires_grad_(not frozen)
         made_by = projection(x)[0].grad_fn
         assert ("_AddUpdate" in str(made_by)) is frozen
 
@@ -144,18 +153,20 @@ def test_frozen_mlp_in_tiles_equals_the_whole_one(
     monkeypatch.setattr(tile_size, "TILE_ELEMENTS", 1)
     widest = 0
 
-    def watched(*arguments: Any) -> torch.Tensor:
-        nonlocal widest
-        widest = max(widest, arguments[0].shape[0])
-        return tiled_linear.product(*arguments)
+    product = DenseWeight.product
 
-    monkeypatch.setattr(tiled_mlp, "product", watched)
+    def watched(self: DenseWeight, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal widest
+        widest = max(widest, rows.shape[0])
+        return product(self, rows, out)
+
+    monkeypatch.setattr(DenseWeight, "product", watched)
     tiled, found = _mlp_run(mlp, x, slope)
     assert widest == 3  # of 7: three tiles
     assert (tiled[0] - whole[0]).norm() <= 1e-6 * whole[0].norm() and bool(tiled[1].isnan().all())
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     kept = _kept_by(lambda: mlp(x.clone().requires_grad_()))
-    assert kept == [mlp.linear_fc1.weight.shape, mlp.linear_fc2.weight.shape, x.shape]
+    assert kept == [x.shape]
 
 
 def _kept_by(work: Callable[[], Any]) -> list[torch.Size]:
@@ -190,7 +201,7 @@ def test_frozen_mlp_has_a_norm_make_its_input_again(
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (storages.add(t.data_ptr()), t)[1], lambda t: t)
     with hooks:
         mlp(normed)
-    assert normed.data_ptr() not in storages and len(storages) == 4
+    assert normed.data_ptr() not in storages and len(storages) == 2  # the norm's input and weight
 
 
 def test_without_recompute_gate_and_up_are_kept_not_computed_twice(tmp_path: Path, groups: Groups) -> None:
@@ -252,7 +263,7 @@ def test_one_rank_alone(groups: Groups) -> None:
     grad = torch.randn(6, 2, 4)
     expected = torch.nn.functional.linear(x, weight)
     (slope,) = torch.autograd.grad(expected, x, grad)
-    for found in (_Column.apply(x, weight, None, group), _Row.apply(x, weight, group, False)):
+    for found in (_Column.apply(x, _dense(weight), None, group), _Row.apply(x, _dense(weight), group, False)):
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found, x, grad)[0], slope)
 

@@ -22,7 +22,7 @@ two() { local limit=$1; shift; run "$limit" python3 -W ignore -m torch.distribut
 
 case $part in
   one)
-    alone 180 tools.bench.step --tp 8 --steps 5 --plain --json "$out/step.json"
+    alone 180 tools.bench.step --tp 8 --steps 5 --family local megatron --json "$out/step.json"
     alone 180 tools.dry_run --config $yaml --steps 2
     run 240 python3 -m pytest -q -m gpu -p no:cacheprovider tests
     ;;
@@ -42,7 +42,7 @@ case $part in
     ;;
   tensor)
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
-    two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --plain --profile --json "$out/step.json"
+    two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
   *) echo "record: $part is none of one, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac

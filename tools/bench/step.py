@@ -1,17 +1,22 @@
 """Time whole optimizer steps of one rank on one GPU, with random weights and tokens made in place.
 
-    python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank 0] [--json FILE]
+    python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank N] [--json FILE]
     torchrun --nproc-per-node 8 -m tools.bench.step --model llama2-70b --sequence 32768 --cp 8
 
-Started alone, the process is rank `--rank` of tp x cp under torch's fake process group: memory and compute are
-real, communication takes no time, and the losses mean nothing. Started by torchrun, all is real. Tokens/s are per
-GPU: sequence tokens over the step's time over the ranks that share a sequence. Several `--tile-scale` are measured in
-turn, in one process, for the size of tensor parallelism's tiles; `--plain` adds megatron-core's own layers (`plain`).
+Started alone, the process is one rank of tp x cp, by default the one with the most work, under torch's fake process
+group: memory and compute are real, communication takes no time, and the losses mean nothing. Started by torchrun, all
+is real. Tokens/s are per GPU: sequence tokens over the step's time over the ranks that share a sequence. Several
+`--tile-scale` are measured in turn, in one process, for the size of tensor parallelism's tiles; so are several families
+of layers: `--family local megatron` puts megatron-core's own beside ours.
+
+Alone, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over NCCL, say what a
+user gets.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -24,34 +29,36 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
-from parallel.fake import numbers_bytes
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import check_model_fits, plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import check_model_fits, plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
+from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import tile_size
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import init_adapters, mark_trainable, trainable
-from pipeline.optim import TrainableAdamW
-from pipeline.reduction import GradientReduction
-from pipeline.schema import LoraConfig, RopeSettings
-from tools.bench.command_line import add_integers, console_of
-from tools.bench.plain import plain_layers
-from tools.shapes import SIZES, llama2
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.spec import FAMILIES
+from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.balance import busiest_rank
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from tools.support.command_line import add_integers, console_of
+from tools.support.profile import print_profile
+from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 
 
-def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
+def build_part(args: argparse.Namespace, groups: Groups, family: str) -> ModelPart:
     """The rank's part with random weights: LoRA r 8 on q, k, v, o, embedding and norms train."""
     arch = llama2(MODELS[args.model], args.layers)
     plan = groups.plan
     check_model_fits(plan, arch.heads, arch.kv_heads, arch.ffn)
     rope = plan_rope(arch, RopeSettings(type="linear"), max(args.sequence, arch.max_positions))
-    model = ModelPart(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute)
+    model = ModelPart(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute, family=family)
     with torch.no_grad():
         for name, parameter in model.canonical_parameters():
             if name.endswith("layernorm.weight"):
@@ -63,17 +70,22 @@ def build_part(args: argparse.Namespace, groups: Groups) -> ModelPart:
     return model
 
 
-def stepper(args: argparse.Namespace, groups: Groups) -> Callable[[int], float]:
+def attention_of(args: argparse.Namespace) -> AttentionSpec:
+    """The attention asked for."""
+    return AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
+
+
+def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[int], float]:
     """What takes an optimizer step and returns its seconds.
 
     Raises:
         LongspanError: gradients were not finite: arithmetic on NaN and zeros is faster than on numbers.
     """
-    model = build_part(args, groups).train()
+    model = build_part(args, groups, family).train()
     named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
     optimizer = TrainableAdamW(named, group=groups.data)
     reduction = GradientReduction(groups, model)
-    spec = AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
+    spec = attention_of(args)
     shape = (args.micro_batch, args.sequence)
 
     def take(step: int) -> float:
@@ -104,7 +116,7 @@ def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], floa
     times = [take(args.warmup + step) for step in range(args.steps)]
     peaks = torch.cuda.max_memory_allocated() - numbers_bytes(), torch.cuda.max_memory_reserved()
     if args.profile:
-        _profile(lambda: take(args.warmup + args.steps), groups.is_main)
+        print_profile(lambda: take(args.warmup + args.steps), groups.is_main or not groups.env.launched)
     seconds = statistics.median(times)
     plan = groups.plan
     tokens_a_step = args.sequence * args.micro_batch * args.micro_batches
@@ -120,26 +132,18 @@ def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], floa
     }
 
 
-def _profile(work: Callable[[], object], told: bool) -> None:
-    """Where one more step's time goes on this GPU, printed where `told`; every rank profiles, so that none waits."""
-    with torch.profiler.profile() as profiler:
-        work()
-    if told:
-        averages = profiler.key_averages()
-        print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70), flush=True)
-
-
-def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
-    """`measure` for each size of tiles, of one model."""
+def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
+    """`measure` for each family, and for each size of tiles where the family has tiles; one model at a time."""
     least, enough = tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS
-    take = stepper(args, groups)
     rows = []
-    for scale in args.tile_scale:
-        tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
-        rows.append({"variant": f"ours, tiles x {scale:g}", **measure(args, groups, take)})
-    if args.plain:
-        with plain_layers():
-            rows.append({"variant": "megatron-core's own, pointwise work torch's", **measure(args, groups, take)})
+    for family in args.family:
+        take = stepper(args, groups, family)
+        for scale in args.tile_scale if family == "local" else [1.0]:
+            tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
+            variant = f"{family}, tiles x {scale:g}" if family == "local" else family
+            rows.append({"variant": variant, **measure(args, groups, take)})
+        del take
+        gc.collect()
     return rows
 
 
@@ -155,18 +159,20 @@ def main() -> None:
     parser.add_argument(
         "--tile-scale", type=float, nargs="+", default=[1.0], help="tiles this many times the product's (default 1)"
     )
-    parser.add_argument("--recompute", choices=("full", "none"), default="full")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="full")
     add_integers(
         parser,
         ("--tp", 1, "tensor-parallel ranks"),
         ("--cp", 1, "context-parallel ranks"),
-        ("--rank", 0, "which rank to be, when alone"),
         ("--micro-batch", 1, "sequences a forward pass"),
         ("--micro-batches", 1, "forward passes a step"),
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
     )
-    parser.add_argument("--plain", action="store_true", help="also measure megatron-core's own layers")
+    parser.add_argument(
+        "--family", nargs="+", choices=sorted(FAMILIES), default=["local"], help="whose layers (default local: ours)"
+    )
+    parser.add_argument("--rank", type=int, help="which rank to be, when alone (default: the one with the most work)")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
     args = parser.parse_args()
@@ -176,11 +182,15 @@ def main() -> None:
         env = RankEnv.read()
         alone = not env.launched
         world = args.tp * args.cp if alone else env.world_size
+        grid = plan_grid(world, args.tp, args.cp, 1)
         if alone:
-            env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
-        groups = make_groups(plan_grid(world, args.tp, args.cp, 1), env, fake=alone and world > 1)
+            arch = llama2(MODELS[args.model], args.layers)
+            check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
+            busiest = busiest_rank(arch, args.sequence, attention_of(args), grid)
+            env = RankEnv(rank=busiest if args.rank is None else args.rank, world_size=world, local_rank=0)
+        groups = make_groups(grid, env, fake=alone and world > 1)
         seed_everything(0)
-        rows = measure_tiles(args, groups)
+        rows = measure_all(args, groups)
     except LongspanError as error:
         parser.exit(2, f"{error}\n")
     finally:
@@ -190,7 +200,8 @@ def main() -> None:
     told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
     title = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
-        f"tp {args.tp} cp {args.cp}, recompute {args.recompute}, " + ("fake process group" if alone else "NCCL")
+        f"tp {args.tp} cp {args.cp}, rank {env.rank}, recompute {args.recompute}, "
+        + ("fake process group" if alone else "NCCL")
     )
     table = Table(title=title)
     for column in rows[0]:

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
-from pipeline.config import config_dict, load_config
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import config_dict, load_config
 
 VERSION = 1
 """Of what a result means: another one is not taken over."""

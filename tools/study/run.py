@@ -17,26 +17,26 @@ from typing import Any
 import torch
 
 from parallel.errors import ConfigError, DataError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
-from parallel.stop import StopSignals
+from parallel.health.signals import StopSignals
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build, build_model, check_before_spending, connect, full_attention, open_base
-from pipeline.checkpoint.files import replace_text
-from pipeline.config import config_dict
+from pipeline.config.sections import LoraConfig, RunConfig
+from pipeline.config.yaml_file import config_dict
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer
-from pipeline.evaluate import Shards
+from pipeline.evaluation.evaluator import TEXT_TOKENS
 from pipeline.evaluation.judge import Judge, Judgement, JudgeSettings
+from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.results import ResultFile
 from pipeline.evaluation.tasks import RetrievalSettings
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model.arch import read_arch
-from pipeline.model.part import ModelPart
-from pipeline.progress import TokenProgress, TrainProgress
-from pipeline.run_eval import TEXT_TOKENS
-from pipeline.schema import LoraConfig, RunConfig
-from pipeline.trainer import Stopped
-from pipeline.versions import versions
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.rank_model import ModelPart
+from pipeline.planning.arch import read_arch
+from pipeline.reporting.progress import TokenProgress, TrainProgress
+from pipeline.reporting.versions import versions
+from pipeline.storage.durable import replace_text
+from pipeline.training.trainer import Stopped
 from tools.study.plan import Places, Recipe, Study, configure, train_key
 
 

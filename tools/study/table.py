@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from pipeline.evaluate import exponential
 from pipeline.evaluation.judge import Judgement
+from pipeline.evaluation.perplexity import exponential
 from pipeline.evaluation.results import by_length
 from tools.study.run import Outcome
 

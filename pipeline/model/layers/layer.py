@@ -1,0 +1,36 @@
+"""A Llama layer that follows its own recompute policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from pipeline.planning.recompute import RecomputePolicy
+
+
+class LlamaLayer(TransformerLayer):
+    """megatron's layer, checkpointed or not by itself: a mix over layers is then a list of policies.
+
+    megatron's own switch (`recompute_granularity`) is one for all layers, or for the first so many of a stage.
+    """
+
+    def __init__(self, *args: Any, recompute: RecomputePolicy, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
+
+    def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, H] -> ([S, B, H], None).
+
+        Around the call and not inside `forward`: hooks (engine zero3's, the watch's) run in the recomputation too.
+        """
+        if self.recompute is not RecomputePolicy.FULL or not self.training:
+            result: tuple[torch.Tensor, torch.Tensor | None] = super().__call__(hidden_states=hidden_states, **kwargs)
+            return result
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            return super(LlamaLayer, self).__call__(hidden_states=hidden, **kwargs)[0]
+
+        return tensor_parallel.checkpoint(run, False, hidden_states), None

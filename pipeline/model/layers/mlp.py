@@ -1,0 +1,115 @@
+"""The frozen MLP of a checkpointed layer, tile by tile: its wide tensors exist for a few thousand tokens at a time.
+
+gate, up and their product are 3 F values a token beside a hidden state of H, and F is 2.7 to 3.5 H: whole, they set
+the memory peak of a recomputed layer. Tokens do not meet in an MLP, so that a tile can go all the way through it
+(tiling in this place: ALST, arXiv 2506.13996). Its weights being frozen, the backward recomputes gate and up of a tile
+and is done with it; the layer's own recomputation then has nothing to compute here. No product is made more often than
+without tiles.
+
+Shapes: L own tokens of T tensor-parallel ranks, l of a tile, B batch, H hidden, F local FFN width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.mlp import MLP
+from torch.autograd.function import once_differentiable
+
+from parallel.axes.tensor import TokenTiles
+from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
+from pipeline.model.layers.linear import placeholder, recomputing, sum_product, tiles_of
+from pipeline.model.layers.norm import NormRecipe, recipe_of
+from pipeline.model.layers.swiglu import swiglu, swiglu_gradient_
+from pipeline.planning.recompute import RecomputePolicy
+
+
+def _tiles(group: dist.ProcessGroup, own: torch.Tensor, gate_up: FrozenWeight) -> TokenTiles:
+    """Of a tile exist gate and up, and the next tile's input or the last one's sums beside its own."""
+    width, hidden = gate_up.shape
+    return tiles_of(group, own.shape, width + 2 * hidden)
+
+
+class _FrozenMlp(torch.autograd.Function):
+    """[L, B, H] -> [L, B, H]; keeps its input alone, and not even that if a norm can make it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own: torch.Tensor,
+        gate_up: FrozenWeight,
+        down: FrozenWeight,
+        group: dist.ProcessGroup,
+        skip: bool,
+        recipe: NormRecipe | None,
+    ) -> torch.Tensor:
+        kept = (own,) if recipe is None else (recipe.input_SBH, recipe.weight_H)
+        ctx.save_for_backward(*kept)
+        ctx.gate_up, ctx.down = gate_up, down
+        ctx.group, ctx.eps = group, None if recipe is None else recipe.eps
+        if skip:
+            return placeholder(own, own.shape)
+        tiles = _tiles(group, own, gate_up)
+        out = own.new_empty(own.shape)
+        scatter = tiles.scatter(out)
+        gathered = tiles.gather(own)
+        for span in tiles.spans:
+            sum_product(scatter, span, swiglu(gate_up.product(next(gathered))), down.product)
+        scatter.finish()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        kept = ctx.saved_tensors
+        tiles = _tiles(ctx.group, grad, ctx.gate_up)
+        grad_own = grad.new_empty(grad.shape)
+        scatter = tiles.scatter(grad_own)
+        own = kept[0] if ctx.eps is None else NormRecipe(kept[0], kept[1], ctx.eps).rows
+        gathered = tiles.gather(own, grad)
+        for span in tiles.spans:
+            # Every tile is let go of as soon as it was used: this is where a layer's memory peaks.
+            gate_up = ctx.gate_up.product(next(gathered))
+            slope = ctx.down.grad_input(next(gathered))
+            # The last tile's sums had two products' time.
+            scatter.finish()
+            swiglu_gradient_(gate_up, slope, gate_up)
+            del slope
+            sum_product(scatter, span, gate_up, ctx.gate_up.grad_input)
+            del gate_up
+        scatter.finish()
+        return grad_own, None, None, None, None, None
+
+
+class TiledMLP(MLP):
+    """megatron's MLP; tiled where layers are checkpointed and its weights are frozen without adapters.
+
+    Elsewhere gate and up are kept for the backward, which tiles would only compute again.
+
+    Args:
+        recompute: of the layer it is in.
+    """
+
+    def __init__(self, *args: Any, recompute: RecomputePolicy, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
+
+    def forward(  # megatron's arguments for experts have no meaning here
+        self, hidden_states: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[L, B, H] -> ([L, B, H], None); values are arbitrary while recomputing."""
+        weights = self._frozen() if self.recompute is RecomputePolicy.FULL else None
+        if weights is None:
+            return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states))
+        group = self.linear_fc1.tp_group
+        return _FrozenMlp.apply(hidden_states, *weights, group, recomputing(), recipe_of(hidden_states)), None
+
+    def _frozen(self) -> tuple[FrozenWeight, FrozenWeight] | None:
+        """Both weights, if they are frozen and nothing else is here: no adapters, no biases."""
+        if len(list(self.parameters())) != 2:
+            return None
+        gate_up, down = frozen_weight(self.linear_fc1), frozen_weight(self.linear_fc2)
+        return None if gate_up is None or down is None else (gate_up, down)
