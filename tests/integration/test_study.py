@@ -1,0 +1,196 @@
+"""The study of recipes: trains what pipeline.train trains, judges with what is measured elsewhere, and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.errors import ConfigError
+from parallel.world.rank_env import RankEnv
+from pipeline.checkpoint.tensors import whole_trained
+from pipeline.config.sections import RunConfig
+from pipeline.evaluation.perplexity import EvalReport
+from pipeline.evaluation.tails import tail_nll, tail_spans
+from pipeline.train import train
+from pipeline.training.trainer import Trainer
+from tests.support.tiny_models import make_tiny
+from tools.evaluate import main as evaluate
+from tools.study.__main__ import main
+from tools.study.plan import Places, Recipe, configure, read_study, train_key
+from tools.study.table import paired
+
+STUDY = """
+stretch: 2
+seeds: [5]
+judge: {lengths: [0.5, 1, 2], retrieval_lengths: [1], tasks: [passkey], windows: 2, trials: 1, tail: 0.5, depths: [0.5]}
+common: {attention: {kind: s2, group_fraction: 0.5, full_last_steps: 1}, lora: {rank: 2},
+  train: {steps: 2, global_batch: 1, lr: 1.0e-3, warmup_steps: 1}}
+recipes:
+  - {name: as shipped, untrained: true, stretch: 1, set: {model.rope: {type: none}}}
+  - {name: larger base, set: {model.rope: {type: abf, theta: 200000}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    make_tiny(folder / "base", "smollm2", tokenizer=True, max_position_embeddings=400, num_hidden_layers=1)
+    for part in ("train", "val"):
+        (folder / "text" / part).mkdir(parents=True)
+        words = random.Random(part).choices(["red", "blue", "ship", "sea", "and"], k=1200)
+        (folder / "text" / part / "a.txt").write_text(" ".join(words))
+    (folder / "study.yaml").write_text(STUDY)
+    (folder / "run.yaml").write_text(
+        "model: {path: x, context: 8}\ndata: {path: x}\ntrain: {steps: 1, global_batch: 1}\noutput: x\n"
+    )
+    return folder
+
+
+def go(place: Path, *more: str, study: str = "study.yaml") -> int:
+    arguments = ["--study", str(place / study), "--config", str(place / "run.yaml"), "--model", str(place / "base")]
+    return main([*arguments, "--text", str(place / "text"), "--output", str(place / "out"), *more])
+
+
+def test_a_study_trains_judges_and_is_not_done_twice(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert go(place, "--seconds", "0") == 0
+    assert "left early" in capsys.readouterr().out, "no time: told, and no failure"
+    assert go(place) == 0
+    table = (place / "out" / "table.md").read_text()
+    results = {
+        data["recipe"]: data
+        for data in map(json.loads, (p.read_text() for p in (place / "out/results").glob("*.json")))
+    }
+    assert set(results) == {"as shipped", "larger base"}
+    trained, shipped = results["larger base"], results["as shipped"]
+
+    # The weights are those of pipeline.train, to the bit.
+    study = read_study(place / "study.yaml")
+    runs = place / "out" / "runs"
+    places = Places(place / "run.yaml", place / "base", place / "text/train", place / "text/val", runs)
+    config = configure(study, study.recipes[1], 5, places, 400)
+    assert config.model.context == 800 and config.train.seed == 5 and config.attention.full_last_steps == 1
+    alone = as_user(config, place / "alone", lengths=(200, 400, 800), windows=2)
+    assert train(alone, RankEnv()) == 0
+    (folder,) = (path for path in runs.iterdir() if path.name.startswith("larger-base"))
+    mine, theirs = (whole_trained(where / "checkpoints" / "step-000002") for where in (folder, place / "alone"))
+    assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+    # And so are its perplexities; the base's are those of tools.evaluate on the folder.
+    own = EvalReport.from_json(trained["judgement"]["perplexity"])
+    report = EvalReport.read(place / "alone" / "eval-after.json")
+    assert own.lengths == report.lengths
+    arguments = ["--model", str(place / "base"), "--text", str(place / "text/val"), "--output", str(place / "shipped")]
+    assert evaluate([*arguments, "--lengths", "200", "400", "800", "--set", "eval.windows=2"]) == 0
+    assert evaluate([*arguments, "--lengths", "400", "--tasks", "passkey", "--depths", "1", "--trials", "1"]) == 0
+    base = EvalReport.from_json(shipped["judgement"]["perplexity"])
+    assert base.lengths == EvalReport.read(place / "shipped" / "eval-shipped.json").lengths
+    assert (place / "shipped" / "evaluations.png").read_bytes().startswith(b"\x89PNG")
+    cells = shipped["judgement"]["cells"]
+    assert cells == json.loads((place / "shipped" / "retrieval-shipped.json").read_text())["cells"]
+    assert [(cell["length"], len(cell["scores"])) for cell in cells] == [(400, 1)]
+
+    # The tail of the longest windows is their last blocks, where the model reads whole windows.
+    assert trained["judgement"]["tail_context"] == 800 and shipped["judgement"]["tail_context"] == 400
+    (longest,) = [result for result in own.lengths if result.length == 800]
+    last = [n for n in longest.block_nll[-4:] if n is not None]
+    assert sum(trained["judgement"]["tail_nll"]) / 2 == pytest.approx(sum(last) / 4, rel=1e-6)
+    assert trained["training"]["tokens"] == 2 * 800 and trained["training"]["seconds"] > 0
+
+    # Done is done; with another setting it is another run.
+    def never(*_: object, **__: object) -> int:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Trainer, "run", never)
+    assert go(place) == 0
+    assert (place / "out" / "table.md").read_text() == table
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="trained again"):
+        go(place, "--set", "train.lr=2.0e-3")
+
+
+def as_user(config: RunConfig, output: Path, lengths: tuple[int, ...], windows: int) -> RunConfig:
+    """The same run as a user would write it."""
+    evaluation = replace(config.eval, lengths=lengths, windows=windows)
+    return replace(config, output=str(output), eval=evaluation)
+
+
+def test_what_decides_a_run_is_in_its_key(place: Path) -> None:
+    study = read_study(place / "study.yaml")
+    places = Places(place / "run.yaml", place / "base", place / "text/train", place / "text/val", place / "r")
+    recipe = study.recipes[1]
+
+    def key(*more: str, seed: int = 5, base: str = "b", data: str = "d", where: Path = place / "r") -> str:
+        changed = Places(*(getattr(places, n) for n in ("run", "model", "train", "held_out")), where, more)
+        return train_key(recipe, configure(study, recipe, seed, changed, 400), base, data)
+
+    same = {key(), key(where=place / "elsewhere"), key("save.every=1"), key("eval.windows=9")}
+    assert len(same) == 1, "what decides nothing of the weights"
+    others = [key("train.lr=0.5"), key("model.rope.theta=3e5"), key("lora.rank=3"), key("attention.full_last_steps=0")]
+    others += [key(seed=6), key(base="c"), key(data="e"), key("data.sequence=100")]
+    assert len({*same, *others}) == 1 + len(others)
+    # Untrained models have no seed and no rates.
+    bare = Recipe("bare", recipe.settings, untrained=True)
+    keys = {
+        train_key(bare, configure(study, bare, seed, places, 400), "b", data) for seed, data in ((5, "d"), (6, "e"))
+    }
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("stretch: 2\n", "strech: 2\n"), "strech: unknown key; known here: stretch"),
+        (("name: larger base", "name: as shipped"), "two recipes are called 'as shipped'"),
+        (("theta: 200000", "theta: -1"), "Recipe 'larger base': model.rope.theta: must be at least 1.0, got -1"),
+        (("type: abf, theta: 200000", "type: linear, factor: 1.5"), "1.5 times the original context 400 is 600, less"),
+        (("trials: 1", "trials: 0"), "trials: 0 must be at least 1"),
+        (("retrieval_lengths: [1]", "retrieval_lengths: [0.1]"), "length 40: the prompt without any filler has"),
+        (("tasks: [passkey]", "tasks: [passkeys]"), "'passkeys' is not one of passkey, needle"),
+        (("seeds: [5]", "seeds: 5"), "seeds must be a list"),
+        (("lengths: [0.5, 1, 2]", "lengths: [0.5, 1, 200]"), "fewer than one window of 80000"),
+    ],
+)
+def test_a_wrong_study_is_refused_before_anything_is_trained(
+    place: Path, change: tuple[str, str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.study.run.Workshop.run", lambda *_: pytest.fail("it was begun"))
+    assert change[0] in STUDY
+    (place / "wrong.yaml").write_text(STUDY.replace(*change))
+    assert go(place, study="wrong.yaml") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told in line
+
+
+def test_a_missing_study_is_one_sentence(place: Path) -> None:
+    with pytest.raises(ConfigError, match="none.yaml: cannot be read .*give the path"):
+        read_study(place / "none.yaml")
+
+
+def test_tails_see_what_they_may() -> None:
+    """Each of the last tokens is scored once, with as much context as is allowed."""
+
+    def position_nll(tokens_BS: torch.Tensor) -> torch.Tensor:
+        return torch.arange(1, tokens_BS.shape[1], dtype=torch.float32).expand(len(tokens_BS), -1)
+
+    windows = torch.arange(60).view(2, 30)
+    # 8 tokens in steps of 3, 3, 2; windows of 10: contexts 7 8 9, 7 8 9, 8 9.
+    assert tail_spans(30, 8, 10, 3) == [(15, 25), (18, 28), (20, 30)]
+    assert tail_nll(position_nll, windows, 8, 10, 3) == [pytest.approx((24 + 24 + 17) / 8)] * 2
+    assert tail_nll(position_nll, windows, 8, 99, 8) == [pytest.approx(sum(range(22, 30)) / 8)] * 2
+    with pytest.raises(ValueError, match="do not fit"):
+        tail_spans(30, 8, 3, 3)
+
+
+def test_differences_are_paired() -> None:
+    mean, error = paired([3.0, 5.0, 10.0], [2.0, 4.5, 9.0])
+    assert mean == pytest.approx(2.5 / 3)
+    assert error == pytest.approx(math.sqrt(((1 / 6) ** 2 * 2 + (1 / 3) ** 2) / 2 / 3))
+    assert paired([1.0], [3.0]) == (-2.0, None)
