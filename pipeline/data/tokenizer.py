@@ -55,6 +55,9 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without any special token."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are no whole character come as U+FFFD."""
+
 
 def _fingerprint(files: list[Path]) -> str:
     digest = hashlib.sha256()
@@ -108,6 +111,10 @@ class HfTokenizer:
         )
         return list(encoded["input_ids"])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are no whole character come as U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
 
 class SentencePieceTokenizer:
     """A sentencepiece .model file, read by the sentencepiece library itself."""
@@ -143,6 +150,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without any special token."""
         return list(self._processor.encode(text, out_type=int, add_bos=False, add_eos=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are no whole character come as U+FFFD."""
+        return str(self._processor.decode(list(ids)))
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:

@@ -56,6 +56,7 @@ class Evaluator:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
+        self.tokenizer = tokenizer
         shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
         tokens = torch.from_numpy(shards.read(0, min(len(shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
@@ -91,6 +92,7 @@ class Evaluator:
                     step=step,
                     shards=shards,
                     on_window=progress.advance,
+                    bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
                 )
                 progress.done = sum(result.windows for result in report.lengths)  # all ranks'
         finally:

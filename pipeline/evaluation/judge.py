@@ -91,7 +91,7 @@ class Judge:
     """
 
     def __init__(self, settings: JudgeSettings, tokenizer: TextTokenizer, text_T: NDArray[np.int64]) -> None:
-        self.settings = settings
+        self.settings, self.tokenizer = settings, tokenizer
         self.text_T = torch.from_numpy(text_T)
         self.cells: list[Cell] = [cell for grid in settings.retrieval for cell in cells(grid, tokenizer, text_T)]
         self.longest = cut_windows(self.text_T, max(settings.lengths), settings.windows)
@@ -138,6 +138,7 @@ class Judge:
                 label=label,
                 step=step,
                 shards=shards,
+                bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
             )
             tails: list[float] = []
             whole = min(context, self.longest.shape[1])

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,18 @@ class LengthResult:
     block_tokens: tuple[int, ...]
     window_nll: tuple[float, ...] = ()
     """Mean nll of each window, in order: for differences between models on the same windows. Empty in old reports."""
+    bytes: int | None = None
+    """UTF-8 bytes of the scored tokens' text (a character cut in two counts as U+FFFD); None: not counted."""
 
     @property
     def perplexity(self) -> float:
         """exp of the mean nll."""
         return exponential(self.nll)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits needed for a byte of the text: comparable between tokenizers, as perplexity is not."""
+        return self.nll * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
     @property
     def block_perplexity(self) -> tuple[float | None, ...]:
@@ -117,6 +124,7 @@ class EvalReport:
         for entry, result in zip(data["lengths"], self.lengths, strict=True):
             entry["nll"], entry["nll_stderr"] = json_number(result.nll), json_number(result.nll_stderr)
             entry["perplexity"] = json_number(result.perplexity)
+            entry["bits_per_byte"] = json_number(result.bits_per_byte)
             entry["block_nll"] = [json_number(nll) for nll in result.block_nll]
             entry["block_tokens"] = list(result.block_tokens)
             entry["window_nll"] = [json_number(nll) for nll in result.window_nll]
@@ -133,7 +141,7 @@ class EvalReport:
             names = [field.name for field in fields(LengthResult)]
             results = []
             for entry in data["lengths"]:
-                values = {"window_nll": (), **entry}
+                values = {"window_nll": (), "bytes": None, **entry}
                 values = {name: values[name] for name in names}
                 values["nll"] = math.nan if values["nll"] is None else float(values["nll"])
                 values["window_nll"] = tuple(math.nan if nll is None else float(nll) for nll in values["window_nll"])
@@ -318,6 +326,19 @@ def _summarize(table: torch.Tensor, length: int, block: int) -> LengthResult:
     )
 
 
+def _scored_bytes(
+    tokens: torch.Tensor, stride: int | None, length: int, bytes_of: Callable[[Sequence[int]], int]
+) -> int:
+    """UTF-8 bytes of the tokens that are scored in windows [W, S], or in a text [T] read with a stride."""
+    if stride is None:
+        spans = [(row.tolist(), 1) for row in tokens]
+    else:
+        text = tokens.tolist()
+        spans = [(text[begin:end], first - begin) for begin, end, first in sliding_spans(len(text), length, stride)]
+    # As a difference: what a text begins with may be written otherwise than the same in its middle.
+    return sum(bytes_of(span) - bytes_of(span[:first]) for span, first in spans)
+
+
 def plan_lengths(
     tokens_T: torch.Tensor, lengths: Sequence[int], windows: int, stride: int | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -338,6 +359,7 @@ def evaluate(
     step: int,
     shards: Shards | None = None,
     on_window: Callable[[], None] = lambda: None,
+    bytes_of: Callable[[Sequence[int]], int] | None = None,
 ) -> EvalReport:
     """Perplexity of a text at several context lengths; every length uses the same position-block size.
 
@@ -352,16 +374,20 @@ def evaluate(
         stride: None scores whole windows; otherwise see `sliding_window`.
         label, step: recorded in the report.
         shards, on_window: as for `whole_windows`.
+        bytes_of: counts the UTF-8 bytes of tokens' text, for bits a byte.
 
     Raises:
         DataError: the text is shorter than a context length.
     """
     began = time.perf_counter()
     block = math.ceil(max(lengths) / POSITION_BLOCKS)
-    results = [
-        whole_windows(nll, tokens, block, shards, on_window)
-        if stride is None
-        else sliding_window(nll, tokens, length, stride, block, shards, on_window)
-        for length, tokens in plan_lengths(tokens_T, lengths, windows, stride)
-    ]
+    results = []
+    for length, tokens in plan_lengths(tokens_T, lengths, windows, stride):
+        if stride is None:
+            result = whole_windows(nll, tokens, block, shards, on_window)
+        else:
+            result = sliding_window(nll, tokens, length, stride, block, shards, on_window)
+        results.append(
+            result if bytes_of is None else replace(result, bytes=_scored_bytes(tokens, stride, length, bytes_of))
+        )
     return EvalReport(label, step, stride, tuple(results), time.perf_counter() - began)

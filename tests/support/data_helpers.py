@@ -26,6 +26,10 @@ class ByteTokenizer:
         """Token ids of `text`."""
         return [byte + 3 for byte in text.encode()]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")
+
 
 BYTES = ByteTokenizer()
 WIDE = ByteTokenizer(vocab_size=(1 << 16) + 1, fingerprint="wide")

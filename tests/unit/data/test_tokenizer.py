@@ -215,3 +215,16 @@ def test_wrong_places(tmp_path: Path) -> None:
     for name, words in cases.items():
         with pytest.raises(DataError, match=words):
             load_tokenizer(tmp_path / name)
+
+
+def test_decoding_gives_the_text_back_and_what_the_tokenizer_puts_first(loaded: TextTokenizer, hf: Path) -> None:
+    words = "the whale saw 12 other animals, naïvely\nand left"
+    ids = loaded.encode(words)
+    assert loaded.decode(ids) == words
+    # In pieces, as bytes are counted: what stands between is not lost.
+    counted = sum(
+        len(loaded.decode(ids[:end]).encode()) - len(loaded.decode(ids[:start]).encode())
+        for start, end in ((0, 3), (3, len(ids)))
+    )
+    assert counted == len(words.encode())
+    assert list(loaded.prompt_start) == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,23 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_block_perplexity_skips_empty_blocks() -> None:
     result = LengthResult(4, 1, 2, 1.0, None, 2, (None, 1.0), (0, 2))
     assert list(result.block_perplexity) == [None, math.exp(1.0)]
+
+
+@pytest.mark.parametrize("stride", [None, 5, 16])
+def test_bits_a_byte_are_the_nats_of_the_text_over_its_bytes(stride: int | None) -> None:
+    """By hand: token t of this toy tokenizer is t + 1 letters long."""
+    stream = text(100)
+
+    def bytes_of(ids: Sequence[int]) -> int:
+        return sum(token + 1 for token in ids)
+
+    report = evaluate(prefix_nll, stream, [16], 3, stride, label="x", step=0, bytes_of=bytes_of)
+    (result,) = report.lengths
+    if stride is None:
+        scored = cut_windows(stream, 16, 3)[:, 1:].flatten().tolist()
+    else:
+        covered = stream[: 16 + 2 * stride].tolist()
+        scored = [covered[i] for _, end, first in sliding_spans(len(covered), 16, stride) for i in range(first, end)]
+    assert len(scored) == result.tokens and result.bytes == bytes_of(scored)
+    assert result.bits_per_byte == pytest.approx(result.nll * len(scored) / math.log(2) / bytes_of(scored))
+    assert report.to_json()["lengths"][0]["bits_per_byte"] == result.bits_per_byte
