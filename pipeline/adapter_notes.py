@@ -116,7 +116,10 @@ def read_note(folder: Path) -> AdapterNote:
             raise bad("rope_plan has other fields than are known")
         for key, value in told.items():
             number = type(value) in (int, float) and 0 < value < float("inf")
-            fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool, "int": number and type(value) is int}
+            fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool}
+            whole = number and type(value) is int
+            # Of linear scaling alone it may be open.
+            fits["int | None"] = whole or (value is None and told["type"] == "linear")
             if not fits.get(known[key], number):
                 raise bad(f"rope_plan's {key} is {value!r}")
         plan = RopePlan(**told)

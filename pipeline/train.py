@@ -17,6 +17,7 @@ from parallel.errors import LongspanError
 from parallel.rank_env import RankEnv
 from pipeline.advice import advise
 from pipeline.config import dump_config, load_config
+from pipeline.model.plan import replacement_warning
 from pipeline.schema import RunConfig
 
 if TYPE_CHECKING:  # it imports torch
@@ -114,7 +115,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 assess(label_of(step), step, shown=False)
 
         told = run.resumed.warnings if run.resumed is not None else ()
-        advice = advise(config, trainer.parts.model.arch, run.groups.plan)
+        model = trainer.parts.model
+        advice = (*advise(config, model.arch, run.groups.plan), *replacement_warning(model.arch, model.rope))
         for warning in (*config.warnings, *advice, *filter(None, [lock and lock.took_over]), *told):
             progress.say(f"warning: {warning}")
         if main:

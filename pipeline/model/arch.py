@@ -145,7 +145,14 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
         raise read.fail("partial_rotary_factor other than 1 is not supported; use a model that rotates whole heads")
     kind = raw.get("rope_type", raw.get("type", "default")) or "default"
     if kind not in ROPE_SCALINGS:
-        raise read.fail(f"RoPE type {kind!r} is not supported; supported are {', '.join(ROPE_SCALINGS)}")
+        hint = ""
+        if kind == "dynamic":
+            # Within max_position_embeddings it is plain RoPE, which is what such a checkpoint was trained with.
+            hint = (
+                f" (its angles change with the length of the text); up to {max_positions} tokens it is the same without, "
+                "so set rope_scaling to null there, and model.rope.type as you want it"
+            )
+        raise read.fail(f"RoPE type {kind!r} is not supported{hint}; supported are {', '.join(ROPE_SCALINGS)}")
     if kind == "default":
         return theta, None
     original = read.config.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
@@ -168,7 +175,7 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
             # transformers takes 0 as absent for all of these but the first.
             if raw.get(key) is not None and (raw[key] or key == "attention_factor"):
                 scaling[key] = read.number(raw, key)
-        if raw.get("truncate") is False:
+        if not raw.get("truncate", True):
             scaling["truncate"] = False
     return theta, scaling
 
