@@ -139,7 +139,12 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
     raw = read.config.get("rope_scaling") or parameters
     if not isinstance(raw, dict) or not isinstance(parameters, dict) or any(isinstance(v, dict) for v in raw.values()):
         raise read.fail("RoPE parameters must be one set for all layers; models where they differ are not supported")
-    given = raw.get("rope_theta") or read.config.get("rope_theta") or parameters.get("rope_theta")
+    given = raw.get("rope_theta") or read.config.get("rope_theta")
+    if given is None and parameters.get("rope_theta") is not None:
+        raise read.fail(
+            "rope_theta stands in rope_parameters only, where transformers does not look beside rope_scaling; write it "
+            "at the top level too"
+        )
     theta = read.number({"rope_theta": given}, "rope_theta", DEFAULT_THETA)
     if (raw.get("partial_rotary_factor") or read.config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise read.fail("partial_rotary_factor other than 1 is not supported; use a model that rotates whole heads")
