@@ -167,7 +167,7 @@ def verify(
         "base_hash": model.base_hash,
         "tolerance": tolerance,
         "tokens": list(tokens.shape),
-        "reference": "the trained model by the product's own mathematics" if reference is None else "given by the caller",
+        "reference": "the product's own mathematics" if reference is None else "given by the caller",
         "checked": checked,
         "not_checked": missing,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},

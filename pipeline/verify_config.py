@@ -1,6 +1,7 @@
 """Does an export's config.json, as transformers reads it, describe the model that was trained?
 
-What was trained is known without that file: sizes and constants of the base as the trainer read them, and the RoPE plan.
+What was trained is known without that file: sizes and constants of the base as the trainer read them, and its RoPE
+plan.
 """
 
 from __future__ import annotations

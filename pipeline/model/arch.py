@@ -154,8 +154,8 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
         if kind == "dynamic":
             # Within max_position_embeddings it is plain RoPE, which is what such a checkpoint was trained with.
             hint = (
-                f" (its angles change with the length of the text); up to {max_positions} tokens it is the same without, "
-                "so set rope_scaling to null there, and model.rope.type as you want it"
+                f" (its angles change with the text's length); up to {max_positions} tokens it is the same without, so "
+                "set rope_scaling to null there, and model.rope.type as you want it"
             )
         raise read.fail(f"RoPE type {kind!r} is not supported{hint}; supported are {', '.join(ROPE_SCALINGS)}")
     if kind == "default":

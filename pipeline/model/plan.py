@@ -73,7 +73,7 @@ def _temperature(scaling: Mapping[str, Any], factor: float) -> float:
     return yarn_attention_factor(factor)
 
 
-def _original(arch: LlamaArch, told: int | None) -> int | None:
+def original_context(arch: LlamaArch, told: int | None) -> int | None:
     """Context before any scaling, tokens; None: the checkpoint's linear scaling leaves it open.
 
     Args:
@@ -88,8 +88,8 @@ def _original(arch: LlamaArch, told: int | None) -> int | None:
 
 
 def _known_original(arch: LlamaArch, told: int | None) -> int:
-    """`_original`, refused where it is open."""
-    original = _original(arch, told)
+    """`original_context`, refused where it is open."""
+    original = original_context(arch, told)
     if original is None and arch.rope_scaling is not None:
         factor, declared = arch.rope_scaling["factor"], arch.max_positions
         raise ConfigError(
@@ -108,7 +108,7 @@ def served_context(arch: LlamaArch, told: int | None = None) -> int:
     Args:
         told: original context as the user knows it.
     """
-    original = _original(arch, told)
+    original = original_context(arch, told)
     if arch.rope_scaling is None or original is None:
         return arch.max_positions
     return max(arch.max_positions, round(original * arch.rope_scaling["factor"]))
@@ -126,8 +126,8 @@ def own_plan(arch: LlamaArch, context: int, told: int | None = None) -> RopePlan
         return RopePlan("none", arch.rope_theta, 1.0, max(context, arch.max_positions))
     factor, kind = float(scaling["factor"]), str(scaling["rope_type"])
     if kind == "linear":
-        return RopePlan("linear", arch.rope_theta, factor, _original(arch, told))
-    original = _original(arch, None)
+        return RopePlan("linear", arch.rope_theta, factor, original_context(arch, told))
+    original = original_context(arch, None)
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         return RopePlan("llama3", arch.rope_theta, factor, original, low_freq_factor=low, high_freq_factor=high)
@@ -236,8 +236,7 @@ def replacement_warning(arch: LlamaArch, plan: RopePlan) -> tuple[str, ...]:
     new = f"{plan.type}, factor {plan.factor:g}" if plan.type != "none" else f"plain RoPE of theta {plan.theta:g}"
     served = served_context(arch)
     return (
-        f"model.rope: the checkpoint's own {_described(arch)}, which serves {served} tokens, is replaced by {new}; what "
-        "it learned at long positions must be learned again.",
+        f"model.rope: the checkpoint's own {_described(arch)}, which serves {served} tokens, is replaced by {new}.",
     )
 
 

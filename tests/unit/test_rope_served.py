@@ -1,4 +1,4 @@
-"""What a checkpoint's own RoPE serves, what replaces it, and odd fields of config.json: transformers says what is right."""
+"""What a checkpoint's own RoPE serves, what replaces it, and odd fields of config.json; transformers is the judge."""
 
 from __future__ import annotations
 
