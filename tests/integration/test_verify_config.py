@@ -20,7 +20,7 @@ from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.model.rope import plan_rope
 from pipeline.model.spec import transformer_config
 from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import init_adapters, load_base, load_trained
+from pipeline.model.weights import init_adapters, load_base, load_trained, mark_trainable
 from pipeline.schema import LORA_TARGETS, LoraConfig, RopeSettings
 from pipeline.trained_model import TrainedModel
 from pipeline.verify import sample_positions, sample_tokens, verify
@@ -47,6 +47,7 @@ def stage_logits(model: TrainedModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     stage = LlamaStage(model.arch, model.rope, model.lora, config, single_groups().collection)
     load_base(stage, HfCheckpoint(model.base))
     init_adapters(stage, 0)
+    mark_trainable(stage, ("lora", "embed", "norm"))
     load_trained(stage, model.trained)
     return stage.eval().logits(tokens_BS, SequenceLayout.dense(*tokens_BS.shape), AttentionSpec("full", 2))
 
@@ -110,7 +111,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
         "without rope_scaling and rope_theta: its RoPE turns pair 0 of a head 2 times",
     ),
     "temperature": ("yarn", set_rope(attention_factor=1.0), "scales cos and sin by 1, and training did by 1.138"),
-    "ramp": ("yarn", set_rope(beta_fast=8.0), "turns pair"),
+    "ramp": ("yarn", set_rope(beta_slow=0.25), "turns pair"),
     "original": ("llama3", set_rope(original_max_position_embeddings=128), "turns pair"),
     "bands": ("llama3", set_rope(high_freq_factor=8.0), "turns pair"),
     "base of ntk lost": ("ntk", set_rope(rope_theta=10000.0), "turns pair 1 of a head"),
