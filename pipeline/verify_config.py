@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from parallel.errors import CheckpointError
-from pipeline.model.rope import inverse_frequencies
-from pipeline.trained_model import TrainedModel
+from pipeline.export.trained_model import TrainedModel
+from pipeline.model.layers.rotary import inverse_frequencies
 
 ROUNDING = 1e-6
 """Relative difference of frequencies that is no other setting: both sides compute them in fp32, operation by operation

@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear, silu
 
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch
-from pipeline.model.rope import apply_rope, rope_tables
-from pipeline.trained_model import TrainedModel
+from pipeline.export.trained_model import TrainedModel
+from pipeline.model.layers.rotary import apply_rope, rope_tables
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
 
 Weight = Callable[[str], torch.Tensor]
 """Canonical name -> tensor, in any dtype."""

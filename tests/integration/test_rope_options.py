@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline.export import export
-from pipeline.schema import RopeSettings
+from pipeline.config.sections import RopeSettings
+from pipeline.export.formats import export
 from tests.integration.test_import_export import trained_model, write_checkpoint
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools.export_hf import main as export_main
 from tools.merge_lora import main as merge_main
-from tools.sources import in_options
+from tools.support.sources import in_options
 
 LINEAR = {"type": "linear", "factor": 4.0}
 

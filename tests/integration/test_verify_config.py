@@ -12,23 +12,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parallel.errors import CheckpointError
-from parallel.plan import plan_grid
-from pipeline.export import export
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
-from pipeline.model.rope import plan_rope
+from parallel.world.grid import plan_grid
+from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.export.formats import export
+from pipeline.export.trained_model import TrainedModel
+from pipeline.export.verify import sample_positions, sample_tokens, verify
+from pipeline.export.verify_logits import trained_weights
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.chunk import LlamaStage
+from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.spec import transformer_config
-from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import init_adapters, load_base, load_trained, mark_trainable
-from pipeline.schema import LORA_TARGETS, LoraConfig, RopeSettings
-from pipeline.trained_model import TrainedModel
-from pipeline.verify import sample_positions, sample_tokens, verify
-from pipeline.verify_logits import trained_weights
+from pipeline.model.weights.load import init_adapters, load_base, load_trained, mark_trainable
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.verify_reference import own_logits
 from tests.integration.test_import_export import CONTEXT, trained_model
-from tests.single import single_groups
-from tests.tiny_models import KINDS, make_tiny
+from tests.support.single import single_groups
+from tests.support.tiny_models import KINDS, make_tiny
 
 FORMS = ("merged", "adapter", "longlora")
 ROPES: dict[str, RopeSettings] = {
@@ -158,7 +158,7 @@ def test_a_writer_that_writes_another_factor_is_caught(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a check against the writer's own output cannot see; by the angles, and by the logits alone."""
-    from pipeline.model import rope
+    from pipeline.model.layers import rotary as rope
 
     def wrong(plan: Any, arch: Any, context: int) -> dict[str, Any]:
         fields = right(plan, arch, context)
@@ -167,17 +167,17 @@ def test_a_writer_that_writes_another_factor_is_caught(
         return fields
 
     right = rope.hf_rope_fields
-    monkeypatch.setattr("pipeline.trained_model.hf_rope_fields", wrong)
+    monkeypatch.setattr("pipeline.export.trained_model.hf_rope_fields", wrong)
     model = trained_model(make_tiny(tmp_path / "base", "llama2"))
     export(model, tmp_path / "out", form)
     with pytest.raises(CheckpointError, match="turns pair 0 of a head 2 times as fast"):
         verify(model, tmp_path / "out", form)
     # The loaded model's own angles.
-    monkeypatch.setattr("pipeline.verify.check_config", lambda *_: None)
+    monkeypatch.setattr("pipeline.export.verify.check_config", lambda *_: None)
     with pytest.raises(CheckpointError, match="loaded.*turns pair 0 of a head 2 times as fast"):
         verify(model, tmp_path / "out", form, layerwise=False)
     # The logits.
-    monkeypatch.setattr("pipeline.verify_logits.check_rotary", lambda *_: None)
+    monkeypatch.setattr("pipeline.export.verify_logits.check_rotary", lambda *_: None)
     for layerwise in (False, True):
         with pytest.raises(CheckpointError, match="its logits differ from the trained model's by"):
             verify(model, tmp_path / "out", form, layerwise=layerwise)

@@ -14,13 +14,13 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from parallel.errors import ConfigError
-from pipeline import preflight_files
-from pipeline.config import load_config
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.plan import RopePlan, plan_model, plan_rope, replacement_warning, served_context
-from pipeline.model.rope import hf_rope_fields, inverse_frequencies
-from pipeline.schema import ModelConfig, RopeSettings
-from tests.tiny_models import tiny_config
+from pipeline.config.sections import ModelConfig, RopeSettings
+from pipeline.config.yaml_file import load_config
+from pipeline.model.layers.rotary import hf_rope_fields, inverse_frequencies
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.rope import RopePlan, plan_model, plan_rope, replacement_warning, served_context
+from pipeline.preflight import files
+from tests.support.tiny_models import tiny_config
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -159,12 +159,12 @@ def test_scaling_that_reaches_is_not_replaced_without_a_word(
         plan_model(ModelConfig("base", context, rope=RopeSettings(**settings)), arch)
     said = str(caught.value)
     assert words in said and "use type: auto" in said and "model.rope.replace: true" in said
-    finding, _ = preflight_files.check_settings(ModelConfig("base", context, rope=RopeSettings(**settings)), arch)
+    finding, _ = files.check_settings(ModelConfig("base", context, rope=RopeSettings(**settings)), arch)
     assert finding.problem == said
     # Said to be meant, it goes on, and is told as a warning.
     meant = ModelConfig("base", context, rope=RopeSettings(**settings, replace=True))
     _, plan = plan_model(meant, arch)
-    finding, _ = preflight_files.check_settings(meant, arch)
+    finding, _ = files.check_settings(meant, arch)
     assert finding.advice == replacement_warning(arch, plan) and "is replaced by" in finding.advice[0]
     # Left to auto it stays.
     assert replacement_warning(arch, plan_model(ModelConfig("base", context), arch)[1]) == ()
@@ -248,7 +248,7 @@ def test_a_base_that_is_not_given_is_transformers_default(tmp_path: Path, family
 
 
 def test_an_open_original_context_survives_the_note(tmp_path: Path) -> None:
-    from pipeline.adapter_notes import read_note
+    from pipeline.export.adapter_notes import read_note
 
     plan = RopePlan("linear", 1e4, 8.0, None)
     note = {"format": 1, "context": 4096, "rope_plan": vars(plan)}
