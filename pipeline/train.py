@@ -18,6 +18,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.planning.balance import advise
+from pipeline.planning.rope import replacement_warning
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -114,7 +115,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 assess(label_of(step), step, shown=False)
 
         told = run.resumed.warnings if run.resumed is not None else ()
-        advice = advise(config, trainer.parts.model.arch, run.groups.plan)
+        model = trainer.parts.model
+        advice = (*advise(config, model.arch, run.groups.plan), *replacement_warning(model.arch, model.rope))
         for warning in (*config.warnings, *advice, *filter(None, [lock and lock.took_over]), *told):
             progress.say(f"warning: {warning}")
         if main:

@@ -116,7 +116,10 @@ def read_note(folder: Path) -> AdapterNote:
             raise bad("rope_plan has other fields than are known")
         for key, value in told.items():
             number = type(value) in (int, float) and 0 < value < float("inf")
-            fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool, "int": number and type(value) is int}
+            fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool}
+            whole = number and type(value) is int
+            # Of linear scaling alone it may be open.
+            fits["int | None"] = whole or (value is None and told["type"] == "linear")
             if not fits.get(known[key], number):
                 raise bad(f"rope_plan's {key} is {value!r}")
         plan = RopePlan(**told)
@@ -153,7 +156,7 @@ def stretch(
         if not same and rope is not None and plan_rope(arch, rope, note.context) != note.plan:
             raise ConfigError(
                 f"--rope {rope.type}: {folder / NOTE} says it was trained with {note.plan.type}, factor "
-                f"{note.plan.factor:g}, theta {note.plan.theta:g}; leave --rope out."
+                f"{note.plan.factor:g}, theta {note.plan.theta:g}; leave --rope and what belongs to it out."
             )
         return note.context, note.plan
     context = note.context if context is None else context
@@ -163,9 +166,14 @@ def stretch(
             "e.g. --context 32768."
         )
     context = arch.max_positions if context is None else context
-    if rope is None and context > arch.max_positions and arch.rope_scaling is None:
-        rope = RopeSettings(type="linear", factor=float(-(-context // arch.max_positions)))
-    return context, plan_rope(arch, rope or RopeSettings(), context)
+    rope = rope or RopeSettings()
+    original = rope.original_context or arch.max_positions
+    if rope.type == "auto" and rope.factor is None and context > original and arch.rope_scaling is None:
+        # From `original`, which may be less than the base declares.
+        rope = dataclasses.replace(rope, type="linear", factor=float(-(-context // original)))
+    elif arch.rope_scaling is None:
+        rope.check_stretch(context)
+    return context, plan_rope(arch, rope, context)
 
 
 def _listed(entries: Any, module: str) -> bool:

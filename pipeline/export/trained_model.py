@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.rope import used_rope
@@ -21,7 +21,7 @@ from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.model.layers.rotary import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import check_growth
+from pipeline.planning.rope import check_growth, original_context
 from pipeline.storage.safetensors import SafetensorsFile
 
 PAD_TOKEN = "[PAD]"
@@ -172,16 +172,18 @@ def wrong_base(folder: Path, what: Path, found: str, expected: str) -> Checkpoin
     )
 
 
-def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedModel:
+def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | None = None) -> TrainedModel:
     """Read a checkpoint folder, verified against its checksums, and check that the base is the one it was trained on.
 
     The run may go on meanwhile: what was opened stays readable when the run deletes old checkpoints.
 
     Args:
         base: where the base model lies now; None takes the path the run recorded.
+        told: original context, tokens, where neither the run's settings nor the base tell it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the base is missing or another model.
+        ConfigError: the original context is not told, or told otherwise by the run.
     """
     manifest = read_manifest(checkpoint).raw
     try:
@@ -203,6 +205,11 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
     if found != expected:
         raise wrong_base(folder, checkpoint, found, expected)
     arch = grown_arch(folder, vocab, "model.vocab")
+    if told is not None:
+        known = original_context(arch, rope.original_context)
+        if known not in (None, told):
+            raise ConfigError(f"model.rope.original_context: {told} is not the {known} of training; leave it out.")
+        rope = replace(rope, original_context=told)
     plan = plan_rope(arch, rope, context)
     return TrainedModel(folder, expected, arch, plan, context, adapters, trained, int(manifest["step"]), checkpoint)
 

@@ -139,13 +139,25 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
     raw = read.config.get("rope_scaling") or parameters
     if not isinstance(raw, dict) or not isinstance(parameters, dict) or any(isinstance(v, dict) for v in raw.values()):
         raise read.fail("RoPE parameters must be one set for all layers; models where they differ are not supported")
-    given = raw.get("rope_theta") or read.config.get("rope_theta") or parameters.get("rope_theta")
+    given = raw.get("rope_theta") or read.config.get("rope_theta")
+    if given is None and parameters.get("rope_theta") is not None:
+        raise read.fail(
+            "rope_theta stands in rope_parameters only, where transformers does not look beside rope_scaling; write it "
+            "at the top level too"
+        )
     theta = read.number({"rope_theta": given}, "rope_theta", DEFAULT_THETA)
     if (raw.get("partial_rotary_factor") or read.config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise read.fail("partial_rotary_factor other than 1 is not supported; use a model that rotates whole heads")
     kind = raw.get("rope_type", raw.get("type", "default")) or "default"
     if kind not in ROPE_SCALINGS:
-        raise read.fail(f"RoPE type {kind!r} is not supported; supported are {', '.join(ROPE_SCALINGS)}")
+        hint = ""
+        if kind == "dynamic":
+            # Within max_position_embeddings it is plain RoPE, which is what such a checkpoint was trained with.
+            hint = (
+                f" (its angles change with the text's length); up to {max_positions} tokens it is the same without, so "
+                "set rope_scaling to null there, and model.rope.type as you want it"
+            )
+        raise read.fail(f"RoPE type {kind!r} is not supported{hint}; supported are {', '.join(ROPE_SCALINGS)}")
     if kind == "default":
         return theta, None
     original = read.config.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
@@ -168,7 +180,7 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
             # transformers takes 0 as absent for all of these but the first.
             if raw.get(key) is not None and (raw[key] or key == "attention_factor"):
                 scaling[key] = read.number(raw, key)
-        if raw.get("truncate") is False:
+        if not raw.get("truncate", True):
             scaling["truncate"] = False
     return theta, scaling
 

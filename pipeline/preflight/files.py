@@ -20,7 +20,7 @@ from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import GIB
-from pipeline.planning.rope import plan_model
+from pipeline.planning.rope import plan_model, replacement_warning
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, L
     except ConfigError as error:
         return Finding("Model settings", f"RoPE {settings.rope.type}", needed, str(error)), stored
     stretched = "" if rope.factor == 1 else f", factor {rope.factor:g}"
-    return Finding("Model settings", f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", needed), arch
+    found, advice = f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", replacement_warning(arch, rope)
+    return Finding("Model settings", found, needed, advice=advice), arch
 
 
 def check_tokenizer(path: Path, rows: int | None) -> Finding:

@@ -227,7 +227,7 @@ def test_interrupted_merge_goes_on_and_verifies(tmp_path: Path, monkeypatch: pyt
     report = verify(model, tmp_path / "out", "merged")
     assert report["passed"] and report["tensors"]["file_hashes"] > 3
     layered = verify(model, tmp_path / "out", "merged", layerwise=True)
-    assert layered["max_abs_logit_difference"] == 0 and layered["mode"] == "layer by layer"
+    assert layered["max_abs_logit_difference"] <= 1e-4 and layered["mode"] == "layer by layer"
 
 
 def test_verify_names_a_tensor_that_is_wrong(tmp_path: Path) -> None:
