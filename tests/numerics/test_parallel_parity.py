@@ -27,7 +27,7 @@ from tests.tiny_models import make_tiny, write_tokenizer
 from tools.parity import Observed, compare, observe
 
 STEPS = 3
-MOVED = 2e-4
+MOVED = 1e-4
 """Error of an update over its size."""
 YAML = """
 model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2}}}}
