@@ -9,16 +9,16 @@ from unittest import mock
 import pytest
 import torch
 
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
 from pipeline.build import build
-from pipeline.config import load_config
-from pipeline.optim import TrainableAdamW
-from pipeline.state import whole_state
+from pipeline.config.yaml_file import load_config
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.state import whole_state
 from tests.numerics.movement import tensor_errors
 from tests.numerics.test_training import write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STEPS = 2
 LOSS, UPDATE = 1e-6, 1e-4

@@ -10,8 +10,8 @@ from unittest import mock
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
 
-from pipeline.model.lora import AdapterSet
-from pipeline.model.part import ModelPart
+from pipeline.model.layers.lora import AdapterSet
+from pipeline.model.rank_model import ModelPart
 
 Masks = list[list[tuple[tuple[str, ...], torch.Tensor]]]
 """By training step: (targets that share it, bool [S, B, I], this rank's part) in the order of the forwards."""

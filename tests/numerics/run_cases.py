@@ -10,11 +10,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-import parallel.groups
-from parallel.rank_env import RankEnv
-from pipeline.config import load_config
+import parallel.world.groups
+from parallel.world.rank_env import RankEnv
+from pipeline.config.yaml_file import load_config
 from pipeline.train import train
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.tiny_models import make_tiny, write_tokenizer
 
 YAML = """
 model: {{path: {base}, context: 128, dtype: {dtype}, rope: {{type: linear, factor: 2}}}}
@@ -82,5 +82,7 @@ def train_here(path: Path, env: RankEnv | None = None, overrides: tuple[str, ...
     if not env.launched:
         train(load_config(path, list(overrides)), env)
         return
-    with mock.patch.object(parallel.groups, "destroy_groups", partial(parallel.groups.destroy_groups, True)):
+    with mock.patch.object(
+        parallel.world.groups, "destroy_groups", partial(parallel.world.groups.destroy_groups, True)
+    ):
         train(load_config(path, list(overrides)), env)

@@ -11,13 +11,15 @@ from unittest import mock
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
 
-from pipeline import build, run_eval, trainer
+from pipeline import build
+from pipeline.config.sections import AttentionConfig
 from pipeline.data.loader import Batch, TrainLoader
-from pipeline.model.loss import IGNORE
-from pipeline.model.part import ModelPart
-from pipeline.optim import TrainableAdamW
-from pipeline.schema import AttentionConfig
-from pipeline.trainer import Trainer
+from pipeline.evaluation import evaluator
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.rank_model import ModelPart
+from pipeline.training import trainer
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.trainer import Trainer
 
 Plant = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -108,9 +110,9 @@ def paper_fraction() -> Any:
 
 def whole_windows() -> Any:
     """eval.stride is not handed over."""
-    honest = run_eval.evaluate
+    honest = evaluator.evaluate
     return mock.patch.object(
-        run_eval,
+        evaluator,
         "evaluate",
         lambda nll, tokens, lengths, windows, stride, **more: honest(nll, tokens, lengths, windows, None, **more),
     )
@@ -119,7 +121,7 @@ def whole_windows() -> Any:
 def eval_shifted() -> Any:
     """Evaluation attends as training does."""
     return mock.patch.object(
-        run_eval, "full_attention", lambda attention: build.attention_spec(attention, attention.group_tokens(64))
+        evaluator, "full_attention", lambda attention: build.attention_spec(attention, attention.group_tokens(64))
     )
 
 

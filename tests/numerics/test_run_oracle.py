@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from tests.numerics.dropout_masks import Masks, Replay, agreement, recorded
 from tests.numerics.movement import tensor_errors
 from tests.numerics.run_cases import LAYERS, train_here, write_case
 from tests.numerics.run_oracle import Oracle, Outcome, Tensors, distances, read_run
 from tests.numerics.run_plants import DROPOUT_PLANTS, PLANTS, shared_masks
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TOLERANCES = {
     "losses": 2e-6,
