@@ -18,9 +18,10 @@ import torch
 from parallel.errors import CheckpointError
 from pipeline.hashes import HASHES, write_hashes
 from pipeline.hf_companions import COMPANIONS, write_json
-from pipeline.hf_files import INDEX, SINGLE, file_digest
+from pipeline.hf_files import file_digest
 from pipeline.progress import ByteProgress
 from pipeline.safetensors_io import TensorFact, Written, write_safetensors
+from pipeline.weight_files import INDEX, SINGLE
 
 SHARD_BYTES = 4_000_000_000
 FINITE_ROWS = 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from parallel.errors import CheckpointError
@@ -76,6 +77,8 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
         CheckpointError, ConfigError: one sentence each.
     """
     model, name = load_source(options)
+    for warning in model.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     export(model, options.output, form, options.force, embedding, shown=True)
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:
