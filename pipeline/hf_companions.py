@@ -133,11 +133,13 @@ def tokenizer_size(place: Path) -> int | None:
             ids = [*read_object(read).values()]
         else:
             return None
+        largest = int(max(ids))
+        ids = []
         if "tokenizer.json" not in files and (read := files.get("added_tokens.json")) is not None:
             ids += read_object(read).values()
         if (read := files.get("tokenizer_config.json")) is not None:
             ids += map(int, read_object(read).get("added_tokens_decoder") or ())
-        return int(max(ids)) + 1
+        return max(largest, *ids, -1) + 1
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{read}: tells no token ids ({reason}); copy the model's tokenizer again.") from None
