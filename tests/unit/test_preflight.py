@@ -253,7 +253,7 @@ def test_disk_needs_shrink_as_files_appear(tmp_path: Path) -> None:
     text, cache = tmp_path / "text", tmp_path / "cache"
     text.mkdir()
     (text / "a.txt").write_bytes(b"x" * 3000)
-    packed = lzma.compress(os.urandom(3000))
+    packed = lzma.compress(os.urandom(1500).hex().encode())
     (text / "b.jsonl.xz").write_bytes(packed)
     assert preflight.token_bytes([text], cache, 32000) == 2 * (1000 + len(packed) * 4 // 3)
     assert preflight.token_bytes([text], cache, 128256) == 4 * (1000 + len(packed) * 4 // 3)
