@@ -12,8 +12,8 @@ from rich.console import Console
 from parallel.errors import ConfigError, LongspanError
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
-from pipeline.model.arch import read_arch
-from pipeline.progress import TokenProgress
+from pipeline.planning.arch import read_arch
+from pipeline.reporting.progress import TokenProgress
 
 
 def _at_least_one(text: str) -> int:

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError
-from pipeline.adapters_in import load_adapter
-from pipeline.export import FORMATS, export
-from pipeline.hf_companions import tokenizer_size
+from pipeline.export.adapter_read import load_adapter
+from pipeline.export.formats import FORMATS, export
+from pipeline.hf.companions import tokenizer_size
 from tests.integration.test_import_export import trained_model, write_checkpoint
 from tests.integration.test_longlora_files import CONTEXT, published
-from tests.tiny_models import VOCAB, make_tiny, write_tokenizer
+from tests.support.tiny_models import VOCAB, make_tiny, write_tokenizer
 from tools.export_hf import main as export_main
 from tools.import_hf import main as import_main
 from tools.merge_lora import main as merge_main

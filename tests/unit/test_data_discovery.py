@@ -22,7 +22,7 @@ import zstandard
 from parallel.errors import DataError
 from pipeline.data.discovery import LINES, TEXT, find_texts
 from pipeline.data.records import RecordReader
-from tests.data_helpers import write_shards
+from tests.support.data_helpers import write_shards
 from tools.prepare_data import main as prepare_main
 
 RECORDS = b'{"text": "one"}\n{"text": "two"}\n'
