@@ -26,7 +26,7 @@ from pipeline.config.sections import AttentionConfig, LoraConfig, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
-from pipeline.data.prepare import open_text_or_shards
+from pipeline.data.prepare import left_out, open_text_or_shards
 from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -154,6 +154,8 @@ class Run:
     tokenizer: TextTokenizer
     resumed: Choice | None = None
     """The checkpoint it goes on from; None: it starts."""
+    warnings: tuple[str, ...] = ()
+    """What lies beside the base's weights and the text and is not read, one sentence each; of the main rank."""
 
     @property
     def output(self) -> Path:
@@ -271,7 +273,15 @@ def build(
     if parts.checks is not None:
         parts.checks.at_start(start)
     parts.saver.prepare(own_pieces(model, config.train.trainable, optimizer))
-    return Run(config, groups, Trainer(parts, start), tokenizer, choice)
+    return Run(config, groups, Trainer(parts, start), tokenizer, choice, _passed_over(config, base, groups))
+
+
+def _passed_over(config: RunConfig, base: HfCheckpoint, groups: Groups) -> tuple[str, ...]:
+    """See `Run.warnings`."""
+    if not groups.is_main:
+        return ()
+    texts = [Path(path) for path in (config.data.path, config.eval.path) if path is not None]
+    return (*base.warnings, *(line for path in texts for line in left_out(path, config.data.text_field)))
 
 
 def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:

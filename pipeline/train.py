@@ -117,7 +117,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         told = run.resumed.warnings if run.resumed is not None else ()
         model = trainer.parts.model
         advice = (*advise(config, model.arch, run.groups.plan), *replacement_warning(model.arch, model.rope))
-        for warning in (*config.warnings, *advice, *filter(None, [lock and lock.took_over]), *told):
+        for warning in (*config.warnings, *run.warnings, *advice, *filter(None, [lock and lock.took_over]), *told):
             progress.say(f"warning: {warning}")
         if main:
             record_run(run)

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.records import RecordReader, find_files
+from pipeline.data.discovery import find_texts
+from pipeline.data.records import RecordReader
 from pipeline.data.shards import (
     MAX_SHARD_TOKENS,
     Manifest,
@@ -123,14 +124,15 @@ def _tokenized(
                 future.cancel()
 
 
-def _sources(source: Path) -> list[tuple[str, Path]]:
+def _sources(source: Path, text_field: str) -> list[tuple[str, Path]]:
     """Name in the manifest and path of every source file."""
-    return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in find_files(source)]
+    files = [file.path for file in find_texts(source, text_field).files]
+    return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in files]
 
 
-def _describe(source: Path, described: Callable[[], None]) -> tuple[SourceEntry, ...]:
+def _describe(source: Path, text_field: str, described: Callable[[], None]) -> tuple[SourceEntry, ...]:
     entries = []
-    for name, file in _sources(source):
+    for name, file in _sources(source, text_field):
         try:
             # Before the content, so that a file changed meanwhile looks stale next time.
             status = file.stat()
@@ -141,9 +143,9 @@ def _describe(source: Path, described: Callable[[], None]) -> tuple[SourceEntry,
     return tuple(entries)
 
 
-def _same_sources(source: Path, entries: tuple[SourceEntry, ...]) -> bool:
+def _same_sources(source: Path, text_field: str, entries: tuple[SourceEntry, ...]) -> bool:
     """Whether the files are those of the manifest; content is read only where the time of change differs."""
-    found = _sources(source)
+    found = _sources(source, text_field)
     if [name for name, _ in found] != [entry.name for entry in entries]:
         return False
     for (_, file), entry in zip(found, entries, strict=True):
@@ -166,7 +168,7 @@ def up_to_date(source: Path, out: Path, tokenizer: TextTokenizer, text_field: st
         manifest = open_shards(out, tokenizer).manifest
     except DataError:
         return None
-    fresh = manifest.text_field == text_field and _same_sources(source, manifest.sources)
+    fresh = manifest.text_field == text_field and _same_sources(source, text_field, manifest.sources)
     return manifest if fresh else None
 
 
@@ -208,7 +210,7 @@ def prepare(
     Raises:
         DataError: the text is missing, malformed or empty, or `out` is not ours to replace.
     """
-    find_files(source)  # refuse a bad source before waiting for the lock or touching `out`
+    find_texts(source, text_field)  # refuse a bad source before waiting for the lock or touching `out`
     out = out.resolve()  # through a link, so that the rename at the end stays on one disk
     with _locked(out):
         remove_leftovers(out)
@@ -220,7 +222,7 @@ def prepare(
         reader = RecordReader(source, text_field)
         if workers is None:
             workers = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))
-        entries = _describe(source, lambda: progress(0, reader.total_bytes, 0))
+        entries = _describe(source, text_field, lambda: progress(0, reader.total_bytes, 0))
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
             for tokens, lengths, done in _tokenized(reader, tokenizer, workers):
                 writer.add(tokens, lengths)
@@ -236,6 +238,15 @@ def cache_folder(path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_fie
     """Where the shards of raw text at `path` are cached: one folder a source, tokenizer and text field."""
     identity = "\0".join((os.fspath(path.resolve()), tokenizer.fingerprint, text_field))
     return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def left_out(path: Path, text_field: str) -> tuple[str, ...]:
+    """One sentence that names the files at `path` that are not read as text, or none.
+
+    Raises:
+        DataError: see `find_texts`.
+    """
+    return () if is_prepared(path) else find_texts(path, text_field).warnings
 
 
 def open_text_or_shards(

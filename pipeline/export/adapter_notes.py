@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import RopeSettings
 from pipeline.hf.writer import NOTE
+from pipeline.json_file import read_object
 from pipeline.model.layers.rotary import RopePlan, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
@@ -43,16 +43,6 @@ class AdapterNote:
     """Trained tensors written; None in notes of before they were counted."""
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or download it again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: does not hold a JSON object; copy or download it again.")
-    return found
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, refused where it asks for more than plain LoRA.
 
@@ -62,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; give a PEFT or LongLoRA adapter folder.")
-    config = _json(path)
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: is not a LoRA adapter; only peft_type LORA is supported.")
     mend = "which is not supported; merge this adapter with PEFT itself"
@@ -96,7 +86,7 @@ def read_note(folder: Path) -> AdapterNote:
     path = folder / NOTE
     if not path.is_file():
         return AdapterNote()
-    found = _json(path)
+    found = read_object(path)
 
     def bad(what: str) -> CheckpointError:
         return CheckpointError(

@@ -5,13 +5,13 @@ Both dialects are read: transformers 4 writes `rope_theta` and `rope_scaling`, t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
+from pipeline.json_file import read_object
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")
@@ -65,20 +65,17 @@ class LlamaArch:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         hint = (
             "it is a PEFT adapter; give its base model"
             if (path.parent / "adapter_config.json").exists()
             else ("give a Hugging Face checkpoint folder, or import a GGUF file with tools.import_hf")
         )
-        raise ConfigError(f"model.path: {path} does not exist; {hint}.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"model.path: {path} does not hold a JSON object; download it again.")
-    return config
+        raise ConfigError(f"model.path: {path} does not exist; {hint}.")
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        raise ConfigError(f"model.path: {error}") from None
 
 
 class _Reader:

@@ -14,13 +14,15 @@ from pathlib import Path
 from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.sections import ModelConfig, RunConfig
-from pipeline.data.records import check_first_record, find_files
+from pipeline.data.discovery import find_texts
+from pipeline.data.records import check_first_record
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_model, replacement_warning
+from pipeline.weight_files import choose_weights
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
         verify: opens the weights' headers and gives their bytes; raises LongspanError. Injected: it imports torch.
     """
     arch, found = None, str(folder)
+    advice: tuple[str, ...] = ()
     problem = ""
     try:
         if not folder.is_dir():
@@ -56,9 +59,10 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
             )
         arch = read_arch(folder)
         found = f"{folder}, {gib(verify(folder))}"
+        advice = choose_weights(folder).warnings
     except LongspanError as error:
         problem = str(error)
-    return Finding("Model", found, "config.json and whole safetensors", problem), arch
+    return Finding("Model", found, "config.json and whole safetensors", problem, advice), arch
 
 
 def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, LlamaArch]:
@@ -119,16 +123,18 @@ def check_text(setting: str, path: Path, length: int, text_field: str) -> Findin
                     "text, or lower the length."
                 )
             return Finding(setting, found, needed)
-        files = find_files(path)
-        size = sum(file.stat().st_size for file in files)
+        texts = find_texts(path, text_field)
+        files = texts.files
+        size = sum(file.path.stat().st_size for file in files)
         if not size:
             raise ConfigError(f"{setting}: the {len(files)} text files at {path} are empty; give other text.")
-        for file in files:
-            check_first_record(file, text_field)
+        for text_file in files:
+            check_first_record(text_file, text_field)
     except LongspanError as error:
         text = str(error)
         return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed)
+    warnings = tuple(f"{setting}: {line}" for line in texts.warnings)
+    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=warnings)
 
 
 def existing(path: Path) -> Path:

@@ -115,8 +115,8 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
         CheckpointError, ConfigError: one sentence each.
     """
     model, name = load_source(options)
-    for warning in replacement_warning(read_arch(model.base), model.rope):
-        print(f"warning: {in_options(warning)}", file=sys.stderr)
+    for warning in (*model.warnings, *map(in_options, replacement_warning(read_arch(model.base), model.rope))):
+        print(f"warning: {warning}", file=sys.stderr)
     export(model, options.output, form, options.force, embedding, shown=True)
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:

@@ -110,6 +110,8 @@ def test_model_files(tmp_path: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "model-1.safetensors").write_bytes(weights)
+    assert "holds both model.safetensors and shards that model.safetensors.index.json names" in check()
+    (base / "model.safetensors").unlink()
     assert "model-2.safetensors: is missing (1 of 2 shards are)" in check()
     (base / "model-2.safetensors").write_bytes(weights[:-8])
     assert "model-2.safetensors: is truncated or damaged" in check()
@@ -251,9 +253,10 @@ def test_disk_needs_shrink_as_files_appear(tmp_path: Path) -> None:
     text, cache = tmp_path / "text", tmp_path / "cache"
     text.mkdir()
     (text / "a.txt").write_bytes(b"x" * 3000)
-    (text / "b.jsonl.xz").write_bytes(b"x" * 3000)
-    assert survey.token_bytes([text], cache, 32000) == 2 * (1000 + 4000)
-    assert survey.token_bytes([text], cache, 128256) == 4 * (1000 + 4000)
+    packed = lzma.compress(os.urandom(1500).hex().encode())
+    (text / "b.jsonl.xz").write_bytes(packed)
+    assert survey.token_bytes([text], cache, 32000) == 2 * (1000 + len(packed) * 4 // 3)
+    assert survey.token_bytes([text], cache, 128256) == 4 * (1000 + len(packed) * 4 // 3)
     (cache / "text-0123").mkdir(parents=True)
     (cache / "text-0123/manifest.json").write_text("{}")
     assert survey.token_bytes([text], cache, 32000) == 0
