@@ -7,6 +7,7 @@ is found weeks later or never.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -29,6 +30,8 @@ ENDINGS = tuple(kind + compression for kind in KINDS for compression in COMPRESS
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 18
+_PACKED = 1 << 14
+"""Bytes of an archive unpacked at once: a thousand times as many may come out."""
 _ARCHIVE_ERRORS = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError)
 
 
@@ -40,6 +43,18 @@ class Document:
     file: Path
     line: int | None
     """1-based line in a .jsonl file, None for a .txt file."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one, cut anywhere."""
+
+    text: str
+    file: Path
+    line: int | None
+    """1-based line in a .jsonl file, None for a .txt file."""
+    ends: bool
+    """The document ends with it."""
 
 
 def _kind(name: str) -> str | None:
@@ -108,7 +123,7 @@ class _FrameReader(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
-            packed = self._raw.read(_CHUNK)
+            packed = self._raw.read(_PACKED)
             if not packed:
                 if self._inside_frame:
                     raise EOFError("it ends early")
@@ -182,6 +197,7 @@ class RecordReader:
 
     Attributes:
         files: what is read, in order.
+        file: the one being read.
         total_bytes: their size on disk.
         done_bytes: bytes on disk consumed so far (for a progress bar).
         documents: documents yielded so far.
@@ -200,20 +216,40 @@ class RecordReader:
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove it.") from error
         self.total_bytes = sum(self._sizes)
+        self.file = path
         self.done_bytes = self.documents = self.empty = 0
 
     def __iter__(self) -> Iterator[Document]:
+        parts: list[str] = []
+        for piece in self.pieces():
+            parts.append(piece.text)
+            if piece.ends:
+                yield Document("".join(parts), piece.file, piece.line)
+                parts = []
+
+    def pieces(self) -> Iterator[Piece]:
+        """The same documents, long ones in parts of no more than some hundred thousand characters each."""
         before = 0
         for file, size in zip(self.files, self._sizes, strict=True):
             read = _read_lines if _kind(file.name) == ".jsonl" else _read_whole
+            self.file = file
             with _opened(file) as (raw, stream):
-                for document in read(stream, file, self._text_field):
+                blank: list[Piece] = []  # how a document begins, which may be all there is of it
+                begun = False
+                for piece in read(stream, file, self._text_field):
                     self.done_bytes = before + raw.tell()
-                    if document.text.strip():
-                        self.documents += 1
-                        yield document
+                    begun = begun or bool(piece.text.strip())
+                    if begun:
+                        # Counted with its last part, which is the one that ends it.
+                        self.documents += piece.ends
+                        yield from blank
+                        yield piece
+                        blank = []
                     else:
-                        self.empty += 1
+                        blank.append(piece)
+                    if piece.ends:
+                        self.empty += not begun
+                        begun, blank = False, []
             before += size
             self.done_bytes = before
 
@@ -223,20 +259,38 @@ def _decode(data: bytes, file: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: byte {offset + error.start} of the text is not UTF-8; convert the file (for example with iconv)."
-        ) from error
+        raise _not_utf8(file, offset + error.start) from error
 
 
-def _read_whole(stream: IO[bytes], file: Path, _: str) -> Iterator[Document]:
-    data = stream.read()
-    start = len(_BOM) if data.startswith(_BOM) else 0
-    yield Document(_decode(data[start:], file, start), file, None)
+def _not_utf8(file: Path, place: int) -> DataError:
+    return DataError(f"{file}: byte {place} of the text is not UTF-8; convert the file (for example with iconv).")
 
 
-def _read_lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]:
+def _read_whole(stream: IO[bytes], file: Path, _: str) -> Iterator[Piece]:
+    data = stream.read(_CHUNK)
+    offset = len(_BOM) if data.startswith(_BOM) else 0
+    data = data[offset:]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while True:
+        more = stream.read(_CHUNK) if data else b""
+        begun = len(decoder.getstate()[0])  # bytes of a character that the last part cut
+        try:
+            text = decoder.decode(data, final=not more)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, offset - begun + error.start) from error
+        yield Piece(text, file, None, not more)
+        if not more:
+            return
+        offset += len(data)
+        data = more
+
+
+def _read_lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Piece]:
     try:
-        yield from _lines(stream, file, text_field)
+        for document in _lines(stream, file, text_field):
+            for start in range(0, len(document.text) or 1, _CHUNK):
+                text = document.text[start : start + _CHUNK]
+                yield Piece(text, file, document.line, start + _CHUNK >= len(document.text))
     except DataError:
         # A damaged archive can yield a line of garbage before its checksum tells of the damage.
         while file.suffix != ".jsonl" and stream.read(1 << 20):

@@ -227,6 +227,9 @@ def test_a_dead_worker_is_one_sentence(tmp_path: Path) -> None:
         def encode(self, text: str) -> list[int]:
             raise AssertionError("the worker's own tokenizer encodes")
 
+        def may_cut(self, left: str, right: str) -> bool:
+            return False
+
     with pytest.raises(DataError, match="gone: a tokenizing process died"):
         prepare(tmp_path / "a.txt", tmp_path / "out", Moved(), workers=2)
     assert not (tmp_path / "out").exists()
