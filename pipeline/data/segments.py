@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 SEGMENT = 1 << 18
-"""Characters after which a document is cut at the next place where it may be; tokenizing takes some 100 bytes for each."""
+"""Characters after which a document is cut at the next place where it may be; tokenizing takes 100 bytes for each."""
 _PAIRS = 2000
 """Pairs of characters that are asked about before a piece of text counts as one without a place to cut."""
 

@@ -1,8 +1,8 @@
 """What a pre-tokenizer's regular expression may hold together, found from the expression itself.
 
 A tokenizer splits text by the matches of an expression such as `'s| ?\\p{L}+| ?\\p{N}+|\\s+(?!\\S)|\\s+`. Whether a
-match can contain two characters side by side follows from which of its character classes may stand next to each other (the
-follow sets of Glushkov's automaton). Where none can, a text may be split between these two characters first, and
+match can contain two characters side by side follows from which of its character classes may stand next to each other
+(the follow sets of Glushkov's automaton). Where none can, a text may be split between these two characters first, and
 searched part by part: the matches are the same. Python has no reader of Oniguruma's syntax, so the part of it that
 tokenizers use is read here, and the engine itself says what a class contains. Anything else is `UnknownPattern`.
 """
@@ -117,7 +117,8 @@ class SplitPattern:
             if sign == "{" and not least and not most:
                 raise UnknownPattern(self._source)
             once = sign == "?" or (most or ("" if found["comma"] else least)) == "1"
-            if not once or found.group().endswith("+"):
+            # A plus makes other repeats possessive, and repeats a counted one.
+            if not once or (sign == "{" and found.group().endswith("+")):
                 self._follow |= {(one, two) for one in last for two in first}
             empty = empty or sign in "*?" or (sign == "{" and int(least or 0) == 0)
         return empty, first, last
