@@ -11,6 +11,7 @@ from rich.console import Console
 
 from parallel.errors import LongspanError
 from pipeline.data.prepare import prepare
+from pipeline.data.readings import told_differences
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.progress import TokenProgress
 
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         tokenizer = load_tokenizer(options.tokenizer)
+        for warning in told_differences(tokenizer):
+            print(f"warning: {warning}", file=sys.stderr)
         with TokenProgress(console=Console(stderr=True)) as progress:
             manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
     except LongspanError as error:

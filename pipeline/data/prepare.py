@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.readings import first_format, told_differences
+from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader, find_files
 from pipeline.data.segments import Segment, segments
 from pipeline.data.shards import (
@@ -243,8 +243,6 @@ def prepare(
             return manifest
         if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
             raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
-        for warning in told_differences(tokenizer):
-            print(f"warning: {warning}", file=sys.stderr)
         reader = RecordReader(source, text_field)
         if workers is None:
             workers = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))

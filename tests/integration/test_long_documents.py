@@ -25,11 +25,8 @@ CHUNK = 1 << 18  # bytes of text read at once
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from pipeline.data import prepare as module
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import load_tokenizer
-
-module.told_differences = lambda tokenizer: ()  # transformers itself takes more memory than the text
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

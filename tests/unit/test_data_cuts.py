@@ -148,6 +148,7 @@ SHAPES = {
     "qwen2": lambda: byte_level(split(QWEN2), normalizer=N.NFC(), use_regex=False),
     "smollm": lambda: byte_level(P.Digits(individual_digits=True)),
     "bytes, never split": lambda: byte_level(use_regex=False),
+    "between the matches": lambda: byte_level(split(r"[A-Za-z]{2,}|\.{2,}"), use_regex=False),
     "unigram, NFKC": lambda: unigram(N.NFKC(), P.Metaspace()),
     "unigram, lower case": lambda: unigram(N.Sequence([N.NFKD(), N.StripAccents(), N.Lowercase()]), P.Metaspace()),
     "bert": lambda: trained(
@@ -177,7 +178,7 @@ def write_pieces(folder: Path, **options: Any) -> Path:
 PIECES: dict[str, dict[str, Any]] = {
     "sentencepiece, identity": {"normalization_rule_name": "identity", "split_digits": True},
     "sentencepiece, defaults": {"remove_extra_whitespaces": True, "byte_fallback": False},
-    "sentencepiece, symbols": {"user_defined_symbols": ["<tool>", "e w", "  "], "add_dummy_prefix": False},
+    "sentencepiece, symbols": {"user_defined_symbols": ["<tool>", "e▁w", "▁▁"], "add_dummy_prefix": False},
 }
 
 
