@@ -113,8 +113,7 @@ class ShardWriter:
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
         self._limit = max_shard_tokens
         self._starts: list[NDArray[np.int64]] = []
-        self._open = -1
-        """Start of the document that is not ended yet; -1: none is."""
+        self._open = -1  # start of the document that is not ended yet
         self._names: list[str] = []
         self._room = 0
         self._stream: Any = None
@@ -333,10 +332,8 @@ class TokenShards:
                     self._outside(largest)
 
     def _outside(self, token: int) -> None:
-        raise DataError(
-            f"{self.folder}: holds token {token}, outside the vocabulary of {self.manifest.vocab_size}; prepare the "
-            "text again with tools.prepare_data."
-        )
+        size = self.manifest.vocab_size
+        raise DataError(f"{self.folder}: holds token {token}, outside the vocabulary of {size}; {_MEND}.")
 
 
 def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bool = False) -> TokenShards:
