@@ -21,7 +21,7 @@ from pipeline.data.prepare import cache_folder, open_text_or_shards
 from pipeline.data.readings import told_differences
 from pipeline.data.shards import MANIFEST, ShardWriter, open_shards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from tests.unit.test_data_tokenizer import write_hf, write_sentencepiece
+from tests.unit.data.test_tokenizer import write_hf, write_sentencepiece
 
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 DICTIONARY = {"content": "<|im_end|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
