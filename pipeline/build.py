@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import left_out, open_text_or_shards
-from pipeline.data.shards import TokenShards
+from pipeline.data.readings import told_differences
+from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.attention.backends import select_backend
@@ -219,6 +221,9 @@ def build(
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
+    if groups.is_main and not is_prepared(Path(config.data.path)):
+        for warning in told_differences(tokenizer):
+            print(f"warning: {warning}", file=sys.stderr)
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups, watch), config.sequence)
     loader = TrainLoader(
         dataset,

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.data.prepare import left_out, prepare
+from pipeline.data.readings import told_differences
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.progress import TokenProgress
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         tokenizer = load_tokenizer(options.tokenizer)
+        for warning in told_differences(tokenizer):
+            print(f"warning: {warning}", file=sys.stderr)
         with TokenProgress(console=Console(stderr=True)) as progress:
             manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
         warnings = [*left_out(options.input, options.text_field), *_too_many_tokens(options.tokenizer, tokenizer)]

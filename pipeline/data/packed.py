@@ -18,6 +18,8 @@ from parallel.errors import DataError
 PACKINGS = ("xz", "gz", "zst")
 _MAGIC = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 _CHUNK = 1 << 18
+_PACKED = 1 << 14
+"""Bytes of an archive unpacked at once: a thousand times as many may come out."""
 _ARCHIVE_ERRORS = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError)
 
 
@@ -56,7 +58,7 @@ class _FrameReader(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
-            packed = self._raw.read(_CHUNK)
+            packed = self._raw.read(_PACKED)
             if not packed:
                 if self._inside_frame:
                     raise EOFError("it ends early")

@@ -7,6 +7,7 @@ is found weeks later or never.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from parallel.errors import DataError
 from pipeline.data.discovery import BOM, LINES, TextFile, find_texts
 from pipeline.data.packed import opened
 
+_CHUNK = 1 << 18
+"""Bytes, or characters, of a document that are in memory at once."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -26,6 +30,18 @@ class Document:
     file: Path
     line: int | None
     """1-based line of JSON lines, None for a whole file."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one, cut anywhere."""
+
+    text: str
+    file: Path
+    line: int | None
+    """1-based line of JSON lines, None for a whole file."""
+    ends: bool
+    """The document ends with it."""
 
 
 def check_first_record(file: TextFile, text_field: str) -> None:
@@ -48,6 +64,7 @@ class RecordReader:
 
     Attributes:
         files: what is read, in order.
+        file: the one being read.
         total_bytes: their size on disk.
         done_bytes: bytes on disk consumed so far (for a progress bar).
         documents: documents yielded so far.
@@ -66,20 +83,40 @@ class RecordReader:
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove it.") from error
         self.total_bytes = sum(self._sizes)
+        self.file = path
         self.done_bytes = self.documents = self.empty = 0
 
     def __iter__(self) -> Iterator[Document]:
+        parts: list[str] = []
+        for piece in self.pieces():
+            parts.append(piece.text)
+            if piece.ends:
+                yield Document("".join(parts), piece.file, piece.line)
+                parts = []
+
+    def pieces(self) -> Iterator[Piece]:
+        """The same documents, long ones in parts of no more than some hundred thousand characters each."""
         before = 0
         for file, size in zip(self.files, self._sizes, strict=True):
             read = _read_lines if file.kind == LINES else _read_whole
+            self.file = file.path
             with opened(file.path, file.packing) as (raw, stream):
-                for document in read(stream, file, self._text_field):
+                blank: list[Piece] = []  # how a document begins, which may be all there is of it
+                begun = False
+                for piece in read(stream, file, self._text_field):
                     self.done_bytes = before + raw.tell()
-                    if document.text.strip():
-                        self.documents += 1
-                        yield document
+                    begun = begun or bool(piece.text.strip())
+                    if begun:
+                        # Counted with its last part, which is the one that ends it.
+                        self.documents += piece.ends
+                        yield from blank
+                        yield piece
+                        blank = []
                     else:
-                        self.empty += 1
+                        blank.append(piece)
+                    if piece.ends:
+                        self.empty += not begun
+                        begun, blank = False, []
             before += size
             self.done_bytes = before
 
@@ -89,20 +126,38 @@ def _decode(data: bytes, file: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: byte {offset + error.start} of the text is not UTF-8; convert the file (for example with iconv)."
-        ) from error
+        raise _not_utf8(file, offset + error.start) from error
 
 
-def _read_whole(stream: IO[bytes], file: TextFile, _: str) -> Iterator[Document]:
-    data = stream.read()
-    start = len(BOM) if data.startswith(BOM) else 0
-    yield Document(_decode(data[start:], file.path, start), file.path, None)
+def _not_utf8(file: Path, place: int) -> DataError:
+    return DataError(f"{file}: byte {place} of the text is not UTF-8; convert the file (for example with iconv).")
 
 
-def _read_lines(stream: IO[bytes], file: TextFile, text_field: str) -> Iterator[Document]:
+def _read_whole(stream: IO[bytes], file: TextFile, _: str) -> Iterator[Piece]:
+    data = stream.read(_CHUNK)
+    offset = len(BOM) if data.startswith(BOM) else 0
+    data = data[offset:]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while True:
+        more = stream.read(_CHUNK) if data else b""
+        begun = len(decoder.getstate()[0])  # bytes of a character that the last part cut
+        try:
+            text = decoder.decode(data, final=not more)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file.path, offset - begun + error.start) from error
+        yield Piece(text, file.path, None, not more)
+        if not more:
+            return
+        offset += len(data)
+        data = more
+
+
+def _read_lines(stream: IO[bytes], file: TextFile, text_field: str) -> Iterator[Piece]:
     try:
-        yield from _lines(stream, file.path, text_field)
+        for document in _lines(stream, file.path, text_field):
+            for start in range(0, len(document.text) or 1, _CHUNK):
+                text = document.text[start : start + _CHUNK]
+                yield Piece(text, file.path, document.line, start + _CHUNK >= len(document.text))
     except DataError:
         # A damaged archive can yield a line of garbage before its checksum tells of the damage.
         while file.packing and stream.read(1 << 20):

@@ -15,6 +15,7 @@ from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.sections import ModelConfig, RunConfig
 from pipeline.data.discovery import find_texts
+from pipeline.data.readings import told_differences
 from pipeline.data.records import check_first_record
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
@@ -82,21 +83,23 @@ def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, L
 
 
 def check_tokenizer(path: Path, rows: int | None) -> Finding:
-    """A tokenizer that loads, has an end-of-text token, and fits the embedding.
+    """A tokenizer that loads, has an end-of-text token, and fits the embedding; whether others read it otherwise.
 
     Args:
         rows: of the embedding; None: not known.
     """
     found = "none"
     problem = ""
+    advice: tuple[str, ...] = ()
     try:
         tokenizer = load_tokenizer(path)
+        advice = told_differences(tokenizer)
         found = f"{tokenizer.vocab_size} tokens"
         if rows is not None:
             check_rows(tokenizer, rows)
     except LongspanError as error:
         problem = str(error) if isinstance(error, ConfigError) else f"Tokenizer: {error}"
-    return Finding("Tokenizer", found, "one that ends documents and fits the model", problem)
+    return Finding("Tokenizer", found, "one that ends documents and fits the model", problem, advice)
 
 
 def check_text(setting: str, path: Path, length: int, text_field: str) -> Finding:

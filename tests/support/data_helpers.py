@@ -25,6 +25,10 @@ class ByteTokenizer:
         """Token ids of `text`."""
         return [byte + 3 for byte in text.encode()]
 
+    def may_cut(self, left: str, right: str) -> bool:
+        """Every character is tokenized for itself."""
+        return True
+
 
 BYTES = ByteTokenizer()
 WIDE = ByteTokenizer(vocab_size=(1 << 16) + 1, fingerprint="wide")
