@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from pipeline.checkpoint.choose import Choice, candidates, choose
 from pipeline.checkpoint.files import remove, rename
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
+from pipeline.checkpoint.resume import DataStart, check_cursor, check_output, check_resumable
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.checkpoint.writer import clear_unfinished
 from pipeline.config import config_dict
@@ -29,7 +29,7 @@ from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
-from pipeline.guard import NonFiniteGuard
+from pipeline.guard import DivergenceGuard
 from pipeline.hf_files import HfCheckpoint
 from pipeline.invariants import run_checks
 from pipeline.model import names
@@ -247,7 +247,7 @@ def build(
         optimizer=optimizer,
         reduction=GradientReduction(groups, model),
         loader=loader,
-        guard=NonFiniteGuard(config.train.bad_steps),
+        guard=DivergenceGuard(config.train.bad_steps, arch.vocab),
         saver=CheckpointSaver(
             Path(config.output) / "checkpoints",
             groups,
@@ -263,6 +263,8 @@ def build(
             "base": str(Path(config.model.path).resolve()),
             "base_hash": share_from_main(groups, base.base_hash),
             "data_fingerprint": dataset.fingerprint,
+            "data_start": asdict(DataStart()),
+            "changes": [],
         },
         checks=run_checks(groups, model, optimizer) if config.checks else None,
     )
@@ -314,12 +316,18 @@ def resume(parts: TrainerParts) -> Choice | None:
     name, step, reason, warnings = json.loads(picked)
     with CheckpointReader(folder / name) as reader:
         manifest = reader.manifest
-        check_resumable(manifest.raw, parts.manifest)
+        changes = check_resumable(manifest.raw, parts.manifest)
         check_cursor(manifest)
+        where = DataStart.of(manifest.raw).after(manifest.raw, step, changes)
+        parts.loader.begin_at(where.step, where.read)
+        parts.manifest["data_start"] = asdict(where)
+        parts.manifest["changes"] = [*manifest.raw.get("changes", ()), *(change.at(step) for change in changes)]
+        warnings += [change.sentence(step) for change in changes]
         load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
         parts.guard.load_state_dict(manifest.raw["guard"])
         layout, here = manifest.layout, parts.manifest["layout"]
         same = layout is not None and {"device": here["device"], **layout} == here
+        same = same and "train.seed" not in {change.setting for change in changes}
         rng = reader.rng(groups.env.rank) if same else None
         if rng is not None and ("cuda" in rng) != (here["device"] == "cuda"):
             rng = None  # written before the device was recorded, on another one

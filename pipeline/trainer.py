@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from parallel.checks import RunChecks
-from parallel.collectives import sum_over
+from parallel.collectives import share_from_main, sum_over
+from parallel.errors import CheckpointError
 from parallel.groups import Groups
 from parallel.process import Watch
 from parallel.rng import rng_state
 from parallel.stop import StopSignals
-from pipeline.checkpoint.resume import data_cursor
+from pipeline.checkpoint.choose import set_aside
+from pipeline.checkpoint.resume import DataStart, data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.data.loader import TrainLoader
-from pipeline.guard import NonFiniteGuard, TrainingDiverged
+from pipeline.guard import DivergenceGuard, TrainingDiverged
 from pipeline.metrics import MetricsWriter, peak_memory_gib
 from pipeline.model.attention_layout import AttentionSpec
 from pipeline.model.loss import IGNORE
@@ -42,7 +44,7 @@ class TrainerParts:
     optimizer: TrainableAdamW
     reduction: GradientReduction
     loader: TrainLoader
-    guard: NonFiniteGuard
+    guard: DivergenceGuard
     saver: CheckpointSaver
     spec: AttentionSpec
     """Training attention."""
@@ -95,7 +97,8 @@ class Trainer:
             The signal that stopped it, 0 if none did; alike on all ranks, and so is the step saved.
 
         Raises:
-            TrainingDiverged: too many non-finite steps in a row.
+            TrainingDiverged: too many bad steps in a row, or a loss that is too high at the end; says from which
+                checkpoint a rerun goes on.
             CheckpointError: a checkpoint could not be written; of one written beside training, at the next step.
         """
         config, saver = self.parts.config, self.parts.saver
@@ -112,9 +115,8 @@ class Trainer:
             except Stopped as stop:
                 self._save_and_leave(progress, watch)
                 return stop.number
-            except TrainingDiverged:
-                saver.wait()  # all ranks come here, and an earlier state is still being written
-                raise
+            except TrainingDiverged as error:
+                raise self.diverged(error) from None
             self.step += 1
             seconds = time.perf_counter() - began
             row |= {
@@ -127,7 +129,15 @@ class Trainer:
                 metrics.write(row)
             progress.update(self.step, row | {"saving": saver.progress})
             self._rng = rng_state()
-            if self.step == end or (config.save.every and self.step % config.save.every == 0):
+            if self.step == config.train.steps:
+                try:
+                    self.parts.guard.check_end()
+                except TrainingDiverged as error:
+                    raise self.diverged(error) from None
+            due = config.save.every and self.step % config.save.every == 0
+            if due and self.step != end and (bad := self.parts.guard.consecutive):
+                progress.say(f"step {self.step} is not saved: the last {bad} steps were not finite, or lost too much")
+            elif self.step == end or due:
                 with watch.patient("saving"):
                     self.save(wait=self.step == end)
                 self._show(progress)
@@ -150,6 +160,34 @@ class Trainer:
                 self.save()
         self._show(progress)
 
+    def diverged(self, error: TrainingDiverged) -> TrainingDiverged:
+        """The error with what the run can go on from: checkpoints in doubt are renamed; collective.
+
+        Raises:
+            CheckpointError: an earlier save failed, or a checkpoint could not be renamed.
+        """
+        saver = self.parts.saver
+        saver.wait()  # all ranks come here, and an earlier state may still be being written
+
+        def mend() -> str:
+            try:
+                saver.still_ours()
+                left, moved = set_aside(saver.folder, self.parts.guard.last_sound_step)
+            except OSError as refused:
+                raise CheckpointError(
+                    f"{error} {refused.filename}: could not be renamed ({refused.strerror}), though it was written "
+                    "after training diverged; move it away before the rerun."
+                ) from None
+            told = f" Checkpoints in doubt were renamed: {', '.join(moved)}." if moved else ""
+            if left is None:
+                return f"{told} No earlier checkpoint is left, so a rerun starts over, and any setting may change."
+            return (
+                f"{told} A rerun goes on from step {left}; with resume.allow: [train.lr] (or [data.path]) it takes a "
+                "changed setting."
+            )
+
+        return TrainingDiverged(f"{error}{share_from_main(self.parts.groups, mend)}")
+
     def save(self, wait: bool = True) -> None:
         """Save a checkpoint of the current step, with the random state it began with; collective.
 
@@ -166,11 +204,12 @@ class Trainer:
             {
                 **parts.manifest,
                 "updates": parts.optimizer.updates,
-                "cursor": data_cursor(self.step, parts.manifest["config"]),
+                "cursor": data_cursor(self.step, parts.manifest["config"], DataStart.of(parts.manifest)),
                 "guard": parts.guard.state_dict(),
                 "versions": versions(),
                 "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
+            keep_all=parts.guard.consecutive > 0,
         )
         if wait:
             parts.saver.wait()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.guard import NonFiniteGuard, TrainingDiverged
+from pipeline.guard import DivergenceGuard, TrainingDiverged
 
 NAN, INF = math.nan, math.inf
 
@@ -20,13 +20,13 @@ NAN, INF = math.nan, math.inf
     [(2.5, 1.0, True), (0.0, 0.0, True), (NAN, 1.0, False), (2.5, INF, False), (-INF, 1.0, False), (2.5, NAN, False)],
 )
 def test_only_finite_steps_are_applied(loss: float, norm: float, applied: bool) -> None:
-    guard = NonFiniteGuard(3)
+    guard = DivergenceGuard(3)
     assert guard.check(loss, norm) is applied
     assert guard.skipped == int(not applied)
 
 
 def test_stops_at_the_limit_with_one_useful_sentence() -> None:
-    guard = NonFiniteGuard(3)
+    guard = DivergenceGuard(3)
     guard.check(NAN, 1.0)
     guard.check(2.0, 1.0)
     guard.check(NAN, 1.0)
@@ -42,7 +42,7 @@ def test_stops_at_the_limit_with_one_useful_sentence() -> None:
 
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 6))
 def test_stops_exactly_when_a_run_of_bad_steps_reaches_the_limit(good: list[bool], limit: int) -> None:
-    guard = NonFiniteGuard(limit)
+    guard = DivergenceGuard(limit)
     run, stop = 0, None
     for index, ok in enumerate(good):
         run = 0 if ok else run + 1
@@ -60,11 +60,11 @@ def test_stops_exactly_when_a_run_of_bad_steps_reaches_the_limit(good: list[bool
 
 
 def test_a_resumed_guard_continues_the_count() -> None:
-    first = NonFiniteGuard(3)
+    first = DivergenceGuard(3)
     first.check(1.0, 1.0)
     first.check(NAN, 1.0)
     first.check(NAN, 1.0)
-    second = NonFiniteGuard(3)
+    second = DivergenceGuard(3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     with pytest.raises(TrainingDiverged, match=r"step 4.*\(3 skipped"):
         second.check(NAN, 1.0)
@@ -81,9 +81,9 @@ def test_a_resumed_guard_continues_the_count() -> None:
 )
 def test_damaged_state_is_an_error(state: dict[str, int]) -> None:
     with pytest.raises(CheckpointError, match="guard"):
-        NonFiniteGuard(3).load_state_dict(state)
+        DivergenceGuard(3).load_state_dict(state)
 
 
 def test_limit_must_allow_a_step() -> None:
     with pytest.raises(ValueError, match="limit"):
-        NonFiniteGuard(0)
+        DivergenceGuard(0)
