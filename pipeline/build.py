@@ -31,6 +31,7 @@ from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.guard import DivergenceGuard
 from pipeline.hf_files import HfCheckpoint
+from pipeline.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.invariants import run_checks
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
@@ -43,7 +44,8 @@ from pipeline.optim import TrainableAdamW
 from pipeline.progress import TokenProgress
 from pipeline.reduction import GradientReduction
 from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
-from pipeline.state import load_state, own_pieces
+from pipeline.shared_output import check_shared
+from pipeline.state import load_state, load_weights, own_pieces
 from pipeline.trainer import Trainer, TrainerParts
 
 
@@ -154,6 +156,8 @@ class Run:
     tokenizer: TextTokenizer
     resumed: Choice | None = None
     """The checkpoint it goes on from; None: it starts."""
+    begun: Start | None = None
+    """The trained weights it starts with; None: it resumes, or starts with the base's."""
 
     @property
     def output(self) -> Path:
@@ -211,9 +215,12 @@ def build(
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     arch, rope = check_before_spending(config, env)
-    check_output(config)  # `resume` looks again, at the base's hash and the data too
+    # `resume` looks again, at the base's hash and the data too
+    if check_output(config) is None and config.init_from is not None:
+        check_source(config.init_from)
     base = base or open_base(config, arch)
     groups = connect(config, env, fake)
+    check_shared(groups, Path(config.output))
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
@@ -265,15 +272,20 @@ def build(
             "data_fingerprint": dataset.fingerprint,
             "data_start": asdict(DataStart()),
             "changes": [],
+            "init_from": None,
         },
         checks=run_checks(groups, model, optimizer) if config.checks else None,
     )
     choice = resume(parts)
     start = 0 if choice is None else choice.step
+    begun = begin_from(parts, base) if choice is None and config.init_from is not None else None
     if parts.checks is not None:
-        parts.checks.at_start(start)
+        if begun is None:
+            parts.checks.at_start(start)
+        else:
+            parts.checks.check_replicas(start, everything=True)
     parts.saver.prepare(own_pieces(model, config.train.trainable, optimizer))
-    return Run(config, groups, Trainer(parts, start), tokenizer, choice)
+    return Run(config, groups, Trainer(parts, start), tokenizer, choice, begun)
 
 
 def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
@@ -281,6 +293,25 @@ def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
     plan, parallel = groups.plan, config.parallel
     axes = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp, "virtual": parallel.virtual}
     return {"engine": parallel.engine, **axes, "device": groups.device.type}
+
+
+def begin_from(parts: TrainerParts, base: HfCheckpoint) -> Start:
+    """Take the trained weights that `init_from` names; collective.
+
+    Raises:
+        ConfigError: there are none, or they do not fit this run.
+        CheckpointError: they are damaged.
+    """
+    config, model = parts.config, parts.model
+    assert config.init_from is not None
+    path = config.init_from
+    folder = Path(share_from_main(parts.groups, lambda: find_source(path)))
+    with open_source(folder, config, parts.manifest["base_hash"]) as source:
+        taken = check_fits(source, config, model.arch, model.lora, base)
+        load_weights(model, parts.optimizer, taken, source.weights.read)
+        begun = replace(source.start, warnings=other_positions(source, model.rope))
+    parts.manifest["init_from"] = begun.recorded()
+    return begun
 
 
 def resume(parts: TrainerParts) -> Choice | None:
@@ -322,6 +353,7 @@ def resume(parts: TrainerParts) -> Choice | None:
         parts.loader.begin_at(where.step, where.read)
         parts.manifest["data_start"] = asdict(where)
         parts.manifest["changes"] = [*manifest.raw.get("changes", ()), *(change.at(step) for change in changes)]
+        parts.manifest["init_from"] = manifest.raw.get("init_from")
         warnings += [change.sentence(step) for change in changes]
         load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
         parts.guard.load_state_dict(manifest.raw["guard"])

@@ -153,8 +153,8 @@ class DivergenceGuard:
         )
         if not good:
             raise CheckpointError(
-                f"Checkpoint: the guard's state {dict(state)} is not three counts named {', '.join(counts)}, and losses; "
-                "resume from another checkpoint."
+                f"Checkpoint: the guard's state {dict(state)} is not three counts named {', '.join(counts)} and "
+                "losses; resume from another checkpoint."
             )
         self.steps, self.skipped, self.consecutive = (state[name] for name in counts)
         self.first_loss, self.high = first, high

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
+from pipeline.checkpoint.files import WITHOUT_LOCKS
 from pipeline.hashes import HASHES, write_hashes
 from pipeline.hf_companions import COMPANIONS, write_json
 from pipeline.hf_files import INDEX, SINGLE, file_digest
@@ -264,6 +265,9 @@ def resumable_folder(output: Path, force: bool, job: Mapping[str, Any]) -> Itera
             os.close(lock)
             lock = None
             raise CheckpointError(f"{output}: another process is writing it; wait for that one to end.") from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
         note = temporary / FINISHED
         same = _same_job(note, identity)
         # Shards only: a tokenizer edited by the interrupted run (a token added) would be edited twice.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
+from pipeline.advice import few_windows
 from pipeline.checkpoint.resume import check_output
 from pipeline.data.records import check_first_record, find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
@@ -94,13 +95,14 @@ def check_tokenizer(path: Path, rows: int | None) -> Finding:
     return Finding("Tokenizer", found, "one that ends documents and fits the model", problem)
 
 
-def check_text(setting: str, path: Path, length: int, text_field: str) -> Finding:
+def check_text(setting: str, path: Path, length: int, text_field: str, batch: int = 0) -> Finding:
     """Text or prepared shards at `path`, not empty; of JSONL files the first record has a text.
 
     Args:
         setting: dotted name, for the sentence.
         length: tokens of one window; prepared shards must hold one.
         text_field: key of the text in JSONL records (`data.text_field`).
+        batch: windows an optimizer step reads; fewer in all are told.
     """
     needed = f"a window of {length} tokens"
     try:
@@ -117,7 +119,9 @@ def check_text(setting: str, path: Path, length: int, text_field: str) -> Findin
                     f"{setting}: {path} holds {manifest.tokens} tokens and one window needs {length + 1}; give more "
                     "text, or lower the length."
                 )
-            return Finding(setting, found, needed)
+            windows = (manifest.tokens - 1) // length
+            advice = (few_windows(windows, batch),) if windows < batch else ()
+            return Finding(setting, found, needed, advice=advice)
         files = find_files(path)
         size = sum(file.stat().st_size for file in files)
         if not size:
@@ -127,7 +131,10 @@ def check_text(setting: str, path: Path, length: int, text_field: str) -> Findin
     except LongspanError as error:
         text = str(error)
         return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed)
+    # A token takes a byte or more, but where the file is packed.
+    plain = all(file.suffix.lower() in (".txt", ".jsonl") for file in files)
+    advice = (few_windows(size // length, batch),) if plain and size // length < batch else ()
+    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=advice)
 
 
 def existing(path: Path) -> Path:

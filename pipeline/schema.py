@@ -278,8 +278,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     init_from: str | None = None
-    """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None: the
-    base's. Not looked at once the run has a checkpoint of its own."""
+    """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None:
+    the base's. Not looked at once the run has a checkpoint of its own."""
     checks: bool = False
     """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
 

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.data.packing import PackedDataset
 from pipeline.data.sampler import rank_indices, step_indices
+from pipeline.data.shards import TokenShards
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class TrainLoader:
     def windows(self) -> int:
         """Windows the data hold; a step draws `global_batch` of them."""
         return len(self._dataset)
+
+    @property
+    def shards(self) -> TokenShards:
+        """The token stream they are cut from."""
+        return self._dataset.shards
 
     def begin_at(self, step: int, read: int) -> None:
         """Go on from optimizer step `step` with `read` sequences read before it, before any step is asked for."""

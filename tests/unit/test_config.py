@@ -271,9 +271,9 @@ def test_settings_at_their_bounds_are_taken(minimal: Path) -> None:
 
 def test_evaluating_beyond_the_context_is_a_warning(minimal: Path) -> None:
     lengths = "eval.lengths=[4096, 65536, 131072]"
-    (told,) = load_config(minimal, ["eval.path=text", lengths]).warnings
+    (told,) = load_config(minimal, ["eval.path=held-out", lengths]).warnings
     assert told.startswith("eval.lengths: 65536, 131072 exceed model.context 32768") and told.endswith(".")
-    assert load_config(minimal, ["eval.path=text", "eval.lengths=[32768]"]).warnings == ()
+    assert load_config(minimal, ["eval.path=held-out", "eval.lengths=[32768]"]).warnings == ()
     assert load_config(minimal, [lengths]).warnings == (), "nothing is evaluated"
 
 

@@ -346,7 +346,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert main(["--config", config, *sets, "--set", "eval.lengths=[40000]", "--set", f"eval.path={long}"]) == 0
     assert capsys.readouterr().err.startswith("warning: eval.lengths: 40000 exceed model.context 32768")
     assert main(["--config", config, *sets, "--set", "parallel.cp=8", "--set", "attention.group_size=32"]) == 0
-    assert capsys.readouterr().err.startswith("warning: attention: with tp 1 x cp 8 and groups of 32 tokens ")
+    told = capsys.readouterr().err
+    assert "warning: attention: with tp 1 x cp 8 and groups of 32 tokens " in told
+    assert told.startswith(f"warning: eval.path: {tokens} is training text (data.path)")
     assert main(["--config", config, *sets, "--nproc", "4", "--nnodes", "3"]) == 2
     assert "missing: train.global_batch: 64 is not a multiple of micro_batch 1 x 6" in capsys.readouterr().err
     assert main(["--config", config, "--set", "train.step=3"]) == 2
