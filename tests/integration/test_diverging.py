@@ -44,7 +44,9 @@ def test_a_nan_loss_skips_the_step_and_too_many_stop(tmp_path: Path, monkeypatch
         assert same(states[1], states[2]), "a bad step must leave weights, moments and their step count alone"
         assert not same(states[2], states[3]) and same(states[3], states[4])
         assert (parts.guard.skipped, parts.guard.consecutive, trainer.step) == (2, 1, 4)
-        with pytest.raises(TrainingDiverged, match=r"stopped at step 5: loss nan .* 2 non-finite .*\(3 skipped") as told:
+        with pytest.raises(
+            TrainingDiverged, match=r"stopped at step 5: loss nan .* 2 non-finite .*\(3 skipped"
+        ) as told:
             trainer.run(None, progress)
         assert same(states[4], state())
         # Step 4 was saved after the first of the two bad steps that stopped the run.
