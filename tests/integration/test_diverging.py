@@ -1,4 +1,4 @@
-"""The non-finite guard inside the trainer: a bad step changes nothing and is counted; too many stop the run."""
+"""Divergence inside the trainer: a bad step that is not finite changes nothing; too many, or a loss too high, stop it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pipeline.config import load_config
 from pipeline.guard import TrainingDiverged
 from pipeline.progress import TrainProgress
 from pipeline.state import whole_state
-from tests.numerics.test_training import write_run
+from pipeline.train import main
+from tests.numerics.test_training import final, losses, write_run
 
 
 def test_a_nan_loss_skips_the_step_and_too_many_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +57,43 @@ def test_a_nan_loss_skips_the_step_and_too_many_stop(tmp_path: Path, monkeypatch
         assert (folder / "diverged-step-000004").is_dir() and not (folder / "step-000004").exists()
     finally:
         parts.loader.close()
+
+
+def test_divergence_by_loss_is_told_and_ends_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate ten million times too high: nothing is NaN, the loss says it all."""
+    path, run = write_run(tmp_path, "run"), tmp_path / "run"
+    words = ["--config", str(path), "--set", "save.every=1", "--set", "train.bad_steps=2"]
+    assert main([*words, "--stop-after", "2"]) == 0
+    wild = [*words, "--set", "train.lr=2.0e+5", "--set", "train.clip=0", "--set", "resume.allow=[train.lr, train.clip]"]
+    capsys.readouterr()
+    assert main(wild) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    # Step 3 is the first at that rate and the loss of step 4 the first of its weights.
+    assert told.startswith("error: Training stopped at step 5: loss ") and "2 steps in a row" in told
+    assert (
+        "a uniform guess over 128 tokens" in told and "Checkpoints in doubt were renamed: diverged-step-000003" in told
+    )
+    assert "A rerun goes on from step 2; with resume.allow: [train.lr]" in told
+    folder = run / "checkpoints"
+    assert (folder / "latest").read_text().strip() == "step-000002"
+    assert not any((folder / f"step-00000{step}").exists() for step in (3, 4, 5))
+    assert all(bool(tensor.isfinite().all()) for tensor in final(run).values())
+    # What the sentence advises is taken.
+    mended = ["--set", "train.lr=1.0e-3", "--set", "resume.allow=[train.lr]"]
+    assert main([*words, *mended]) == 0
+    assert "resume: train.lr was 0.005 and is 0.001 from step 2 on" in capsys.readouterr().out
+    assert len(losses(run)) == 6 and max(losses(run)) < 5.9
+
+
+def test_weights_ruined_by_the_last_step_are_found_by_their_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, text = write_run(tmp_path, "run"), tmp_path / "held-out.txt"
+    text.write_text(" ".join(f"v{n * n % 997}" for n in range(900)))
+    words = ["--config", str(path), "--set", f"eval.path={text}", "--set", "eval.windows=1", "--set", "train.steps=1"]
+    assert main([*words, "--set", "train.lr=2.0e+5", "--set", "train.warmup_steps=0"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: The weights of step 1 lose 64: ") and "training has diverged" in told
+    assert "No earlier checkpoint is left, so a rerun starts over, and any setting may change." in told
+    assert main(words) == 0, "and so it does"
+    assert "the run ends at 50% of train.lr" in capsys.readouterr().out

@@ -28,7 +28,6 @@ def looks(rank: int, world: int, here: str, there: str) -> list[str]:
     """Ranks on one folder, then on two of the same relative name, then on one that shows files late."""
     groups = make_groups(plan_grid(world, 1, 1, 1), RankEnv.read(), timeout_s=30.0)
     check_shared(groups, Path(here) / "run")
-    left = sorted(os.listdir(Path(here) / "run"))
     os.chdir(there if rank == 1 else here)
     shared_output.WAIT_S = 1.0
     found = []
@@ -46,17 +45,17 @@ def looks(rank: int, world: int, here: str, there: str) -> list[str]:
     os.listdir = late  # type: ignore[assignment]
     check_shared(groups, Path(here) / "run")
     destroy_groups()
-    return found + left
+    return found
 
 
 def test_ranks_that_write_to_different_disks_are_told_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there/run").mkdir(parents=True)
-    found = run_ranks(looks, 3, str(tmp_path / "here"), str(tmp_path / "there"))
-    assert found[0] == found[1] == found[2] and len(found[0]) == 1, "one sentence, and no file left behind"
+    found = run_ranks(looks, 2, str(tmp_path / "here"), str(tmp_path / "there"), timeout=240)
+    assert found[0] == found[1] and len(found[0]) == 1, "the same sentence on both"
     assert found[0][0].startswith("ConfigError: output: run is not one folder for all ranks: what rank 0 on ")
     assert "rank 1 on" in found[0][0] and found[0][0].endswith("by the same path.")
-    assert os.listdir(tmp_path / "here/run") == []
+    assert os.listdir(tmp_path / "here/run") == [], "and no file is left behind"
 
 
 def text(folder: Path, name: str = "a.txt", seed: int = 0) -> Path:
