@@ -1,4 +1,4 @@
-"""Divergence inside the trainer: a bad step that is not finite changes nothing; too many, or a loss too high, stop it."""
+"""Divergence inside the trainer: a step that is not finite changes nothing; too many, or a loss too high, stop it."""
 
 from __future__ import annotations
 

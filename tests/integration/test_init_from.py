@@ -117,7 +117,16 @@ def test_from_a_run_a_checkpoint_and_an_adapter(tmp_path: Path, capsys: pytest.C
     first = tmp_path / "next/checkpoints/step-000000"
     assert same(whole_trained(first), masters) and exported(first, tmp_path / "merged-adapter") == bytes_of
 
-    # On other grids and the other engine, all in one launch.
+    refusals(path, tmp_path)
+
+
+@pytest.mark.slow
+def test_on_other_grids_and_the_other_engine(tmp_path: Path) -> None:
+    """All in one launch; each saves at once what it began with, and the last goes on in one process."""
+    path, source = trained(tmp_path), tmp_path / "source"
+    checkpoint = source / "checkpoints/step-000003"
+    masters = whole_trained(checkpoint)
+    alone = save_at_once(path, source, tmp_path / "alone")
     for found in run_ranks(on_grids, 4, str(path), str(source), str(tmp_path), timeout=240):
         for row in found:
             assert (row["moments"], row["updates"]) == (0.0, 0)
@@ -128,12 +137,10 @@ def test_from_a_run_a_checkpoint_and_an_adapter(tmp_path: Path, capsys: pytest.C
     assert _resumed(str(path), tmp_path) == 0
     assert read_manifest(tmp_path / "grid-2/checkpoints/step-000001").raw["init_from"]["path"] == str(checkpoint)
 
-    refusals(path, tmp_path)
-
 
 def refusals(path: Path, folder: Path) -> None:
     """Everything that does not fit is one sentence, and leaves no groups behind."""
-    source = folder / "grid-0"
+    source = folder / "again"
 
     def refused(kind: type[Exception], *settings: str, at: Path = source) -> str:
         with pytest.raises(kind) as told:
@@ -160,5 +167,5 @@ def refusals(path: Path, folder: Path) -> None:
     raw = bytearray(base.read_bytes())
     raw[-3] ^= 1
     base.write_bytes(bytes(raw))
-    assert "was trained on another base than model.path" in refused(ConfigError, at=folder / "again")
+    assert "was trained on another base than model.path" in refused(ConfigError, at=folder / "source")
     assert "was trained on another base than model.path" in refused(ConfigError, at=folder / "adapter")
