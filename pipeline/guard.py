@@ -55,10 +55,9 @@ class DivergenceGuard:
     def last_sound_step(self) -> int:
         """Optimizer steps after which a checkpoint is not put in doubt by the bad steps that came last.
 
-        Steps that are not finite are not applied, so the weights they began with are finite. A high loss condemns the
-        very weights that gave it, those of the step before.
+        The first of them condemns the very weights it was computed with, those of the step before.
         """
-        return self.steps - self.consecutive - (1 if self.high else 0)
+        return self.steps - self.consecutive - 1
 
     def check(self, loss: float, grad_norm: float) -> bool:
         """Whether to apply the step.

@@ -70,6 +70,9 @@ class Trainer:
 
     def __init__(self, parts: TrainerParts, start: int) -> None:
         self.parts, self.step = parts, start
+        self._sound = start if parts.guard.consecutive == 0 else 0
+        """A checkpoint this process went on from is not put in doubt: whatever ails the next step came after it, and
+        reruns that fail at once must not use up the older ones."""
         self.signals: StopSignals | None = None
         """A wish to stop: heeded between micro-batches (between steps under pipelining), and saved."""
         self._rng = rng_state()
@@ -172,7 +175,7 @@ class Trainer:
         def mend() -> str:
             try:
                 saver.still_ours()
-                left, moved = set_aside(saver.folder, self.parts.guard.last_sound_step)
+                left, moved = set_aside(saver.folder, max(self._sound, self.parts.guard.last_sound_step))
             except OSError as refused:
                 raise CheckpointError(
                     f"{error} {refused.filename}: could not be renamed ({refused.strerror}), though it was written "
