@@ -88,9 +88,7 @@ def test_divergence_is_told_and_ends_the_job(
     told = capsys.readouterr().err.strip().splitlines()[-1]
     # Step 3 is the first at that rate and the loss of step 4 the first of its weights.
     assert told.startswith("error: Training stopped at step 5: loss ") and said in told
-    assert (
-        "a uniform guess over 128 tokens" in told and "Checkpoints in doubt were renamed: diverged-step-000003" in told
-    )
+    assert "Checkpoints in doubt were renamed: diverged-step-000003" in told
     assert "A rerun goes on from step 2; with resume.allow: [train.lr]" in told
     folder = run / "checkpoints"
     assert (folder / "latest").read_text().strip() == "step-000002"
