@@ -360,3 +360,11 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
 def test_starting_needs_no_torch() -> None:
     program = "import sys, tools.preflight; sys.exit(bool({'torch', 'megatron', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_fewer_windows_than_a_batch_are_told(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("x" * 1000)
+    (told,) = preflight_files.check_text("data.path", text, 100, "text", batch=11).advice
+    assert told.startswith("data.path: holds 10 windows and train.global_batch is 11, so one optimizer step reads")
+    assert preflight_files.check_text("data.path", text, 100, "text", batch=10).advice == ()
