@@ -14,19 +14,19 @@ from typing import Any, Protocol
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.adapter_notes import CONFIG, read_note
-from pipeline.adapters_in import load_adapter
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import MANIFEST, MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.plan import RopePlan, plan_rope
-from pipeline.model.vocabulary import VOCABULARY_HF, grown_tensor
-from pipeline.model.weights import trained_names
-from pipeline.schema import LoraConfig, RopeSettings, RunConfig
-from pipeline.schema_rope import used_rope
+from pipeline.config.rope import used_rope
+from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
+from pipeline.export.adapter_notes import CONFIG, read_note
+from pipeline.export.adapter_read import load_adapter
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
+from pipeline.model.weights.load import trained_names
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.rope import RopePlan, plan_rope
 
 KINDS = f"a run's output, a checkpoint or an adapter ({CONFIG})"
 

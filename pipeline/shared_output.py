@@ -8,9 +8,9 @@ import socket
 import time
 from pathlib import Path
 
-from parallel.collectives import agree, share_from_main
 from parallel.errors import ConfigError
-from parallel.groups import Groups
+from parallel.world.collectives import agree, share_from_main
+from parallel.world.groups import Groups
 
 WAIT_S = 20.0
 """A network file system may show a new file so late."""

@@ -1,0 +1,4 @@
+"""The commands, one a file: `python -m tools.NAME --help`.
+
+May import `pipeline` and `parallel`. Start reading at the command you use.
+"""

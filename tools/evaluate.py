@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import DataError, LongspanError
-from parallel.rank_env import RankEnv
-from pipeline.config import load_config
-from pipeline.evaluate import EvalReport
+from parallel.world.rank_env import RankEnv
+from pipeline.config.yaml_file import load_config
+from pipeline.evaluation.perplexity import EvalReport
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         if args.state:
             # Torch and megatron load only once the configuration is known to be good.
-            from pipeline.run_eval import evaluate_state
+            from pipeline.evaluation.evaluator import evaluate_state
 
             env = RankEnv.read()
             evaluate_state(config, env, args.state)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from parallel.errors import LongspanError
-from tools.sources import add_source_arguments, finish
+from tools.support.sources import add_source_arguments, finish
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,10 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from pipeline.config import load_config
-from pipeline.preflight import Launch, survey
-from pipeline.preflight_files import Finding
-from tools.machine import read_machine
+from pipeline.config.yaml_file import load_config
+from pipeline.preflight.files import Finding
+from pipeline.preflight.survey import Launch, survey
+from tools.support.machine import read_machine
 
 
 def weights_bytes(folder: Path) -> int:
@@ -30,9 +30,9 @@ def weights_bytes(folder: Path) -> int:
         CheckpointError: a file is missing, truncated or of another model; it is named.
     """
     # torch, which nothing else in a failing preflight needs
-    from pipeline.hf_files import HfCheckpoint
-    from pipeline.model import names
-    from pipeline.model.arch import read_arch
+    from pipeline.hf.checkpoint import HfCheckpoint
+    from pipeline.planning import tensors as names
+    from pipeline.planning.arch import read_arch
 
     weights = HfCheckpoint(folder)
     weights.check(names.hf_tensor_shapes(read_arch(folder)), names.is_derived)

@@ -12,7 +12,7 @@ from rich.console import Console
 from parallel.errors import LongspanError
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.progress import TokenProgress
+from pipeline.reporting.progress import TokenProgress
 
 
 def _at_least_one(text: str) -> int:

@@ -23,10 +23,10 @@ from typing import Any
 import yaml
 
 from parallel.errors import DataError, LongspanError
-from pipeline.evaluate import EvalReport, LengthResult
-from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.progress import duration
-from tools import report_plots as plots
+from pipeline.evaluation.perplexity import EvalReport, LengthResult
+from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+from pipeline.reporting.progress import duration
+from tools.support import report_plots as plots
 
 PAGE = "index.html"
 FIRST, LAST = ("shipped", "before", "untrained", "initial"), ("after",)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from parallel.rank_env import EXIT_FILE
-from parallel.stop import SIGNALS, signal_name
+from parallel.health.signals import SIGNALS, signal_name
+from parallel.world.rank_env import EXIT_FILE
 
 if TYPE_CHECKING:  # it imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.checkpoint.files import WITHOUT_LOCKS
 from pipeline.data.records import RecordReader, find_files
 from pipeline.data.shards import (
     MAX_SHARD_TOKENS,
@@ -33,6 +32,7 @@ from pipeline.data.shards import (
     sha256_of,
 )
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.storage.durable import WITHOUT_LOCKS
 
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build
+from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.resume import check_resumable, check_settings
-from pipeline.config import config_dict, load_config
+from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.sampler import epoch_permutation
 from pipeline.train import main
 from tests.numerics.test_training import losses, rows, run_here, write_run
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 
 def windows_of(loader: Any, step: int) -> list[list[int]]:

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config import load_config
-from pipeline.evaluate import EvalReport
-from pipeline.export import export
+from pipeline.config.yaml_file import load_config
+from pipeline.evaluation.perplexity import EvalReport
+from pipeline.export.formats import export
+from pipeline.export.trained_model import load_trained_model
 from pipeline.train import main, train
-from pipeline.trained_model import load_trained_model
 from tests.numerics.test_training import write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 KIND = "tinyllama"
 GRIDS = (

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import metrics as metrics_module
 from pipeline.lasting import optional_file
-from pipeline.metrics import METRICS_FILE, MetricsWriter, read_metrics
-from tests.unit.test_metrics import row
+from pipeline.reporting import metrics as metrics_module
+from pipeline.reporting.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from tests.unit.reporting.test_metrics import row
 
 SHOW = """
 import sys
-from pipeline.progress import EvalProgress, TrainProgress, TokenProgress
+from pipeline.reporting.progress import EvalProgress, TrainProgress, TokenProgress
 with TrainProgress(400, every=1) as progress:
     progress.say("begun")
     for step in range(1, 401):

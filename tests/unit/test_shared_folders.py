@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from parallel.errors import DataError
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 from pipeline import shared_output
 from pipeline.data import prepare as prepare_module
 from pipeline.data.overlap import shared_text
 from pipeline.data.prepare import open_text_or_shards, prepare
 from pipeline.shared_output import check_shared
-from tests.data_helpers import BYTES
-from tests.ranks import run_ranks
+from tests.support.data_helpers import BYTES
+from tests.support.ranks import run_ranks
 
 
 def looks(rank: int, world: int, here: str, there: str) -> list[str]:

@@ -20,10 +20,10 @@ import torch
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.s2_attention import attend
-from tools.bench.command_line import add_integers, console_of
+from pipeline.model.attention.backends import Backend, select_backend
+from pipeline.model.attention.local import attend
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from tools.support.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
