@@ -36,6 +36,7 @@ from pipeline.data.shards import (
     sha256_of,
 )
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
+from pipeline.storage.durable import WITHOUT_LOCKS
 
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""
@@ -198,13 +199,27 @@ def up_to_date(source: Path, out: Path, tokenizer: TextTokenizer, text_field: st
     return manifest if fresh else None
 
 
+def _writable(lock: Path) -> bool:
+    """Whether this user can take the lock; False where only its folder is missing."""
+    try:
+        with lock.open("a"):
+            return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of `out` against other processes; the kernel drops it if this one dies."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with (out.parent / f".{out.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                # Two that write at once then both do the work, each in a folder of its own.
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
             yield
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
@@ -238,6 +253,10 @@ def prepare(
     """
     find_texts(source, text_field)  # refuse a bad source before waiting for the lock or touching `out`
     out = out.resolve()  # through a link, so that the rename at the end stays on one disk
+    if not _writable(out.parent / f".{out.name}.lock"):
+        manifest = up_to_date(source, out, tokenizer, text_field)
+        if manifest is not None:  # somebody else's, and as good as ours
+            return manifest
     with _locked(out):
         remove_leftovers(out)
         manifest = up_to_date(source, out, tokenizer, text_field)

@@ -23,6 +23,7 @@ from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
+from pipeline.lasting import optional_file
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
@@ -50,8 +51,8 @@ class Evaluator:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
-        shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
-        tokens = torch.from_numpy(shards.read(0, min(len(shards), TEXT_TOKENS)).astype("int64"))
+        self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
+        tokens = torch.from_numpy(self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
 
     def run(self, label: str, step: int, *, shown: bool = True) -> EvalReport:
@@ -63,7 +64,7 @@ class Evaluator:
         """
         settings, spec = self.config.eval, full_attention(self.config.attention)
         lengths = settings.lengths or (self.config.model.context,)
-        shards = Shards(
+        spread = Shards(
             self.groups.data_rank,
             self.groups.plan.dp,
             lambda table: sum_over(self.groups.replicas, table),
@@ -72,7 +73,7 @@ class Evaluator:
         )
         mode = self.model.training
         self.model.eval()
-        windows = len(range(shards.rank, settings.windows, shards.world)) * len(lengths)
+        windows = len(range(spread.rank, settings.windows, spread.world)) * len(lengths)
         try:
             with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
                 report = evaluate(
@@ -83,14 +84,15 @@ class Evaluator:
                     settings.stride,
                     label=label,
                     step=step,
-                    shards=shards,
+                    shards=spread,
                     on_window=progress.advance,
                 )
                 progress.done = sum(result.windows for result in report.lengths)  # all ranks'
         finally:
             self.model.train(mode)
         if self.groups.is_main:
-            report.write(self._path(label))
+            with optional_file(self._path(label)):
+                report.write(self._path(label))
         return report
 
     def has(self, label: str, step: int) -> bool:
@@ -111,7 +113,7 @@ class Evaluator:
 def forget_later(output: Path, step: int) -> None:
     """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
     for path in output.glob("eval-*.json"):
-        with contextlib.suppress(DataError):
+        with optional_file(path), contextlib.suppress(DataError):
             if EvalReport.read(path).step > step:
                 path.unlink()
 

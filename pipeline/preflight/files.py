@@ -21,6 +21,7 @@ from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_model, replacement_warning
 from pipeline.weight_files import choose_weights
@@ -102,13 +103,14 @@ def check_tokenizer(path: Path, rows: int | None) -> Finding:
     return Finding("Tokenizer", found, "one that ends documents and fits the model", problem, advice)
 
 
-def check_text(setting: str, path: Path, length: int, text_field: str) -> Finding:
+def check_text(setting: str, path: Path, length: int, text_field: str, batch: int = 0) -> Finding:
     """Text or prepared shards at `path`, not empty; of JSONL files the first record has a text.
 
     Args:
         setting: dotted name, for the sentence.
         length: tokens of one window; prepared shards must hold one.
         text_field: key of the text in JSONL records (`data.text_field`).
+        batch: windows an optimizer step reads; fewer in all are told.
     """
     needed = f"a window of {length} tokens"
     try:
@@ -125,7 +127,9 @@ def check_text(setting: str, path: Path, length: int, text_field: str) -> Findin
                     f"{setting}: {path} holds {manifest.tokens} tokens and one window needs {length + 1}; give more "
                     "text, or lower the length."
                 )
-            return Finding(setting, found, needed)
+            windows = (manifest.tokens - 1) // length
+            advice: tuple[str, ...] = (few_windows(windows, batch),) if windows < batch else ()
+            return Finding(setting, found, needed, advice=advice)
         texts = find_texts(path, text_field)
         files = texts.files
         size = sum(file.path.stat().st_size for file in files)
@@ -136,8 +140,11 @@ def check_text(setting: str, path: Path, length: int, text_field: str) -> Findin
     except LongspanError as error:
         text = str(error)
         return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
-    warnings = tuple(f"{setting}: {line}" for line in texts.warnings)
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=warnings)
+    advice = tuple(f"{setting}: {line}" for line in texts.warnings)
+    # A token takes a byte or more, but where the file is packed.
+    if size // length < batch and not any(file.packing for file in files):
+        advice += (few_windows(size // length, batch),)
+    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=advice)
 
 
 def existing(path: Path) -> Path:

@@ -239,7 +239,8 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         files.append(settings)
     layout = check_layout(config, arch, world)
     field = config.data.text_field
-    texts = [check_text("data.path", Path(config.data.path), config.sequence, field)]
+    batch = config.train.global_batch
+    texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]
     if config.eval.path is not None:
         longest = max(config.eval.lengths or (config.model.context,))
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
