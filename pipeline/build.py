@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything, set_rng_state
 from pipeline.checkpoint.choose import Choice, candidates, choose
-from pipeline.checkpoint.compatibility import check_cursor, check_output, check_resumable
+from pipeline.checkpoint.compatibility import DataStart, check_cursor, check_output, check_resumable
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver
@@ -26,10 +27,12 @@ from pipeline.config.sections import AttentionConfig, LoraConfig, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
-from pipeline.data.prepare import open_text_or_shards
-from pipeline.data.shards import TokenShards
+from pipeline.data.prepare import left_out, open_text_or_shards
+from pipeline.data.readings import told_differences
+from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
@@ -38,12 +41,13 @@ from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import RopePlan, plan_model
 from pipeline.reporting.progress import TokenProgress
+from pipeline.shared_output import check_shared
 from pipeline.storage.durable import remove, rename
 from pipeline.training.invariants import run_checks
-from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.non_finite import DivergenceGuard
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
-from pipeline.training.state import load_state, own_pieces
+from pipeline.training.state import load_state, load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
 
 
@@ -154,6 +158,10 @@ class Run:
     tokenizer: TextTokenizer
     resumed: Choice | None = None
     """The checkpoint it goes on from; None: it starts."""
+    warnings: tuple[str, ...] = ()
+    """What lies beside the base's weights and the text and is not read, one sentence each; of the main rank."""
+    begun: Start | None = None
+    """The trained weights it starts with; None: it resumes, or starts with the base's."""
 
     @property
     def output(self) -> Path:
@@ -211,12 +219,18 @@ def build(
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     arch, rope = check_before_spending(config, env)
-    check_output(config)  # `resume` looks again, at the base's hash and the data too
+    # `resume` looks again, at the base's hash and the data too
+    if check_output(config) is None and config.init_from is not None:
+        check_source(config.init_from)
     base = base or open_base(config, arch)
     groups = connect(config, env, fake)
+    check_shared(groups, Path(config.output))
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
+    if groups.is_main and not is_prepared(Path(config.data.path)):
+        for warning in told_differences(tokenizer):
+            print(f"warning: {warning}", file=sys.stderr)
     dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups, watch), config.sequence)
     loader = TrainLoader(
         dataset,
@@ -247,7 +261,7 @@ def build(
         optimizer=optimizer,
         reduction=GradientReduction(groups, model),
         loader=loader,
-        guard=NonFiniteGuard(config.train.bad_steps),
+        guard=DivergenceGuard(config.train.bad_steps, arch.vocab),
         saver=CheckpointSaver(
             Path(config.output) / "checkpoints",
             groups,
@@ -263,15 +277,30 @@ def build(
             "base": str(Path(config.model.path).resolve()),
             "base_hash": share_from_main(groups, base.base_hash),
             "data_fingerprint": dataset.fingerprint,
+            "data_start": asdict(DataStart()),
+            "changes": [],
+            "init_from": None,
         },
         checks=run_checks(groups, model, optimizer) if config.checks else None,
     )
     choice = resume(parts)
     start = 0 if choice is None else choice.step
+    begun = begin_from(parts, base) if choice is None and config.init_from is not None else None
     if parts.checks is not None:
-        parts.checks.at_start(start)
+        if begun is None:
+            parts.checks.at_start(start)
+        else:
+            parts.checks.check_replicas(start, everything=True)
     parts.saver.prepare(own_pieces(model, config.train.trainable, optimizer))
-    return Run(config, groups, Trainer(parts, start), tokenizer, choice)
+    return Run(config, groups, Trainer(parts, start), tokenizer, choice, _passed_over(config, base, groups), begun)
+
+
+def _passed_over(config: RunConfig, base: HfCheckpoint, groups: Groups) -> tuple[str, ...]:
+    """See `Run.warnings`."""
+    if not groups.is_main:
+        return ()
+    texts = [Path(path) for path in (config.data.path, config.eval.path) if path is not None]
+    return (*base.warnings, *(line for path in texts for line in left_out(path, config.data.text_field)))
 
 
 def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
@@ -279,6 +308,25 @@ def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
     plan, parallel = groups.plan, config.parallel
     axes = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp, "virtual": parallel.virtual}
     return {"engine": parallel.engine, **axes, "device": groups.device.type}
+
+
+def begin_from(parts: TrainerParts, base: HfCheckpoint) -> Start:
+    """Take the trained weights that `init_from` names; collective.
+
+    Raises:
+        ConfigError: there are none, or they do not fit this run.
+        CheckpointError: they are damaged.
+    """
+    config, model = parts.config, parts.model
+    assert config.init_from is not None
+    path = config.init_from
+    folder = Path(share_from_main(parts.groups, lambda: find_source(path)))
+    with open_source(folder, config, parts.manifest["base_hash"]) as source:
+        taken = check_fits(source, config, model.arch, model.lora, base)
+        load_weights(model, parts.optimizer, taken, source.weights.read)
+        begun = replace(source.start, warnings=other_positions(source, model.rope))
+    parts.manifest["init_from"] = begun.recorded()
+    return begun
 
 
 def resume(parts: TrainerParts) -> Choice | None:
@@ -314,12 +362,19 @@ def resume(parts: TrainerParts) -> Choice | None:
     name, step, reason, warnings = json.loads(picked)
     with CheckpointReader(folder / name) as reader:
         manifest = reader.manifest
-        check_resumable(manifest.raw, parts.manifest)
+        changes = check_resumable(manifest.raw, parts.manifest)
         check_cursor(manifest)
+        where = DataStart.of(manifest.raw).after(manifest.raw, step, changes)
+        parts.loader.begin_at(where.step, where.read)
+        parts.manifest["data_start"] = asdict(where)
+        parts.manifest["changes"] = [*manifest.raw.get("changes", ()), *(change.at(step) for change in changes)]
+        parts.manifest["init_from"] = manifest.raw.get("init_from")
+        warnings += [change.sentence(step) for change in changes]
         load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
         parts.guard.load_state_dict(manifest.raw["guard"])
         layout, here = manifest.layout, parts.manifest["layout"]
         same = layout is not None and {"device": here["device"], **layout} == here
+        same = same and "train.seed" not in {change.setting for change in changes}
         rng = reader.rng(groups.env.rank) if same else None
         if rng is not None and ("cuda" in rng) != (here["device"] == "cuda"):
             rng = None  # written before the device was recorded, on another one

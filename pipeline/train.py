@@ -18,6 +18,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.planning.balance import advise
+from pipeline.planning.rope import replacement_warning
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -48,11 +49,14 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from parallel.health.watch import Watch
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
+    from pipeline.data.overlap import shared_text
     from pipeline.evaluation.evaluator import Evaluator, forget_later
+    from pipeline.lasting import optional_file
     from pipeline.reporting.metrics import MetricsWriter
     from pipeline.reporting.progress import TrainProgress
     from pipeline.training.lock import locked
-    from pipeline.training.run_record import record_run, starting_line
+    from pipeline.training.non_finite import TrainingDiverged
+    from pipeline.training.run_record import record_run, starting_line, starting_warnings
     from pipeline.training.trainer import Stopped
 
     watch = watch or Watch()
@@ -61,7 +65,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         cleanup.callback(destroy_groups)
         # Before groups are torn down: peers must hear the error, not see connections close.
         cleanup.push(watch.report)
-        lock = cleanup.enter_context(locked(Path(config.output), env.is_main))
+        with watch.patient("waiting for the output folder's lock"):
+            lock = cleanup.enter_context(locked(Path(config.output), env.is_main))
         with watch.patient("loading"):
             run = build(config, env, watch=watch)
         cleanup.callback(run.trainer.parts.saver.close)
@@ -73,21 +78,28 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             forget_later(run.output, began_at)
         if lock is not None:
             run.trainer.parts.saver.still_ours = lock.check
-            (run.output / "config.yaml").write_text(dump_config(config))
+            with optional_file(run.output / "config.yaml"):
+                (run.output / "config.yaml").write_text(dump_config(config))
         watch.line = run.groups.stage
         for stage in trainer.parts.model.stages:
             for layer in stage.decoder.layers:
                 # Whatever schedule drives it, in evaluations and recomputations too. Layer by layer, it tells a rank
                 # that hangs from one that runs ahead of it.
                 layer.register_forward_pre_hook(lambda *_: watch.touch())
-        evaluator = None
+        evaluator, shared = None, ""
         if config.eval.path is not None:
             with watch.patient("reading the evaluation text"):
                 evaluator = Evaluator(
                     config, trainer.parts.model, run.groups, run.tokenizer, watch, before_round=trainer.heed
                 )
-        metrics = MetricsWriter(run.output, trainer.step) if main else None
+                if main:
+                    shared = shared_text(trainer.parts.loader.shards, evaluator.shards)
         progress = TrainProgress(config.train.steps, trainer.step, enabled=main)
+
+        def warn(sentence: str) -> None:
+            progress.say(f"warning: {sentence}")
+
+        metrics = MetricsWriter(run.output, trainer.step, warn) if main else None
 
         def assess(label: str, step: int, *, shown: bool = True) -> None:
             if evaluator is None:
@@ -97,6 +109,12 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             progress.say(f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in report.perplexity.items()))
             if metrics is not None:
                 metrics.write_perplexity(step, report.perplexity)
+            if step:
+                made_for = {r.length: r.nll for r in report.lengths if r.length <= config.model.context}
+                try:
+                    trainer.parts.guard.check_evaluation(made_for)
+                except TrainingDiverged as error:
+                    raise trainer.diverged(error) from None
 
         def make_up(label: str, step: int) -> None:
             """Evaluate what an earlier process did not come to, or was stopped in, after its step was saved."""
@@ -114,17 +132,23 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 assess(label_of(step), step, shown=False)
 
         told = run.resumed.warnings if run.resumed is not None else ()
-        advice = advise(config, trainer.parts.model.arch, run.groups.plan)
-        for warning in (*config.warnings, *advice, *filter(None, [lock and lock.took_over]), *told):
-            progress.say(f"warning: {warning}")
+        told += run.begun.warnings if run.begun is not None else ()
+        model = trainer.parts.model
+        advice = (*advise(config, model.arch, run.groups.plan), *replacement_warning(model.arch, model.rope))
+        data = (*run.warnings, *starting_warnings(run), *filter(None, [shared]))
+        took_over = [lock.took_over] if lock is not None and lock.took_over else []
+        for warning in (*config.warnings, *data, *advice, *took_over, *told):
+            warn(warning)
         if main:
-            record_run(run)
+            record_run(run, shared=shared)
             progress.say(starting_line(run))
         end, stopped = trainer.end(stop_after), 0
         with StopSignals() as trainer.signals:
             try:
                 if run.resumed is None:
-                    assess("untrained", 0)
+                    if run.begun is not None:
+                        progress.say(f"begins with the weights of {run.begun.folder} (step {run.begun.step})")
+                    assess("untrained" if run.begun is None else "initial", 0)
                 else:
                     progress.say(f"resumed at step {began_at} from {run.resumed.folder.name}: {run.resumed.reason}")
                     if due(began_at):
@@ -149,7 +173,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         if metrics is not None:
             metrics.close()
         if main:
-            record_run(run, time.perf_counter() - began)
+            record_run(run, time.perf_counter() - began, shared)
     return exit_code(config.save.signal_exit_code, env) if stopped else 0
 
 

@@ -22,9 +22,18 @@ from parallel.errors import CheckpointError, LongspanError
 from pipeline.config.sections import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size, write_json
+from pipeline.hf.companions import (
+    add_pad_token,
+    check_vocabulary,
+    copy_companions,
+    tokenizer_size,
+    without_code,
+    write_json,
+)
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
+from pipeline.json_file import read_object
+from pipeline.lfs import refuse_pointer
 from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
@@ -130,7 +139,14 @@ def _import_folder(
     shown: bool,
 ) -> None:
     checkpoint = HfCheckpoint(source)
+    for warning in checkpoint.warnings if shown else ():
+        print(f"warning: {warning}", file=sys.stderr)
     arch = read_arch(source)
+    check_vocabulary(
+        source,
+        arch.vocab,
+        "use the model's own tokenizer files; or, to add rows for the others, train from this folder with model.vocab",
+    )
     checkpoint.check(names.hf_tensor_shapes(arch), names.is_derived, one_dtype=dtype is None)
     if checkpoint.recorded().files:
         # What was recorded when it was made or downloaded, if anything was.
@@ -138,7 +154,7 @@ def _import_folder(
     # A vocabulary padded to more rows than the tokenizer has tokens has room already.
     rows = arch.vocab if pad_token is None else max(arch.vocab, (tokenizer_size(source) or 0) + 1)
     shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
-    config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "vocab_size": rows}
+    config = {**without_code(read_object(source / "config.json")), "vocab_size": rows}
 
     job = {"source": source_files(checkpoint), "from": str(source.resolve()), "config": config}
     with resumable_folder(output, force, {**job, "dtype": str(dtype), "shard_bytes": shard_bytes}) as folder:
@@ -191,6 +207,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
     from gguf import MODEL_ARCH, get_tensor_name_map
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    refuse_pointer(path)
     with new_folder(output, force) as folder:
         try:
             stored = _gguf_tensors(path)
@@ -210,6 +227,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         config["architectures"] = [type(model).__name__]
         write_json(folder / "config.json", config)
         arch = read_arch(folder)
+        check_vocabulary(folder, arch.vocab, f"{path} is damaged or incomplete, so download it again")
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
         kept = {key: value for key, value in config.items() if key not in ROPE_KEYS}
         config = {**kept, **hf_rope_fields(rope, arch, arch.max_positions)}

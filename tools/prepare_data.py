@@ -9,9 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parallel.errors import LongspanError
-from pipeline.data.prepare import prepare
-from pipeline.data.tokenizer import load_tokenizer
+from parallel.errors import ConfigError, LongspanError
+from pipeline.data.prepare import left_out, prepare
+from pipeline.data.readings import told_differences
+from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
+from pipeline.planning.arch import read_arch
 from pipeline.reporting.progress import TokenProgress
 
 
@@ -23,6 +25,19 @@ def _at_least_one(text: str) -> int:
 
 
 _at_least_one.__name__ = "number of processes"  # argparse puts it into its message
+
+
+def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
+    """A warning where the model beside the tokenizer has fewer rows: training on the tokens needs more."""
+    try:
+        rows = read_arch(place if place.is_dir() else place.parent).vocab
+    except ConfigError:
+        return []  # no model, or none that trains: only a tokenizer was asked for
+    try:
+        check_rows(tokenizer, rows)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,11 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         tokenizer = load_tokenizer(options.tokenizer)
+        for warning in told_differences(tokenizer):
+            print(f"warning: {warning}", file=sys.stderr)
         with TokenProgress(console=Console(stderr=True)) as progress:
             manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
+        warnings = [*left_out(options.input, options.text_field), *_too_many_tokens(options.tokenizer, tokenizer)]
     except LongspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
     how = "written" if progress.calls else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")

@@ -1,9 +1,10 @@
 """Write a run's report: `python -m tools.report --run runs/tiny`. PNG plots, and one HTML page with them inside.
 
 Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json and eval-<key>.json (key: shipped or before,
-untrained, step-*, after). Each is optional; what is missing is named on the page. Of run.json these keys are used
-where present: title, device, dtype, world_size, commit, versions, parameters (counts by kind), sessions ([{to_step,
-seconds}]), timings (name -> seconds), original_context (tokens), notes (sentences on what the run shows and does not).
+untrained or initial, step-*, after). Each is optional; what is missing is named on the page. Of run.json these keys are
+used where present: title, device, dtype, world_size, commit, versions, parameters (counts by kind), sessions
+([{to_step, seconds}]), timings (name -> seconds), original_context (tokens), notes (what the run shows and does not),
+init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings changed on resume).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
 
 PAGE = "index.html"
-FIRST, LAST = ("shipped", "before", "untrained"), ("after",)
+FIRST, LAST = ("shipped", "before", "untrained", "initial"), ("after",)
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -167,7 +168,7 @@ def perplexity_section(record: RunRecord, images: Mapping[str, str]) -> str:
     if not record.evaluations:
         return section("Perplexity", missing("No eval-*.json: this run was not evaluated (eval.path is not set)."))
     lengths = sorted({length for report in record.evaluations.values() for length in report.perplexity})
-    titles = [style.title for style in plots.styles(list(record.evaluations)).values()]
+    titles = [style.title for style in plots.styles(record.evaluations).values()]
     lines = []
     for length in lengths:
         found = [
@@ -246,6 +247,17 @@ def notes_section(record: RunRecord) -> str:
     return section("What this shows and what it does not", body)
 
 
+def history_section(record: RunRecord) -> str:
+    """What the run began with, and the settings that changed since; empty where it is one run of one configuration."""
+    parts = []
+    if begun := record.facts.get("init_from"):
+        parts.append(f"<p>Began with the weights of {escape(show(begun['path']))}, step {begun['step']}.</p>")
+    if changes := record.facts.get("changes"):
+        lines = [[show(c["step"]), show(c["setting"]), show(c["old"]), show(c["new"])] for c in changes]
+        parts.append(table(["after step", "setting", "was", "is"], lines))
+    return section("Changes on the way", *parts) if parts else ""
+
+
 def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
     """The whole HTML page; nothing in it points outside.
 
@@ -269,6 +281,7 @@ def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
         + perplexity_section(record, images)
         + notes_section(record)
         + training_section(record, images)
+        + history_section(record)
         + facts_section(record)
         + section("Configuration", config)
         + "</body>\n</html>\n"

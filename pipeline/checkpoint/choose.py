@@ -10,7 +10,7 @@ from pathlib import Path
 from parallel.errors import CheckpointError
 from pipeline.checkpoint.manifest import LATEST, WRITING, step_of
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.storage.durable import Damaged, read_small
+from pipeline.storage.durable import Damaged, read_small, remove, rename, replace_text
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,30 @@ def choose(folder: Path, told: Callable[[int], None] = lambda count: None) -> Ch
             f"{folder} to start over."
         )
     return None
+
+
+def set_aside(folder: Path, after: int) -> tuple[int | None, list[str]]:
+    """Rename checkpoints of more than `after` steps, written by a run that had diverged, so that no resume takes them.
+
+    Returns:
+        Step of the newest one left (None: none is), and the new names.
+
+    Raises:
+        OSError: one could not be renamed.
+    """
+    moved = []
+    for path in candidates(folder):
+        if (step_of(path.name) or 0) > after:
+            aside = path.with_name(f"diverged-{path.name}")
+            remove(aside)
+            rename(path, aside)
+            moved.append(aside.name)
+    left = candidates(folder)
+    if left and moved:
+        replace_text(folder / LATEST, left[0].name + "\n")
+    elif moved:
+        remove(folder / LATEST)
+    return (step_of(left[0].name) if left else None), moved
 
 
 def newest(folder: Path) -> Path | None:

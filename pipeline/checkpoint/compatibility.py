@@ -1,8 +1,10 @@
-"""Whether a run may go on from a checkpoint: the same base model, the same data, the same mathematics. No torch."""
+"""Whether a run may go on from a checkpoint: the same base model, data and mathematics, but for what `resume.allow`
+names. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipeline.config.sections import S2_SETTINGS, AttentionConfig, RopeSettings,
 from pipeline.config.yaml_file import config_dict, defaults
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import plan_rope
+from pipeline.schema_resume import MAY_CHANGE
 from pipeline.storage.durable import Damaged
 
 FREE_TO_CHANGE = (
@@ -32,9 +35,13 @@ FREE_TO_CHANGE = (
     "data.path",
     "data.tokenizer",
     "model.path",
+    "resume.",
+    "init_from",
 )
 """Settings a resumed run may change: where things live and how fast they run, never what is computed. The data and the
 base model are compared by content (fingerprint, base hash), so that a folder may move."""
+RECORDED = ("train.steps", "attention.full_last_steps")
+"""Of these, what has a part in the result: a change is recorded."""
 ROPE = "model.rope."
 DERIVED = ("attention.group_size", "data.sequence", "train.lr_embed_norm")
 """Settings that None derives from others; compared as what comes of them."""
@@ -51,6 +58,59 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs between a checkpoint and the run that goes on from it."""
+
+    setting: str
+    """Dotted."""
+    old: Any
+    new: Any
+
+    def at(self, step: int) -> dict[str, Any]:
+        """As manifests and reports keep it."""
+        return {"step": step, **asdict(self)}
+
+    def sentence(self, step: int) -> str:
+        """For the display."""
+        after = ""
+        if self.setting in DATA:
+            after = "; the training data are other ones, and are read from their beginning"
+        return f"resume: {self.setting} was {self.old!r} and is {self.new!r} from step {step} on{after}."
+
+
+DATA = ("data.path", "data.sequence", "data.text_field")
+"""Settings whose change makes the training windows other ones."""
+
+
+@dataclass(frozen=True)
+class DataStart:
+    """From where on the place in the data is a function of the step alone: see `sequences`."""
+
+    step: int = 0
+    read: int = 0
+    """Sequences of the present data that had been read at that step."""
+
+    def sequences(self, step: int, global_batch: int) -> int:
+        """Sequences of the present data read after `step` optimizer steps."""
+        return self.read + (step - self.step) * global_batch
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> DataStart:
+        """As a manifest tells; releases that do not began at the beginning. KeyError, TypeError: it is damaged."""
+        told = manifest.get("data_start")
+        return cls() if told is None else cls(int(told["step"]), int(told["read"]))
+
+    def after(self, manifest: Mapping[str, Any], step: int, changes: Sequence[Change]) -> DataStart:
+        """Where a run goes on that resumes at `step` under changed settings."""
+        changed = {change.setting for change in changes}
+        if changed & {*DATA}:
+            return DataStart(step, 0)
+        if "train.global_batch" in changed:
+            return DataStart(step, self.sequences(step, int(manifest["config"]["train"]["global_batch"])))
+        return self
+
+
 def check_cursor(manifest: Manifest) -> None:
     """Refuse a checkpoint whose place in the data is not that of its step: the order is a function of seed and step.
 
@@ -58,15 +118,25 @@ def check_cursor(manifest: Manifest) -> None:
         CheckpointError: the two disagree.
     """
     cursor = manifest.raw.get("cursor")
-    if manifest.format > 1 and cursor != data_cursor(manifest.step, manifest.raw["config"]):
+    if manifest.format > 1 and cursor != data_cursor(manifest.step, manifest.raw["config"], _start(manifest)):
         raise CheckpointError(
             f"{manifest.folder}: its data cursor {cursor} is not that of step {manifest.step}; resume from another one."
         )
 
 
-def data_cursor(step: int, config: Mapping[str, Any]) -> dict[str, int]:
+def _start(manifest: Manifest) -> DataStart:
+    try:
+        return DataStart.of(manifest.raw)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{manifest.folder}: data_start is {manifest.raw['data_start']!r}, which is no place in the data; resume "
+            "from another one."
+        ) from None
+
+
+def data_cursor(step: int, config: Mapping[str, Any], start: DataStart) -> dict[str, int]:
     """What is read of the data after `step` steps: sequences in all."""
-    return {"step": step, "sequences": step * int(config["train"]["global_batch"])}
+    return {"step": step, "sequences": start.sequences(step, int(config["train"]["global_batch"]))}
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +182,28 @@ def _rope(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(ROPE): value for key, value in flat.items() if key.startswith(ROPE)}
 
 
-def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to continue a run under settings that change what is computed.
+def _follows(key: str, old: Mapping[str, Any], new: Mapping[str, Any], spelled: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a difference only follows from that of another setting, which is judged by itself."""
+    if (
+        key == "attention.group_size"
+        and spelled[0]["attention.group_fraction"] != spelled[1]["attention.group_fraction"]
+    ):
+        return False
+    if key in DERIVED and spelled[0][key] is None and spelled[1][key] is None:
+        return True
+    of_s2 = key.removeprefix("attention.") in S2_SETTINGS and key.startswith("attention.")
+    return of_s2 and old["attention.kind"] != new["attention.kind"]
+
+
+def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
+    """Refuse to continue a run under settings that change what is computed, but for those `resume.allow` names.
 
     Args:
         saved: nested configuration of the checkpoint.
         current: of this run.
+
+    Returns:
+        The changes that are allowed and have a part in the result.
 
     Raises:
         ConfigError: names the first setting that differs, both values, and the way out.
@@ -132,37 +218,58 @@ def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         ) from None
     new = resolved(current)
     _forget_spelling(old, new, current)
+    spelled = [defaults() | flatten(side) for side in (saved, current)]
+    allowed, changes = {*new["resume.allow"]}, []
+    if "attention.group_fraction" in allowed:  # compared as the tokens it makes
+        allowed.add("attention.group_size")
     # What is derived comes after what it is derived from, so that the setting that was changed is named.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key in DERIVED, key)):
-        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
+        if old.get(key) == new.get(key):
+            continue
+        bends = key == "train.steps" and "cosine" in (old.get("train.schedule"), new.get("train.schedule"))
+        free = key.startswith(FREE_TO_CHANGE) and not bends
+        if not free and key not in allowed and not _follows(key, old, new, spelled):
+            why = "bends a cosine schedule half-way" if bends else "changes what is computed"
+            mend = f"set resume.allow: [{key}], " if key in MAY_CHANGE else ""
             raise ConfigError(
-                f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which changes what "
-                "is computed; restore it, or choose another output folder."
+                f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which {why}; "
+                f"restore it, {mend}or choose another output folder."
             )
-    if old.get("train.schedule") == "cosine" and old.get("train.steps") != new.get("train.steps"):
-        raise ConfigError(
-            f"Resume: train.steps was {old['train.steps']} and is {new['train.steps']} now, which bends a cosine "
-            "schedule half-way; keep it, or choose another output folder."
-        )
+        if not free or key in RECORDED:
+            changes.append(Change(key, old.get(key), new.get(key)))
+    return changes
 
 
-def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
     """Refuse to continue a run on another base or other data, or under settings that change what is computed.
 
     Args:
         manifest: of the checkpoint; holds `config` (nested), `base_hash`, `data_fingerprint`.
         current: the same three keys for this run.
 
+    Returns:
+        What changed, where that is allowed; see `check_settings`.
+
     Raises:
         ConfigError, CheckpointError: see `check_settings`.
     """
-    for key, noun in (("base_hash", "base model"), ("data_fingerprint", "training data")):
-        if manifest.get(key) != current[key]:
-            raise ConfigError(
-                f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or "
-                "choose another output folder."
-            )
-    check_settings(manifest.get("config", {}), current["config"])
+    if manifest.get("base_hash") != current["base_hash"]:
+        raise ConfigError(
+            "Resume: the base model is not the one the checkpoint was trained on (base_hash differs); restore it, or "
+            "choose another output folder."
+        )
+    changes = check_settings(manifest.get("config", {}), current["config"])
+    if manifest.get("data_fingerprint") != current["data_fingerprint"]:
+        if not {change.setting for change in changes} & {*DATA}:
+            sides = (manifest.get("config", {}), current["config"])
+            paths = [flatten(side).get("data.path") for side in sides]
+            if "data.path" not in resolved(current["config"])["resume.allow"]:
+                raise ConfigError(
+                    "Resume: the training data is not the one the checkpoint was trained on (data_fingerprint "
+                    "differs); restore it, set resume.allow: [data.path], or choose another output folder."
+                )
+            changes.append(Change("data.path", *paths))
+    return changes
 
 
 def check_output(config: RunConfig) -> Path | None:

@@ -51,6 +51,8 @@ class _Job:
     written: int = 0
     failure: str | None = None
     thread: threading.Thread | None = None
+    keep_all: bool = False
+    """No earlier checkpoint is removed for this one."""
 
     @property
     def running(self) -> bool:
@@ -144,8 +146,13 @@ class CheckpointSaver:
         pieces: Sequence[StatePiece],
         rng: Mapping[str, torch.Tensor],
         manifest: Mapping[str, Any],
+        keep_all: bool = False,
     ) -> None:
         """Begin the checkpoint of `step`; collective. It is there once `settle` or `wait` says so.
+
+        Args:
+            step, pieces, rng, manifest: what it holds.
+            keep_all: remove no earlier checkpoint for it: it may prove worthless.
 
         Raises:
             CheckpointError: an earlier one, waited for first, failed.
@@ -155,7 +162,7 @@ class CheckpointSaver:
         arrays = self._arrays(pieces)
         random = {name: value.cpu().numpy() for name, value in rng.items()}
         size = sum(array.nbytes for piece in arrays for array in piece.arrays.values())
-        job = self._job = _Job(step, manifest, size)
+        job = self._job = _Job(step, manifest, size, keep_all=keep_all)
         if self.background:
             job.thread = threading.Thread(target=self._write, args=(job, arrays, random), name="save", daemon=True)
             job.thread.start()
@@ -245,6 +252,8 @@ class CheckpointSaver:
             return
         seconds = time.perf_counter() - job.began
         self.news.append(f"saved {final.name} in {seconds:.1f} s, for {job.paused_s:.2f} s of which training paused")
+        if job.keep_all:
+            return
         # The new one is whole: old ones that stay are no failure.
         try:
             self.news += prune(self.folder, self.keep, self.keep_every)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from parallel.errors import ConfigError
 
 
@@ -27,3 +29,8 @@ def not_empty(where: str, value: str | None) -> None:
     """Raise ConfigError for a text that is there and empty: as a path it would mean the current folder."""
     if value is not None and not value.strip():
         raise ConfigError(f"{where}: is empty; give a name, or remove it where it is optional.")
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether two paths are the same file or folder, or the first lies in the second, links followed."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())

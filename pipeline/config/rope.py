@@ -18,6 +18,8 @@ def unused_settings(kind: str, theta: float | None) -> tuple[str, ...]:
         return ("factor", "theta", "original_context")
     if kind == "abf" or (kind == "ntk" and theta is not None):
         return ("factor", "original_context")  # the base alone says it all
+    if kind == "auto":
+        return ("theta", "replace")
     return () if kind == "ntk" else ("theta",)
 
 
@@ -44,6 +46,8 @@ class RopeSettings:
     """New RoPE base for `abf` (dimensionless); None derives it for `ntk`, and is an error for `abf`."""
     original_context: int | None = None
     """Context the checkpoint was trained for, tokens; None reads it from the checkpoint."""
+    replace: bool = False
+    """Replace scaling of the checkpoint's own although it reaches `context`, which is refused otherwise."""
 
     def __post_init__(self) -> None:
         one_of("model.rope.type", self.type, ROPE_TYPES)
@@ -56,7 +60,7 @@ class RopeSettings:
         if self.type == "abf" and self.theta is None:
             raise ConfigError("model.rope.theta: type abf needs the new base; set e.g. theta: 500000.")
         for name in unused_settings(self.type, self.theta):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, False):
                 if self.type == "ntk":
                     kind, mend = "ntk with a theta", "remove theta"
                 else:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from parallel.errors import ConfigError
-from pipeline.config.checks import at_least, between, not_empty, one_of
+from pipeline.config.checks import at_least, between, not_empty, one_of, within
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.rope import RopeSettings
+from pipeline.schema_resume import ResumeConfig
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
@@ -276,11 +277,16 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    init_from: str | None = None
+    """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None:
+    the base's. Not looked at once the run has a checkpoint of its own."""
     checks: bool = False
     """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
 
     def __post_init__(self) -> None:
         not_empty("output", self.output)
+        not_empty("init_from", self.init_from)
         self._check_lengths()
         self._check_training()
 
@@ -352,10 +358,22 @@ class RunConfig:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and may not be meant, one sentence each."""
+        found = []
         beyond = [length for length in self.eval.lengths if length > self.model.context]
-        if self.eval.path is None or not beyond:
-            return ()
-        return (
-            f"eval.lengths: {', '.join(map(str, beyond))} exceed model.context {self.model.context}, which the rotary "
-            "positions are stretched to; perplexity there shows how the model fares beyond its context.",
-        )
+        if self.eval.path is not None and beyond:
+            found.append(
+                f"eval.lengths: {', '.join(map(str, beyond))} exceed model.context {self.model.context}, which the "
+                "rotary positions are stretched to; perplexity there shows how the model fares beyond its context."
+            )
+        train = self.train
+        if train.warmup_steps > train.steps:
+            found.append(
+                f"train.warmup_steps: {train.warmup_steps} is more than train.steps {train.steps}, so the run ends at "
+                f"{train.steps / train.warmup_steps:.0%} of train.lr; lower one or raise the other."
+            )
+        if self.eval.path is not None and within(self.eval.path, self.data.path):
+            found.append(
+                f"eval.path: {self.eval.path} is training text (data.path), so perplexity will show what was "
+                "memorized; give text that is held out."
+            )
+        return tuple(found)

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.data.packing import PackedDataset
 from pipeline.data.sampler import rank_indices, step_indices
+from pipeline.data.shards import TokenShards
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainLoader:
         self._rank = rank
         self._world = world
         self._mask_documents = mask_documents
+        self._start = (0, 0)
         self._pin = torch.cuda.is_available()
         rank_indices(np.arange(global_batch), rank, world, micro_batch)  # refuse a bad split now, not in the thread
         self._executor: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -69,6 +71,17 @@ class TrainLoader:
     def windows(self) -> int:
         """Windows the data hold; a step draws `global_batch` of them."""
         return len(self._dataset)
+
+    @property
+    def shards(self) -> TokenShards:
+        """The token stream they are cut from."""
+        return self._dataset.shards
+
+    def begin_at(self, step: int, read: int) -> None:
+        """Go on from optimizer step `step` with `read` sequences read before it, before any step is asked for."""
+        if self._ahead is not None:
+            raise RuntimeError("the loader has begun")
+        self._start = (step, read)
 
     def step(self, step: int) -> list[Batch]:
         """Micro-batches of this rank for 0-based optimizer step `step`, in order; any step may be asked for.
@@ -98,7 +111,9 @@ class TrainLoader:
         self.close()
 
     def _make(self, step: int) -> list[Batch]:
-        indices = step_indices(self._seed, step, self._global_batch, len(self._dataset))
+        start, read = self._start
+        first = read + (step - start) * self._global_batch
+        indices = step_indices(self._seed, step, self._global_batch, len(self._dataset), first)
         parts = rank_indices(indices, self._rank, self._world, self._micro_batch)
         return [self._batch(part.tolist()) for part in parts]
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.records import RecordReader, find_files
+from pipeline.data.discovery import find_texts
+from pipeline.data.readings import first_format
+from pipeline.data.records import RecordReader
+from pipeline.data.segments import Segment, segments
 from pipeline.data.shards import (
     MAX_SHARD_TOKENS,
     Manifest,
@@ -31,7 +35,8 @@ from pipeline.data.shards import (
     remove_leftovers,
     sha256_of,
 )
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
+from pipeline.storage.durable import WITHOUT_LOCKS
 
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""
@@ -39,7 +44,11 @@ Progress = Callable[[int, int, int], None]
 SOURCE_A_WORKER = 1 << 26
 """Bytes of source that make one more worker process worth its start."""
 _BATCH_CHARACTERS = 1 << 20
-"""Short documents are sent to a worker process in batches of about so much text."""
+"""Text is sent to a worker process in batches of about so much."""
+_LARGE = 1 << 23
+"""Characters tokenized at once that are worth a word on the memory they take."""
+_MEMORY = 150
+"""Bytes of memory a character, measured with English text."""
 
 
 def _silent(done: int, total: int, tokens: int) -> None:
@@ -64,56 +73,75 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _tokenize_in_worker(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+Tokens = tuple[NDArray[np.uint32], NDArray[np.int64], int]
+"""Ids, lengths of the documents ended, and how many ids at the end are of a document that is not: see
+`ShardWriter.add`."""
+
+
+def _tokenize_in_worker(batch: list[Segment]) -> Tokens:
     assert _worker_tokenizer is not None  # set by the pool's initializer
-    return tokenize(texts, _worker_tokenizer)
+    return tokenize(batch, _worker_tokenizer)
 
 
-def tokenize(texts: list[str], tokenizer: TextTokenizer) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Token ids of documents, each ended by EOS.
+def tokenize(batch: list[Segment], tokenizer: TextTokenizer) -> Tokens:
+    """Token ids of documents and parts of them, in order, each document ended by EOS.
 
     Returns:
-        ids uint32 [tokens] and the length of each document, EOS included, int64 [documents].
+        ids uint32 [tokens]; the length of each document that ends, EOS included, without what came of it in an earlier
+        batch, int64 [documents]; the number of ids of a document that a later batch goes on with.
     """
-    rows = [np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.uint32) for text in texts]
-    return np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64)
+    rows, lengths, unfinished = [], [], 0
+    for segment in batch:
+        ids = encode_after(tokenizer, segment.left, segment.text)
+        rows.append(np.array([*ids, tokenizer.eos_id] if segment.ends else ids, dtype=np.uint32))
+        unfinished += rows[-1].size
+        if segment.ends:
+            lengths.append(unfinished)
+            unfinished = 0
+    return np.concatenate(rows), np.array(lengths, dtype=np.int64), unfinished
 
 
-def _batches(reader: RecordReader) -> Iterator[tuple[list[str], int]]:
-    """Texts in batches, with the source bytes read up to the end of each."""
-    texts: list[str] = []
+def _batches(reader: RecordReader, tokenizer: TextTokenizer) -> Iterator[tuple[list[Segment], int]]:
+    """Documents and parts of them in batches, with the source bytes read up to the end of each."""
+    batch: list[Segment] = []
     characters = 0
-    for document in reader:
-        texts.append(document.text)
-        characters += len(document.text)
+    pieces = ((piece.text, piece.ends) for piece in reader.pieces())
+    for segment in segments(pieces, tokenizer.may_cut):
+        if len(segment.text) >= _LARGE:
+            print(
+                f"warning: {reader.file}: {len(segment.text):,} characters of one document are tokenized at once, as "
+                f"{tokenizer.path} allows no cut between them; that takes about "
+                f"{len(segment.text) * _MEMORY / (1 << 30):.1f} GiB of memory.",
+                file=sys.stderr,
+            )
+        batch.append(segment)
+        characters += len(segment.text)
         if characters >= _BATCH_CHARACTERS:
-            yield texts, reader.done_bytes
-            texts, characters = [], 0
-    if texts:
-        yield texts, reader.done_bytes
+            yield batch, reader.done_bytes
+            batch, characters = [], 0
+    if batch:
+        yield batch, reader.done_bytes
 
 
-def _tokenized(
-    reader: RecordReader, tokenizer: TextTokenizer, workers: int
-) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64], int]]:
+def _tokenized(reader: RecordReader, tokenizer: TextTokenizer, workers: int) -> Iterator[tuple[Tokens, int]]:
     """Tokenized batches in the reader's order, whatever the number of worker processes."""
     if workers == 1:
-        for batch, done in _batches(reader):
-            yield *tokenize(batch, tokenizer), done
+        for batch, done in _batches(reader, tokenizer):
+            yield tokenize(batch, tokenizer), done
         return
     # spawn: forking a process that runs tokenizer threads can deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
-        waiting: deque[tuple[Future[tuple[NDArray[np.uint32], NDArray[np.int64]]], int]] = deque()
+        waiting: deque[tuple[Future[Tokens], int]] = deque()
         try:
-            ends: Iterator[tuple[list[str] | None, int]] = chain(_batches(reader), [(None, 0)])
-            for texts, done in ends:
-                if texts is not None:
-                    waiting.append((pool.submit(_tokenize_in_worker, texts), done))
+            ends: Iterator[tuple[list[Segment] | None, int]] = chain(_batches(reader, tokenizer), [(None, 0)])
+            for segmented, done in ends:
+                if segmented is not None:
+                    waiting.append((pool.submit(_tokenize_in_worker, segmented), done))
                 # A bounded queue: a corpus must not pile up in memory ahead of the workers.
-                while waiting and (texts is None or len(waiting) > 2 * workers):
+                while waiting and (segmented is None or len(waiting) > 2 * workers):
                     future, bytes_done = waiting.popleft()
-                    yield *future.result(), bytes_done
+                    yield future.result(), bytes_done
         except BrokenProcessPool as error:
             raise DataError(
                 f"{tokenizer.path}: a tokenizing process died, most often for want of memory; use fewer --workers."
@@ -123,14 +151,15 @@ def _tokenized(
                 future.cancel()
 
 
-def _sources(source: Path) -> list[tuple[str, Path]]:
+def _sources(source: Path, text_field: str) -> list[tuple[str, Path]]:
     """Name in the manifest and path of every source file."""
-    return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in find_files(source)]
+    files = [file.path for file in find_texts(source, text_field).files]
+    return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in files]
 
 
-def _describe(source: Path, described: Callable[[], None]) -> tuple[SourceEntry, ...]:
+def _describe(source: Path, text_field: str, described: Callable[[], None]) -> tuple[SourceEntry, ...]:
     entries = []
-    for name, file in _sources(source):
+    for name, file in _sources(source, text_field):
         try:
             # Before the content, so that a file changed meanwhile looks stale next time.
             status = file.stat()
@@ -141,9 +170,9 @@ def _describe(source: Path, described: Callable[[], None]) -> tuple[SourceEntry,
     return tuple(entries)
 
 
-def _same_sources(source: Path, entries: tuple[SourceEntry, ...]) -> bool:
+def _same_sources(source: Path, text_field: str, entries: tuple[SourceEntry, ...]) -> bool:
     """Whether the files are those of the manifest; content is read only where the time of change differs."""
-    found = _sources(source)
+    found = _sources(source, text_field)
     if [name for name, _ in found] != [entry.name for entry in entries]:
         return False
     for (_, file), entry in zip(found, entries, strict=True):
@@ -166,8 +195,17 @@ def up_to_date(source: Path, out: Path, tokenizer: TextTokenizer, text_field: st
         manifest = open_shards(out, tokenizer).manifest
     except DataError:
         return None
-    fresh = manifest.text_field == text_field and _same_sources(source, manifest.sources)
+    fresh = manifest.text_field == text_field and _same_sources(source, text_field, manifest.sources)
     return manifest if fresh else None
+
+
+def _writable(lock: Path) -> bool:
+    """Whether this user can take the lock; False where only its folder is missing."""
+    try:
+        with lock.open("a"):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -176,7 +214,12 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with (out.parent / f".{out.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                # Two that write at once then both do the work, each in a folder of its own.
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
             yield
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
@@ -208,8 +251,12 @@ def prepare(
     Raises:
         DataError: the text is missing, malformed or empty, or `out` is not ours to replace.
     """
-    find_files(source)  # refuse a bad source before waiting for the lock or touching `out`
+    find_texts(source, text_field)  # refuse a bad source before waiting for the lock or touching `out`
     out = out.resolve()  # through a link, so that the rename at the end stays on one disk
+    if not _writable(out.parent / f".{out.name}.lock"):
+        manifest = up_to_date(source, out, tokenizer, text_field)
+        if manifest is not None:  # somebody else's, and as good as ours
+            return manifest
     with _locked(out):
         remove_leftovers(out)
         manifest = up_to_date(source, out, tokenizer, text_field)
@@ -220,10 +267,10 @@ def prepare(
         reader = RecordReader(source, text_field)
         if workers is None:
             workers = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))
-        entries = _describe(source, lambda: progress(0, reader.total_bytes, 0))
+        entries = _describe(source, text_field, lambda: progress(0, reader.total_bytes, 0))
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
-            for tokens, lengths, done in _tokenized(reader, tokenizer, workers):
-                writer.add(tokens, lengths)
+            for tokens, done in _tokenized(reader, tokenizer, workers):
+                writer.add(*tokens)
                 progress(done, reader.total_bytes, writer.tokens)
             if not writer.documents:
                 raise DataError(f"{source}: every document in it is empty; give it text.")
@@ -232,10 +279,25 @@ def prepare(
         return manifest
 
 
-def cache_folder(path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_field: str) -> Path:
-    """Where the shards of raw text at `path` are cached: one folder a source, tokenizer and text field."""
-    identity = "\0".join((os.fspath(path.resolve()), tokenizer.fingerprint, text_field))
+def cache_folder(
+    path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_field: str, fingerprint: str | None = None
+) -> Path:
+    """Where the shards of raw text at `path` are cached: one folder a source, tokenizer and text field.
+
+    Args:
+        fingerprint: taken for the tokenizer's own, as of an earlier release.
+    """
+    identity = "\0".join((os.fspath(path.resolve()), fingerprint or tokenizer.fingerprint, text_field))
     return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def left_out(path: Path, text_field: str) -> tuple[str, ...]:
+    """One sentence that names the files at `path` that are not read as text, or none.
+
+    Raises:
+        DataError: see `find_texts`.
+    """
+    return () if is_prepared(path) else find_texts(path, text_field).warnings
 
 
 def open_text_or_shards(
@@ -249,5 +311,11 @@ def open_text_or_shards(
     if is_prepared(path):
         return open_shards(path, tokenizer)
     out = cache_folder(path, cache_dir, tokenizer, text_field)
+    if not out.exists() and cache_dir.is_dir() and any(cache_dir.glob(f"{path.resolve().name}-*")):
+        # What an earlier release cached is found under the name that it gave.
+        earlier = first_format(tokenizer)
+        cached = cache_folder(path, cache_dir, tokenizer, text_field, earlier) if earlier is not None else out
+        if up_to_date(path, cached, tokenizer, text_field) is not None:
+            out = cached
     prepare(path, out, tokenizer, text_field, progress, workers=None)
     return open_shards(out, tokenizer)

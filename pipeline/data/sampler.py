@@ -27,7 +27,7 @@ def epoch_permutation(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
     return order
 
 
-def step_indices(seed: int, step: int, global_batch: int, windows: int) -> NDArray[np.int64]:
+def step_indices(seed: int, step: int, global_batch: int, windows: int, first: int | None = None) -> NDArray[np.int64]:
     """Windows of optimizer step `step`, int64 [global_batch].
 
     Epochs follow each other without a gap: a batch that outlasts one continues in the next, several times if the data
@@ -38,8 +38,10 @@ def step_indices(seed: int, step: int, global_batch: int, windows: int) -> NDArr
         step: 0-based.
         global_batch: sequences an optimizer step.
         windows: length of the data set, at least 1.
+        first: sequences read before this step; None: step * global_batch, as in a run whose batch never changed.
     """
-    positions = step * global_batch + np.arange(global_batch, dtype=np.int64)
+    first = step * global_batch if first is None else first
+    positions = first + np.arange(global_batch, dtype=np.int64)
     epochs, offsets = np.divmod(positions, windows)
     out = np.empty(global_batch, np.int64)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.readings import same_tokens
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.storage.durable import sync
 
@@ -112,6 +113,7 @@ class ShardWriter:
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
         self._limit = max_shard_tokens
         self._starts: list[NDArray[np.int64]] = []
+        self._open = -1  # start of the document that is not ended yet
         self._names: list[str] = []
         self._room = 0
         self._stream: Any = None
@@ -128,12 +130,13 @@ class ShardWriter:
         self._close()
         shutil.rmtree(self._folder, ignore_errors=True)  # renamed away by finish, so there only after a failure
 
-    def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+    def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], unfinished: int = 0) -> None:
         """Append documents.
 
         Args:
-            tokens: ids of all of them, EOS at the end of each, [sum(lengths)].
-            lengths: tokens of each, EOS included, [documents].
+            tokens: ids of all of them, EOS at the end of each, [sum(lengths) + unfinished].
+            lengths: tokens of each, EOS included, of the first only those that are new, [documents].
+            unfinished: tokens of one more document (or of the first, if there is none) that a later call ends.
 
         Raises:
             DataError: the tokenizer produced an id outside its vocabulary.
@@ -144,7 +147,12 @@ class ShardWriter:
                 f"{self._tokenizer.vocab_size}; copy the model's tokenizer files again."
             )
         ends = np.cumsum(lengths, dtype=np.int64)
-        self._starts.append(self.tokens + ends - lengths)
+        starts = self.tokens + ends - lengths
+        if self._open >= 0 and lengths.size:
+            starts[0], self._open = self._open, -1
+        if self._open < 0 and unfinished:
+            self._open = self.tokens + int(tokens.size) - unfinished
+        self._starts.append(starts)
         self.tokens += int(tokens.size)
         self.documents += int(lengths.size)
         written = 0
@@ -324,10 +332,8 @@ class TokenShards:
                     self._outside(largest)
 
     def _outside(self, token: int) -> None:
-        raise DataError(
-            f"{self.folder}: holds token {token}, outside the vocabulary of {self.manifest.vocab_size}; prepare the "
-            "text again with tools.prepare_data."
-        )
+        size = self.manifest.vocab_size
+        raise DataError(f"{self.folder}: holds token {token}, outside the vocabulary of {size}; {_MEND}.")
 
 
 def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bool = False) -> TokenShards:
@@ -342,7 +348,7 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
         DataError: files are missing, of the wrong size or content, or made with another tokenizer.
     """
     manifest = read_manifest(folder)
-    if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
+    if tokenizer is not None and not same_tokens(tokenizer, manifest.tokenizer, manifest.eos_id):
         raise DataError(
             f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {_MEND} and this tokenizer."
         )

@@ -29,6 +29,7 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
 from pipeline.evaluation.run_retrieval import RetrievalReport, run_retrieval
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
+from pipeline.lasting import optional_file
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
@@ -57,8 +58,8 @@ class Evaluator:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
         self.tokenizer = tokenizer
-        shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
-        tokens = torch.from_numpy(shards.read(0, min(len(shards), TEXT_TOKENS)).astype("int64"))
+        self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
+        tokens = torch.from_numpy(self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
 
     def run(self, label: str, step: int, *, shown: bool = True) -> EvalReport:
@@ -70,7 +71,7 @@ class Evaluator:
         """
         settings, spec = self.config.eval, full_attention(self.config.attention)
         lengths = settings.lengths or (self.config.model.context,)
-        shards = Shards(
+        spread = Shards(
             self.groups.data_rank,
             self.groups.plan.dp,
             lambda table: sum_over(self.groups.replicas, table),
@@ -79,7 +80,7 @@ class Evaluator:
         )
         mode = self.model.training
         self.model.eval()
-        windows = len(range(shards.rank, settings.windows, shards.world)) * len(lengths)
+        windows = len(range(spread.rank, settings.windows, spread.world)) * len(lengths)
         try:
             with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
                 report = evaluate(
@@ -90,7 +91,7 @@ class Evaluator:
                     settings.stride,
                     label=label,
                     step=step,
-                    shards=shards,
+                    shards=spread,
                     on_window=progress.advance,
                     bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
                 )
@@ -98,7 +99,8 @@ class Evaluator:
         finally:
             self.model.train(mode)
         if self.groups.is_main:
-            report.write(self._path(label))
+            with optional_file(self._path(label)):
+                report.write(self._path(label))
         return report
 
     def has(self, label: str, step: int) -> bool:
@@ -120,7 +122,7 @@ def forget_later(output: Path, step: int) -> None:
     """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
     for pattern, kind in (("eval-*.json", EvalReport), ("retrieval-*.json", RetrievalReport)):
         for path in output.glob(pattern):
-            with contextlib.suppress(DataError):
+            with optional_file(path), contextlib.suppress(DataError):
                 if kind.read(path).step > step:
                     path.unlink()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import RopeSettings
 from pipeline.hf.writer import NOTE
+from pipeline.json_file import read_object
 from pipeline.model.layers.rotary import RopePlan, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
@@ -43,16 +43,6 @@ class AdapterNote:
     """Trained tensors written; None in notes of before they were counted."""
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or download it again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: does not hold a JSON object; copy or download it again.")
-    return found
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, refused where it asks for more than plain LoRA.
 
@@ -62,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; give a PEFT or LongLoRA adapter folder.")
-    config = _json(path)
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: is not a LoRA adapter; only peft_type LORA is supported.")
     mend = "which is not supported; merge this adapter with PEFT itself"
@@ -96,7 +86,7 @@ def read_note(folder: Path) -> AdapterNote:
     path = folder / NOTE
     if not path.is_file():
         return AdapterNote()
-    found = _json(path)
+    found = read_object(path)
 
     def bad(what: str) -> CheckpointError:
         return CheckpointError(
@@ -116,7 +106,10 @@ def read_note(folder: Path) -> AdapterNote:
             raise bad("rope_plan has other fields than are known")
         for key, value in told.items():
             number = type(value) in (int, float) and 0 < value < float("inf")
-            fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool, "int": number and type(value) is int}
+            fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool}
+            whole = number and type(value) is int
+            # Of linear scaling alone it may be open.
+            fits["int | None"] = whole or (value is None and told["type"] == "linear")
             if not fits.get(known[key], number):
                 raise bad(f"rope_plan's {key} is {value!r}")
         plan = RopePlan(**told)
@@ -153,7 +146,7 @@ def stretch(
         if not same and rope is not None and plan_rope(arch, rope, note.context) != note.plan:
             raise ConfigError(
                 f"--rope {rope.type}: {folder / NOTE} says it was trained with {note.plan.type}, factor "
-                f"{note.plan.factor:g}, theta {note.plan.theta:g}; leave --rope out."
+                f"{note.plan.factor:g}, theta {note.plan.theta:g}; leave --rope and what belongs to it out."
             )
         return note.context, note.plan
     context = note.context if context is None else context
@@ -163,9 +156,14 @@ def stretch(
             "e.g. --context 32768."
         )
     context = arch.max_positions if context is None else context
-    if rope is None and context > arch.max_positions and arch.rope_scaling is None:
-        rope = RopeSettings(type="linear", factor=float(-(-context // arch.max_positions)))
-    return context, plan_rope(arch, rope or RopeSettings(), context)
+    rope = rope or RopeSettings()
+    original = rope.original_context or arch.max_positions
+    if rope.type == "auto" and rope.factor is None and context > original and arch.rope_scaling is None:
+        # From `original`, which may be less than the base declares.
+        rope = dataclasses.replace(rope, type="linear", factor=float(-(-context // original)))
+    elif arch.rope_scaling is None:
+        rope.check_stretch(context)
+    return context, plan_rope(arch, rope, context)
 
 
 def _listed(entries: Any, module: str) -> bool:

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
-from pipeline.export.adapter_notes import CONFIG, check_complete, read_config, read_note, saved_whole, stretch
-from pipeline.export.trained_model import LazyTensors, TrainedModel, find_base, grown_arch, wrong_base
-from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.export.adapter_notes import (
+    CONFIG,
+    AdapterNote,
+    check_complete,
+    read_config,
+    read_note,
+    saved_whole,
+    stretch,
+)
+from pipeline.export.trained_model import LazyTensors, TrainedModel, check_tokenizer, find_base, grown_arch, wrong_base
+from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
+from pipeline.lfs import refuse_pointer
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 
@@ -26,6 +35,8 @@ PREFIX = "base_model.model."
 ADAPTER, TRAINABLE = "adapter_model", "trainable_params"
 ROWS = ".token_adapter.trainable_tokens_delta"
 """PEFT's suffix of single embedding rows (`trainable_token_indices`); they are new values, not differences."""
+BELOW = ".token_adapter.base_layer.weight"
+"""PEFT's suffix of the whole matrix that such rows replace rows of; written where the vocabulary grew."""
 _PART_OF = {module.split(".")[-1]: part for part, (module, _) in names.PROJECTIONS.items()}
 
 
@@ -36,6 +47,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: it is no zip file of torch >= 1.6, is damaged, or holds anything else.
     """
     mend = "convert it to .safetensors where you trust it, and give that"
+    refuse_pointer(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch tells damage and refusal by half a dozen types, UnpicklingError among them
@@ -52,12 +64,32 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors(folder: Path, stem: str) -> Mapping[str, torch.Tensor] | None:
-    """What `stem`.safetensors or `stem`.bin holds; None where neither is there."""
-    if (folder / f"{stem}.safetensors").is_file():
-        return LazyTensors([folder / f"{stem}.safetensors"])
-    if (folder / f"{stem}.bin").is_file():
-        return read_pickled(folder / f"{stem}.bin")
-    return None
+    """What `stem`.safetensors or `stem`.bin holds; None where neither is there.
+
+    Raises:
+        CheckpointError: one is damaged, both are there and differ, or a tensor has no elements.
+    """
+    plain, pickled = folder / f"{stem}.safetensors", folder / f"{stem}.bin"
+    found: Mapping[str, torch.Tensor] | None = LazyTensors([plain]) if plain.is_file() else None
+    if pickled.is_file():
+        other = read_pickled(pickled)
+        if found is not None and not _same(found, other):
+            raise CheckpointError(
+                f"{plain}: holds other tensors than {pickled.name} beside it, so it is unclear which were trained; "
+                "move the older one away."
+            )
+        found = other if found is None else found
+    if found is None:
+        return None
+    for name in found:
+        shape = found.shape(name) if isinstance(found, LazyTensors) else found[name].shape
+        if 0 in shape:
+            raise CheckpointError(f"{folder}: {stem}'s {name} {UNGATHERED}.")
+    return found
+
+
+def _same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _canonical(name: str) -> str:
@@ -66,6 +98,11 @@ def _canonical(name: str) -> str:
     for inserted in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
         name = name.replace(inserted, ".")
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+
+
+def _matrix(stored: str, suffix: str) -> str:
+    """Our name of the matrix that a tensor with this suffix belongs to."""
+    return stored.removeprefix(PREFIX).removesuffix(suffix) + ".weight"
 
 
 def _lora(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> LoraConfig:
@@ -86,21 +123,36 @@ def _lora(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: 
 
 
 class _Renamed(Mapping[str, torch.Tensor]):
-    """Tensors of several files under canonical names, read when asked for; single rows put into the base's matrix."""
+    """Tensors of several files under canonical names, read when asked for; single rows put into the matrix that they
+    are rows of."""
 
     def __init__(self, base: HfCheckpoint) -> None:
         self.base = base
         self.where: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
         self.rows: dict[str, tuple[Mapping[str, torch.Tensor], str, list[int]]] = {}
+        self.under: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
+        """The matrix that single rows replace rows of, where the adapter holds it: PEFT keeps a resized one."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self.rows:
             source, stored, ids = self.rows[name]
-            whole = self.base.tensor(name).clone()
+            below = self.under.get(name)
+            whole = self.base.tensor(name) if below is None else below[0][below[1]].clone()
+            if self.length(name) > len(whole):  # the added rows are all among `ids`
+                whole = torch.cat((whole, whole.new_empty((self.length(name) - len(whole), whole.shape[1]))))
             whole[torch.tensor(ids)] = source[stored].to(whole.dtype)
             return whole
         source, stored = self.where[name]
         return source[stored]
+
+    def length(self, name: str) -> int:
+        """Rows of a matrix."""
+        if name not in self.rows:
+            return len(self[name])
+        if name in self.under:
+            source, stored = self.under[name]
+            return len(source[stored])
+        return max(self.base.facts[name].shape[0], *(number + 1 for number in self.rows[name][2]))
 
     def __iter__(self) -> Any:
         return iter([*self.where, *self.rows])
@@ -117,24 +169,47 @@ def _row_lists(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         name: ids
         for key, ids in by_module.items()
         for name in VOCABULARY_HF
-        # Of a tied matrix PEFT keeps the rows once.
+        # Of a tied matrix the rows are the embedding's.
         if f".{name}".endswith(f".{key}.weight") and not (tied and name == HEAD)
     }
 
 
-def _collect(folder: Path, config: Mapping[str, Any], base: HfCheckpoint, arch: LlamaArch) -> _Renamed:
+def _fit(ids: Any, count: int, stored: int, below: int | None) -> TypeGuard[list[int]]:
+    """Whether row numbers are those of `count` kept rows.
+
+    Args:
+        stored: rows of the base's matrix.
+        below: rows of the matrix that the adapter keeps beside them; None: it keeps none, so that rows which the base
+            lacks must all be listed.
+    """
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or len({*ids}) != len(ids):
+        return False
+    end = max(ids, default=-1) + 1
+    known = {*range(stored, end)} <= {*ids} and stored > 0 if below is None else end <= below
+    return len(ids) == count and known
+
+
+def _collect(
+    folder: Path, config: Mapping[str, Any], base: HfCheckpoint, arch: LlamaArch, note: AdapterNote
+) -> _Renamed:
     """Both files' tensors; of one in both, `trainable_params` wins, as it is loaded last."""
     adapter, trainable = _tensors(folder, ADAPTER), _tensors(folder, TRAINABLE)
     if adapter is None:
         raise CheckpointError(f"{folder}: holds no {ADAPTER}.safetensors or .bin; give a PEFT or LongLoRA folder.")
     found, lists = _Renamed(base), _row_lists(config, arch.tied)
+    if trainable is not None and not trainable and note.tensors is None:
+        raise CheckpointError(
+            f"{folder}: its {TRAINABLE} file holds no tensor, so what was trained beside LoRA is lost; copy or "
+            "download it again, or remove it if nothing else was."
+        )
     for source in (adapter, trainable or {}):
+        below = {_matrix(stored, BELOW): stored for stored in source if stored.endswith(BELOW)}
         seen = {name: stored for name, (_, stored, _) in found.rows.items()}
         for stored in source:
-            if ".original_module." in stored:
-                continue  # the base's matrix, which PEFT keeps beside the trained one
+            if ".original_module." in stored or stored.endswith(BELOW):
+                continue  # the base's matrix, which PEFT keeps beside what was trained
             rows = stored.endswith(ROWS)
-            name = stored.removeprefix(PREFIX).removesuffix(ROWS) + ".weight" if rows else _canonical(stored)
+            name = _matrix(stored, ROWS) if rows else _canonical(stored)
             if name in seen:
                 # PEFT saves a matrix of modules_to_save once more where the embedding was resized.
                 if not rows and seen[name] in source and torch.equal(source[stored], source[seen[name]]):
@@ -147,15 +222,16 @@ def _collect(folder: Path, config: Mapping[str, Any], base: HfCheckpoint, arch: 
             if not rows:
                 found.where[name] = source, stored
                 continue
-            ids, count = lists.get(name), len(source[stored])
-            size = base.facts[name].shape[0] if name in base.facts else 0
-            fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
-            if not isinstance(ids, list) or not fits or len(set(ids)) != len(ids) or len(ids) != count:
+            ids, count = lists.get(EMBEDDING if arch.tied and name == HEAD else name), len(source[stored])
+            size = base.facts[name].shape[0] if name in base.facts and name in VOCABULARY_HF else 0
+            if not _fit(ids, count, size, len(source[below[name]]) if name in below else None):
                 raise CheckpointError(
                     f"{folder / CONFIG}: trainable_token_indices do not fit the {count} rows kept of {name}; copy or "
-                    "download the adapter again."
+                    "download the adapter again, or save it with save_embedding_layers=True."
                 )
             found.rows[name] = source, stored, ids
+            if name in below:
+                found.under[name] = source, below[name]
     _check_whole(folder, found, lists, map(_canonical, trainable or ()), arch)
     if arch.tied:
         _check_tied(folder, config, found, base, own_file=EMBEDDING in map(_canonical, trainable or ()))
@@ -186,9 +262,10 @@ def _check_tied(folder: Path, config: Mapping[str, Any], found: _Renamed, base: 
     """
     apart = f"{folder}: trained the embedding and the output weights apart, which base {base.folder} ties"
     mend = "merge this adapter with PEFT itself"
-    if HEAD in found.where:
+    if HEAD in found:
         head = found[HEAD]
-        del found.where[HEAD]
+        for kept in (found.where, found.rows):
+            kept.pop(HEAD, None)
         other = found[EMBEDDING] if EMBEDDING in found else base.tensor(EMBEDDING)
         if head.shape != other.shape or not torch.equal(head.float(), other.float()):
             raise CheckpointError(f"{apart}; {mend}.")
@@ -228,15 +305,37 @@ def load_adapter(
     two_files = any((folder / f"{TRAINABLE}.{end}").is_file() for end in ("safetensors", "bin"))
     # Before the hash, which reads the whole base.
     context, plan = stretch(note, arch, context, rope, folder, two_files or _declares_another(folder, arch))
-    tensors = _collect(folder, config, checkpoint, arch)
+    tensors = _collect(folder, config, checkpoint, arch, note)
     lora = _lora(config, tensors, folder / CONFIG)
     check_complete(config, tensors, arch, note, folder)
     found = base_hash or checkpoint.base_hash()
     if note.base_hash is not None and note.base_hash != found:
         raise wrong_base(where, folder, found, note.base_hash)
-    rows = {len(tensors[name]) for name in VOCABULARY_HF if name in tensors.where}
-    arch = grown_arch(where, max(rows) if rows else None, f"{folder}")
-    return TrainedModel(where, found, arch, plan, context, lora, tensors, note.step, folder)
+    rows = {name: tensors.length(name) for name in VOCABULARY_HF if name in tensors}
+    grown = grown_arch(where, max(rows.values()) if rows else None, f"{folder}")
+    lacking = [name for name in VOCABULARY_HF if name not in rows and not (arch.tied and name == HEAD)]
+    # LongLoRA's rule for the matrix it does not train is the mean; PEFT's users draw such rows at random.
+    if grown.vocab > arch.vocab and lacking and not two_files:
+        raise CheckpointError(
+            f"{folder}: has {grown.vocab - arch.vocab} rows for added tokens and none of {lacking[0]} for them; save "
+            "it again with save_embedding_layers=True."
+        )
+    model = TrainedModel(
+        where,
+        found,
+        grown,
+        plan,
+        context,
+        lora,
+        tensors,
+        note.step,
+        folder,
+        folder,
+        names_pad=two_files,
+        warnings=checkpoint.warnings,
+    )
+    check_tokenizer(model)
+    return model
 
 
 def _declares_another(folder: Path, arch: LlamaArch) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +9,26 @@ from typing import Any
 
 import torch
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.rope import used_rope
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size
+from pipeline.hf.companions import (
+    add_pad_token,
+    check_vocabulary,
+    copy_companions,
+    has_tokenizer,
+    tokenizer_size,
+    without_code,
+)
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
+from pipeline.json_file import read_object
 from pipeline.model.layers.rotary import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import check_growth
+from pipeline.planning.rope import check_growth, original_context
 from pipeline.storage.safetensors import SafetensorsFile
 
 PAD_TOKEN = "[PAD]"
@@ -86,7 +93,13 @@ class TrainedModel:
     """Canonical names -> tensors, as in a checkpoint."""
     step: int
     source: Path | None = None
-    """The checkpoint or adapter folder; its tokenizer files win over the base's."""
+    """The checkpoint or adapter folder."""
+    tokenizer: Path | None = None
+    """A folder, or sentencepiece model, whose tokenizer was trained with; None, or without one: the base's was."""
+    names_pad: bool = True
+    """One added row that no token names is LongLoRA's `[PAD]`; False: whose it is, is not known."""
+    warnings: tuple[str, ...] = ()
+    """What was passed over when this was read, one sentence each; for the user's eyes."""
 
     def __post_init__(self) -> None:
         allowed = names.hf_tensor_shapes(self.arch) | names.adapter_shapes(self.arch, self.lora)
@@ -172,16 +185,18 @@ def wrong_base(folder: Path, what: Path, found: str, expected: str) -> Checkpoin
     )
 
 
-def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedModel:
+def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | None = None) -> TrainedModel:
     """Read a checkpoint folder, verified against its checksums, and check that the base is the one it was trained on.
 
     The run may go on meanwhile: what was opened stays readable when the run deletes old checkpoints.
 
     Args:
         base: where the base model lies now; None takes the path the run recorded.
+        told: original context, tokens, where neither the run's settings nor the base tell it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the base is missing or another model.
+        ConfigError: the original context is not told, or told otherwise by the run.
     """
     manifest = read_manifest(checkpoint).raw
     try:
@@ -190,7 +205,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
         rope = RopeSettings(**used_rope(model["rope"]))
         adapters = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
         context, recorded, expected = int(model["context"]), str(manifest["base"]), str(manifest["base_hash"])
-        vocab = model.get("vocab")
+        vocab, named = model.get("vocab"), config.get("data", {}).get("tokenizer")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: its manifest lacks what an export needs ({type(error).__name__}: {error}); export another "
@@ -199,12 +214,38 @@ def load_trained_model(checkpoint: Path, base: Path | None = None) -> TrainedMod
     # Opened before the base is hashed, which takes minutes: by then the run may have deleted the checkpoint.
     trained = whole_trained(checkpoint)
     folder = find_base(recorded, base)
-    found = HfCheckpoint(folder).base_hash()
+    base_weights = HfCheckpoint(folder)
+    found = base_weights.base_hash()
     if found != expected:
         raise wrong_base(folder, checkpoint, found, expected)
     arch = grown_arch(folder, vocab, "model.vocab")
+    if told is not None:
+        known = original_context(arch, rope.original_context)
+        if known not in (None, told):
+            raise ConfigError(f"model.rope.original_context: {told} is not the {known} of training; leave it out.")
+        rope = replace(rope, original_context=told)
     plan = plan_rope(arch, rope, context)
-    return TrainedModel(folder, expected, arch, plan, context, adapters, trained, int(manifest["step"]), checkpoint)
+    tokenizer = None if named is None else Path(str(named))
+    warnings = base_weights.warnings
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        warnings += (f"data.tokenizer: {tokenizer} is gone, so the base's tokenizer is copied instead.",)
+    model = TrainedModel(
+        folder,
+        expected,
+        arch,
+        plan,
+        context,
+        adapters,
+        trained,
+        int(manifest["step"]),
+        checkpoint,
+        tokenizer,
+        # Rows for another tokenizer's tokens are that one's.
+        names_pad=tokenizer is None,
+        warnings=warnings,
+    )
+    check_tokenizer(model)
+    return model
 
 
 def grown_arch(folder: Path, vocab: int | None, where: str) -> LlamaArch:
@@ -222,13 +263,31 @@ def grown_arch(folder: Path, vocab: int | None, where: str) -> LlamaArch:
 
 def extended_config(model: TrainedModel) -> dict[str, Any]:
     """config.json of the base with the new RoPE, context and vocabulary, readable by transformers 4 and 5."""
-    config = json.loads((model.base / "config.json").read_text(encoding="utf-8"))
+    config = without_code(read_object(model.base / "config.json"))
     kept = {key: value for key, value in config.items() if key not in ROPE_KEYS}
     return {**kept, **hf_rope_fields(model.rope, model.arch, model.context), "vocab_size": model.arch.vocab}
 
 
+def check_tokenizer(model: TrainedModel) -> None:
+    """Refuse a model whose tokenizer, where one comes along, has more tokens than it has rows, as training does.
+
+    Raises:
+        CheckpointError: it has, or a tokenizer file is damaged.
+    """
+    own = model.tokenizer is not None and has_tokenizer(model.tokenizer)
+    place = model.tokenizer if own and model.tokenizer is not None else model.base
+    mend = "use the tokenizer that was trained with, or give its rows with the adapter (embed_tokens and lm_head)"
+    check_vocabulary(place, model.arch.vocab, mend)
+
+
 def companions(model: TrainedModel, folder: Path) -> None:
-    """Put tokenizer and generation files into an export; one added row that no token names is LongLoRA's `[PAD]`."""
-    copy_companions(model.base, folder, model.context, model.source)
-    if model.arch.vocab == read_arch(model.base).vocab + 1 and tokenizer_size(folder) == model.arch.vocab - 1:
+    """Put tokenizer and generation files into an export; see `TrainedModel.names_pad`.
+
+    Raises:
+        CheckpointError: the tokenizer has more tokens than the model rows, or a file is damaged.
+    """
+    check_tokenizer(model)
+    copy_companions(model.base, folder, model.context, model.tokenizer)
+    one_more = model.arch.vocab == read_arch(model.base).vocab + 1
+    if model.names_pad and one_more and tokenizer_size(folder) == model.arch.vocab - 1:
         add_pad_token(folder, PAD_TOKEN)

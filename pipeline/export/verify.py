@@ -1,4 +1,5 @@
-"""Proof of an export: every tensor compared by its bytes, then logits of what its users will load.
+"""Proof of an export: config.json against the trained model, every tensor by its bytes, then logits of what its users
+will load against the product's own.
 
 The report (`verify.json` in the output folder) says what was checked and what was not.
 """
@@ -23,6 +24,8 @@ from pipeline.hf.companions import write_json
 from pipeline.hf.writer import REPORT
 from pipeline.planning import tensors as names
 from pipeline.storage.safetensors import tensor_digest
+from pipeline.verify_config import check_config
+from pipeline.verify_reference import own_logits
 
 TOLERANCE = 1e-4
 """Largest allowed difference of fp32 logits. The same sums in the same order should give no difference at all."""
@@ -95,13 +98,14 @@ def _logits(model: TrainedModel, folder: Path, form: str, tokens: torch.Tensor, 
     """Largest difference and largest logit at every set of positions."""
     sets = sample_positions(tokens.shape[1], model.context)
     positions = list(sets.values())
+    # PEFT adds adapters to the products' outputs; layer by layer they are in the weights.
+    apart = form != "merged" and not layerwise
+    wanted = own_logits(model, verify_logits.trained_weights(model, form, apart), tokens, positions, apart)
+    gc.collect()
     if layerwise:
-        wanted = verify_logits.layerwise_logits(model, verify_logits.trained_weights(model, form), tokens, positions)
         weight = verify_logits.exported_weights(model, folder, form)
-        found = verify_logits.layerwise_logits(model, weight, tokens, positions)
+        found = verify_logits.layerwise_logits(folder, weight, tokens, positions)
     else:
-        wanted = verify_logits.reference_logits(model, tokens, form, positions)
-        gc.collect()
         found = verify_logits.exported_logits(model, folder, form, tokens, positions)
     return {
         name: {
@@ -119,6 +123,7 @@ def _statements(model: TrainedModel, form: str, layerwise: bool) -> tuple[list[s
     checked = ["Every tensor of the export, by its bytes.", "The weight files' SHA-256 as they lie on the disk."]
     if form != "merged":
         checked[1] = "RoPE, context, LoRA scale and vocabulary as read back from the folder."
+    checked.append("config.json as transformers reads it: sizes, constants and RoPE are those of the trained model.")
     missing = ["Logits of long sequences: few tokens were placed at long positions instead."]
     if layerwise:
         size = verify_logits.whole_bytes(model) / 2**30
@@ -145,12 +150,13 @@ def verify(
 
     Args:
         tokens_BS: int64 [B, S]; None draws 2 x 32 at random.
-        reference: logits [B, S, V] to compare with, at short positions; None applies the trained tensors to
-            transformers' model by hand, at short and at long positions.
+        reference: logits [B, S, V] to compare with, at short positions; None computes them by the product's own
+            mathematics (`own_logits`), at short and at long positions.
         layerwise: hold one layer at a time; None does so when the model does not fit into memory.
 
     Raises:
-        CheckpointError: a tensor differs, or logits by more than `tolerance` (verify.json is written all the same).
+        CheckpointError: a setting of config.json or a tensor differs, or logits by more than `tolerance` (verify.json
+            is written all the same).
     """
     tokens = sample_tokens(model.arch.vocab) if tokens_BS is None else tokens_BS
     layerwise = not verify_logits.fits(model) if layerwise is None else layerwise
@@ -161,24 +167,25 @@ def verify(
         "base_hash": model.base_hash,
         "tolerance": tolerance,
         "tokens": list(tokens.shape),
-        "reference": "trained tensors applied to the base by hand" if reference is None else "given by the caller",
+        "reference": "the product's own mathematics" if reference is None else "given by the caller",
         "checked": checked,
         "not_checked": missing,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "passed": False,
     }
     try:
+        check_config(model, folder)
         report["tensors"] = compare_tensors(model, folder, form)
+        if reference is None:
+            logits = _logits(model, folder, form, tokens, layerwise)
+        else:
+            wanted = reference(tokens).float()
+            (found,) = verify_logits.exported_logits(model, folder, form, tokens, [torch.arange(tokens.shape[1])])
+            difference = (found - wanted).abs().max().item()
+            logits = {"short": {"max_abs_difference": difference, "max_abs_logit": wanted.abs().max().item()}}
     except CheckpointError as error:
         write_json(folder / REPORT, {**report, "error": str(error)})
         raise CheckpointError(f"{error} Do not use this export; report it with {folder / REPORT}.") from None
-    if reference is None:
-        logits = _logits(model, folder, form, tokens, layerwise)
-    else:
-        wanted = reference(tokens).float()
-        (found,) = verify_logits.exported_logits(model, folder, form, tokens, [torch.arange(tokens.shape[1])])
-        difference = (found - wanted).abs().max().item()
-        logits = {"short": {"max_abs_difference": difference, "max_abs_logit": wanted.abs().max().item()}}
     differences = [facts["max_abs_difference"] for facts in logits.values()]
     # Not `difference > tolerance`: a NaN must fail.
     passed = all(difference <= tolerance for difference in differences)

@@ -1,4 +1,4 @@
-"""Logits of an export and of the trained tensors applied by hand: whole models, or layer by layer where too large.
+"""Logits of an export as its users' libraries compute them: loaded whole, or layer by layer where it is too large.
 
 Tokens stand at positions of the caller's choice: a few of them spread over the whole context meet the long distances of
 RoPE without the cost of a long sequence.
@@ -7,19 +7,20 @@ RoPE without the cost of a long sequence.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.export.adapter_read import TRAINABLE, load_adapter, read_pickled
-from pipeline.export.trained_model import TrainedModel, extended_config
+from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning import tensors as names
+from pipeline.verify_config import check_rotary, read_hf_config
+from pipeline.verify_reference import Weight
 
 ROOM = 0.7
 """Share of the available memory a check may take."""
@@ -58,58 +59,25 @@ def _run(network: Any, tokens_BS: torch.Tensor, positions_S: torch.Tensor) -> to
     return logits.float()
 
 
-def reference_logits(
-    model: TrainedModel, tokens_BS: torch.Tensor, form: str, positions: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Logits fp32 [B, S, V], one for each of `positions`, of transformers' model with training put in by hand.
-
-    Sums are taken in the order the export's reader takes them (`merged`: one rounded weight; adapters: W x, then scale
-    B A x): a deep model amplifies a last-place difference a thousandfold on random tokens, so another order would need
-    a tolerance that hides real faults.
-    """
-    values = extended_config(model)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    base = HfCheckpoint(model.base)
-    merged = form == "merged"
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            weight = model.base_tensor(base, name)
-            if name in model.trained and not merged:
-                # Adapters keep whole tensors in the base's dtype too.
-                parameter.copy_(model.trained[name].to(weight.dtype))
-            else:
-                parameter.copy_(model.merged(name, weight) if merged else weight)
-        if not merged:
-            for name in model.adapters:
-                stem = name.removesuffix(".lora_A.weight")
-                if stem != name:
-                    network.get_submodule(stem).register_forward_hook(_low_rank(model, stem))
-    return [_run(network, tokens_BS, where) for where in positions]
-
-
-def _low_rank(model: TrainedModel, stem: str) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds the adapter of module `stem`."""
-    low, high = (model.trained[f"{stem}.lora_{side}.weight"].float() for side in "AB")
-
-    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        linear = torch.nn.functional.linear
-        return output + linear(linear(inputs[0], low), high) * model.lora.scale
-
-    return add
-
-
 def exported_logits(
     model: TrainedModel, folder: Path, form: str, tokens_BS: torch.Tensor, positions: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Logits fp32 [B, S, V], one for each of `positions`, of an exported folder loaded by transformers (and PEFT)."""
+    """Logits fp32 [B, S, V], one for each of `positions`, of an exported folder loaded by transformers (and PEFT).
+
+    Raises:
+        CheckpointError: the loaded model's RoPE is not the one trained with.
+    """
+    # Attention with the sums in the reference's order.
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
     if form == "merged":
-        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        network: Any = AutoModelForCausalLM.from_pretrained(folder, **how)
+        check_rotary(network.model.rotary_emb, model, f"{folder}, loaded")
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_hf_config(folder)
         base = AutoModelForCausalLM.from_pretrained(
-            model.base, config=config, dtype=torch.float32, ignore_mismatched_sizes=model.grown
+            model.base, config=config, ignore_mismatched_sizes=model.grown, **how
         )
+        check_rotary(base.model.rotary_emb, model, f"{folder}, loaded with {model.base}")
         if form == "longlora":
             if model.grown:
                 # LongLoRA's script resizes before it loads: what no file holds is the mean there too.
@@ -133,17 +101,14 @@ def _fill_grown(model: TrainedModel, network: Any) -> None:
 
 
 def layerwise_logits(
-    model: TrainedModel, weight: Callable[[str], torch.Tensor], tokens_BS: torch.Tensor, positions: list[torch.Tensor]
+    folder: Path, weight: Weight, tokens_BS: torch.Tensor, positions: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Logits fp32 [B, S, V], one for each of `positions`, holding one layer's weights at a time.
-
-    Args:
-        weight: canonical name -> tensor, in any dtype.
-    """
-    values = extended_config(model)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    """Logits fp32 [B, S, V], one for each of `positions`, of transformers' layers as config.json of `folder` describes
+    them, holding one layer's weights at a time."""
+    config = read_hf_config(folder)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        how = {"dtype": torch.float32, "attn_implementation": "eager"}
+        network = AutoModelForCausalLM.from_config(config, **how).eval()
     inner = network.model
     rotary = type(inner.rotary_emb)(config)
     size = tokens_BS.shape[1]
@@ -160,18 +125,18 @@ def layerwise_logits(
                 states[index] = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
         _assign(inner.norm, "model.norm.", weight)
-        head = weight("model.embed_tokens.weight" if model.arch.tied else "lm_head.weight").float()
+        head = weight("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight").float()
         return [inner.norm(state) @ head.t() for state in states]
 
 
-def _assign(module: torch.nn.Module, prefix: str, weight: Callable[[str], torch.Tensor]) -> None:
+def _assign(module: torch.nn.Module, prefix: str, weight: Weight) -> None:
     """Give a module on the meta device its weights, in fp32."""
     state = {name: weight(prefix + name).float() for name, _ in module.named_parameters()}
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def trained_weights(model: TrainedModel, form: str) -> Callable[[str], torch.Tensor]:
-    """Weights for `layerwise_logits` with the trained tensors applied by hand."""
+def trained_weights(model: TrainedModel, form: str, apart: bool = False) -> Weight:
+    """The base's weights with the trained tensors applied by hand, but for the adapters where `apart`."""
     base = HfCheckpoint(model.base)
 
     def weight(name: str) -> torch.Tensor:
@@ -179,13 +144,14 @@ def trained_weights(model: TrainedModel, form: str) -> Callable[[str], torch.Ten
         if form == "merged":
             return model.merged(name, stored)
         if name in model.trained:
+            # Adapters keep whole tensors in the base's dtype too.
             return model.trained[name].to(stored.dtype)
-        return model.merged(name, stored.float())
+        return stored if apart else model.merged(name, stored.float())
 
     return weight
 
 
-def exported_weights(model: TrainedModel, folder: Path, form: str) -> Callable[[str], torch.Tensor]:
+def exported_weights(model: TrainedModel, folder: Path, form: str) -> Weight:
     """Weights for `layerwise_logits` out of an export."""
     if form == "merged":
         return HfCheckpoint(folder).tensor

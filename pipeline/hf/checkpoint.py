@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,60 +11,30 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError
+from pipeline.hf.companions import check_companions
 from pipeline.hf.hashes import Hashes, read_hashes
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
+from pipeline.weight_files import choose_weights
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UNGATHERED = (
+    "has no elements, as after saving under DeepSpeed ZeRO-3 without gathering the weights; make whole ones from the "
+    "training checkpoint with DeepSpeed's zero_to_fp32.py"
+)
+"""Said of a tensor that ZeRO-3 left empty on every rank."""
 MEAN_ROWS = 1 << 13
 """Rows summed at a time for a mean."""
-
-
-def _shards(folder: Path) -> dict[str, set[str] | None]:
-    """File name -> tensors the index puts there (None: no index)."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder; give a Hugging Face checkpoint folder.")
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            wanted: dict[str, set[str] | None] = {}
-            for name, file in weight_map.items():
-                if Path(file).name != file:
-                    raise ValueError(f"{name} lies outside the folder, in {file!r}")
-                members = wanted.setdefault(file, set())
-                assert members is not None
-                members.add(name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: is not a usable index ({error}); download it again.") from None
-        missing = sorted(file for file in wanted if not (folder / file).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{folder / missing[0]}: is missing ({len(missing)} of {len(wanted)} shards are); download it again."
-            )
-        return wanted
-    if (folder / SINGLE).is_file():
-        return {SINGLE: None}
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if "adapter_model.safetensors" in files:
-        raise CheckpointError(f"{folder}: is a PEFT adapter, not a model; give the folder of its base model.")
-    if files:
-        raise CheckpointError(f"{index}: is missing, though {files[0]} is there; download the index too.")
-    if list(folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with python -m tools.import_hf.")
-    if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
-        raise CheckpointError(
-            f"{folder}: holds pickled weights only, which can run code when read and are never opened here; download "
-            "the safetensors release, or convert them with safetensors' convert tool."
-        )
-    raise CheckpointError(f"{folder}: holds no *.safetensors file; give a Hugging Face checkpoint folder.")
 
 
 class HfCheckpoint:
     """A folder of safetensors, single or sharded, opened lazily; see `safetensors_io` for how.
 
     Raises:
-        CheckpointError: the index or a shard is missing, truncated or disagrees with the other; the file is named.
+        CheckpointError: the index or a shard is missing, truncated or disagrees with the other, or two sets of weights
+            lie there; the file is named.
     """
+
+    warnings: tuple[str, ...] = ()
+    """What lies beside the weights and is not read, one sentence each; for the user's eyes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -74,10 +43,11 @@ class HfCheckpoint:
         self._file: dict[str, str] = {}
         self._open: dict[str, SafetensorsFile] = {}
         self._digests: dict[str, str] | None = None
-        shards = _shards(self.folder)
-        self.files = tuple(sorted(shards))
+        chosen = choose_weights(self.folder)
+        self.files = tuple(sorted(chosen.tensors))
         """Names of the weight files."""
-        for file, indexed in sorted(shards.items()):
+        self.warnings = chosen.warnings
+        for file, indexed in sorted(chosen.tensors.items()):
             facts = read_header(self.folder / file)
             absent = sorted((indexed or set()) - facts.keys())
             if absent:
@@ -163,7 +133,8 @@ class HfCheckpoint:
         ignore: Callable[[str], bool] = lambda name: False,
         one_dtype: bool = True,
     ) -> None:
-        """Compare with the tensors config.json implies (`names.hf_tensor_shapes`).
+        """Compare with the tensors config.json implies (`names.hf_tensor_shapes`), after a look at the small files
+        beside them (`check_companions`).
 
         An `lm_head.weight` beside tied embeddings is accepted when it equals them.
 
@@ -173,9 +144,12 @@ class HfCheckpoint:
         Raises:
             CheckpointError: a tensor is missing, misshaped, unknown or of another dtype; the file and tensor are named.
         """
+        check_companions(self.folder)
         for name, shape in shapes.items():
             if name not in self.facts:
                 raise CheckpointError(f"{self.folder}: has no tensor {name}; the weights do not fit its config.json.")
+            if 0 in self.facts[name].shape:
+                raise CheckpointError(f"{self.folder / self._file[name]}: {name} {UNGATHERED}.")
             if self.facts[name].shape != tuple(shape):
                 raise CheckpointError(
                     f"{self.folder / self._file[name]}: {name} has shape {self.facts[name].shape}, but config.json "

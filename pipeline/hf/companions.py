@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel.errors import CheckpointError
+from pipeline.json_file import read_object
+from pipeline.lfs import refuse_pointer
+
+GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -18,7 +23,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
 )
 """Files beside the weights that belong to a model and are copied with it."""
 
@@ -34,53 +39,125 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with none of these has no tokenizer."""
 
 
+def check_companions(folder: Path) -> None:
+    """Refuse files beside the weights that could not be copied or changed later, when training is over.
+
+    tokenizer.json and vocab.json are only looked at for being there: who tokenizes parses them.
+
+    Raises:
+        CheckpointError: one is a Git LFS pointer, no JSON, or starts with a byte order mark.
+    """
+    for path in (folder / name for name in COMPANIONS):
+        if path.is_file() and path.suffix == ".json" and path.name not in TOKENIZERS:
+            read_object(path)
+        refuse_pointer(path)
+
+
+def has_tokenizer(place: Path) -> bool:
+    """Whether a folder has tokenizer files, or a sentencepiece model is there."""
+    return place.is_file() or any((place / name).is_file() for name in TOKENIZERS)
+
+
+def _tokenizer_files(place: Path) -> dict[str, Path]:
+    """Name in a model's folder -> file of the tokenizer at `place`, a folder or a sentencepiece model."""
+    if place.name == "tokenizer.json":
+        place = place.parent
+    if place.is_file():
+        found = {"tokenizer.model": place, "added_tokens.json": place.with_name("added_tokens.json")}
+    else:
+        found = {name: place / name for name in COMPANIONS if name != GENERATION}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
 def copy_companions(source: Path, target: Path, context: int | None = None, tokenizer: Path | None = None) -> None:
     """Copy tokenizer and generation files that exist; raise the tokenizer's length limit to `context` where it is
-    lower.
+    lower, and leave out `auto_map`, which asks for code that is not copied.
 
     Args:
-        tokenizer: a folder whose tokenizer, if it has one, is taken instead: never files of both.
+        tokenizer: a folder, or sentencepiece model, whose tokenizer, if it has one, is taken instead: never files of
+            both.
     """
-    own = tokenizer is not None and any((tokenizer / name).is_file() for name in TOKENIZERS)
-    for name in COMPANIONS:
-        origin = tokenizer if own and tokenizer is not None and name != "generation_config.json" else source
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, target / name)
-    path = target / "tokenizer_config.json"
-    if context is not None and path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(settings.get("model_max_length"), int) and settings["model_max_length"] < context:
-            write_json(path, {**settings, "model_max_length": context})
-    path = target / "generation_config.json"
-    if context is not None and path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+    files = _tokenizer_files(tokenizer if tokenizer is not None and has_tokenizer(tokenizer) else source)
+    if (source / GENERATION).is_file():
+        files[GENERATION] = source / GENERATION
+    for name, path in files.items():
+        shutil.copyfile(path, target / name)
+    if (told := files.get("tokenizer_config.json")) is not None:
+        settings = read_object(told)
+        plain = without_code(settings)
+        if context is not None and isinstance(plain.get("model_max_length"), int):
+            plain["model_max_length"] = max(plain["model_max_length"], context)
+        if plain != settings:
+            write_json(target / told.name, plain)
+    if context is not None and GENERATION in files:
+        settings = read_object(files[GENERATION])
         # Llama-2's says 4096, its context: left there, generate() would stop a prompt of 32k at once.
         if isinstance(settings.get("max_length"), int) and SHORT < settings["max_length"] < context:
-            write_json(path, {**settings, "max_length": context})
+            write_json(target / GENERATION, {**settings, "max_length": context})
+
+
+def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json or tokenizer_config.json without `auto_map`: classes in files that are neither run nor copied."""
+    return {key: value for key, value in settings.items() if key != "auto_map"}
 
 
 def _edit(path: Path, **fields: Any) -> None:
     """Set fields of a JSON file, made where it is missing."""
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_object(path) if path.is_file() else {}
     write_json(path, {**settings, **fields})
 
 
-def tokenizer_size(folder: Path) -> int | None:
-    """One more than the largest token id of a tokenizer.json or tokenizer.model folder; None: it has neither."""
-    fast, plain, added = (folder / name for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json"))
-    if fast.is_file():
-        whole = json.loads(fast.read_text(encoding="utf-8"))
-        vocab = whole["model"]["vocab"]
-        ids = [item["id"] for item in whole.get("added_tokens") or []]
-        ids += vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
-        return max(ids) + 1
-    if plain.is_file():
-        from sentencepiece import SentencePieceProcessor  # only when one is used
+def tokenizer_size(place: Path) -> int | None:
+    """One more than the largest token id of the tokenizer at `place`, as its files tell; None: there is none.
 
-        size = int(SentencePieceProcessor(model_file=str(plain)).vocab_size())
-        more = json.loads(added.read_text(encoding="utf-8")).values() if added.is_file() else []
-        return max([size, *(number + 1 for number in more)])
-    return None
+    Args:
+        place: a folder, or a sentencepiece model.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    files = _tokenizer_files(place)
+    read: Path | None = None
+    try:
+        if (read := files.get("tokenizer.json")) is not None:
+            whole = read_object(read)
+            vocab = whole["model"]["vocab"]
+            ids = [item["id"] for item in whole.get("added_tokens") or []]
+            ids += vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
+        elif (read := files.get("tokenizer.model")) is not None:
+            from sentencepiece import SentencePieceProcessor  # only when one is used
+
+            refuse_pointer(read)
+            ids = [int(SentencePieceProcessor(model_file=str(read)).vocab_size()) - 1]
+        elif (read := files.get("vocab.json")) is not None:
+            ids = [*read_object(read).values()]
+        else:
+            return None
+        largest = int(max(ids))
+        ids = []
+        if "tokenizer.json" not in files and (read := files.get("added_tokens.json")) is not None:
+            ids += read_object(read).values()
+        if (read := files.get("tokenizer_config.json")) is not None:
+            ids += map(int, read_object(read).get("added_tokens_decoder") or ())
+        return max(largest, *ids, -1) + 1
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{read}: tells no token ids ({reason}); copy the model's tokenizer again.") from None
+
+
+def check_vocabulary(place: Path, rows: int, mend: str) -> None:
+    """Refuse a tokenizer of more tokens than the embedding has rows: one of them would read beyond its end.
+
+    Args:
+        place: see `tokenizer_size`.
+        mend: what to do, for the sentence.
+
+    Raises:
+        CheckpointError: it has; or a file is damaged.
+    """
+    size = tokenizer_size(place)
+    if size is not None and size > rows:
+        raise CheckpointError(f"{place}: its tokenizer has {size} tokens and the embedding {rows} rows; {mend}.")
 
 
 def add_pad_token(folder: Path, token: str) -> bool:
@@ -93,14 +170,14 @@ def add_pad_token(folder: Path, token: str) -> bool:
     """
     number = tokenizer_size(folder)
     config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings = read_object(config) if config.is_file() else {}
     fast, plain = folder / "tokenizer.json", folder / "tokenizer.model"
     if settings.get("pad_token") is not None or number is None:
         return False
     entry = {"content": token, "special": True}
     entry |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     if fast.is_file():
-        whole = json.loads(fast.read_text(encoding="utf-8"))
+        whole = read_object(fast)
         added = list(whole.get("added_tokens") or [])
         if any(item["content"] == token for item in added):
             return False

@@ -7,7 +7,6 @@ the blob a link points to.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError
 from pipeline.hf.companions import write_json
+from pipeline.json_file import read_object
 
 HASHES = "longspan_hashes.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +46,7 @@ def read_hashes(folder: Path, files: tuple[str, ...]) -> Hashes:
     path = folder / HASHES
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_object(path)
             groups = [{str(k): str(v) for k, v in found[key].items()} for key in ("files", "tensors")]
             if found["format"] != 1 or not all(_SHA256.fullmatch(v) for group in groups for v in group.values()):
                 raise ValueError("not format 1")

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.hf.checkpoint import INDEX, SINGLE, file_digest
+from pipeline.hf.checkpoint import file_digest
 from pipeline.hf.companions import COMPANIONS, write_json
 from pipeline.hf.hashes import HASHES, write_hashes
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.durable import WITHOUT_LOCKS
 from pipeline.storage.safetensors import TensorFact, Written, write_safetensors
+from pipeline.weight_files import INDEX, SINGLE
 
 SHARD_BYTES = 4_000_000_000
 FINITE_ROWS = 4096
@@ -264,6 +266,9 @@ def resumable_folder(output: Path, force: bool, job: Mapping[str, Any]) -> Itera
             os.close(lock)
             lock = None
             raise CheckpointError(f"{output}: another process is writing it; wait for that one to end.") from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
         note = temporary / FINISHED
         same = _same_job(note, identity)
         # Shards only: a tokenizer edited by the interrupted run (a token added) would be edited twice.

@@ -5,13 +5,13 @@ Both dialects are read: transformers 4 writes `rope_theta` and `rope_scaling`, t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
+from pipeline.json_file import read_object
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")
@@ -65,20 +65,17 @@ class LlamaArch:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         hint = (
             "it is a PEFT adapter; give its base model"
             if (path.parent / "adapter_config.json").exists()
             else ("give a Hugging Face checkpoint folder, or import a GGUF file with tools.import_hf")
         )
-        raise ConfigError(f"model.path: {path} does not exist; {hint}.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"model.path: {path} does not hold a JSON object; download it again.")
-    return config
+        raise ConfigError(f"model.path: {path} does not exist; {hint}.")
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        raise ConfigError(f"model.path: {error}") from None
 
 
 class _Reader:
@@ -139,13 +136,25 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
     raw = read.config.get("rope_scaling") or parameters
     if not isinstance(raw, dict) or not isinstance(parameters, dict) or any(isinstance(v, dict) for v in raw.values()):
         raise read.fail("RoPE parameters must be one set for all layers; models where they differ are not supported")
-    given = raw.get("rope_theta") or read.config.get("rope_theta") or parameters.get("rope_theta")
+    given = raw.get("rope_theta") or read.config.get("rope_theta")
+    if given is None and parameters.get("rope_theta") is not None:
+        raise read.fail(
+            "rope_theta stands in rope_parameters only, where transformers does not look beside rope_scaling; write it "
+            "at the top level too"
+        )
     theta = read.number({"rope_theta": given}, "rope_theta", DEFAULT_THETA)
     if (raw.get("partial_rotary_factor") or read.config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise read.fail("partial_rotary_factor other than 1 is not supported; use a model that rotates whole heads")
     kind = raw.get("rope_type", raw.get("type", "default")) or "default"
     if kind not in ROPE_SCALINGS:
-        raise read.fail(f"RoPE type {kind!r} is not supported; supported are {', '.join(ROPE_SCALINGS)}")
+        hint = ""
+        if kind == "dynamic":
+            # Within max_position_embeddings it is plain RoPE, which is what such a checkpoint was trained with.
+            hint = (
+                f" (its angles change with the text's length); up to {max_positions} tokens it is the same without, so "
+                "set rope_scaling to null there, and model.rope.type as you want it"
+            )
+        raise read.fail(f"RoPE type {kind!r} is not supported{hint}; supported are {', '.join(ROPE_SCALINGS)}")
     if kind == "default":
         return theta, None
     original = read.config.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
@@ -168,7 +177,7 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
             # transformers takes 0 as absent for all of these but the first.
             if raw.get(key) is not None and (raw[key] or key == "attention_factor"):
                 scaling[key] = read.number(raw, key)
-        if raw.get("truncate") is False:
+        if not raw.get("truncate", True):
             scaling["truncate"] = False
     return theta, scaling
 

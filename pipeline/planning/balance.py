@@ -76,3 +76,11 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
     found, setting = next((way for way in ways if way[0] <= EVEN), min(ways, key=itemgetter(0)))
     worth = found <= EVEN or found < 0.9 * now
     return (f"{told}; {setting} brings that to {found:.2f}." if worth else f"{told}.",)
+
+
+def few_windows(windows: int, batch: int) -> str:
+    """The training text is so short that one step repeats it: a sentence."""
+    return (
+        f"data.path: holds {windows} windows and train.global_batch is {batch}, so one optimizer step reads the same "
+        "text more than once; give more text, or lower train.global_batch or data.sequence."
+    )

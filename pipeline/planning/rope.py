@@ -9,15 +9,19 @@ with another theta. `rope` computes with the plan.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import ModelConfig, RopeSettings
 from pipeline.planning.arch import LlamaArch
 
 SHORTEST_PRETRAINING = 2048
-"""No Llama-class model was pretrained on less; a smaller `max_position_embeddings / factor` means the checkpoint keeps
-the original context in max_position_embeddings (LongLoRA's and Vicuna's releases do), so nothing is guessed from it."""
+"""No Llama-class model was pretrained on less: where `max_position_embeddings / factor` of linear scaling is smaller,
+max_position_embeddings can only be the original context (LongLoRA's and Vicuna's releases keep it there, as
+transformers' documentation asks for). Otherwise it may as well be the stretched one (DeepSeek-Coder's), so that nothing
+is guessed from it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class RopePlan:
     """RoPE base, dimensionless."""
     factor: float
     """Stretch over the original context; 1 for `none`."""
-    original_context: int
-    """Context before stretching, tokens; for `none` the context the base itself serves."""
+    original_context: int | None
+    """Context before stretching, tokens; for `none` the context the base itself serves. None: linear scaling of the
+    checkpoint's own that does not tell it (no angle depends on it)."""
     attention_factor: float = 1.0
     """Multiplier of cos and sin (YaRN's temperature)."""
     low_freq_factor: float = 1.0
@@ -56,62 +61,86 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _own_plan(arch: LlamaArch, context: int, told: int | None = None) -> RopePlan:
-    """The checkpoint's RoPE as it stands; `told` is the original context as the user knows it (linear only)."""
+def _temperature(scaling: Mapping[str, Any], factor: float) -> float:
+    """YaRN's temperature at `factor`, by the checkpoint's rule: its mscale pair, its own constant, or the paper's."""
+    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    told, own_factor = scaling.get("attention_factor"), scaling["factor"]
+    # A constant that is the paper's at the checkpoint's own factor grows with the factor.
+    if told is not None and (factor == own_factor or told != yarn_attention_factor(own_factor)):
+        return float(told)
+    if told is None and mscale and mscale_all:
+        return yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all)
+    return yarn_attention_factor(factor)
+
+
+def original_context(arch: LlamaArch, told: int | None) -> int | None:
+    """Context before any scaling, tokens; None: the checkpoint's linear scaling leaves it open.
+
+    Args:
+        told: by the user, who knows best.
+    """
     scaling = arch.rope_scaling
-    longest = max(context, arch.max_positions)
+    if told is not None or scaling is None:
+        return told or arch.max_positions
+    if "original_max_position_embeddings" in scaling:
+        return int(scaling["original_max_position_embeddings"])
+    return arch.max_positions if arch.max_positions / scaling["factor"] < SHORTEST_PRETRAINING else None
+
+
+def _known_original(arch: LlamaArch, told: int | None) -> int:
+    """`original_context`, refused where it is open."""
+    original = original_context(arch, told)
+    if original is None and arch.rope_scaling is not None:
+        factor, declared = arch.rope_scaling["factor"], arch.max_positions
+        raise ConfigError(
+            f"model.rope.original_context: the checkpoint is already scaled linearly by {factor:g} and does not say "
+            f"whether its max_position_embeddings {declared} is the context before that or after, so it is unclear "
+            f"what it serves; set original_context to {declared} if before, or to {round(declared / factor)} if after."
+        )
+    return original or arch.max_positions
+
+
+def served_context(arch: LlamaArch, told: int | None = None) -> int:
+    """Longest context the checkpoint's own RoPE serves, tokens: factor times the original one where both are known.
+
+    Never less than it declares: Llama-3.1 was trained on more than 8 times its original 8192.
+
+    Args:
+        told: original context as the user knows it.
+    """
+    original = original_context(arch, told)
+    if arch.rope_scaling is None or original is None:
+        return arch.max_positions
+    return max(arch.max_positions, round(original * arch.rope_scaling["factor"]))
+
+
+def own_plan(arch: LlamaArch, context: int, told: int | None = None) -> RopePlan:
+    """The checkpoint's RoPE as it stands.
+
+    Args:
+        context: tokens to serve.
+        told: original context as the user knows it (linear only: the others compute with what config.json says).
+    """
+    scaling = arch.rope_scaling
     if scaling is None:
-        return RopePlan("none", arch.rope_theta, 1.0, longest)
+        return RopePlan("none", arch.rope_theta, 1.0, max(context, arch.max_positions))
     factor, kind = float(scaling["factor"]), str(scaling["rope_type"])
-    original = scaling.get("original_max_position_embeddings") or max(1, round(arch.max_positions / factor))
     if kind == "linear":
-        return RopePlan("linear", arch.rope_theta, factor, told or original)
+        return RopePlan("linear", arch.rope_theta, factor, original_context(arch, told))
+    original = original_context(arch, None)
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         return RopePlan("llama3", arch.rope_theta, factor, original, low_freq_factor=low, high_freq_factor=high)
-    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    temperature = scaling.get("attention_factor")
-    if temperature is None and mscale and mscale_all:
-        temperature = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all)
     return RopePlan(
         "yarn",
         arch.rope_theta,
         factor,
         original,
-        attention_factor=yarn_attention_factor(factor) if temperature is None else temperature,
+        attention_factor=_temperature(scaling, factor),
         beta_fast=scaling.get("beta_fast", 32.0),
         beta_slow=scaling.get("beta_slow", 1.0),
         truncate=scaling.get("truncate", True),
     )
-
-
-def _original_context(arch: LlamaArch, settings: RopeSettings) -> int:
-    """Context before any scaling, tokens."""
-    if settings.original_context is not None:
-        return settings.original_context
-    scaling = arch.rope_scaling
-    if scaling is None:
-        return arch.max_positions
-    if "original_max_position_embeddings" in scaling:
-        return int(scaling["original_max_position_embeddings"])
-    original = round(arch.max_positions / scaling["factor"])
-    if original < SHORTEST_PRETRAINING:
-        raise ConfigError(
-            f"model.rope.original_context: the checkpoint is already scaled by {scaling['factor']:g} with "
-            f"max_position_embeddings {arch.max_positions}, so its original context is unclear; set it, e.g. 4096 for "
-            "Llama-2."
-        )
-    return original
-
-
-def _served_context(arch: LlamaArch, settings: RopeSettings) -> int:
-    """Longest context the checkpoint's own RoPE serves, tokens."""
-    scaling = arch.rope_scaling
-    if scaling is None or scaling["rope_type"] != "linear":
-        return arch.max_positions
-    original = settings.original_context or scaling.get("original_max_position_embeddings")
-    # Releases that keep the original context in max_position_embeddings still serve factor times it.
-    return arch.max_positions if original is None else max(arch.max_positions, round(original * scaling["factor"]))
 
 
 def _check_window(arch: LlamaArch, context: int) -> None:
@@ -123,14 +152,14 @@ def _check_window(arch: LlamaArch, context: int) -> None:
 
 
 def _auto(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan:
-    served = _served_context(arch, settings)
+    served = served_context(arch, settings.original_context)
     if context <= served:
         if settings.factor is not None:
             raise ConfigError(
                 f"model.rope.factor: context {context} fits the checkpoint's own {served}, so type auto does not "
                 "stretch; remove factor, or set type: linear."
             )
-        return _own_plan(arch, context, settings.original_context)
+        return own_plan(arch, context, settings.original_context)
     if arch.rope_scaling is not None and arch.rope_scaling["rope_type"] != "linear":
         kind = arch.rope_scaling["rope_type"]
         raise ConfigError(
@@ -146,7 +175,7 @@ def _forced(kind: str, arch: LlamaArch, settings: RopeSettings, context: int) ->
         return RopePlan("none", theta, 1.0, longest)
     if kind in ("abf", "ntk") and settings.theta is not None:
         return RopePlan("none", settings.theta, 1.0, longest)
-    original = _original_context(arch, settings)
+    original = _known_original(arch, settings.original_context)
     factor = max(1.0, context / original) if settings.factor is None else float(settings.factor)
     if settings.factor is not None and kind != "llama3" and factor * original < context:
         raise ConfigError(
@@ -163,12 +192,12 @@ def _forced(kind: str, arch: LlamaArch, settings: RopeSettings, context: int) ->
         return RopePlan("none", ntk_theta(theta, factor, arch.head_dim), 1.0, longest)
     if kind == "linear":
         return RopePlan("linear", theta, factor, original)
-    own = _own_plan(arch, context)
+    own = own_plan(arch, context)
     if kind == "yarn":
-        betas = (own.beta_fast, own.beta_slow, own.truncate) if own.type == "yarn" else (32.0, 1.0, True)
-        fast, slow, truncate = betas
-        temperature = yarn_attention_factor(factor)
-        return RopePlan("yarn", theta, factor, original, temperature, beta_fast=fast, beta_slow=slow, truncate=truncate)
+        if own.type == "yarn" and arch.rope_scaling is not None:
+            temperature = _temperature(arch.rope_scaling, factor)
+            return replace(own, factor=factor, original_context=original, attention_factor=temperature)
+        return RopePlan("yarn", theta, factor, original, yarn_attention_factor(factor))
     low, high = (own.low_freq_factor, own.high_freq_factor) if own.type == "llama3" else (1.0, 4.0)
     return RopePlan("llama3", theta, factor, original, low_freq_factor=low, high_freq_factor=high)
 
@@ -185,6 +214,30 @@ def plan_rope(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan
     if settings.type == "auto":
         return _auto(arch, settings, context)
     return _forced(settings.type, arch, settings, context)
+
+
+def _described(arch: LlamaArch) -> str:
+    """The checkpoint's own scaling, in words."""
+    scaling = arch.rope_scaling or {}
+    original = scaling.get("original_max_position_embeddings")
+    return f"{scaling['rope_type']} scaling (factor {scaling['factor']:g}" + (f" of {original})" if original else ")")
+
+
+def replaces(arch: LlamaArch, plan: RopePlan) -> bool:
+    """Whether `plan` computes other angles than scaling of the checkpoint's own."""
+    own = own_plan(arch, arch.max_positions)
+    return arch.rope_scaling is not None and replace(plan, original_context=None) != replace(own, original_context=None)
+
+
+def replacement_warning(arch: LlamaArch, plan: RopePlan) -> tuple[str, ...]:
+    """A sentence where the model is computed with another RoPE than scaling of its own; else nothing."""
+    if not replaces(arch, plan):
+        return ()
+    new = f"{plan.type}, factor {plan.factor:g}" if plan.type != "none" else f"plain RoPE of theta {plan.theta:g}"
+    served = served_context(arch)
+    return (
+        f"model.rope: the checkpoint's own {_described(arch)}, which serves {served} tokens, is replaced by {new}.",
+    )
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -222,7 +275,7 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
         check_growth(stored.vocab, settings.vocab, "model.vocab")
         arch = replace(stored, vocab=settings.vocab)
     refuse_biases(arch)
-    rope, served = settings.rope, _served_context(arch, settings.rope)
+    rope, served = settings.rope, served_context(arch, settings.rope.original_context)
     own_linear = arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "linear"
     # Not in plan_rope: checkpoints of earlier releases, which took it, must still export.
     if rope.type == "auto" and rope.original_context is not None and settings.context <= served and not own_linear:
@@ -230,4 +283,11 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
             f"model.rope.original_context: context {settings.context} fits the checkpoint's own {served}, so type auto "
             "does not stretch; remove original_context, or set type: linear."
         )
-    return arch, plan_rope(arch, rope, settings.context)
+    plan = plan_rope(arch, rope, settings.context)
+    if settings.context <= served and not rope.replace and replaces(arch, plan):
+        raise ConfigError(
+            f"model.rope.type: the checkpoint's own {_described(arch)} reaches {served} tokens, and type {rope.type} "
+            f"would replace it though context is {settings.context}; use type: auto, which keeps it, or set "
+            "model.rope.replace: true if you mean to."
+        )
+    return arch, plan

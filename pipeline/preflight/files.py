@@ -14,13 +14,17 @@ from pathlib import Path
 from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.sections import ModelConfig, RunConfig
-from pipeline.data.records import check_first_record, find_files
+from pipeline.data.discovery import find_texts
+from pipeline.data.readings import told_differences
+from pipeline.data.records import check_first_record
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
-from pipeline.planning.rope import plan_model
+from pipeline.planning.rope import plan_model, replacement_warning
+from pipeline.weight_files import choose_weights
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
         verify: opens the weights' headers and gives their bytes; raises LongspanError. Injected: it imports torch.
     """
     arch, found = None, str(folder)
+    advice: tuple[str, ...] = ()
     problem = ""
     try:
         if not folder.is_dir():
@@ -56,9 +61,10 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
             )
         arch = read_arch(folder)
         found = f"{folder}, {gib(verify(folder))}"
+        advice = choose_weights(folder).warnings
     except LongspanError as error:
         problem = str(error)
-    return Finding("Model", found, "config.json and whole safetensors", problem), arch
+    return Finding("Model", found, "config.json and whole safetensors", problem, advice), arch
 
 
 def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, LlamaArch]:
@@ -73,34 +79,38 @@ def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, L
     except ConfigError as error:
         return Finding("Model settings", f"RoPE {settings.rope.type}", needed, str(error)), stored
     stretched = "" if rope.factor == 1 else f", factor {rope.factor:g}"
-    return Finding("Model settings", f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", needed), arch
+    found, advice = f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", replacement_warning(arch, rope)
+    return Finding("Model settings", found, needed, advice=advice), arch
 
 
 def check_tokenizer(path: Path, rows: int | None) -> Finding:
-    """A tokenizer that loads, has an end-of-text token, and fits the embedding.
+    """A tokenizer that loads, has an end-of-text token, and fits the embedding; whether others read it otherwise.
 
     Args:
         rows: of the embedding; None: not known.
     """
     found = "none"
     problem = ""
+    advice: tuple[str, ...] = ()
     try:
         tokenizer = load_tokenizer(path)
+        advice = told_differences(tokenizer)
         found = f"{tokenizer.vocab_size} tokens"
         if rows is not None:
             check_rows(tokenizer, rows)
     except LongspanError as error:
         problem = str(error) if isinstance(error, ConfigError) else f"Tokenizer: {error}"
-    return Finding("Tokenizer", found, "one that ends documents and fits the model", problem)
+    return Finding("Tokenizer", found, "one that ends documents and fits the model", problem, advice)
 
 
-def check_text(setting: str, path: Path, length: int, text_field: str) -> Finding:
+def check_text(setting: str, path: Path, length: int, text_field: str, batch: int = 0) -> Finding:
     """Text or prepared shards at `path`, not empty; of JSONL files the first record has a text.
 
     Args:
         setting: dotted name, for the sentence.
         length: tokens of one window; prepared shards must hold one.
         text_field: key of the text in JSONL records (`data.text_field`).
+        batch: windows an optimizer step reads; fewer in all are told.
     """
     needed = f"a window of {length} tokens"
     try:
@@ -117,17 +127,24 @@ def check_text(setting: str, path: Path, length: int, text_field: str) -> Findin
                     f"{setting}: {path} holds {manifest.tokens} tokens and one window needs {length + 1}; give more "
                     "text, or lower the length."
                 )
-            return Finding(setting, found, needed)
-        files = find_files(path)
-        size = sum(file.stat().st_size for file in files)
+            windows = (manifest.tokens - 1) // length
+            advice: tuple[str, ...] = (few_windows(windows, batch),) if windows < batch else ()
+            return Finding(setting, found, needed, advice=advice)
+        texts = find_texts(path, text_field)
+        files = texts.files
+        size = sum(file.path.stat().st_size for file in files)
         if not size:
             raise ConfigError(f"{setting}: the {len(files)} text files at {path} are empty; give other text.")
-        for file in files:
-            check_first_record(file, text_field)
+        for text_file in files:
+            check_first_record(text_file, text_field)
     except LongspanError as error:
         text = str(error)
         return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed)
+    advice = tuple(f"{setting}: {line}" for line in texts.warnings)
+    # A token takes a byte or more, but where the file is packed.
+    if size // length < batch and not any(file.packing for file in files):
+        advice += (few_windows(size // length, batch),)
+    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=advice)
 
 
 def existing(path: Path) -> Path:

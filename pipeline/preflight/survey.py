@@ -16,7 +16,7 @@ from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.sections import RunConfig
-from pipeline.data.records import find_files
+from pipeline.data.discovery import find_texts
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype
 from pipeline.planning.arch import LlamaArch
@@ -207,16 +207,16 @@ def checkpoint_bytes(config: RunConfig, estimate: MemoryEstimate) -> int:
     return max(1, config.save.keep + 1 - there) * estimate.checkpoint
 
 
-def token_bytes(sources: Sequence[Path], cache: Path, vocab: int) -> int:
+def token_bytes(sources: Sequence[Path], cache: Path, vocab: int, text_field: str = "text") -> int:
     """Bytes of tokens that raw text will be prepared into; text that has a folder in the cache takes none."""
     need = 0
     for source in sources:
         # The cache's names also hold a hash of the tokenizer, which is not opened here.
         if is_prepared(source) or any(cache.glob(f"{source.resolve().name}-*/{SHARDS_MANIFEST}")):
             continue
-        for file in find_files(source):
-            plain = 1 if file.suffix.lower() in (".txt", ".jsonl") else COMPRESSION
-            need += file.stat().st_size * plain // BYTES_A_TOKEN * (2 if token_dtype(vocab) == "uint16" else 4)
+        for file in find_texts(source, text_field).files:
+            plain = COMPRESSION if file.packing else 1
+            need += file.path.stat().st_size * plain // BYTES_A_TOKEN * (2 if token_dtype(vocab) == "uint16" else 4)
     return need
 
 
@@ -239,7 +239,8 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         files.append(settings)
     layout = check_layout(config, arch, world)
     field = config.data.text_field
-    texts = [check_text("data.path", Path(config.data.path), config.sequence, field)]
+    batch = config.train.global_batch
+    texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]
     if config.eval.path is not None:
         longest = max(config.eval.lengths or (config.model.context,))
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
@@ -262,7 +263,7 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         findings += check_disk(
             [
                 _space("checkpoints", Path(config.output), checkpoint_bytes(config, estimate)),
-                _space("tokens", cache, token_bytes(good, cache, arch.vocab)),
+                _space("tokens", cache, token_bytes(good, cache, arch.vocab, field)),
             ]
         )
     return findings

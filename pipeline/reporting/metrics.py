@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from parallel.errors import DataError
+from pipeline.lasting import Warn, reason, to_stderr
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -79,50 +81,117 @@ class MetricsWriter:
     """Writes `<folder>/metrics.jsonl` and `<folder>/tensorboard/`; for rank 0.
 
     Lines and points after `resume_step` are dropped at the start, since the resumed run computes those steps again.
+    No failure to write ends a run: it is told once, lines wait in memory until the file can be written again, and
+    TensorBoard's points are given up.
 
     Args:
         folder: the run's output folder; made if missing.
         resume_step: optimizer steps already done; 0 starts over.
+        warn: shows a sentence.
 
     Raises:
         DataError: the existing file has a damaged line before its last.
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / METRICS_FILE
-        if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-            temporary = self.path.with_name(f".{METRICS_FILE}.tmp")
-            temporary.write_text("".join(map(_dump, kept)))
-            temporary.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        # TensorBoard hides events at or after the purge step that were written before it.
-        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
+    def __init__(self, folder: Path, resume_step: int, warn: Warn = to_stderr) -> None:
+        self.path, self._warn, self._told = folder / METRICS_FILE, warn, False
+        self._handle: int | None = None
+        self._size = 0
+        """Bytes of whole lines in the file."""
+        kept = read_metrics(self.path) if self.path.exists() else []
+        self._waiting = "".join(_dump(row) for row in kept if row["step"] <= resume_step).encode()
+        self._flush()
+        self._board: SummaryWriter | None = None
+        try:
+            # TensorBoard hides events at or after the purge step that were written before it.
+            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
+        except OSError as error:
+            self._warn(f"{folder / TENSORBOARD_FOLDER}: cannot be written ({reason(error)}); training goes on.")
+
+    def _flush(self) -> None:
+        """Write what waits; what the disk refuses waits on."""
+        try:
+            if self._handle is None:  # the first lines replace an earlier process's file
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = self.path.with_name(f".{METRICS_FILE}.tmp")
+                temporary.unlink(missing_ok=True)
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                try:
+                    self._append(handle)
+                    os.replace(temporary, self.path)
+                except OSError:
+                    os.close(handle)
+                    raise
+                self._handle = handle
+            else:
+                self._append(self._handle)
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._warn(
+                    f"{self.path}: cannot be written ({reason(error)}); training goes on, and it is tried again."
+                )
+            return
+        self._size += len(self._waiting)
+        self._waiting = b""
+
+    def _append(self, handle: int) -> None:
+        """Put what waits behind the whole lines, over the torn one that a refused attempt may have left."""
+        done = 0
+        while done < len(self._waiting):
+            done += os.pwrite(handle, self._waiting[done:], self._size + done)
+
+    def _draw(self, action: Callable[[SummaryWriter], None]) -> None:
+        if self._board is None:
+            return
+        try:
+            action(self._board)
+        except (OSError, ValueError) as error:
+            # Its writing thread has died: it takes no more points, and closing it would fail too.
+            self._board = None
+            self._warn(
+                f"{self.path.with_name(TENSORBOARD_FOLDER)}: cannot be written ({reason(error)}); training goes on, "
+                "without further points there."
+            )
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one step; it is on its way to the disk when this returns.
+        """Append one step; it is on its way to the disk when this returns, unless that refuses.
 
         Raises:
             KeyError: one of FIELDS is missing.
         """
         ordered = {field: row[field] for field in FIELDS} | dict(row)
-        self._file.write(_dump(ordered))
-        self._file.flush()
-        for field, value in ordered.items():
-            if field != "step":
-                self._board.add_scalar(f"train/{field}", value, ordered["step"])
+        self._waiting += _dump(ordered).encode()
+        self._flush()
+
+        def points(board: SummaryWriter) -> None:
+            for field, value in ordered.items():
+                if field != "step":
+                    board.add_scalar(f"train/{field}", value, ordered["step"])
+
+        self._draw(points)
 
     def write_perplexity(self, step: int, by_length: Mapping[int, float]) -> None:
         """Add an evaluation's perplexities (by context length, tokens) to TensorBoard."""
-        for length, perplexity in by_length.items():
-            self._board.add_scalar(f"perplexity/{length}", perplexity, step)
-        self._board.flush()
+
+        def points(board: SummaryWriter) -> None:
+            for length, perplexity in by_length.items():
+                board.add_scalar(f"perplexity/{length}", perplexity, step)
+            board.flush()
+
+        self._draw(points)
 
     def close(self) -> None:
         """Flush and close both; safe to call twice."""
-        self._file.close()
-        self._board.close()
+        if self._waiting:
+            self._flush()
+        if self._waiting:
+            self._warn(f"{self.path}: lacks the last {self._waiting.count(b'\n')} lines; the disk refused them.")
+            self._waiting = b""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        self._draw(SummaryWriter.close)
 
     def __enter__(self) -> Self:
         return self

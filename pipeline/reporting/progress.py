@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from rich import get_console
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from pipeline.lasting import lasting_console
 
 
 def duration(seconds: float) -> str:
@@ -82,7 +83,7 @@ class TrainProgress(_Display):
         console: Console | None = None,
     ) -> None:
         self.total, self.start, self.enabled, self.every = total, start, enabled, max(every, 1)
-        self._console = console or get_console()
+        self._console = console or lasting_console()
         self._seconds = 0.0
         self._task: TaskID | None = None
         self._live = _live_display(self._console, transient=False) if enabled else None
@@ -145,7 +146,7 @@ class EvalProgress(_Display):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.windows, self.label, self.enabled, self.done = windows, label, enabled, 0
-        self._console = console or get_console()
+        self._console = console or lasting_console()
         self._clock = clock
         self._began = clock()
         self._live = _live_display(self._console, transient=True) if enabled else None
@@ -184,7 +185,7 @@ class ByteProgress(_Display):
 
     def __init__(self, total: int, label: str, *, enabled: bool = True, console: Console | None = None) -> None:
         self.total, self.label, self.enabled, self.done = total, label, enabled, 0
-        self._console = console or get_console()
+        self._console = console or lasting_console()
         self._live: RichProgress | None = None
         if enabled and self._console.is_terminal:
             columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
@@ -233,7 +234,7 @@ class TokenProgress(_Display):
     ) -> None:
         self.calls = 0
         """Times progress was told; 0: nothing had to be done."""
-        self._console, self._touch, self._clock, self._enabled = console or get_console(), touch, clock, enabled
+        self._console, self._touch, self._clock, self._enabled = console or lasting_console(), touch, clock, enabled
         self._told = clock()
         self._live: RichProgress | None = None
         self._task: TaskID | None = None

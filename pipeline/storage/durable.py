@@ -6,6 +6,7 @@ Every system call that changes the disk goes through this file's `os`, so that t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -29,6 +30,8 @@ BLOCK = 1 << 23
 """Bytes hashed and written, or read, at a time."""
 MAX_JSON = 1 << 26
 """Bytes of a manifest or a header: a longer one is an attack or damage."""
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What flock says on a file system that lacks it (Lustre mounted without it, some FUSE and NFS)."""
 CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 """What a checkpoint holds: state, random state, counts."""
 

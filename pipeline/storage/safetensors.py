@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError
+from pipeline.lfs import refuse_pointer
 from pipeline.storage.safetensors_header import layout
 
 MAX_HEADER = 100_000_000
@@ -52,6 +53,7 @@ class TensorFact:
 
 def _parse_header(path: Path) -> tuple[dict[str, TensorFact], dict[str, int]]:
     """Facts and absolute byte offsets of every tensor; see `read_header` for the errors."""
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -1,7 +1,8 @@
 """One job at a time on an output folder: a lock file that names its holder, and is known to be stale when that is gone.
 
-`<output>/.lock` holds host, process id and the process's start time. On the same machine the process itself is looked
-for; from elsewhere the file's age tells, which its holder keeps young.
+`<output>/.lock` holds host, process id and when the process started, in ticks since that machine booted: setting a
+clock does not move them. On the same machine the process itself is looked for; from elsewhere (another machine, another
+container) the file is watched, which its holder touches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +30,10 @@ NAME = ".lock"
 BEAT_S = 15.0
 """Seconds between two touches by the holder."""
 STALE_S = 120.0
-"""Age at which a lock of another machine counts as left behind."""
+"""A lock of elsewhere that nobody touched for so long counts as left behind."""
+WATCH_S = 2.5 * BEAT_S
+"""An old one is watched for so long all the same: its age goes by wall clocks, which may have been set."""
+POLL_S = 1.0
 
 
 class OutputLock:
@@ -49,7 +54,7 @@ class OutputLock:
             "host": socket.gethostname(),
             "machine": machine(),
             "pid": os.getpid(),
-            "process_started": psutil.Process().create_time(),
+            "started_ticks": _own_ticks(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         try:
@@ -65,39 +70,54 @@ class OutputLock:
         self._thread.start()
 
     def _acquire(self) -> None:
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "r+b") as file:
-            # Between reading and writing, of jobs that start at the same moment; freed with the descriptor.
-            with contextlib.suppress(OSError):  # a file system without it
-                fcntl.flock(file, fcntl.LOCK_EX)
-            data = file.read(1 << 16)
-            if data:
-                self._judge(data)
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps(self._own).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        seen: tuple[int, bytes] | None = None
+        """What a holder elsewhere left when it was first looked at: time of change, contents."""
+        began = until = time.monotonic()
+        while True:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(handle, "r+b") as file:
+                # Between reading and writing, of jobs that start at the same moment; freed with the descriptor.
+                with contextlib.suppress(OSError):  # a file system without it
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                data = file.read(1 << 16)
+                now = (os.fstat(file.fileno()).st_mtime_ns, data)
+                told, living = self._judge(data) if data else ("", False)
+                if living is None and seen is None:
+                    seen, age = now, self._age()
+                    until = began + min(STALE_S, max(STALE_S - age, WATCH_S))
+                    print(
+                        f"output: {self.path.parent} was in use by {told}, not heard of for {age:.0f} s; waiting up to "
+                        f"{until - began:.0f} s to see whether it lives.",
+                        file=sys.stderr,
+                    )
+                waits = living is None and now == seen and time.monotonic() < until
+                if living or (living is None and now != seen):
+                    raise ConfigError(
+                        f"output: {self.path.parent} is in use by another job ({told}); wait for it or end it, or "
+                        "choose another output."
+                    )
+                if not waits:
+                    if data:
+                        how = "which no longer runs" if living is False else "which did not touch it"
+                        self.took_over = f"{self.path}: was left by {told}, {how}; taken over."
+                    file.seek(0)
+                    file.truncate()
+                    file.write(json.dumps(self._own).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    return
+            time.sleep(POLL_S)
 
-    def _judge(self, data: bytes) -> None:
-        """Raise if whoever wrote `data` still lives; note it otherwise."""
+    def _judge(self, data: bytes) -> tuple[str, bool | None]:
+        """Who wrote `data`, and whether that process lives; None: it cannot be looked for from here."""
         try:
             held = parse_json(data)
-            host, pid, started, since = (held[key] for key in ("host", "pid", "process_started", "since"))
-            told = f"process {int(pid)} on {str(host)[:80]}, since {str(since)[:40]}"
+            pid, started = int(held["pid"]), int(held["started_ticks"])
+            told = f"process {pid} on {str(held['host'])[:80]}, since {str(held['since'])[:40]}"
             here = bool(held["machine"]) and held["machine"] == self._own["machine"]
-            started = float(started)
         except (ValueError, KeyError, TypeError):
-            held, here, told = {}, False, "an unreadable holder"
-        age = self._age()
-        living = _runs(int(held["pid"]), started) if here else age < STALE_S
-        if living:
-            mend = "wait for it or end it" if here else f"wait for it, or {STALE_S:.0f} s if it is gone"
-            raise ConfigError(
-                f"output: {self.path.parent} is in use by another job ({told}); {mend}, or choose another output."
-            )
-        how = "which no longer runs" if here else f"not heard of for {age:.0f} s"
-        self.took_over = f"{self.path}: was left by {told}, {how}; taken over."
+            return "an unreadable holder", None
+        return told, _runs(pid, started) if here else None
 
     def _age(self) -> float:
         """Seconds since the lock was touched, by the clock of the file system, which may not be ours."""
@@ -139,15 +159,31 @@ class OutputLock:
             self.path.unlink()
 
 
-def _runs(pid: int, started: float) -> bool:
+def started_ticks(pid: int) -> int:
+    """When a process of this machine began, in clock ticks since the machine booted; no setting of the clock moves it.
+
+    Raises:
+        OSError: there is no such process (FileNotFoundError, ProcessLookupError), or no Linux /proc.
+    """
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[19])  # field 22; the second one, a name, may hold anything
+
+
+def _runs(pid: int, started: int) -> bool:
     """Whether the process lives; another one may have been given its id since."""
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return started_ticks(pid) == started and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
         return False
-    except psutil.Error:
+    except (OSError, psutil.Error):
         return True
+
+
+def _own_ticks() -> int:
+    try:
+        return started_ticks(os.getpid())
+    except OSError:
+        return 0  # without Linux' /proc no lock counts as this machine's either
 
 
 @contextlib.contextmanager

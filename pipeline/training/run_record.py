@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from pipeline.build import Run
+from pipeline.config.checks import within
 from pipeline.config.sections import RunConfig
+from pipeline.lasting import optional_file
 from pipeline.model.weights.load import kind_of, trained_names
 from pipeline.planning import tensors as names
+from pipeline.planning.balance import few_windows
 from pipeline.reporting.versions import versions
 
 
@@ -51,14 +54,17 @@ def parameter_counts(run: Run) -> dict[str, int]:
     return {"total": total, "frozen": total - sum(counts.values()), **counts}
 
 
-def notes(config: RunConfig, step: int) -> list[str]:
-    """What the run's figures show and what they do not, as far as the configuration tells."""
+def notes(config: RunConfig, step: int, shared: str = "") -> list[str]:
+    """What the run's figures show and what they do not, as far as the configuration tells.
+
+    Args:
+        shared: what the evaluation text shares with the training text; empty: nothing was found.
+    """
     tokens = step * config.train.global_batch * config.sequence
     found = [
         f"Trained on {tokens:,} tokens in sequences of {config.sequence:,} (one seed, {config.attention.kind} "
         "attention); LongLoRA's own recipe uses about 2 billion.",
-        "Perplexity is measured with full attention on text the run did not train on; a pretrained model may still "
-        "have seen that text before.",
+        "Perplexity is measured with full attention.",
         "Perplexity says that distant text is tolerated and locally useful; it does not say that facts are retrieved "
         "from it.",
     ]
@@ -67,7 +73,20 @@ def notes(config: RunConfig, step: int) -> list[str]:
             f"Sequences were shorter than the target context of {config.model.context:,}: what holds beyond "
             f"{config.sequence:,} tokens is carried by the stretched rotary positions, not by having trained there."
         )
+    if config.eval.path is not None and shared:
+        found[1] += f" It is not measured on held-out text: {shared}"
+    elif config.eval.path is not None and not within(config.eval.path, config.data.path):
+        found[1] += (
+            " No file of the evaluation text is among the training text, nor is a passage of it that was looked for; a "
+            "pretrained model may still have seen it before."
+        )
     return [*found, *config.warnings]
+
+
+def starting_warnings(run: Run) -> list[str]:
+    """What the data make doubtful, one sentence each."""
+    windows, batch = run.trainer.parts.loader.windows, run.config.train.global_batch
+    return [few_windows(windows, batch)] if windows < batch else []
 
 
 def starting_line(run: Run) -> str:
@@ -88,11 +107,12 @@ def starting_line(run: Run) -> str:
     )
 
 
-def record_run(run: Run, seconds: float | None = None) -> None:
+def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None:
     """Write or extend `<output>/run.json`.
 
     Args:
         seconds: of this session, now ended: it is added to a list. None: the session begins.
+        shared: see `notes`.
     """
     path = run.output / "run.json"
     facts: dict[str, Any] = {}
@@ -110,10 +130,13 @@ def record_run(run: Run, seconds: float | None = None) -> None:
         "dtype": str(run.trainer.parts.model.dtype).removeprefix("torch."),
         "step": run.trainer.step,
         "original_context": run.trainer.parts.model.rope.original_context,
-        "notes": notes(run.config, run.trainer.step),
+        "notes": notes(run.config, run.trainer.step, shared),
+        "changes": run.trainer.parts.manifest["changes"],
+        "init_from": run.trainer.parts.manifest["init_from"],
     }
     if seconds is not None:
         facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})
     temporary = path.with_name(".run.json.tmp")
-    temporary.write_text(json.dumps(facts, indent=1))
-    temporary.replace(path)
+    with optional_file(path):
+        temporary.write_text(json.dumps(facts, indent=1))
+        temporary.replace(path)

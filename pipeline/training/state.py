@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -60,6 +60,34 @@ def load_state(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
         return found
 
     optimizer.load_pieces(read, reader.manifest.updates)
+
+
+def load_weights(
+    model: ModelPart, optimizer: TrainableAdamW, taken: Collection[str], weights: Callable[..., torch.Tensor]
+) -> None:
+    """Begin with given weights, zero moments and no update done; collective when the optimizer is sharded.
+
+    Args:
+        taken: canonical names of the tensors to replace; the others stay as they are.
+        weights: (name, cut, start, stop) -> elements [start, stop) of the flattened cut of a tensor, fp32, 1-D.
+    """
+    tp = model.groups.plan.tp
+    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
+    own = {(name, start): state["master"].clone() for name, start, _, state in optimizer.own_pieces()}
+
+    def read(name: str, field: str, start: int, stop: int) -> torch.Tensor:
+        found = torch.zeros(stop - start)  # rows that pad the vocabulary stay zero
+        if field != "master":
+            return found
+        if name not in taken:
+            return own[name, start]
+        cut: Cut = names.tp_slice(name, model.arch, model.tp_rank, tp) if tp > 1 else None
+        limit = min(stop, math.prod(cut_shape(shapes[name], cut)))
+        if start < limit:
+            found[: limit - start] = weights(name, cut, start, limit)
+        return found
+
+    optimizer.load_pieces(read, 0)
 
 
 def check_trained(model: ModelPart, kinds: Sequence[str], reader: CheckpointReader) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from parallel.errors import CheckpointError
 from parallel.health.replicas import RunChecks
 from parallel.health.signals import StopSignals
 from parallel.health.watch import Watch
-from parallel.world.collectives import sum_over
+from parallel.world.collectives import share_from_main, sum_over
 from parallel.world.groups import Groups
 from parallel.world.rng import rng_state
-from pipeline.checkpoint.compatibility import data_cursor
+from pipeline.checkpoint.choose import set_aside
+from pipeline.checkpoint.compatibility import DataStart, data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import RunConfig
 from pipeline.data.loader import TrainLoader
@@ -25,7 +27,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.versions import versions
-from pipeline.training.non_finite import NonFiniteGuard, TrainingDiverged
+from pipeline.training.non_finite import DivergenceGuard, TrainingDiverged
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from pipeline.training.schedule import learning_rate
@@ -42,7 +44,7 @@ class TrainerParts:
     optimizer: TrainableAdamW
     reduction: GradientReduction
     loader: TrainLoader
-    guard: NonFiniteGuard
+    guard: DivergenceGuard
     saver: CheckpointSaver
     spec: AttentionSpec
     """Training attention."""
@@ -68,6 +70,9 @@ class Trainer:
 
     def __init__(self, parts: TrainerParts, start: int) -> None:
         self.parts, self.step = parts, start
+        self._sound = start if parts.guard.consecutive == 0 else 0
+        """A checkpoint this process went on from is not put in doubt: whatever ails the next step came after it, and
+        reruns that fail at once must not use up the older ones."""
         self.signals: StopSignals | None = None
         """A wish to stop: heeded between micro-batches (between steps under pipelining), and saved."""
         self._rng = rng_state()
@@ -95,7 +100,8 @@ class Trainer:
             The signal that stopped it, 0 if none did; alike on all ranks, and so is the step saved.
 
         Raises:
-            TrainingDiverged: too many non-finite steps in a row.
+            TrainingDiverged: too many bad steps in a row, or a loss that is too high at the end; says from which
+                checkpoint a rerun goes on.
             CheckpointError: a checkpoint could not be written; of one written beside training, at the next step.
         """
         config, saver = self.parts.config, self.parts.saver
@@ -112,9 +118,8 @@ class Trainer:
             except Stopped as stop:
                 self._save_and_leave(progress, watch)
                 return stop.number
-            except TrainingDiverged:
-                saver.wait()  # all ranks come here, and an earlier state is still being written
-                raise
+            except TrainingDiverged as error:
+                raise self.diverged(error) from None
             self.step += 1
             seconds = time.perf_counter() - began
             row |= {
@@ -127,7 +132,15 @@ class Trainer:
                 metrics.write(row)
             progress.update(self.step, row | {"saving": saver.progress})
             self._rng = rng_state()
-            if self.step == end or (config.save.every and self.step % config.save.every == 0):
+            if self.step == config.train.steps:
+                try:
+                    self.parts.guard.check_end()
+                except TrainingDiverged as error:
+                    raise self.diverged(error) from None
+            due = config.save.every and self.step % config.save.every == 0
+            if due and self.step != end and (bad := self.parts.guard.consecutive):
+                progress.say(f"step {self.step} is not saved: the last {bad} steps were not finite, or lost too much")
+            elif self.step == end or due:
                 with watch.patient("saving"):
                     self.save(wait=self.step == end)
                 self._show(progress)
@@ -150,6 +163,34 @@ class Trainer:
                 self.save()
         self._show(progress)
 
+    def diverged(self, error: TrainingDiverged) -> TrainingDiverged:
+        """The error with what the run can go on from: checkpoints in doubt are renamed; collective.
+
+        Raises:
+            CheckpointError: an earlier save failed, or a checkpoint could not be renamed.
+        """
+        saver = self.parts.saver
+        saver.wait()  # all ranks come here, and an earlier state may still be being written
+
+        def mend() -> str:
+            try:
+                saver.still_ours()
+                left, moved = set_aside(saver.folder, max(self._sound, self.parts.guard.last_sound_step))
+            except OSError as refused:
+                raise CheckpointError(
+                    f"{error} {refused.filename}: could not be renamed ({refused.strerror}), though it was written "
+                    "after training diverged; move it away before the rerun."
+                ) from None
+            told = f" Checkpoints in doubt were renamed: {', '.join(moved)}." if moved else ""
+            if left is None:
+                return f"{told} No earlier checkpoint is left, so a rerun starts over, and any setting may change."
+            return (
+                f"{told} A rerun goes on from step {left}; with resume.allow: [train.lr] (or [data.path]) it takes a "
+                "changed setting."
+            )
+
+        return TrainingDiverged(f"{error}{share_from_main(self.parts.groups, mend)}")
+
     def save(self, wait: bool = True) -> None:
         """Save a checkpoint of the current step, with the random state it began with; collective.
 
@@ -166,11 +207,12 @@ class Trainer:
             {
                 **parts.manifest,
                 "updates": parts.optimizer.updates,
-                "cursor": data_cursor(self.step, parts.manifest["config"]),
+                "cursor": data_cursor(self.step, parts.manifest["config"], DataStart.of(parts.manifest)),
                 "guard": parts.guard.state_dict(),
                 "versions": versions(),
                 "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
+            keep_all=parts.guard.consecutive > 0,
         )
         if wait:
             parts.saver.wait()

@@ -107,6 +107,8 @@ def test_files_lost_from_longspans_own_longlora_export(tmp_path: Path) -> None:
         path.unlink()
     assert "holds 16 trained tensors where longspan.json counts 22" in lost(tmp_path / "a")
     keep(tmp_path / "b/trainable_params.safetensors", lambda name: "embed" not in name)
+    assert "holds other tensors than trainable_params.bin beside it" in lost(tmp_path / "b")
+    (tmp_path / "b/trainable_params.bin").unlink()
     assert "holds 21 trained tensors where longspan.json counts 22" in lost(tmp_path / "b")
     save_file({}, tmp_path / "c" / WEIGHTS)
     assert "holds no LoRA tensor" in lost(tmp_path / "c")
@@ -211,9 +213,12 @@ def test_single_rows_that_do_not_fit(tmp_path: Path) -> None:
         embedding="rows",
     )
     assert torch.equal(load_adapter(tmp_path / "a").trained["model.embed_tokens.weight"], embedding)
-    for wrong in ([3], [3, 3], [3, 128], [3, -1], [3, "x"], {"embed_tokens": [3, 17, 18]}, {"lm_head": [3, 17]}):
+    for wrong in ([3], [3, 3], [3, 129], [3, -1], [3, "x"], {"embed_tokens": [3, 17, 18]}, {"lm_head": [3, 17]}):
         edit(tmp_path / "a/adapter_config.json", trainable_token_indices=wrong)
         assert "trainable_token_indices do not fit" in lost(tmp_path / "a")
+    # One more row than the base has, which its output matrix lacks.
+    edit(tmp_path / "a/adapter_config.json", trainable_token_indices=[3, 128])
+    assert "1 rows for added tokens and none of lm_head.weight" in lost(tmp_path / "a")
     edit(tmp_path / "a/adapter_config.json", trainable_token_indices={"embed_tokens": [3, 17], "lm_head": [3]})
     assert "lacks the rows of lm_head.weight" in lost(tmp_path / "a")
     edit(tmp_path / "a/adapter_config.json", trainable_token_indices="3")

@@ -13,15 +13,20 @@ from safetensors.torch import load_file
 
 from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan
+from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.build import build
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.arch import LlamaArch
 from pipeline.train import train
+from tests.numerics.movement import tensor_errors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import make_tiny, write_tokenizer
 
+MOVED = 1e-4
+"""Error of an update over its size: eps is small, so that Adam magnifies gradients near zero."""
 YAML = """
 model: {{path: {base}, context: 64, dtype: {dtype}, rope: {{type: linear, factor: 2}}}}
 attention: {{kind: s2, group_size: 16}}
@@ -67,6 +72,17 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
     return whole_trained(folder / "checkpoints" / step)
 
 
+def starting_weights(path: Path) -> dict[str, torch.Tensor]:
+    """What trains, before it does."""
+    run = build(load_config(path, [f"output={path.with_suffix('')}-not-trained"]), RankEnv())
+    try:
+        return {name: tensor.clone() for name, tensor in run.trainer.parts.optimizer.masters().items()}
+    finally:
+        run.trainer.parts.saver.close()
+        run.trainer.parts.loader.close()
+        destroy_groups()
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_resume_is_bit_equal(dtype: str, tmp_path: Path) -> None:
     straight = write_run(tmp_path, "straight", dtype=dtype, dropout=0.1)
@@ -102,9 +118,10 @@ def test_data_parallel_equals_one_process(mask: str, tmp_path: Path) -> None:
     run_here(one)
     found = run_ranks(_train_rank, 2, str(two), timeout=240)[0]
     assert np.allclose(found, losses(tmp_path / "one"), rtol=1e-5)
-    mine, theirs = final(tmp_path / "two"), final(tmp_path / "one")
-    for name in theirs:
-        assert (mine[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+    start = starting_weights(two)
+    moved = tensor_errors(final(tmp_path / "two"), final(tmp_path / "one"), start)
+    print(f"\nworst update: {max(moved.values()):.1e} of its size")
+    assert max(moved.values()) <= MOVED and len(moved) > 10, moved
 
 
 def test_resume_under_other_mathematics_is_refused(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ class ByteTokenizer:
         """Text of ids."""
         return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")
 
+    def may_cut(self, left: str, right: str) -> bool:
+        """Every character is tokenized for itself."""
+        return True
+
 
 BYTES = ByteTokenizer()
 WIDE = ByteTokenizer(vocab_size=(1 << 16) + 1, fingerprint="wide")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -35,25 +35,32 @@ KNOWN = {
     "shipped": Style("as shipped", GREY, "s", "--"),
     "before": Style("before", GREY, "s", "--"),
     "untrained": Style("RoPE changed, not trained", ORANGE, "^", ":"),
+    "initial": Style("at the start", ORANGE, "^", ":"),
     "after": Style("after training", BLUE, "o", "-"),
 }
 OTHER = (Style("", GREEN, "D", "-."), Style("", RED, "v", "-."), Style("", "#CC79A7", "P", "-."))
 
 
-def style_of(key: str, others: Sequence[str]) -> Style:
-    """Style of the evaluation in eval-<key>.json; `others` are the keys without a fixed style, in drawing order."""
+def style_of(key: str, step: int, others: Sequence[str]) -> Style:
+    """Style of the evaluation in eval-<key>.json, which was of the weights after `step` optimizer steps.
+
+    The file's name is no proof of that: a run may have gone on since, or been evaluated half-way.
+
+    Args:
+        others: the keys without a fixed style, in drawing order.
+    """
     if key in KNOWN:
-        return KNOWN[key]
+        known = KNOWN[key]
+        return replace(known, title=f"after step {step:,}") if key == "after" else known
     base = OTHER[others.index(key) % len(OTHER)]
-    step = key.removeprefix("step-")
-    title = f"step {int(step)}" if step.isdecimal() else key
+    title = f"step {step:,}" if key.startswith("step-") else key
     return Style(title, base.color, base.marker, base.line)
 
 
-def styles(keys: Sequence[str]) -> dict[str, Style]:
+def styles(evaluations: Mapping[str, EvalReport]) -> dict[str, Style]:
     """Style of every evaluation."""
-    others = [key for key in keys if key not in KNOWN]
-    return {key: style_of(key, others) for key in keys}
+    others = [key for key in evaluations if key not in KNOWN]
+    return {key: style_of(key, report.step, others) for key, report in evaluations.items()}
 
 
 def tokens_label(tokens: float) -> str:
@@ -155,7 +162,7 @@ def length_figure(evaluations: Mapping[str, EvalReport]) -> Figure:
     (axes,) = _panel(figure, "Perplexity by context length (full attention)")
     drawn: list[float] = []
     lengths = sorted({result.length for report in evaluations.values() for result in report.lengths})
-    for key, style in styles(list(evaluations)).items():
+    for key, style in styles(evaluations).items():
         results = [result for result in evaluations[key].lengths if math.isfinite(result.perplexity)]
         axes.errorbar(
             [result.length for result in results],
@@ -205,7 +212,7 @@ def position_figure(evaluations: Mapping[str, EvalReport], original_context: int
     figure = _figure()
     (axes,) = _panel(figure, f"Perplexity by position in a window of {tokens_label(length)} tokens")
     drawn: list[float] = []
-    for key, style in styles(list(evaluations)).items():
+    for key, style in styles(evaluations).items():
         (result,) = (result for result in evaluations[key].lengths if result.length == length)
         points = [
             (min((index + 0.5) * result.block, length), value)

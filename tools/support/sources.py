@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from pathlib import Path
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import newest
+from pipeline.config.rope import ROPE_TYPES
 from pipeline.config.sections import RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
 from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.hf.writer import REPORT
+from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import replacement_warning
+
+SETTINGS = {
+    "model.rope.original_context": "--original-context",
+    "original_context": "--original-context",
+    "model.rope.factor": "--factor",
+    "model.rope.theta": "--theta",
+    "model.rope.type": "--rope",
+    "model.rope": "--rope",
+    "model.context": "--context",
+    "model.path": "--base",
+}
+"""Settings of a run that errors name, and the options here that stand for them; longer names first."""
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -37,7 +54,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--base", type=Path, help="where the base model lies, if it moved since training")
     parser.add_argument("--context", type=int, help="tokens of the result, where the --adapter's files do not tell")
-    parser.add_argument("--rope", choices=("linear", "yarn", "ntk", "llama3", "none"), help="stretching, likewise")
+    parser.add_argument("--rope", choices=ROPE_TYPES, help="stretching, likewise; auto is the base's own or linear")
+    parser.add_argument("--factor", type=float, help="stretch over the original context, likewise")
+    parser.add_argument("--theta", type=float, help="RoPE base of --rope abf or ntk, likewise")
+    parser.add_argument(
+        "--original-context", type=int, help="tokens before any stretching, where neither the base nor the run tells"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
     parser.add_argument(
         "--verify",
@@ -53,15 +75,32 @@ def load_source(options: argparse.Namespace) -> tuple[TrainedModel, str]:
     Raises:
         CheckpointError, ConfigError: see `load_trained_model` and `load_adapter`.
     """
+    try:
+        return _load(options)
+    except ConfigError as error:
+        raise ConfigError(in_options(str(error))) from None
+
+
+def in_options(sentence: str) -> str:
+    """An error about a run's settings in words of this command line, which knows no YAML."""
+    for setting, option in SETTINGS.items():
+        sentence = sentence.replace(setting, option)
+    return re.sub(r"\btype: (\w+)", r"--rope \1", sentence)
+
+
+def _load(options: argparse.Namespace) -> tuple[TrainedModel, str]:
+    stretch = {"factor": options.factor, "theta": options.theta, "original_context": options.original_context}
     if options.adapter is not None:
-        rope = RopeSettings(type=options.rope) if options.rope else None
+        given = options.rope is not None or any(value is not None for value in stretch.values())
+        rope = RopeSettings(type=options.rope or "auto", **stretch) if given else None
         return load_adapter(options.adapter, options.base, options.context, rope), str(options.adapter)
-    if options.context is not None or options.rope is not None:
-        raise CheckpointError("--context and --rope: a checkpoint tells both; give them with --adapter only.")
+    told = [f"--{name}" for name in ("context", "rope", "factor", "theta") if getattr(options, name) is not None]
+    if told:
+        raise CheckpointError(f"{' and '.join(told)}: a checkpoint tells this; give it with --adapter only.")
     for last in (False, True):
         checkpoint = options.checkpoint or find_checkpoint(options.run)
         try:
-            return load_trained_model(checkpoint, options.base), checkpoint.name
+            return load_trained_model(checkpoint, options.base, options.original_context), checkpoint.name
         except CheckpointError:
             # A run that goes on may have saved anew and deleted this one meanwhile.
             if last or options.run is None or find_checkpoint(options.run) == checkpoint:
@@ -76,6 +115,8 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
         CheckpointError, ConfigError: one sentence each.
     """
     model, name = load_source(options)
+    for warning in (*model.warnings, *map(in_options, replacement_warning(read_arch(model.base), model.rope))):
+        print(f"warning: {warning}", file=sys.stderr)
     export(model, options.output, form, options.force, embedding, shown=True)
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:

@@ -29,13 +29,21 @@ ROPE_KEYS = (
 """Every top-level key of config.json that `hf_rope_fields` may write; remove them all before writing its fields."""
 
 
+def _original(plan: RopePlan) -> int:
+    """Original context of yarn and llama3, tokens."""
+    assert plan.original_context is not None, "only linear scaling may leave it open"
+    return plan.original_context
+
+
 def _yarn_ramp(plan: RopePlan, head_dim: int) -> torch.Tensor:
     """Share of stretching a pair gets, fp32 [D/2]: 0 for fast pairs, 1 for slow ones (arXiv 2309.00071, section
     3.2)."""
 
+    original = _original(plan)
+
     def pair_of(rotations: float) -> float:
         """Fractional pair index that turns `rotations` times over the original context."""
-        turns = math.log(plan.original_context / (rotations * 2 * math.pi))
+        turns = math.log(original / (rotations * 2 * math.pi))
         return (head_dim * turns) / (2 * math.log(plan.theta))
 
     low, high = pair_of(plan.beta_fast), pair_of(plan.beta_slow)
@@ -64,7 +72,7 @@ def inverse_frequencies(plan: RopePlan, head_dim: int) -> torch.Tensor:
         kept = 1 - _yarn_ramp(plan, head_dim)
         return 1.0 / (plan.factor * pair_periods) * (1 - kept) + plain * kept
     wavelengths = 2 * math.pi / plain
-    low, high, original = plan.low_freq_factor, plan.high_freq_factor, plan.original_context
+    low, high, original = plan.low_freq_factor, plan.high_freq_factor, _original(plan)
     stretched = torch.where(wavelengths > original / low, plain / plan.factor, plain)
     smooth = (original / wavelengths - low) / (high - low)
     blended = (1 - smooth) * stretched / plan.factor + smooth * stretched
@@ -129,8 +137,8 @@ def hf_rope_fields(plan: RopePlan, arch: LlamaArch, context: int) -> dict[str, A
 
     transformers 4 reads `rope_theta` and `rope_scaling`; 5 prefers `rope_scaling` where present and fills in
     `rope_theta`, and otherwise reads `rope_parameters`. All are written and agree. `original_max_position_embeddings`
-    stands at the top level for linear scaling only: both versions ignore it there, and `read_arch` uses it to extend
-    once more.
+    stands at the top level for linear scaling only, where it is known: both versions ignore it there, and `read_arch`
+    uses it to extend once more.
     """
     scaling: dict[str, Any] = {"rope_type": plan.type, "factor": plan.factor}
     if plan.type == "none":
@@ -150,6 +158,6 @@ def hf_rope_fields(plan: RopePlan, arch: LlamaArch, context: int) -> dict[str, A
         "rope_scaling": None if plan.type == "none" else scaling,
         "rope_parameters": {**scaling, "rope_theta": plan.theta},
     }
-    if plan.type == "linear":
+    if plan.type == "linear" and plan.original_context is not None:
         fields["original_max_position_embeddings"] = plan.original_context
     return fields

@@ -271,9 +271,9 @@ def test_settings_at_their_bounds_are_taken(minimal: Path) -> None:
 
 def test_evaluating_beyond_the_context_is_a_warning(minimal: Path) -> None:
     lengths = "eval.lengths=[4096, 65536, 131072]"
-    (told,) = load_config(minimal, ["eval.path=text", lengths]).warnings
+    (told,) = load_config(minimal, ["eval.path=held-out", lengths]).warnings
     assert told.startswith("eval.lengths: 65536, 131072 exceed model.context 32768") and told.endswith(".")
-    assert load_config(minimal, ["eval.path=text", "eval.lengths=[32768]"]).warnings == ()
+    assert load_config(minimal, ["eval.path=held-out", "eval.lengths=[32768]"]).warnings == ()
     assert load_config(minimal, [lengths]).warnings == (), "nothing is evaluated"
 
 
@@ -299,3 +299,13 @@ def test_no_torch_is_imported(minimal: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_warm_up_that_outlasts_the_run_and_text_that_was_trained_on_are_warnings(minimal: Path) -> None:
+    (told,) = load_config(minimal, ["train.steps=10"]).warnings
+    assert told.startswith("train.warmup_steps: 20 is more than train.steps 10, so the run ends at 50% of train.lr")
+    assert load_config(minimal, ["train.steps=20"]).warnings == ()
+    for path in ("text", "./text/../text", "text/part.txt"):
+        (told,) = load_config(minimal, [f"eval.path={path}", "eval.lengths=[64]"]).warnings
+        assert told.startswith(f"eval.path: {path} is training text (data.path)")
+    assert load_config(minimal, ["eval.path=text2", "eval.lengths=[64]"]).warnings == ()

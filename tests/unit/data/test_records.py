@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 from parallel.errors import DataError
-from pipeline.data.records import Document, RecordReader, find_files
+from pipeline.data.discovery import find_texts
+from pipeline.data.records import Document, RecordReader
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -98,7 +99,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (real / "x.txt").write_text("x")
     (real.parent / "again").symlink_to(real)
     (real / "loop").symlink_to(real.parent)
-    found = [file.relative_to(real.parent).as_posix() for file in find_files(real.parent)]
+    found = [file.path.relative_to(real.parent).as_posix() for file in find_texts(real.parent).files]
     assert found == ["again/x.txt"]
     (real.parent / "gone.txt").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"gone.txt: cannot be read \(No such file or directory\); mend or remove it"):
@@ -158,7 +159,6 @@ def test_damaged_archives(tmp_path: Path, packing: str, kind: str) -> None:
     places = range(900, 1100, 5) if packing != ".zst" else ()
     damaged = {
         "empty": b"",
-        "junk": b"this is no archive",
         **{f"flipped at {at}": part[:at] + bytes([part[at] ^ 0xFF]) + part[at + 1 :] for at in places},
         "without its first byte": part[1:],
         "junk behind": part + b"junk",
@@ -177,8 +177,8 @@ def test_wrong_places(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     cases = {
         "nowhere": "nowhere: no such file or folder; point it at text",
-        "a.pdf": r"a.pdf: its ending is not one of \.txt, \.txt\.xz, .*; rename or convert it",
-        ".": r"holds no file ending in \.txt, .*; add text or point somewhere else",
+        "a.pdf": r"a.pdf: is not one of \.txt, \.txt\.xz, .*; rename or convert it",
+        ".": r"holds no file ending in \.txt, .* \(there are a.pdf\); add text or point somewhere else",
     }
     for name, words in cases.items():
         with pytest.raises(DataError, match=words):

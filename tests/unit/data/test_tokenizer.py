@@ -18,6 +18,7 @@ from pipeline.data.tokenizer import HfTokenizer, SentencePieceTokenizer, TextTok
 
 CORPUS = [f"the {animal} saw {number} other animals" for animal in ("whale", "cow", "gull") for number in range(40)]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+ADDED = "added_tokens.json"
 NASTY = ["</s>", "a</s>b", "<s>x</s>", "<|im_end|>", " </s> ", "<unk>", "<0x0A>"]
 
 
@@ -85,7 +86,7 @@ def text_of(tokenizer: TextTokenizer, ids: list[int]) -> str:
     inner: Any = tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):
         return inner._processor.decode(ids)
-    return inner._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return inner._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def test_ids_of_the_special_tokens_and_size(hf: Path, sp: Path) -> None:
@@ -148,18 +149,6 @@ def test_every_way_to_name_one(hf: Path, sp: Path, tmp_path: Path) -> None:
     assert isinstance(load_tokenizer(tmp_path / "both"), HfTokenizer)
 
 
-def test_fingerprint_is_of_content_not_of_place(hf: Path, sp: Path, tmp_path: Path) -> None:
-    shutil.copytree(hf, tmp_path / "copy")
-    copy = load_tokenizer(tmp_path / "copy").fingerprint
-    assert copy == load_tokenizer(hf).fingerprint
-    (tmp_path / "copy" / "README.md").write_text("not of the tokenizer")
-    assert load_tokenizer(tmp_path / "copy").fingerprint == copy
-    changed = write_hf(tmp_path / "changed", model_max_length=9)
-    moved = write_sentencepiece(tmp_path / "tokenizer.model", split_digits=True)
-    prints = [load_tokenizer(path).fingerprint for path in (hf, sp, changed, moved)]
-    assert len(set(prints)) == 4 and all(len(text) == 64 for text in prints)
-
-
 def test_no_end_of_text_token(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf", eos_token=None)
     with pytest.raises(DataError, match="hf: its tokenizer names no end-of-text token; set eos_token in"):
@@ -174,13 +163,82 @@ def test_no_start_token_is_none(tmp_path: Path) -> None:
     assert load_tokenizer(write_sentencepiece(tmp_path / "x.model", bos_id=-1, eos_id=1)).bos_id is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "Evil"}}'])
-def test_damaged_tokenizer_json(hf: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", r"bad/tokenizer.json: is not JSON \(.+\)"),
+        ("{", r"bad/tokenizer.json: is not JSON \(.+\)"),
+        ("[" * 100_000, r"bad/tokenizer.json: is not JSON \(.+\)"),
+        ("[]", "bad/tokenizer.json: is not a JSON object"),
+        ('{"version": "1.0"}', r"bad: its tokenizer does not load \(.+\)"),
+        ('{"version": "1.0", "model": {"type": "Evil"}}', r"bad: its tokenizer does not load \(.+\)"),
+        (
+            '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "bad: its tokenizer has an empty voc",
+        ),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "tokenizer.json: is a Git LFS .* `git lfs pull`",
+        ),
+    ],
+)
+def test_damaged_tokenizer_json(hf: Path, tmp_path: Path, text: str, words: str) -> None:
     shutil.copytree(hf, tmp_path / "bad")
     (tmp_path / "bad" / "tokenizer.json").write_text(text)
-    with pytest.raises(DataError, match=r"bad: its tokenizer does not load \(.+\); copy the model's again") as caught:
+    with pytest.raises(DataError, match=words) as caught:
         load_tokenizer(tmp_path / "bad")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", ADDED])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xef\xbb\xbf{}", "begins with a byte-order mark, .* save it as UTF-8 without one"),
+        (b"\xff\xfe{\0}\0", "begins with a byte-order mark"),
+        (b'{"eos_token": "</s', "is not JSON .*; copy the model's again"),
+        (b'{"eos_token": "\xff"}', "is not JSON .*; copy the model's again"),
+        (b"[1]", "is not a JSON object"),
+    ],
+)
+def test_damaged_json_beside_a_model(hf: Path, sp: Path, tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    shutil.copytree(hf, tmp_path / "fast")
+    shutil.copytree(sp.parent, tmp_path / "slow")
+    for folder in ("fast", "slow") if name != "tokenizer.json" else ("fast",):
+        (tmp_path / folder / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{folder}/{name}: {words}") as caught:
+            load_tokenizer(tmp_path / folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_damaged_sentencepiece_beside_tokenizer_json(hf: Path, sp: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf, tmp_path / "both")
+    file = tmp_path / "both" / "tokenizer.model"
+    file.write_bytes(sp.read_bytes()[:1000])
+    with pytest.raises(DataError, match="tokenizer.model: is not a readable sentencepiece model"):
+        load_tokenizer(tmp_path / "both")
+    file.write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's, of tiktoken's kind
+    assert load_tokenizer(tmp_path / "both").encode("the") == load_tokenizer(hf).encode("the")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": 7}),
+        ("tokenizer_config.json", {"eos_token": {"text": "</s>"}}),
+        ("tokenizer_config.json", {"eos_token": "</s>", "added_tokens_decoder": {"x": {"content": "y"}}}),
+        ("tokenizer_config.json", {"eos_token": "</s>", "added_tokens_decoder": [1]}),
+        (ADDED, {"x": None}),
+        ("tokenizer_config.json", {"eos_token": "<nowhere>"}),
+    ],
+)
+def test_special_tokens_that_are_none(hf: Path, tmp_path: Path, name: str, content: dict[str, Any]) -> None:
+    shutil.copytree(hf, tmp_path / "bad")
+    (tmp_path / "bad" / name).write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match=rf"bad/{name}: (its eos_token .* (write|is no token)|holds no token ids \(.+\);)"
+    ):
+        load_tokenizer(tmp_path / "bad")
 
 
 @pytest.mark.parametrize("cut", [0, 1, 1000])

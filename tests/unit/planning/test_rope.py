@@ -135,16 +135,23 @@ def test_auto_keeps_what_fits_and_else_interpolates(tmp_path: Path) -> None:
 
 
 def test_linear_compounds_over_the_original_context(tmp_path: Path) -> None:
-    scaled = arch_of(tmp_path, rope_scaling={"type": "linear", "factor": 4.0}, max_position_embeddings=16384)
+    linear = {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 16384}
+    scaled = arch_of(tmp_path, **linear, original_max_position_embeddings=4096)
     assert plan_rope(scaled, RopeSettings(), 16384) == RopePlan("linear", 10000.0, 4.0, 4096)
     assert plan_rope(scaled, RopeSettings(), 65536) == RopePlan("linear", 10000.0, 16.0, 4096)
-    # LongLoRA's own releases keep Llama-2's 4096 there.
+    # Where the file does not tell, both readings exist (DeepSeek-Coder's is the stretched one): nothing is guessed.
+    silent = arch_of(tmp_path, **linear)
+    assert plan_rope(silent, RopeSettings(), 16384) == RopePlan("linear", 10000.0, 4.0, None)
+    for settings in (RopeSettings(), RopeSettings(type="linear")):
+        with pytest.raises(ConfigError, match="original_context: .* to 16384 if before, or to 4096 if after"):
+            plan_rope(silent, settings, 65536)
+    assert plan_rope(silent, RopeSettings(original_context=4096), 65536).factor == 16.0
+    assert plan_rope(silent, RopeSettings(original_context=16384), 65536).factor == 4.0
+    # LongLoRA's own releases keep Llama-2's 4096 there: nothing was pretrained on 512.
     published = arch_of(tmp_path, rope_scaling={"type": "linear", "factor": 8.0}, max_position_embeddings=4096)
-    with pytest.raises(ConfigError, match="original_context: the checkpoint is already scaled by 8"):
-        plan_rope(published, RopeSettings(), 32768)
-    told = RopeSettings(original_context=4096)
-    assert plan_rope(published, told, 32768) == RopePlan("linear", 10000.0, 8.0, 4096)
-    assert plan_rope(published, told, 65536) == RopePlan("linear", 10000.0, 16.0, 4096)
+    for told in (RopeSettings(), RopeSettings(original_context=4096)):
+        assert plan_rope(published, told, 32768) == RopePlan("linear", 10000.0, 8.0, 4096)
+        assert plan_rope(published, told, 65536) == RopePlan("linear", 10000.0, 16.0, 4096)
 
 
 def test_forced_types(tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def test_model_files(tmp_path: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "model-1.safetensors").write_bytes(weights)
+    assert "holds both model.safetensors and shards that model.safetensors.index.json names" in check()
+    (base / "model.safetensors").unlink()
     assert "model-2.safetensors: is missing (1 of 2 shards are)" in check()
     (base / "model-2.safetensors").write_bytes(weights[:-8])
     assert "model-2.safetensors: is truncated or damaged" in check()
@@ -251,9 +253,10 @@ def test_disk_needs_shrink_as_files_appear(tmp_path: Path) -> None:
     text, cache = tmp_path / "text", tmp_path / "cache"
     text.mkdir()
     (text / "a.txt").write_bytes(b"x" * 3000)
-    (text / "b.jsonl.xz").write_bytes(b"x" * 3000)
-    assert survey.token_bytes([text], cache, 32000) == 2 * (1000 + 4000)
-    assert survey.token_bytes([text], cache, 128256) == 4 * (1000 + 4000)
+    packed = lzma.compress(os.urandom(1500).hex().encode())
+    (text / "b.jsonl.xz").write_bytes(packed)
+    assert survey.token_bytes([text], cache, 32000) == 2 * (1000 + len(packed) * 4 // 3)
+    assert survey.token_bytes([text], cache, 128256) == 4 * (1000 + len(packed) * 4 // 3)
     (cache / "text-0123").mkdir(parents=True)
     (cache / "text-0123/manifest.json").write_text("{}")
     assert survey.token_bytes([text], cache, 32000) == 0
@@ -346,7 +349,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert main(["--config", config, *sets, "--set", "eval.lengths=[40000]", "--set", f"eval.path={long}"]) == 0
     assert capsys.readouterr().err.startswith("warning: eval.lengths: 40000 exceed model.context 32768")
     assert main(["--config", config, *sets, "--set", "parallel.cp=8", "--set", "attention.group_size=32"]) == 0
-    assert capsys.readouterr().err.startswith("warning: attention: with tp 1 x cp 8 and groups of 32 tokens ")
+    told = capsys.readouterr().err
+    assert "warning: attention: with tp 1 x cp 8 and groups of 32 tokens " in told
+    assert told.startswith(f"warning: eval.path: {tokens} is training text (data.path)")
     assert main(["--config", config, *sets, "--nproc", "4", "--nnodes", "3"]) == 2
     assert "missing: train.global_batch: 64 is not a multiple of micro_batch 1 x 6" in capsys.readouterr().err
     assert main(["--config", config, "--set", "train.step=3"]) == 2
@@ -358,3 +363,11 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
 def test_starting_needs_no_torch() -> None:
     program = "import sys, tools.preflight; sys.exit(bool({'torch', 'megatron', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_fewer_windows_than_a_batch_are_told(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("x" * 1000)
+    (told,) = files.check_text("data.path", text, 100, "text", batch=11).advice
+    assert told.startswith("data.path: holds 10 windows and train.global_batch is 11, so one optimizer step reads")
+    assert files.check_text("data.path", text, 100, "text", batch=10).advice == ()

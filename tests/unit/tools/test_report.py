@@ -39,7 +39,7 @@ def rows(count: int = 6) -> list[dict[str, Any]]:
     ]
 
 
-def evaluation(label: str, perplexities: dict[int, float], stderr: float | None = 0.01) -> EvalReport:
+def evaluation(label: str, perplexities: dict[int, float], stderr: float | None = 0.01, step: int = 0) -> EvalReport:
     results = []
     for length, perplexity in perplexities.items():
         blocks = 4
@@ -48,7 +48,7 @@ def evaluation(label: str, perplexities: dict[int, float], stderr: float | None 
             length, 3, 3 * (length - 1), math.log(perplexity), stderr, length // blocks, nlls, (length,) * blocks
         )
         results.append(result)
-    return EvalReport(label, 0, None, tuple(results), 61.0)
+    return EvalReport(label, step, None, tuple(results), 61.0)
 
 
 def make_run(folder: Path) -> Path:
@@ -56,9 +56,9 @@ def make_run(folder: Path) -> Path:
     folder.mkdir(parents=True)
     lines = [{key: None if value != value else value for key, value in row.items()} for row in rows()]
     (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluation("after", {512: 30.0, 2048: 25.0}).write(folder / "eval-after.json")
+    evaluation("after", {512: 30.0, 2048: 25.0}, step=70).write(folder / "eval-after.json")
     evaluation("before", {512: 28.0, 2048: 612.0}).write(folder / "eval-before.json")
-    evaluation("step-000050", {512: 33.0, 2048: 44.0}).write(folder / "eval-step-000050.json")
+    evaluation("step-000050", {512: 33.0, 2048: 44.0}, step=50).write(folder / "eval-step-000050.json")
     (folder / "config.yaml").write_text("model:\n  path: a<b>\n  context: 2048\ntrain:\n  trainable: [lora, embed]\n")
     facts = {
         "device": "CPU <test>",
@@ -66,6 +66,8 @@ def make_run(folder: Path) -> Path:
         "versions": {"torch": "2.11.0"},
         "parameters": {"total": 1000, "lora": 25},
         "sessions": [{"to_step": 6, "seconds": 3725}],
+        "init_from": {"path": "/runs/<first>", "step": 9},
+        "changes": [{"step": 4, "setting": "train.lr", "old": 2e-4, "new": 1e-4}],
         "notes": ["It shows <script>alert(1)</script> & more."],
     }
     (folder / "run.json").write_text(json.dumps(facts))
@@ -125,7 +127,7 @@ def test_a_whole_run_gives_a_page_that_stands_alone(tmp_path: Path, capsys: pyte
     assert len(images) == 4 and embedded == beside and all(png.startswith(PNG) for png in beside)
     assert not [tag for tag, attributes in page.tags if tag in ("script", "link", "iframe") or "href" in attributes]
     for expected in (
-        ["context", "before", "step 50", "after training"],
+        ["context", "before", "step 50", "after step 70"],
         ["512", "28.00 ± 0.28", "33.00 ± 0.33", "30.00 ± 0.30"],
         ["2k", "612.0 ± 6.1", "44.00 ± 0.44", "25.00 ± 0.25"],
         ["optimizer steps", "6 (1 skipped as non-finite)"],
@@ -140,8 +142,10 @@ def test_a_whole_run_gives_a_page_that_stands_alone(tmp_path: Path, capsys: pyte
         ["evaluation, after", "1:01"],
         ["model.path", "a<b>"],
         ["train.trainable", "lora, embed"],
+        ["4", "train.lr", "0.0002", "0.0001"],
     ):
         assert expected in page.rows, expected
+    assert "Began with the weights of /runs/<first>, step 9." in page.words
     assert "It shows <script>alert(1)</script> & more." in page.words, "shown as text, not run"
 
 
@@ -246,9 +250,13 @@ def test_position_plot_uses_the_longest_shared_length_and_block_centres() -> Non
 
 
 def test_curves_differ_in_more_than_colour() -> None:
-    found = list(plots.styles(["shipped", "untrained", "step-000020", "step-000040", "after"]).values())
+    keys = {"shipped": 0, "untrained": 0, "step-000020": 20, "step-000040": 40, "after": 60}
+    found = list(plots.styles({key: evaluation(key, {512: 9.0}, step=step) for key, step in keys.items()}).values())
     assert len({style.color for style in found}) == len({style.marker for style in found}) == 5
     assert [style.title for style in found][2:4] == ["step 20", "step 40"]
+    # Evaluated half-way, or gone on since: the step the weights were of counts, not the file's name.
+    (half_way,) = plots.styles({"after": evaluation("after", {512: 9.0}, step=30)}).values()
+    assert half_way.title == "after step 30"
 
 
 @pytest.mark.parametrize(("tokens", "label"), [(8192, "8k"), (131072, "128k"), (1000, "1,000"), (512, "512")])

@@ -1,0 +1,267 @@
+"""Which files are text to train on, told by their content: none is left out, or taken for text, without a word.
+
+Read are .txt (one document a file) and JSON lines in .jsonl, .ndjson, .jsonlines or .json (one a line), plain or packed
+as .xz, .gz or .zst, whatever the name says of the packing; a .txt of JSON lines with the text field is JSON lines.
+What else lies in a folder is listed for the user, and refused where it holds data of a kind that is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from parallel.errors import DataError
+from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
+from pipeline.data.shards import is_prepared
+from pipeline.lfs import MAX_POINTER, is_pointer, pointer_sentence
+
+TEXT, LINES = ".txt", ".jsonl"
+_KINDS = {TEXT: TEXT, **dict.fromkeys((LINES, ".ndjson", ".jsonlines", ".json"), LINES)}
+ENDINGS = tuple(kind + packing for kind in (TEXT, LINES) for packing in ("", *(f".{name}" for name in PACKINGS)))
+"""What messages name."""
+BOM = b"\xef\xbb\xbf"
+HEAD = 4096
+"""Bytes of a file's beginning that are looked at."""
+LONGEST_LINE = 1 << 26
+"""Bytes of a first line that is parsed to see whether it is a record."""
+LISTED = 8
+"""Names of unread files in a message; the others are counted."""
+
+_MAGIC = {
+    b"PAR1": "Parquet",
+    b"ARROW1\0\0": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"\x04\x22\x4d\x18": "packed with lz4",
+    b"MMIDIDX\0\0": "a Megatron index",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\x89HDF\r\n\x1a\n": "HDF5",
+    b"\x93NUMPY": "NumPy arrays",
+    b"Obj\x01": "Avro",
+}
+_DATA_ENDINGS = {
+    **dict.fromkeys((".parquet", ".pq"), "Parquet"),
+    **dict.fromkeys((".arrow", ".feather"), "Arrow"),
+    **dict.fromkeys((".csv", ".tsv"), "a table"),
+    **dict.fromkeys((".bin", ".idx", ".npy", ".npz", ".pt", ".pkl", ".pickle"), "binary data"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive"),
+    **dict.fromkeys((".orc", ".avro", ".tfrecord", ".mds"), "data of a kind"),
+}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that is read."""
+
+    path: Path
+    kind: str
+    """`TEXT` (one document) or `LINES` (one a line)."""
+    packing: str
+    """See `packing_of`."""
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What a file or folder holds."""
+
+    root: Path
+    files: tuple[TextFile, ...]
+    """Sorted by relative path."""
+    unread: tuple[str, ...]
+    """Relative paths of other files, and folders of prepared tokens, sorted; hidden ones are not among them."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence that names what is not read, or none."""
+        if not self.unread:
+            return ()
+        count = len(self.unread)
+        return (f"{self.root}: {count} {'file is' if count == 1 else 'files are'} not read: {_listed(self.unread)}.",)
+
+
+def _listed(found: tuple[str, ...]) -> str:
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return ", ".join(found[:LISTED]) + more
+
+
+class _Unread(Exception):
+    """A file is not read; its message says of data why (empty: it is no data)."""
+
+
+def find_texts(path: Path, text_field: str = "text") -> TextFiles:
+    """Every readable file at or below `path`; hidden files and folders are skipped.
+
+    Links to folders are followed, each real folder once.
+
+    Args:
+        text_field: key of the text in JSON records, by which a single record is told from other JSON.
+
+    Raises:
+        DataError: `path` is missing or holds nothing to read; or a file there holds data of a kind that is not read, is
+            a Git LFS pointer, or is not the UTF-8 text that its name says.
+    """
+    accepted = ", ".join(ENDINGS)
+    if path.is_file():
+        try:
+            return TextFiles(path, (_look(path, text_field),), ())
+        except _Unread as reason:
+            problem = str(reason) or f"is not one of {accepted}, or not what they hold; rename or convert it"
+            raise DataError(f"{path}: {problem}.") from None
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder; point it at text ({accepted}).")
+    found: list[TextFile] = []
+    unread: list[tuple[tuple[str, ...], str]] = []
+    data: list[tuple[tuple[str, ...], str]] = []
+    for file in _walk(path):
+        parts = file.relative_to(path).parts
+        try:
+            if file.is_dir():  # prepared tokens
+                raise _Unread
+            found.append(_look(file, text_field))
+        except _Unread as reason:
+            unread.append((parts, file.relative_to(path).as_posix()))
+            if str(reason):
+                data.append((parts, f"{file}: {reason}"))
+    left = tuple(name for _, name in sorted(unread))
+    if data:
+        more = f" (as {len(data) - 1} other files there)" if len(data) > 1 else ""
+        raise DataError(f"{min(data)[1]}, or move it away{more}.")
+    if not found:
+        others = f" (there are {_listed(left)})" if left else ""
+        raise DataError(f"{path}: holds no file ending in {accepted}{others}; add text or point somewhere else.")
+    return TextFiles(path, tuple(sorted(found, key=lambda file: file.path.relative_to(path).parts)), left)
+
+
+def _walk(path: Path) -> list[Path]:
+    """Files below a folder, and its folders of prepared tokens, which are not entered."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(folder)
+        if real in visited or is_prepared(Path(folder)):
+            if real not in visited:
+                found.append(Path(folder))
+            subfolders.clear()
+            continue
+        visited.add(real)
+        # Sorted also while walking: which of two links to one folder is visited first must not depend on the disk.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions.") from error
+
+
+def _ending(name: str) -> tuple[str, bool]:
+    """A file name's ending without that of a packing, in lower case, and whether it had one."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    packed = bool(suffixes) and suffixes[-1].removeprefix(".") in PACKINGS
+    rest = suffixes[:-1] if packed else suffixes
+    return (rest[-1] if rest else ""), packed
+
+
+def _look(file: Path, text_field: str) -> TextFile:
+    """What a file is.
+
+    Raises:
+        DataError: it cannot be read, or is not what its name says.
+        _Unread: it is not one that is read.
+    """
+    ending, named_packed = _ending(file.name)
+    kind = _KINDS.get(ending)
+    if not file.is_file() and kind is None:  # a pipe would be waited for, a link to nothing is nothing
+        raise _Unread
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(HEAD)
+    except OSError as error:
+        if kind is None and ending not in _DATA_ENDINGS:
+            raise _Unread from None
+        raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
+    if is_pointer(head) and (kind or ending in _DATA_ENDINGS or named_packed):
+        raise DataError(pointer_sentence(file))
+    packing = packing_of(head)
+    if kind and named_packed and not packing and (begins_packed(head) or not _is_text(head)):
+        raise DataError(f"{file}: the archive is truncated or corrupt (it does not begin as one); copy it again.")
+    if packing:
+        try:
+            with opened(file, packing) as (_, unpacked):
+                head = unpacked.read(HEAD)
+        except DataError:
+            if kind:
+                raise
+    _refuse_data(file, head, ending, kind)
+    if kind is None:
+        raise _Unread
+    if kind == LINES and head.removeprefix(BOM).lstrip()[:1] == b"[":
+        raise _Unread("holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]'")
+    if ending in (TEXT, ".json"):
+        records = _first_records(file, packing, head)
+        lone = len(records) == 1 and not isinstance(records[0].get(text_field), str)
+        if ending == TEXT:
+            # A text may begin with a brace, or with one line of JSON.
+            kind = LINES if records and isinstance(records[0].get(text_field), str) else TEXT
+        elif head.strip() and (not records or lone):
+            raise _Unread
+    return TextFile(file, kind, packing)
+
+
+def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None:
+    """Raise for what is not UTF-8 text by its first bytes, or data by its ending."""
+    found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+    if head[257:262] == b"ustar":
+        found = "a tar archive"
+    elif head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
+        found = "packed with bzip2"
+    if found is None and kind is None:
+        found = _DATA_ENDINGS.get(ending)
+    if found is not None:
+        how = "unpack it" if "archive" in found or "packed" in found else f"convert it to {LINES} or {TEXT}"
+        raise _Unread(f"is {found}, which is not read; {how}")
+    if kind is None:
+        return
+    if head.startswith(_UTF16):
+        raise DataError(f"{file}: is UTF-16 text, not UTF-8; convert it, e.g. with iconv -f UTF-16 -t UTF-8.")
+    if b"\0" in head:
+        raise DataError(f"{file}: is no text (it has NUL bytes); convert it to UTF-8 text, or move it away.")
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether bytes are the beginning of UTF-8 text; the last character may be cut."""
+    try:
+        head[: -3 if len(head) == HEAD else None].decode("utf-8")
+    except UnicodeDecodeError as error:
+        return len(head) == HEAD and error.start >= HEAD - 6
+    return b"\0" not in head
+
+
+def _first_records(file: Path, packing: str, head: bytes) -> list[dict[str, Any]]:
+    """The first two lines that are not blank, as JSON objects; nothing where they are something else."""
+    if not head.removeprefix(BOM).lstrip().startswith(b"{"):
+        return []
+    with opened(file, packing) as (_, stream):
+        lines = _two_lines(stream)
+    try:
+        found = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return []
+    return found if all(isinstance(record, dict) for record in found) else []
+
+
+def _two_lines(stream: IO[bytes]) -> list[bytes]:
+    lines: list[bytes] = []
+    while len(lines) < 2 and (line := stream.readline(LONGEST_LINE)):
+        line = line if lines else line.removeprefix(BOM)
+        lines += [line] if line.strip() else []
+    return lines
+
+
+assert HEAD >= MAX_POINTER

@@ -1,0 +1,69 @@
+"""Is the evaluation text among the training text? By the files' content, and by passages looked for in the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.shards import TokenShards
+
+PASSAGES = 16
+"""Looked for, spread evenly over the evaluation text."""
+PASSAGE = 64
+"""Tokens of each: longer than what unlike texts share by chance."""
+TELLING = 2
+"""So many passages found make a warning: one alone may be a licence or a quotation."""
+SEARCHED = 1 << 26
+"""Training tokens looked through at most, about a second's work."""
+_CHUNK = 1 << 22
+
+
+def shared_text(train: TokenShards, held_out: TokenShards) -> str:
+    """One sentence on what the evaluation text shares with the training text; empty: nothing was found."""
+    if train.manifest.content_hash == held_out.manifest.content_hash:
+        return "eval.path: holds the very tokens of data.path, so perplexity shows what was memorized; hold text out."
+    trained_on = {entry.sha256: entry.name for entry in train.manifest.sources}
+    same = [entry.name for entry in held_out.manifest.sources if entry.sha256 in trained_on]
+    if same:
+        return (
+            f"eval.path: {len(same)} of its {len(held_out.manifest.sources)} files are among the training text by "
+            f"their content ({same[0]}), so perplexity shows what was memorized; hold text out."
+        )
+    wanted = _passages(held_out)
+    found = _found(train, wanted)
+    if found >= min(TELLING, len(wanted)) > 0:
+        return (
+            f"eval.path: {found} of {len(wanted)} passages of {PASSAGE} tokens, taken evenly from it, are in the "
+            "training text too, so perplexity shows what was memorized; hold text out."
+        )
+    return ""
+
+
+def _passages(shards: TokenShards) -> list[NDArray[np.int64]]:
+    room = len(shards) - PASSAGE
+    starts = sorted({int(start) for start in np.linspace(0, room, PASSAGES)}) if room >= 0 else []
+    return [np.asarray(shards.read(start, start + PASSAGE), np.int64) for start in starts]
+
+
+def _found(train: TokenShards, passages: list[NDArray[np.int64]]) -> int:
+    """How many of the passages the training tokens hold."""
+    # Two neighbouring tokens make a key; the middle of a passage is no document's usual beginning.
+    middle = PASSAGE // 2
+    keys = np.array([_keys(passage[middle : middle + 2])[0] for passage in passages], np.uint64)
+    found: set[int] = set()
+    end = min(len(train), SEARCHED)
+    for start in range(0, end, _CHUNK):
+        tokens = np.asarray(train.read(start, min(start + _CHUNK + PASSAGE, end)), np.int64)
+        if len(tokens) < PASSAGE:
+            break
+        for place in np.flatnonzero(np.isin(_keys(tokens), keys)):
+            here = tokens[place - middle : place - middle + PASSAGE] if place >= middle else tokens[:0]
+            found |= {i for i, passage in enumerate(passages) if i not in found and np.array_equal(here, passage)}
+            if len(found) == len(passages):
+                return len(found)
+    return len(found)
+
+
+def _keys(tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
+    words = tokens.astype(np.uint64)
+    return words[:-1] << np.uint64(32) | words[1:]

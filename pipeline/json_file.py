@@ -1,0 +1,33 @@
+"""JSON files beside a model, read with one sentence for whatever is wrong with them. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import CheckpointError
+from pipeline.lfs import refuse_pointer
+
+_BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no UTF-8, no JSON or no object, or starts with a byte order mark, which
+            transformers does not read either.
+    """
+    mend = "copy or download it again"
+    refuse_pointer(path)
+    try:
+        data = path.read_bytes()
+        if data.startswith(_BOMS):
+            raise CheckpointError(f"{path}: starts with a byte order mark; save it as UTF-8 without one.")
+        found = json.loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {mend}.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: does not hold a JSON object; {mend}.")
+    return found

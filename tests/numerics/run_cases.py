@@ -1,0 +1,88 @@
+"""The runs that `run_oracle` computes too: their YAML and files, and the command's own function run on them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import parallel.world.groups
+from parallel.world.rank_env import RankEnv
+from pipeline.config.yaml_file import load_config
+from pipeline.train import train
+from tests.support.tiny_models import make_tiny, write_tokenizer
+
+YAML = """
+model: {{path: {base}, context: 128, dtype: {dtype}, rope: {{type: linear, factor: 2}}}}
+attention: {{kind: s2, group_fraction: 0.5, shifted_heads: {shifted}, full_last_steps: 2}}
+lora: {{rank: 4, alpha: 6, dropout: {dropout}, targets: [{targets}]}}
+data: {{path: {text}, sequence: {sequence}, mask_documents: {masked}}}
+train: {{steps: {steps}, global_batch: 4, micro_batch: {micro}, lr: 1.0e-2, lr_embed_norm: 2.0e-3, betas: [0.8, 0.9],
+  eps: 3.0e-3, weight_decay: 0.5, schedule: {schedule}, warmup_steps: 2, min_lr_ratio: 0.2, clip: {clip},
+  trainable: [lora, embed, norm, lm_head], recompute: {recompute}, seed: 7}}
+eval: {{path: {held_out}, lengths: [50, 64], windows: 3, stride: {stride}}}
+parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, engine: {engine}}}
+output: {output}
+"""
+MODELS: dict[str, dict[str, Any]] = {
+    # A vocabulary that tensor ranks pad.
+    "llama": {"kind": "llama2", "num_key_value_heads": 2, "vocab_size": 131},
+    "qwen2": {"kind": "qwen2"},
+    "mistral": {"kind": "mistral"},
+}
+LAYERS = 2
+
+
+def write_case(folder: Path, name: str, model: str = "llama", **over: Any) -> Path:
+    """The YAML of a run, whose base, text and tokenizer are made if they are not there."""
+    settings = {
+        "dtype": "fp32",
+        "shifted": "upper_half",
+        "steps": 5,
+        "dropout": 0.0,
+        "targets": "q, k, v, o, gate, up, down",
+        "sequence": 61,
+        "masked": "true",
+        "micro": 1,
+        "schedule": "cosine",
+        "clip": 1.35,  # some steps are clipped
+        "recompute": "full",
+        "stride": 24,
+        "tp": 1,
+        "cp": 1,
+        "pp": 1,
+        "engine": "megatron",
+    } | over
+    base = folder / f"{model}-{settings['dtype']}"
+    if not base.exists():
+        kind = dict(MODELS[model])
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
+        make_tiny(base, kind.pop("kind"), dtype=dtype, **kind)
+        write_tokenizer(base)
+    for number, part in enumerate(("text", "held-out")):
+        if not (folder / part).exists():
+            (folder / part).mkdir()
+            rng = np.random.default_rng(number)
+            for document in range(40):
+                letters = rng.integers(97, 105, rng.integers(10, 60)).astype(np.uint8)
+                (folder / part / f"{document:02d}.txt").write_text(letters.tobytes().decode())
+    path = folder / f"{name}.yaml"
+    files = {"base": base, "text": folder / "text", "held_out": folder / "held-out", "output": folder / name}
+    path.write_text(YAML.format(**files, **settings))
+    return path
+
+
+def train_here(path: Path, env: RankEnv | None = None, overrides: tuple[str, ...] = ()) -> None:
+    """What `python -m pipeline.train` does, in this process, which may go on with another grid after it."""
+    env = env or RankEnv()
+    if not env.launched:
+        train(load_config(path, list(overrides)), env)
+        return
+    with mock.patch.object(
+        parallel.world.groups, "destroy_groups", partial(parallel.world.groups.destroy_groups, True)
+    ):
+        train(load_config(path, list(overrides)), env)

@@ -1,0 +1,169 @@
+"""Files are known by their content; what is not read is named, and data of unread kinds is refused."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import sqlite3
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from parallel.errors import DataError
+from pipeline.data.discovery import LINES, TEXT, find_texts
+from pipeline.data.records import RecordReader
+from tests.support.data_helpers import write_shards
+from tools.prepare_data import main as prepare_main
+
+RECORDS = b'{"text": "one"}\n{"text": "two"}\n'
+PACK: dict[str, Callable[[bytes], bytes]] = {"xz": lzma.compress, "gz": gzip.compress, "zst": zstandard.compress}
+
+
+def texts(path: Path, field: str = "text") -> list[str]:
+    return [document.text for document in RecordReader(path, field)]
+
+
+def refused(path: Path, field: str = "text") -> str:
+    with pytest.raises(DataError) as caught:
+        texts(path, field)
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message
+    return message
+
+
+def archive(kind: str) -> bytes:
+    """Bytes of a data file, as the libraries that own the format write them."""
+    out = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    elif kind == "zip":
+        with zipfile.ZipFile(out, "w") as whole:
+            whole.writestr("a.txt", "text")
+    elif kind == "npy":
+        np.save(out, np.arange(9))
+    elif kind == "csv":
+        lines = io.StringIO()
+        csv.writer(lines).writerows([["text"], ["a"]])
+        return lines.getvalue().encode()
+    elif kind == "sqlite":
+        return sqlite3.connect(":memory:").execute("create table t (a)").connection.serialize()
+    # Of these no library is installed; the magic numbers are those of the formats' specifications.
+    known = {
+        "parquet": b"PAR1" + bytes(200) + b"PAR1",
+        "arrow": b"ARROW1\0\0" + bytes(64),
+        "idx": b"MMIDIDX\0\0" + bytes(64),
+        "bin": bytes(range(256)),
+        "bz2": bz2.compress(b"text " * 99),
+    }
+    return out.getvalue() or known[kind]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "idx", "bin", "bz2", "tar", "zip", "npy", "csv", "sqlite"])
+def test_data_of_unread_kinds_is_refused_wherever_it_is_named(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "LICENSE.txt").write_text("Permission is hereby granted.")
+    data = archive(kind)
+    named = [f"train.{kind}"]
+    if kind not in ("bin", "csv"):  # told by its content under other names, and packed
+        named += ["train", "train.jsonl", "train.txt", "train.json", "train.txt.gz"]
+    for name in named:
+        file = tmp_path / name
+        file.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        said = refused(tmp_path)
+        assert said.startswith(f"{file}: ") and "which is not read" in said and "or move it away" in said, said
+        assert "unpack it" in said or "convert it to .jsonl or .txt" in said
+        assert refused(file).startswith(f"{file}: ")
+        arguments = ["--input", tmp_path, "--output", tmp_path.with_name("out"), "--tokenizer", tmp_path]
+        assert prepare_main([str(argument) for argument in arguments]) == 2
+        capsys.readouterr()
+        file.unlink()
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.{kind}").write_bytes(data)
+    assert refused(tmp_path).startswith(f"{tmp_path}/a.{kind}: ") and "(as 2 other files there)" in refused(tmp_path)
+
+
+def test_every_file_that_is_not_read_is_named_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    assert find_texts(tmp_path).warnings == ()
+    write_shards(tmp_path / "prepared", [[5, 6]])
+    for name in ("README.md", "LICENSE", "sub/picture.png", ".hidden", ".git/x.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n\0" if "png" in name else b"words")
+    (tmp_path / "dataset_infos.json").write_text(json.dumps({"features": {"text": 1}}, indent=1))
+    (tmp_path / "state.json").write_text(json.dumps({"rows": 3}))
+    os.mkfifo(tmp_path / "pipe")
+    found = find_texts(tmp_path)
+    names = "LICENSE, README.md, dataset_infos.json, pipe, prepared, state.json, sub/picture.png"
+    assert found.warnings == (f"{tmp_path}: 7 files are not read: {names}.",)
+    assert [file.path.name for file in found.files] == ["a.txt"]
+    for number in range(5):
+        (tmp_path / f"z{number}.md").touch()
+    assert find_texts(tmp_path).warnings[0].endswith("sub/picture.png, z0.md and 4 more.")
+    (tmp_path / "a.txt").unlink()
+    assert "holds no file ending in .txt" in refused(tmp_path) and "(there are LICENSE, README.md" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_packing_is_known_by_its_first_bytes(tmp_path: Path, packing: str) -> None:
+    for name in ("a.jsonl", "a.jsonl.gz", "a.JSONL.XZ", "a.zst.jsonl", "a.json", "a.ndjson"):
+        (tmp_path / name).write_bytes(PACK[packing](RECORDS))
+        (found,) = find_texts(tmp_path / name).files
+        assert (found.kind, found.packing) == (LINES, packing) and texts(tmp_path / name) == ["one", "two"]
+    (tmp_path / "plain.txt.gz").write_text("unpacked by the browser")
+    assert texts(tmp_path / "plain.txt.gz") == ["unpacked by the browser"]
+    (tmp_path / "e.txt").write_bytes(PACK[packing](b"\xef\xbb\xbfwords"))
+    assert texts(tmp_path / "e.txt") == ["words"]
+    for cut in (0, 1, 2):
+        (tmp_path / f"c.txt.{packing}").write_bytes(PACK[packing](b"words")[:cut])
+        assert "the archive is truncated or corrupt" in refused(tmp_path / f"c.txt.{packing}")
+
+
+def test_json_lines_are_known_by_their_records(tmp_path: Path) -> None:
+    def kind(name: str, data: bytes, field: str = "text") -> str:
+        (tmp_path / name).write_bytes(data)
+        (found,) = find_texts(tmp_path / name, field).files
+        return found.kind
+
+    assert kind("a.json", RECORDS) == kind("a.txt", RECORDS) == kind("b.txt", b"\xef\xbb\xbf" + RECORDS) == LINES
+    assert texts(tmp_path / "a.json") == texts(tmp_path / "a.txt") == texts(tmp_path / "b.txt") == ["one", "two"]
+    assert kind("one.json", b'{"text": "the only one"}') == LINES
+    long = json.dumps({"text": "x" * 300_000}).encode()
+    assert kind("long.json", long + b"\n" + long) == kind("long.txt", long) == LINES
+    # Of another field: records in a .json are told of at once, in a .txt they are text.
+    assert kind("c.json", b'{"body": "one"}\n{"body": "two"}') == LINES
+    assert "has no field 'text' (it has body)" in refused(tmp_path / "c.json")
+    assert kind("d.txt", b'{"body": "one"}') == TEXT and kind("d.txt", b'{"body": "one"}', "body") == LINES
+    for prose in (b"{ an aside }\nand on", b'{"text": "a motto"}\nThen prose.', b"[Illustration]\n", b"", b"{"):
+        assert kind("e.txt", prose) == TEXT
+    for name in ("f.jsonl", "f.json", "f.jsonl.gz"):
+        data = json.dumps([{"text": "one"}], indent=1).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if "gz" in name else data)
+        said = refused(tmp_path / name)
+        assert f"{name}: holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]'" in said
+    for whole in (b'{"a": 1}', b'{\n "text": "pretty"\n}'):
+        (tmp_path / "g.json").write_bytes(whole)
+        assert "g.json: is not one of .txt" in refused(tmp_path / "g.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_other_encodings_and_binaries(tmp_path: Path, encoding: str, name: str) -> None:
+    (tmp_path / name).write_bytes('{"text": "Wörter"}'.encode(encoding))
+    said = refused(tmp_path)
+    marked = encoding in ("utf-16", "utf-32")
+    assert said.startswith(str(tmp_path / name))
+    assert ("UTF-16 text, not UTF-8; convert it" if marked else "no text (it has NUL bytes)") in said
+    (tmp_path / name).write_bytes(b"\x7fELF\2\1\1\0" + bytes(99))
+    assert "is no text (it has NUL bytes)" in refused(tmp_path)
