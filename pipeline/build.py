@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.collectives import on_main_first, share_from_main
+from parallel.collectives import on_main_first, require_same, share_from_main
 from parallel.errors import CheckpointError, ConfigError
 from parallel.groups import Groups, make_groups
 from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
@@ -41,6 +41,7 @@ from pipeline.model.plan import RopePlan, plan_model
 from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
 from pipeline.progress import TokenProgress
+from pipeline.rank_facts import rank_facts
 from pipeline.reduction import GradientReduction
 from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
 from pipeline.state import load_state, own_pieces
@@ -161,11 +162,20 @@ class Run:
         return Path(self.config.output)
 
 
-def connect(config: RunConfig, env: RankEnv, fake: bool = False) -> Groups:
-    """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed."""
+def connect(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Groups:
+    """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed.
+
+    Args:
+        base: the weights this rank would start from; with them the ranks compare what they have before anything else.
+
+    Raises:
+        ConfigError: this rank lacks its GPU, or the ranks have not the same settings, program or base.
+    """
     parallel = config.parallel
     plan = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    groups = make_groups(plan, env, collective_timeout_s(parallel.timeout_s), virtual=parallel.virtual, fake=fake)
+    facts = rank_facts(config, base) if base is not None and env.world_size > 1 and not fake else None
+    timeout_s = collective_timeout_s(parallel.timeout_s)
+    groups = make_groups(plan, env, timeout_s, virtual=parallel.virtual, fake=fake, facts=facts)
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
@@ -185,10 +195,15 @@ def open_tokens(
     """
     cache = Path(config.data.cache or Path(config.output) / "data")
     touch = (watch or Watch()).touch
+    require_same(groups, {"the tokenizer": tokenizer.fingerprint})
     with TokenProgress(enabled=groups.is_main, touch=touch) as progress:
-        return on_main_first(
+        shards = on_main_first(
             groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress)
         )
+    # A machine may have a copy of its own, and an older one.
+    setting = "data.path" if source == config.data.path else "eval.path"
+    require_same(groups, {f"what {setting} holds (sha256 of its tokens)": shards.fingerprint})
+    return shards
 
 
 def build(
@@ -213,7 +228,7 @@ def build(
     arch, rope = check_before_spending(config, env)
     check_output(config)  # `resume` looks again, at the base's hash and the data too
     base = base or open_base(config, arch)
-    groups = connect(config, env, fake)
+    groups = connect(config, env, base, fake)
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
