@@ -1,0 +1,3 @@
+from pipeline.command import starting
+
+starting()

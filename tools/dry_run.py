@@ -24,20 +24,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
 from parallel.fake import numbers_bytes
 from parallel.groups import destroy_groups
+from parallel.plan import plan_grid
 from parallel.rank_env import RankEnv
 from pipeline.build import build, check_before_spending
+from pipeline.command import command
 from pipeline.config import load_config
 from pipeline.hf_files import HfCheckpoint, TensorFact
+from pipeline.memory import CUDA_CONTEXT, PROCESS, estimate_memory
 from pipeline.model import names
 from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.paths import user_path
 from pipeline.schema import DataConfig, EvalConfig, RunConfig, SaveConfig
 from tools.shapes import SIZES, config_json, llama2
 from tools.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
+CPU_BYTES = 4 * GIB
+"""The most a rank may need, in fp32, where there is no GPU."""
 
 
 class RandomBase(HfCheckpoint):
@@ -129,6 +135,25 @@ def prepare(
     return changed, base, notes
 
 
+def refuse_without_gpu(config: RunConfig, arch: LlamaArch, env: RankEnv) -> None:
+    """Let a CPU be a rank of tiny runs only: others would take this machine's memory, and hours.
+
+    Raises:
+        ConfigError: the run is not tiny; with what the formula says of it.
+    """
+    parallel = config.parallel
+    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
+    on_cpu = estimate_memory(replace(config, model=replace(config.model, dtype="fp32")), arch, grid)
+    need = on_cpu.gpu_total - CUDA_CONTEXT + sum(on_cpu.host.values()) - PROCESS
+    if need > CPU_BYTES:
+        found = estimate_memory(config, arch, grid)
+        raise ConfigError(
+            f"PyTorch sees no GPU to measure on; by formula one of {env.world_size} ranks takes about "
+            f"{found.gpu_total / GIB:.1f} GiB of its GPU and {sum(found.host.values()) / GIB:.1f} GiB of host memory; "
+            "run this on a machine with one GPU, or try the same settings on a CPU with --tiny (tools.tiny_run)."
+        )
+
+
 def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: int) -> dict[str, Any]:
     """Take the steps; figures of this rank, which is alone unless torchrun started it.
 
@@ -183,16 +208,17 @@ def measure(config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.dry_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")
     parser.add_argument("--rank", type=int, default=0, help="which of them to be (default 0)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up (default 3)")
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
-    parser.add_argument("--json", type=Path, help="append the figures here, one line a run")
+    parser.add_argument("--json", type=user_path, help="append the figures here, one line a run")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence."""
     args = parse(argv)
@@ -206,14 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
-            check_before_spending(changed, env)
+            arch, _ = check_before_spending(changed, env)
+            if not torch.cuda.is_available():
+                refuse_without_gpu(changed, arch, env)
             found = measure(changed, base, env, warmup=1)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         destroy_groups()
     if env.launched and not env.is_main:

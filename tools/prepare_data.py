@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from parallel.errors import LongspanError
+from pipeline.command import command
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.paths import user_path
 from pipeline.progress import TokenProgress
 
 
@@ -25,26 +25,23 @@ def _at_least_one(text: str) -> int:
 _at_least_one.__name__ = "number of processes"  # argparse puts it into its message
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
     parser.add_argument(
-        "--input", type=Path, required=True, help="file or folder of .txt or .jsonl, plain or .xz, .gz, .zst"
+        "--input", type=user_path, required=True, help="file or folder of .txt or .jsonl, plain or .xz, .gz, .zst"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; reused if it is up to date")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write; reused if it is up to date")
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
+        "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
     parser.add_argument("--text-field", default="text", help="key of the text in .jsonl records (default: text)")
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize (default: 1)")
     options = parser.parse_args(arguments)
-    try:
-        tokenizer = load_tokenizer(options.tokenizer)
-        with TokenProgress(console=Console(stderr=True)) as progress:
-            manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    tokenizer = load_tokenizer(options.tokenizer)
+    with TokenProgress(console=Console(stderr=True)) as progress:
+        manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
     how = "written" if progress.calls else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")

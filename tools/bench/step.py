@@ -15,8 +15,9 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from parallel.groups import Groups, destroy_groups, make_groups
 from parallel.plan import check_model_fits, plan_grid
 from parallel.rank_env import RankEnv
 from parallel.rng import seed_everything
+from pipeline.command import command
 from pipeline.data.loader import Batch
 from pipeline.model import tile_size
 from pipeline.model.attention_layout import AttentionSpec
@@ -36,6 +38,7 @@ from pipeline.model.part import ModelPart
 from pipeline.model.rope import plan_rope
 from pipeline.model.weights import init_adapters, mark_trainable, trainable
 from pipeline.optim import TrainableAdamW
+from pipeline.paths import user_path
 from pipeline.reduction import GradientReduction
 from pipeline.schema import LoraConfig, RopeSettings
 from tools.bench.command_line import add_integers, console_of
@@ -143,7 +146,8 @@ def measure_tiles(args: argparse.Namespace, groups: Groups) -> list[dict[str, An
     return rows
 
 
-def main() -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the shape and grid, measure, print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-70b", help="shape (default llama2-70b)")
@@ -168,8 +172,8 @@ def main() -> None:
     )
     parser.add_argument("--plain", action="store_true", help="also measure megatron-core's own layers")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
-    parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a run")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
     try:
@@ -186,7 +190,7 @@ def main() -> None:
     finally:
         destroy_groups()
     if not env.is_main and not alone:
-        return
+        return 0
     told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
     title = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
@@ -202,7 +206,8 @@ def main() -> None:
         facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         with args.json.open("a") as file:
             file.writelines(json.dumps({"title": title, **facts, **row}) + "\n" for row in rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
