@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import pwd
+import select
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -88,11 +89,15 @@ def say(text: str) -> None:
 def _output_closed() -> bool:
     """Whether nobody reads standard output any more; if so, what is still to be written goes nowhere."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False  # a stand-in without one
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def starting() -> None:
