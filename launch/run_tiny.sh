@@ -55,7 +55,7 @@ model=runs/models/SmolLM2-135M
 step "2/7 perplexity of the model as shipped"
 python -m tools.evaluate "${common[@]}" --state shipped
 step "3/7 train, and stop half-way"
-half=$(python -c "import sys, pathlib; from pipeline.config import load_config
+half=$(python -c "import sys, pathlib; from pipeline.config.yaml_file import load_config
 print(load_config(pathlib.Path(sys.argv[1])).train.steps // 2)" "$config")
 # The untrained, stretched model at every length would cost a CPU two minutes more: there it is judged at the shortest.
 first=()

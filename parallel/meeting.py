@@ -11,7 +11,7 @@ import time
 import torch.distributed as dist
 
 from parallel.errors import LongspanError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 
 # What a store raises when its host is gone.
 LOST = (dist.DistError, ConnectionError, RuntimeError)

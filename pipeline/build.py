@@ -8,44 +8,44 @@ from pathlib import Path
 
 import torch
 
-from parallel.collectives import on_main_first, require_same, share_from_main
+from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import CheckpointError, ConfigError
-from parallel.groups import Groups, make_groups
-from parallel.plan import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
-from parallel.process import Watch, collective_timeout_s
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything, set_rng_state
-from parallel.zero3 import FrozenShards, deepspeed_config
+from parallel.health.watch import Watch, collective_timeout_s
+from parallel.world.collectives import on_main_first, require_same, share_from_main
+from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from parallel.world.groups import Groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything, set_rng_state
 from pipeline.checkpoint.choose import Choice, candidates, choose
-from pipeline.checkpoint.files import remove, rename
+from pipeline.checkpoint.compatibility import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import check_cursor, check_output, check_resumable
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.checkpoint.writer import clear_unfinished
-from pipeline.config import config_dict
+from pipeline.config.sections import AttentionConfig, LoraConfig, RunConfig
+from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
-from pipeline.guard import NonFiniteGuard
-from pipeline.hf_files import HfCheckpoint
-from pipeline.invariants import run_checks
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.attention_backends import select_backend
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.plan import RopePlan, plan_model
-from pipeline.model.weights import init_adapters, load_base, mark_trainable, trainable
-from pipeline.optim import TrainableAdamW
-from pipeline.progress import TokenProgress
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.attention.backends import select_backend
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import RopePlan, plan_model
 from pipeline.rank_facts import rank_facts
-from pipeline.reduction import GradientReduction
-from pipeline.schema import AttentionConfig, LoraConfig, RunConfig
-from pipeline.state import load_state, own_pieces
-from pipeline.trainer import Trainer, TrainerParts
+from pipeline.reporting.progress import TokenProgress
+from pipeline.storage.durable import remove, rename
+from pipeline.training.invariants import run_checks
+from pipeline.training.non_finite import NonFiniteGuard
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from pipeline.training.state import load_state, own_pieces
+from pipeline.training.trainer import Trainer, TrainerParts
 
 
 def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, RopePlan]:

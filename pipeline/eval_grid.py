@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
 
 
 def fit_ranks(config: RunConfig, world: int) -> RunConfig:

@@ -14,10 +14,10 @@ import torch
 import parallel
 import pipeline
 from parallel.errors import CheckpointError
-from pipeline.config import config_dict
-from pipeline.hf_files import HfCheckpoint
-from pipeline.schema import RunConfig
-from pipeline.versions import versions
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import config_dict
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.reporting.versions import versions
 
 OWN_PATHS = ("model.path", "data.path", "data.tokenizer", "data.cache", "eval.path")
 """Settings that may name another place on every machine, as a copy on its own disk: what lies there is compared."""

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
-from parallel.rank_env import RankEnv
-from pipeline.advice import advise
+from parallel.world.rank_env import RankEnv
 from pipeline.command import command
-from pipeline.config import dump_config, load_config
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.paths import user_path
-from pipeline.schema import RunConfig
+from pipeline.planning.balance import advise
 
 if TYPE_CHECKING:  # it imports torch
-    from parallel.process import Watch
+    from parallel.health.watch import Watch
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,16 +47,16 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         LongspanError: one sentence for whatever a user can mend.
     """
     # Heavy imports wait until the configuration is known to be good.
-    from parallel.groups import destroy_groups
-    from parallel.process import Watch
-    from parallel.stop import INTERRUPT_CODE, StopSignals, exit_code, stop_name
+    from parallel.health.signals import INTERRUPT_CODE, StopSignals, exit_code, stop_name
+    from parallel.health.watch import Watch
+    from parallel.world.groups import destroy_groups
     from pipeline.build import build
-    from pipeline.lock import locked
-    from pipeline.metrics import MetricsWriter
-    from pipeline.progress import TrainProgress
-    from pipeline.run_eval import Evaluator, forget_later
-    from pipeline.run_facts import record_run, starting_line
-    from pipeline.trainer import Stopped
+    from pipeline.evaluation.evaluator import Evaluator, forget_later
+    from pipeline.reporting.metrics import MetricsWriter
+    from pipeline.reporting.progress import TrainProgress
+    from pipeline.training.lock import locked
+    from pipeline.training.run_record import record_run, starting_line
+    from pipeline.training.trainer import Stopped
 
     watch = watch or Watch()
     began = time.perf_counter()
@@ -160,7 +160,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
 
 
 def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
-    from parallel.process import watch_ranks  # imports torch, for which a wrong configuration need not wait
+    from parallel.health.watch import watch_ranks  # imports torch, for which a wrong configuration need not wait
 
     return watch_ranks(env, *timeout_s)
 

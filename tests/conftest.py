@@ -36,7 +36,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def _own_groups() -> Iterator[None]:
     """Process groups end with the test that made them: megatron's are global, and refuse to be made twice."""
     yield
-    groups = sys.modules.get("parallel.groups")  # not imported for tests that need no torch
+    groups = sys.modules.get("parallel.world.groups")  # not imported for tests that need no torch
     if groups is not None:
         groups.destroy_groups()
 

@@ -1,6 +1,6 @@
 """Does this configuration compute on its grid what one process computes? `python -m tools.doctor --config run.yaml`
 
-The configuration is shrunk (`tools.shrink`: same axes, same options, tiny sizes), run on local CPU processes and on
+The configuration is shrunk (`support.shrink`: same axes, same options, tiny sizes), run on local CPU processes and on
 one, and compared: losses, gradients, weights after three steps, a one-token probe for leaks of the future, and the
 run-time invariants. Exit code 0: all hold; 1: something does not, or a process failed; 2: the configuration is wrong.
 """
@@ -22,18 +22,18 @@ from rich.table import Table
 
 from parallel.errors import ConfigError
 from pipeline.command import command
-from pipeline.config import dump_config, load_config
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.paths import user_path
-from pipeline.schema import RunConfig
-from tools.local_ranks import RankFailed, run_local
-from tools.shrink import Shrunk, shrink
+from tools.support.local_ranks import RankFailed, run_local
+from tools.support.shrink import Shrunk, shrink
 
 TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table, as `tools.doctor_rank.Row`."""
+    """One line of the table, as `tools.support.doctor_rank.Row`."""
 
     name: str
     value: str
@@ -108,7 +108,7 @@ def run_doctors(
         if any(tiny.processes != world for tiny in shrunk):
             raise ConfigError("The configurations need different numbers of processes; give --processes.")
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        run_local("tools.doctor_rank", [str(folder / "jobs.json")], world, folder, timeout_s, cuda)
+        run_local("tools.support.doctor_rank", [str(folder / "jobs.json")], world, folder, timeout_s, cuda)
         tables = json.loads((folder / "findings.json").read_text())
         return [Report(tiny, tuple(Finding(**row) for row in rows)) for tiny, rows in zip(shrunk, tables, strict=True)]
 

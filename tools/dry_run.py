@@ -25,21 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from parallel.fake import numbers_bytes
-from parallel.groups import destroy_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build, check_before_spending
 from pipeline.command import command
-from pipeline.config import load_config
-from pipeline.hf_files import HfCheckpoint, TensorFact
-from pipeline.memory import CUDA_CONTEXT, PROCESS, estimate_memory
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
+from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
+from pipeline.config.yaml_file import load_config
+from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.paths import user_path
-from pipeline.schema import DataConfig, EvalConfig, RunConfig, SaveConfig
-from tools.shapes import SIZES, config_json, llama2
-from tools.tiny_checkpoint import write_tokenizer, write_tokens
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.memory import CUDA_CONTEXT, PROCESS, estimate_memory
+from tools.support.shapes import SIZES, config_json, llama2
+from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import DataError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.command import command, say
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.eval_grid import fit_ranks
-from pipeline.evaluate import EvalReport
+from pipeline.evaluation.perplexity import EvalReport
 from pipeline.paths import user_path
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.set)
     if args.state:
         # Torch and megatron load only once the configuration is known to be good.
-        from pipeline.run_eval import evaluate_state
+        from pipeline.evaluation.evaluator import evaluate_state
 
         env = RankEnv.read()
         grid = fit_ranks(config, env.world_size).parallel

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.command import command
-from pipeline.export import FORMATS
-from pipeline.export_adapter import EMBEDDINGS
-from tools.sources import add_source_arguments, finish
+from pipeline.export.adapter_write import EMBEDDINGS
+from pipeline.export.formats import FORMATS
+from tools.support.sources import add_source_arguments, finish
 
 
 @command

@@ -20,18 +20,18 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.command import command
-from pipeline.export import refuse_overlap, source_files
-from pipeline.hf_companions import add_pad_token, copy_companions, tokenizer_size, write_json
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import read_arch
-from pipeline.model.rope import ROPE_KEYS, hf_rope_fields, plan_rope
-from pipeline.model.vocabulary import grown_tensor
+from pipeline.config.sections import RopeSettings
+from pipeline.export.formats import refuse_overlap, source_files
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size, write_json
+from pipeline.hf.vocabulary import grown_tensor
+from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
+from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.paths import user_path
-from pipeline.progress import ByteProgress
-from pipeline.safetensors_io import TensorFact
-from pipeline.schema import RopeSettings
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
+from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.safetensors import TensorFact
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}

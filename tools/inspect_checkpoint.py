@@ -24,9 +24,9 @@ from rich.table import Table
 
 from parallel.errors import CheckpointError, LongspanError
 from pipeline.checkpoint.choose import candidates, newest
+from pipeline.checkpoint.compatibility import flatten
 from pipeline.checkpoint.manifest import FIELDS, MANIFEST, Manifest, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.resume import flatten
 from pipeline.command import command
 from pipeline.paths import user_path
 

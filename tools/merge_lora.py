@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.command import command
-from tools.sources import add_source_arguments, finish
+from tools.support.sources import add_source_arguments, finish
 
 
 @command

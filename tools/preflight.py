@@ -18,11 +18,11 @@ from rich.table import Table
 
 from parallel.errors import ConfigError
 from pipeline.command import command
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from pipeline.paths import user_path
-from pipeline.preflight import Launch, survey
-from pipeline.preflight_files import Finding
-from tools.machine import read_machine
+from pipeline.preflight.files import Finding
+from pipeline.preflight.survey import Launch, survey
+from tools.support.machine import read_machine
 
 
 def weights_bytes(folder: Path) -> int:
@@ -32,9 +32,9 @@ def weights_bytes(folder: Path) -> int:
         CheckpointError: a file is missing, truncated or of another model; it is named.
     """
     # torch, which nothing else in a failing preflight needs
-    from pipeline.hf_files import HfCheckpoint
-    from pipeline.model import names
-    from pipeline.model.arch import read_arch
+    from pipeline.hf.checkpoint import HfCheckpoint
+    from pipeline.planning import tensors as names
+    from pipeline.planning.arch import read_arch
 
     weights = HfCheckpoint(folder)
     weights.check(names.hf_tensor_shapes(read_arch(folder)), names.is_derived)

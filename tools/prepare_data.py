@@ -12,7 +12,7 @@ from pipeline.command import command
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.paths import user_path
-from pipeline.progress import TokenProgress
+from pipeline.reporting.progress import TokenProgress
 
 
 def _at_least_one(text: str) -> int:

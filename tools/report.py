@@ -23,11 +23,11 @@ import yaml
 
 from parallel.errors import DataError
 from pipeline.command import command
-from pipeline.evaluate import EvalReport, LengthResult
-from pipeline.metrics import METRICS_FILE, read_metrics
+from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.paths import user_path
-from pipeline.progress import duration
-from tools import report_plots as plots
+from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+from pipeline.reporting.progress import duration
+from tools.support import report_plots as plots
 
 PAGE = "index.html"
 FIRST, LAST = ("shipped", "before", "untrained"), ("after",)

@@ -1,7 +1,7 @@
 """A run's settings, shrunk, through the real trainer on CPU processes: `python -m tools.tiny_run --config run.yaml`
 
-The grid, engine, offload, attention and recompute stay (`tools.shrink`). `pipeline.train` is started by torchrun as on
-GPUs, stops half-way, goes on by the same command, and must give the losses that one process of engine megatron gives
+The grid, engine, offload, attention and recompute stay (`support.shrink`). `pipeline.train` is started by torchrun as
+on GPUs, stops half-way, goes on by the same command, and must give the losses that one process of engine megatron gives
 without a stop. Exit code 0: it does; 1: it does not, or a process failed; 2: the configuration is wrong.
 """
 
@@ -22,12 +22,12 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, DataError, LongspanError
 from pipeline.command import command
-from pipeline.config import dump_config, load_config
+from pipeline.config.parallel import OffloadConfig
+from pipeline.config.sections import EvalConfig, ParallelConfig, RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.paths import user_path
-from pipeline.schema import EvalConfig, ParallelConfig, RunConfig
-from pipeline.schema_parallel import OffloadConfig
-from tools.local_ranks import ROOT, RankFailed
-from tools.shrink import Shrunk, shrink
+from tools.support.local_ranks import ROOT, RankFailed
+from tools.support.shrink import Shrunk, shrink
 
 PROCESSES = 4
 """At most, unless asked for."""
@@ -136,8 +136,8 @@ def run_tiny(config: RunConfig, folder: Path, processes: int | None, timeout_s: 
     (folder / "alone.yaml").write_text(dump_config(alone(run, folder / "alone")))
 
     # Both import torch, which a wrong configuration need not wait for.
-    from pipeline.metrics import METRICS_FILE, read_metrics
-    from tools.tiny_checkpoint import write_files
+    from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+    from tools.support.tiny_checkpoint import write_files
 
     write_files(run, tiny.model)
     train(folder / "run.yaml", tiny.processes, folder / "first-half.log", timeout_s, "--stop-after", str(STOP))

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from parallel.rank_env import EXIT_FILE
-from parallel.stop import AT_ONCE, INTERRUPT_CODE, SAVING, SIGNALS, end_at_once, stop_name, tell
+from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, SAVING, SIGNALS, end_at_once, stop_name, tell
+from parallel.world.rank_env import EXIT_FILE
 from pipeline.command import TOLD, command
 
 if TYPE_CHECKING:  # it imports torch

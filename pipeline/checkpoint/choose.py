@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import CheckpointError
-from pipeline.checkpoint.files import Damaged, read_small
 from pipeline.checkpoint.manifest import LATEST, WRITING, step_of
 from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.storage.durable import Damaged, read_small
 
 
 @dataclass(frozen=True)

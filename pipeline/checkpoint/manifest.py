@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from pipeline.checkpoint.files import ArrayFile, Damaged, FileFacts, count, parse_json, read_small
+from pipeline.storage.durable import ArrayFile, Damaged, FileFacts, count, parse_json, read_small
 
 FORMAT = 2
 MANIFEST, CHECKSUM, LATEST = "manifest.json", "manifest.sha256", "latest"

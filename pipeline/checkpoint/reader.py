@@ -12,7 +12,6 @@ from typing import Self
 
 import numpy as np
 
-from pipeline.checkpoint.files import ArrayFile, Damaged, facts_of
 from pipeline.checkpoint.manifest import (
     FIELDS,
     MASTER,
@@ -23,6 +22,7 @@ from pipeline.checkpoint.manifest import (
     rank_file,
     read_manifest,
 )
+from pipeline.storage.durable import ArrayFile, Damaged, facts_of
 
 
 class CheckpointReader:

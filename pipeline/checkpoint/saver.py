@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.collectives import agree
+from parallel.axes.pinned import pin, unpin
 from parallel.errors import CheckpointError, LongspanError
-from parallel.groups import Groups
-from parallel.pinned import pin, unpin
-from pipeline.checkpoint.files import remove
+from parallel.world.collectives import agree
+from parallel.world.groups import Groups
 from pipeline.checkpoint.manifest import folder_name
 from pipeline.checkpoint.writer import PieceArrays, prune, publish, working_folder, write_part
+from pipeline.storage.durable import remove
 
 
 @dataclass(frozen=True)

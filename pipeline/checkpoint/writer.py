@@ -14,17 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoint.files import (
-    make_folder,
-    parse_json,
-    read_small,
-    remove,
-    rename,
-    replace_text,
-    sync,
-    write_arrays,
-    write_file,
-)
 from pipeline.checkpoint.manifest import (
     CHECKSUM,
     FORMAT,
@@ -39,6 +28,17 @@ from pipeline.checkpoint.manifest import (
     manifest_bytes,
     rank_file,
     step_of,
+)
+from pipeline.storage.durable import (
+    make_folder,
+    parse_json,
+    read_small,
+    remove,
+    rename,
+    replace_text,
+    sync,
+    write_arrays,
+    write_file,
 )
 
 

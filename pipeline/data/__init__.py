@@ -1,0 +1,4 @@
+"""Text to training windows: tokenized once into shards, packed, shuffled, loaded beside the step.
+
+May import `pipeline.planning`, `config` and `storage`. Start reading at `shards`, then `packing`.
+"""

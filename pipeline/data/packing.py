@@ -12,7 +12,7 @@ from parallel.errors import DataError
 from pipeline.data.shards import TokenShards
 
 IGNORE = -100
-"""Label without loss: torch's convention, pipeline.model.loss.IGNORE, repeated to stay torch-free."""
+"""Label without loss: torch's convention, pipeline.model.layers.loss.IGNORE, repeated to stay torch-free."""
 
 
 @dataclass(frozen=True)

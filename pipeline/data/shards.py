@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.checkpoint.files import sync
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.storage.durable import sync
 
 FORMAT = "longspan-tokens"
 VERSION = 1

@@ -14,18 +14,18 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from parallel.plan import GridPlan
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch
-from pipeline.model.attention import CoreAttention, LongAttention
-from pipeline.model.lora import LoraColumnParallelLinear, LoraLastRowParallelLinear, LoraRowParallelLinear
-from pipeline.model.norm import RMSNorm
-from pipeline.model.plan import refuse_biases
-from pipeline.model.residual import last_residual_add, residual_add
-from pipeline.model.swiglu import SwiGlu
-from pipeline.model.tiled_linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
-from pipeline.model.tiled_mlp import TiledMLP
-from pipeline.schema import LoraConfig
+from parallel.world.grid import GridPlan
+from pipeline.config.sections import LoraConfig
+from pipeline.model.attention.layer import CoreAttention, LongAttention
+from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
+from pipeline.model.layers.lora import LoraColumnParallelLinear, LoraLastRowParallelLinear, LoraRowParallelLinear
+from pipeline.model.layers.mlp import TiledMLP
+from pipeline.model.layers.norm import RMSNorm
+from pipeline.model.layers.residual import last_residual_add, residual_add
+from pipeline.model.layers.swiglu import SwiGlu
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.rope import refuse_biases
 
 
 def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:

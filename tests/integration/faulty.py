@@ -13,7 +13,7 @@ import sys
 import time
 
 from parallel.errors import ConfigError, DataError
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 
 
 def user_error() -> None:
@@ -55,7 +55,7 @@ FAULTS = {function.__name__: function for function in (user_error, bug, kill, fr
 def real(fault: str, rank: int, step: int, arguments: list[str]) -> int:
     """The trainer, with the fault in this rank's model."""
     from pipeline import train
-    from pipeline.model.part import ModelPart
+    from pipeline.model.rank_model import ModelPart
 
     env = RankEnv.read()
     inner, steps = ModelPart.train_step, 0
@@ -76,7 +76,7 @@ def loop(fault: str, rank: int, step: int, timeout_s: float) -> int:
     import torch
     import torch.distributed as dist
 
-    from parallel.process import watch_ranks
+    from parallel.health.watch import watch_ranks
 
     env = RankEnv.read()
     with watch_ranks(env, timeout_s) as watch:

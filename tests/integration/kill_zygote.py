@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from tests.ranks import _reserved_port
+from tests.support.ranks import _reserved_port
 
 WORLD = 2
 BOTH = (0, 1)

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.adapters_in import load_adapter
-from pipeline.export import export, export_adapter
-from pipeline.hf_files import HfCheckpoint
-from pipeline.schema import RopeSettings
-from pipeline.verify import verify
+from pipeline.config.sections import RopeSettings
+from pipeline.export.adapter_read import load_adapter
+from pipeline.export.formats import export, export_adapter
+from pipeline.export.verify import verify
+from pipeline.hf.checkpoint import HfCheckpoint
 from tests.integration.test_import_export import trained_model
 from tests.integration.test_longlora_files import CONTEXT, TOKENS, published
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools.merge_lora import main as merge_main
 
 WEIGHTS = "adapter_model.safetensors"

@@ -17,20 +17,21 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.errors import CheckpointError
-from pipeline import hf_write
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.export import FORMATS, export, export_merged
-from pipeline.hashes import HASHES
-from pipeline.hf_companions import add_pad_token, tokenizer_size
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import new_folder, write_safetensors_sharded
-from pipeline.safetensors_io import SafetensorsFile, TensorFact, Written, tensor_digest
-from pipeline.trained_model import load_trained_model
-from pipeline.verify import verify
+from pipeline.export.formats import FORMATS, export, export_merged
+from pipeline.export.trained_model import load_trained_model
+from pipeline.export.verify import verify
+from pipeline.hf import writer
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import add_pad_token, tokenizer_size
+from pipeline.hf.hashes import HASHES
+from pipeline.hf.writer import new_folder, write_safetensors_sharded
+from pipeline.storage.safetensors import SafetensorsFile, TensorFact, Written, tensor_digest
 from tests.integration.test_import_export import trained_model, write_checkpoint
-from tests.tiny_models import make_tiny
-from tools import import_hf, sources
+from tests.support.tiny_models import make_tiny
+from tools import import_hf
 from tools.import_hf import import_model
+from tools.support import sources
 
 SHARD = 40_000
 
@@ -79,7 +80,7 @@ def test_flipped_bits_are_found_and_named(tmp_path: Path, where: int) -> None:
 def test_hashes_the_hub_told_are_checked(tmp_path: Path) -> None:
     base = make_tiny(tmp_path / "blob", "llama2")
     weights = base / "model.safetensors"
-    digest = hf_write.file_digest(weights)
+    digest = writer.file_digest(weights)
     note = base / ".cache/huggingface/download/model.safetensors.metadata"
     note.parent.mkdir(parents=True)
     note.write_text(f"{'a' * 40}\n{digest}\n1700000000.0\n")
@@ -175,14 +176,14 @@ def stop_after(count: int) -> Callable[..., Written]:
     return write
 
 
-REAL = hf_write.write_safetensors
+REAL = writer.write_safetensors
 
 
 def test_interrupted_import_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = make_tiny(tmp_path / "source", "llama2"), tmp_path / "model"
     unfinished = tmp_path / ".writing-model"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(hf_write, "write_safetensors", stop_after(3))
+        patch.setattr(writer, "write_safetensors", stop_after(3))
         import_model(source, output, shard_bytes=SHARD)
     assert unfinished.is_dir() and not output.exists()
     shards = sorted(unfinished.glob("model-*.safetensors"))
@@ -194,7 +195,7 @@ def test_interrupted_import_keeps_finished_shards(tmp_path: Path, monkeypatch: p
         done.append(path.name)
         return REAL(path, *args)
 
-    monkeypatch.setattr(hf_write, "write_safetensors", record)
+    monkeypatch.setattr(writer, "write_safetensors", record)
     import_model(source, output, shard_bytes=SHARD)
     everything = HfCheckpoint(output)
     assert shards[1].name in done and not {shards[0].name, shards[2].name} & set(done)
@@ -208,7 +209,7 @@ def test_interrupted_import_keeps_finished_shards(tmp_path: Path, monkeypatch: p
 def test_another_job_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = make_tiny(tmp_path / "source", "llama2"), tmp_path / "model"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(hf_write, "write_safetensors", stop_after(2))
+        patch.setattr(writer, "write_safetensors", stop_after(2))
         import_model(source, output, shard_bytes=SHARD)
     import_model(source, output, dtype="bf16", shard_bytes=SHARD)
     assert {fact.dtype for fact in HfCheckpoint(output).facts.values()} == {torch.bfloat16}
@@ -219,7 +220,7 @@ def test_interrupted_merge_goes_on_and_verifies(tmp_path: Path, monkeypatch: pyt
     write_checkpoint(trained_model(base), tmp_path / "checkpoint")
     model = load_trained_model(tmp_path / "checkpoint")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(hf_write, "write_safetensors", stop_after(2))
+        patch.setattr(writer, "write_safetensors", stop_after(2))
         export_merged(model, tmp_path / "out", shard_bytes=SHARD)
     assert len(list((tmp_path / ".writing-out").glob("model-*"))) == 2
     export_merged(load_trained_model(tmp_path / "checkpoint"), tmp_path / "out", shard_bytes=SHARD)
@@ -244,7 +245,7 @@ def test_verify_names_a_tensor_that_is_wrong(tmp_path: Path) -> None:
 def test_models_too_large_for_memory_are_verified_by_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained_model(make_tiny(tmp_path / "base", "mistral"))
     export_merged(model, tmp_path / "out")
-    monkeypatch.setattr("pipeline.verify_logits.available_memory", lambda: 100_000)
+    monkeypatch.setattr("pipeline.export.verify_logits.available_memory", lambda: 100_000)
     report = verify(model, tmp_path / "out", "merged")
     assert report["mode"] == "layer by layer" and report["passed"]
     assert any("Loading by transformers as a whole: that takes about" in line for line in report["not_checked"])

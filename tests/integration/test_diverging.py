@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.rank_env import RankEnv
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build
-from pipeline.config import load_config
-from pipeline.guard import TrainingDiverged
-from pipeline.progress import TrainProgress
-from pipeline.state import whole_state
+from pipeline.config.yaml_file import load_config
+from pipeline.reporting.progress import TrainProgress
+from pipeline.training.non_finite import TrainingDiverged
+from pipeline.training.state import whole_state
 from tests.numerics.test_training import write_run
 
 

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from parallel.errors import ConfigError
-from parallel.plan import plan_stages
-from pipeline.config import load_config
-from pipeline.schema import RunConfig
-from tests.tiny_models import make_tiny
+from parallel.world.grid import plan_stages
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import load_config
+from tests.support.tiny_models import make_tiny
 from tools.doctor import Report, main, run_doctor, run_doctors, show
-from tools.local_ranks import RankFailed
-from tools.shrink import VOCAB, shrink
+from tools.support.local_ranks import RankFailed
+from tools.support.shrink import VOCAB, shrink
 
 ROOT = Path(__file__).parents[2]
 YAML = """
@@ -47,12 +47,12 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
         [
             (context, None),
             (stages, None),
-            (context, "tests.plants:norms_not_summed"),
-            (context, "tests.plants:norms_wrong_group"),
-            (context, "tests.plants:local_heads"),
-            (context, "tests.plants:shifted_halo"),
-            (stages, "tests.plants:wrap_leak"),
-            (context, "tests.plants:thawed_frozen_weight"),
+            (context, "tests.support.plants:norms_not_summed"),
+            (context, "tests.support.plants:norms_wrong_group"),
+            (context, "tests.support.plants:local_heads"),
+            (context, "tests.support.plants:shifted_halo"),
+            (stages, "tests.support.plants:wrap_leak"),
+            (context, "tests.support.plants:thawed_frozen_weight"),
         ],
         processes=4,
         timeout_s=240,

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.export.verify import sample_tokens
 from pipeline.train import main as train
-from pipeline.verify import sample_tokens
 from tests.numerics.test_training import losses, write_run
 from tools.evaluate import main as evaluate
 from tools.export_hf import main as export
@@ -42,7 +42,8 @@ def test_train_stop_resume_evaluate_export_report(
     assert [figure["label"] for figure in figures] == ["shipped", "untrained", "after"]
 
     with monkeypatch.context() as closed:
-        closed.setattr("pipeline.run_eval.build_model", None)  # other settings are told before a model is loaded
+        # Other settings are told before a model is loaded.
+        closed.setattr("pipeline.evaluation.evaluator.build_model", None)
         assert evaluate([*common, "--state", "trained", "--set", "attention.shifted_heads=alternate"]) == 2
     assert "attention.shifted_heads" in capsys.readouterr().err
 

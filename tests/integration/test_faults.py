@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel.liveness import SILENCE_S, Beat, Peers, machine
-from parallel.process import Watch, collective_timeout_s, watch_ranks
-from parallel.rank_env import RankEnv
+from parallel.health.liveness import SILENCE_S, Beat, Peers, machine
+from parallel.health.watch import Watch, collective_timeout_s, watch_ranks
+from parallel.world.rank_env import RankEnv
 from tests.numerics.test_training import write_run
-from tests.ranks import _reserved_port
+from tests.support.ranks import _reserved_port
 
 ROOT = Path(__file__).parents[2]
 START_S = 180.0

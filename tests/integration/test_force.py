@@ -9,13 +9,13 @@ import pytest
 import sentencepiece
 
 from parallel.errors import CheckpointError
-from pipeline import hf_write
-from pipeline.export import FORMATS, export, export_merged
-from pipeline.hf_companions import tokenizer_size
-from pipeline.hf_write import new_folder
+from pipeline.export.formats import FORMATS, export, export_merged
+from pipeline.hf import writer
+from pipeline.hf.companions import tokenizer_size
+from pipeline.hf.writer import new_folder
 from tests.integration.test_conversion_faults import Stopped, stop_after
 from tests.integration.test_import_export import trained_model, write_checkpoint
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 from tools.export_hf import main as export_main
 from tools.import_hf import import_model
 from tools.import_hf import main as import_main
@@ -172,7 +172,7 @@ def test_a_resumed_import_adds_its_token_once(tmp_path: Path, monkeypatch: pytes
         )
     size = tokenizer_size(source)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(hf_write, "write_safetensors", stop_after(2))
+        patch.setattr(writer, "write_safetensors", stop_after(2))
         import_model(source, tmp_path / "out", pad_token="[PAD]", shard_bytes=40_000)
     assert (tmp_path / ".writing-out/added_tokens.json").is_file()
     import_model(source, tmp_path / "out", pad_token="[PAD]", shard_bytes=40_000)

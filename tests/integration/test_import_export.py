@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.export import export, export_adapter, export_merged
-from pipeline.export_adapter import peft_config
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import plan_shards, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import read_arch
-from pipeline.model.rope import plan_rope
-from pipeline.safetensors_io import TensorFact
-from pipeline.schema import LORA_TARGETS, LoraConfig, RopeSettings
-from pipeline.trained_model import TrainedModel, load_trained_model
-from pipeline.verify import sample_tokens, verify
-from tests.tiny_models import KINDS, make_tiny
+from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.export.adapter_write import peft_config
+from pipeline.export.formats import export, export_adapter, export_merged
+from pipeline.export.trained_model import TrainedModel, load_trained_model
+from pipeline.export.verify import sample_tokens, verify
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.writer import plan_shards, write_safetensors_sharded
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
+from pipeline.storage.safetensors import TensorFact
+from tests.support.tiny_models import KINDS, make_tiny
 from tools.export_hf import main as export_main
 from tools.import_hf import import_model
 from tools.import_hf import main as import_main
@@ -173,7 +173,7 @@ def test_verify_fails_on_a_wrong_export(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.context() as patch,
         pytest.raises(CheckpointError, match="logits differ from the trained model's by"),
     ):
-        patch.setattr("pipeline.verify.compare_tensors", lambda *_: {})
+        patch.setattr("pipeline.export.verify.compare_tensors", lambda *_: {})
         verify(model, tmp_path / "out", "merged")
     assert json.loads((tmp_path / "out/verify.json").read_text())["passed"] is False
     export_merged(model, tmp_path / "out", force=True)

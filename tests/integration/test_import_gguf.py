@@ -14,10 +14,10 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model import names
-from pipeline.model.arch import read_arch
-from tests.tiny_models import make_tiny
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
+from tests.support.tiny_models import make_tiny
 from tools.import_hf import main
 
 NAMES = {

@@ -20,21 +20,23 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import rng_state
-from pipeline import build, run_eval, run_facts, train
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import rng_state
+from pipeline import build, train
 from pipeline.checkpoint.choose import candidates, choose
 from pipeline.checkpoint.manifest import CHECKSUM, FIELDS, LATEST, MANIFEST, WRITING, Cut, folder_name, step_of
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
 from pipeline.checkpoint.writer import clear_unfinished
+from pipeline.evaluation import evaluator
+from pipeline.training import run_record
 from tests.integration.kill_zygote import END_S, START_S, WORLD, Board, Pair, victims_of
 from tests.numerics.test_training import losses, rows, write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
-HEAVY = (build, run_eval, run_facts)
+HEAVY = (build, evaluator, run_record)
 """Imported here so that the forked trainers need not."""
 SEED = int(os.environ.get("LONGSPAN_KILL_SEED", "0"))
 SAVER_KILLS, TRAINER_KILLS = 120, 12

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from tools.local_ranks import RankFailed
+from pipeline.config.yaml_file import load_config
+from tools.support.local_ranks import RankFailed
 from tools.tiny_run import PROCESSES, STOP, compare_losses, main, train
 
 ROOT = Path(__file__).parents[2]

@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model import names
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import load_base
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import load_base
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny
 
 ADDED = 3
 CASES = (("qwen2", 0), ("llama32", 0), ("llama2", ADDED))

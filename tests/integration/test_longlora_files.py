@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.adapters_in import load_adapter, read_pickled
-from pipeline.export import export
-from pipeline.export_adapter import export_adapter
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model.arch import read_arch
-from pipeline.verify import verify
+from pipeline.export.adapter_read import load_adapter, read_pickled
+from pipeline.export.adapter_write import export_adapter
+from pipeline.export.formats import export
+from pipeline.export.verify import verify
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.planning.arch import read_arch
 from tests.integration.test_import_export import trained_model
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.import_hf import main as import_main
 from tools.merge_lora import main as merge_main
 

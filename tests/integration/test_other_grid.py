@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.rank_env import RankEnv
-from pipeline.config import load_config
+from parallel.world.rank_env import RankEnv
+from pipeline.config.yaml_file import load_config
 from pipeline.train import train
 from tests.numerics.test_training import final, losses, run_here, write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 BATCH = ["train.eps=1.0e-4"]
 """Adam's sign-like steps on gradients near zero would otherwise enlarge last-place differences."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluate import EvalReport
+from pipeline.evaluation.perplexity import EvalReport
 from tests.integration.test_faults import QUIET, ROOT, finish, mark
 from tests.numerics.test_training import losses, run_here, write_run
 from tools.evaluate import main

@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.rank_env import EXIT_FILE, RankEnv
-from parallel.stop import exit_code
+from parallel.health.signals import exit_code
+from parallel.world.rank_env import EXIT_FILE, RankEnv
 from pipeline.checkpoint.choose import choose
-from pipeline.lock import OutputLock
+from pipeline.training.lock import OutputLock
 from tests.integration.test_faults import QUIET, ROOT, finish, mark, start
 from tests.numerics.test_training import losses, run_here, write_run
-from tests.ranks import _reserved_port
+from tests.support.ranks import _reserved_port
 
 __all__ = ["mark"]
 STEPS = 12

@@ -24,7 +24,7 @@ from pipeline.data import prepare as prepare_module
 from pipeline.data.prepare import cache_folder, open_text_or_shards, prepare
 from pipeline.data.shards import DOCUMENTS, MANIFEST, TokenShards, open_shards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from tests.tiny_models import write_tokenizer
+from tests.support.tiny_models import write_tokenizer
 from tools import prepare_data
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +255,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from pipeline.data.prepare import prepare
-from tests.data_helpers import BYTES
+from tests.support.data_helpers import BYTES
 
 def wait(done, *_):
     if done:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.tiny_models import write_tokenizer
+from tests.support.tiny_models import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 POOL = """

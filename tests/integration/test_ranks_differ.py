@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.integration.test_faults import QUIET, ROOT, Ended, finish, mark
 from tests.numerics.test_training import write_run
-from tests.ranks import _reserved_port
+from tests.support.ranks import _reserved_port
 
 __all__ = ["mark"]
 

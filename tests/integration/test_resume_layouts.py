@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build
-from pipeline.config import load_config
-from pipeline.state import whole_state
+from pipeline.config.yaml_file import load_config
+from pipeline.training.state import whole_state
 from tests.numerics.test_training import write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STEPS = 2
 Layout = dict[str, int | str]

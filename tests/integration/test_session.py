@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.process import Watch
-from parallel.rank_env import RankEnv
+from parallel.health.watch import Watch
+from parallel.world.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
 from pipeline.checkpoint.choose import choose
-from pipeline.checkpoint.resume import check_output
-from pipeline.config import load_config
+from pipeline.checkpoint.compatibility import check_output
+from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.progress import EvalProgress
+from pipeline.reporting.progress import EvalProgress
 from pipeline.train import main
 from tests.numerics.test_training import losses, run_here, write_run
 
@@ -86,7 +86,8 @@ def test_a_signal_amid_the_last_evaluation_which_a_rerun_makes(
     assert main(words) == 0
     assert "nothing left to train: 6 steps of 6 are done" in capsys.readouterr().out
     assert json.loads(after.read_text())["step"] == 6
-    monkeypatch.setattr("pipeline.run_eval.evaluate", None)  # a third time there is nothing to evaluate either
+    # A third time there is nothing to evaluate either.
+    monkeypatch.setattr("pipeline.evaluation.evaluator.evaluate", None)
     assert main(words) == 0
     after.write_text("{")
     with pytest.raises(TypeError, match="not callable"):  # what was cut off is made again

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from parallel import data_parallel
-from parallel.data_parallel import GradientReducer
-from pipeline.optim import TrainableAdamW
+from parallel.axes import data
+from parallel.axes.data import GradientReducer
+from pipeline.training.optimizer import TrainableAdamW
 
 VOCAB, HIDDEN, MICRO, STEPS = 37, 10, 3, 3
 RATES = {"lora": 1e-2, "other": 3e-3}
@@ -154,7 +154,7 @@ def starts(group: dist.ProcessGroup) -> dict[str, Any]:
         order.append(tensor.storage_offset())
         return real(tensor, **kwargs)
 
-    with mock.patch.object(data_parallel.dist, "all_reduce", logged):
+    with mock.patch.object(data.dist, "all_reduce", logged):
         reducer.arm()
         fired = torch.randperm(len(spans), generator=torch.Generator().manual_seed(rank)).tolist()
         for index in fired:

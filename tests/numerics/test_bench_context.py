@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.model.attention_backends import select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.context_plan import halo_bytes
-from tests.ranks import run_ranks
+from pipeline.model.attention.backends import select_backend
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_bytes
+from tests.support.ranks import run_ranks
 from tools.bench.torch_ring import refuses
 
 LENGTHS, GROUP, HEADS, KV_HEADS, DIM, RANKS = (256, 128), 64, 8, 2, 16, 2

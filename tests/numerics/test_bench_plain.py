@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.groups import make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import plan_grid
+from parallel.world.groups import make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import tiled_linear, tiled_mlp
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny
+from pipeline.model.layers import linear, mlp
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny
 from tools.bench.plain import REPLACED, plain_layers
 
 
@@ -48,8 +48,8 @@ def _both(rank: int, world: int, folder: str, alone: bool = False) -> tuple[floa
         calls += 1
         return made(group, *rest)  # type: ignore[arg-type]
 
-    made, tiled_linear.tiles_of = tiled_linear.tiles_of, counted  # type: ignore[assignment]
-    tiled_mlp.tiles_of = counted  # type: ignore[assignment]
+    made, linear.tiles_of = linear.tiles_of, counted  # type: ignore[assignment]
+    mlp.tiles_of = counted  # type: ignore[assignment]
 
     def gradients() -> tuple[list[torch.Tensor], int]:
         nonlocal calls

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.checks import InvariantViolated, bit_sums
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.health.replicas import InvariantViolated, bit_sums
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import Run, build
-from pipeline.config import load_config
+from pipeline.config.yaml_file import load_config
 from tests.numerics.test_parallel_parity import Grid, write_config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def _find(run: Run, name: str) -> torch.Tensor:

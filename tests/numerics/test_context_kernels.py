@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.halo_plan import Region
-from parallel.s2_context import ContextShard, Flight
-from pipeline.model import context_parallel, s2_attention
-from pipeline.model.attention_backends import Backend, attend_pieces, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.context_parallel import context_attend
-from pipeline.model.s2_attention import attend_straddling
+from parallel.axes.context import ContextShard, Flight
+from parallel.axes.halo_plan import Region
+from pipeline.model.attention import local, sharded
+from pipeline.model.attention.backends import Backend, attend_pieces, select_backend
+from pipeline.model.attention.local import attend_straddling
+from pipeline.model.attention.sharded import context_attend
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tests.numerics import attention_oracle as oracle
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def shards_errors(
         def exchange(*args: Any) -> Simulated:
             return Simulated(whole_k, whole_v, args[-1].reads, sent_back)
 
-        with mock.patch.object(context_parallel, "_exchange", exchange):
+        with mock.patch.object(sharded, "_exchange", exchange):
             out = context_attend(*own.split(widths, 2), layout, spec, plan, shard)
         (grad,) = torch.autograd.grad(out, own, weight[shard.start : shard.stop])
         outs.append(out.detach())
@@ -228,13 +228,13 @@ def test_straddling_in_half_precision(name: str, dim: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("name", ["auto", "cudnn", "flash"])
 def test_simulated_shards_in_half_precision_make_no_mask(name: str, kind: str, irregular: bool) -> None:
     device = torch.device("cuda", 0)
-    real = s2_attention.attend_block
+    real = local.attend_block
 
     def unmasked(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
         assert rest[1].edges is not None or q.shape[1] == k.shape[1], "this call builds a mask"
         return real(q, k, *rest)
 
-    with mock.patch.object(s2_attention, "attend_block", unmasked):
+    with mock.patch.object(local, "attend_block", unmasked):
         for size, tokens, group in ((4, 64, 128), (4, 70, 96), (8, 40, 150)):
             spec = AttentionSpec(kind, group, backend=name)
             found = shards_errors(spec, size, tokens, 2, 8, 2, 64, torch.bfloat16, device, irregular)

@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from parallel.axes.context import ByteMeter, ContextShard, HaloExchange
+from parallel.axes.halo_plan import Region
 from parallel.errors import ConfigError
-from parallel.halo_plan import Region
-from parallel.s2_context import ByteMeter, ContextShard, HaloExchange
-from pipeline.model import context_parallel
-from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
-from pipeline.model.context_parallel import context_attend
-from pipeline.model.context_plan import halo_bytes, halo_formula
-from pipeline.model.s2_attention import attend
-from tests.ranks import run_ranks
+from pipeline.model.attention import sharded
+from pipeline.model.attention.local import attend
+from pipeline.model.attention.sharded import context_attend
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_bytes, halo_formula
+from tests.support.ranks import run_ranks
 
 LAYERS, DIM = 2, 8
 
@@ -221,10 +221,8 @@ def order_of_events(shard: ContextShard, recompute: bool) -> list[str]:
 
     with mock.patch.multiple(HaloExchange, **{name: logged(name) for name in exchange_calls}):
         with (
-            mock.patch.object(context_parallel, "attend_block", hooked("local", context_parallel.attend_block)),
-            mock.patch.object(
-                context_parallel, "attend_straddling", hooked("straddling", context_parallel.attend_straddling)
-            ),
+            mock.patch.object(sharded, "attend_block", hooked("local", sharded.attend_block)),
+            mock.patch.object(sharded, "attend_straddling", hooked("straddling", sharded.attend_straddling)),
         ):
             if recompute:
                 out = checkpoint(layer, own, use_reentrant=False)

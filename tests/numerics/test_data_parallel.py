@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.data_parallel import plan_buckets
+from parallel.axes.data import plan_buckets
 from tests.numerics.data_parallel_work import HIDDEN, VOCAB, Model, work
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model import fused, lora, norm, rope, swiglu, tiled_mlp
-from tests.interpreted import interpret
-from tests.single import single_groups
+from pipeline.model.layers import kernel_choice, lora, mlp, norm, rotary, swiglu
+from tests.support.interpreted import interpret
+from tests.support.single import single_groups
 
 DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
 
 
 def _swiglu_agrees(device: str) -> None:
     """The gradient lies over the input."""
-    from pipeline.model import kernels
+    from pipeline.model.layers import triton_kernels as kernels
 
     generator = torch.Generator().manual_seed(0)
     # 1100 columns: a whole block, and part of one.
@@ -38,7 +38,7 @@ def _swiglu_agrees(device: str) -> None:
 
 def _rotation_agrees(device: str) -> None:
     """Both ways to the bit, from strided inputs; head widths that are no power of two, more heads than a block has."""
-    from pipeline.model import kernels
+    from pipeline.model.layers import triton_kernels as kernels
 
     generator = torch.Generator().manual_seed(1)
     for dtype, _ in DTYPES:
@@ -57,7 +57,7 @@ def _rotation_agrees(device: str) -> None:
             # The interpreter cuts bf16 off instead of rounding it.
             slack = 0.1 if dtype is torch.bfloat16 and device == "cpu" else 0.0
             twin = x.detach().requires_grad_()
-            turned = rope._Rotate.apply(twin, cos, sin, kernels)
+            turned = rotary._Rotate.apply(twin, cos, sin, kernels)
             # Of a gradient whose last stride is not 1 a copy is turned.
             (slope,) = torch.autograd.grad(turned, twin, grad.repeat_interleave(2, dim=-1)[..., ::2])
             for found, wanted in ((turned, expected), (slope, x.grad)):
@@ -67,7 +67,7 @@ def _rotation_agrees(device: str) -> None:
 
 def _update_agrees(device: str) -> None:
     """LoRA's update over its base, in shapes that are no multiple of a program's."""
-    from pipeline.model import kernels
+    from pipeline.model.layers import triton_kernels as kernels
 
     generator = torch.Generator().manual_seed(2)
     # The interpreter's matrix product takes bf16's bits for integers.
@@ -89,7 +89,7 @@ def _update_agrees(device: str) -> None:
 
 def _norm_gradient_agrees(device: str) -> None:
     """Against fp64, rows that do not share out evenly, a width that is no power of two."""
-    from pipeline.model import kernels
+    from pipeline.model.layers import triton_kernels as kernels
 
     generator = torch.Generator().manual_seed(3)
     for dtype, tolerance in DTYPES:
@@ -119,7 +119,7 @@ def test_swiglu_on_a_gpu() -> None:
     _swiglu_agrees("cuda")
     gate_up = (4 * torch.randn(64, 1, 2048, device="cuda")).bfloat16()
     grad = torch.randn(64, 1, 1024, device="cuda").bfloat16()
-    assert fused.kernels_for(gate_up, grad) is not None
+    assert kernel_choice.kernels_for(gate_up, grad) is not None
     found, result = swiglu.swiglu(gate_up), torch.empty_like(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     differ = (found != functional.silu(gate) * up).float().mean()
@@ -139,11 +139,11 @@ def test_rotation_on_a_gpu() -> None:
     angles = torch.rand(7, 64, device="cuda")
     x = torch.randn(7, 2, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
-    turned = rope.apply_rope(x, angles.cos(), angles.sin())
+    turned = rotary.apply_rope(x, angles.cos(), angles.sin())
     (found,) = torch.autograd.grad(turned, x, grad)
     # A last stride that is not 1: eager operations.
     other = x.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
-    again = rope.apply_rope(other, angles.cos(), angles.sin())
+    again = rotary.apply_rope(other, angles.cos(), angles.sin())
     assert torch.equal(turned, again)
     again.backward(grad)
     assert other.grad is not None and torch.equal(found, other.grad)
@@ -161,7 +161,9 @@ def test_norm_gradient_on_a_gpu() -> None:
         x = torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weight = torch.rand(width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16)
-        found = torch.autograd.grad(norm._Norm.apply(x, weight, 1e-5, fused.kernels_for(x, weight)), (x, weight), grad)
+        found = torch.autograd.grad(
+            norm._Norm.apply(x, weight, 1e-5, kernel_choice.kernels_for(x, weight)), (x, weight), grad
+        )
         expected = torch.autograd.grad(functional.rms_norm(x, (width,), weight, 1e-5), (x, weight), grad)
         for one, other in zip(found, expected, strict=True):
             assert (one - other).float().norm() < 4e-3 * other.float().norm()
@@ -169,23 +171,23 @@ def test_norm_gradient_on_a_gpu() -> None:
 
 def test_without_a_compiler_eager_operations_serve() -> None:
     """A CPU has no driver for Triton: told once, and nothing fails."""
-    fused.load_kernels.cache_clear()
+    kernel_choice.load_kernels.cache_clear()
     device = torch.device("cpu")
     with pytest.warns(UserWarning, match="run unfused"):
-        assert fused.load_kernels(device) is None
-    assert fused.load_kernels(device) is None
-    fused.load_kernels.cache_clear()
+        assert kernel_choice.load_kernels(device) is None
+    assert kernel_choice.load_kernels(device) is None
+    kernel_choice.load_kernels.cache_clear()
 
 
 def test_memory_that_is_short_for_a_moment_switches_no_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("pipeline.model.kernels")
-    fused.load_kernels.cache_clear()
+    kernels = pytest.importorskip("pipeline.model.layers.triton_kernels")
+    kernel_choice.load_kernels.cache_clear()
     monkeypatch.setattr(kernels, "probe", mock.Mock(side_effect=[torch.OutOfMemoryError, None]))
     device = torch.device("cpu")
     with pytest.raises(torch.OutOfMemoryError):
-        fused.load_kernels(device)
-    assert fused.load_kernels(device) is kernels
-    fused.load_kernels.cache_clear()
+        kernel_choice.load_kernels(device)
+    assert kernel_choice.load_kernels(device) is kernels
+    kernel_choice.load_kernels.cache_clear()
 
 
 def test_an_update_of_a_strided_base_is_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +215,7 @@ def test_a_second_derivative_is_refused() -> None:
     for output in (
         norm._Norm.apply(x, weight, 1e-5, kernels),
         lora._OfNorm.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
-        tiled_mlp._FrozenMlp.apply(
-            x, torch.randn(12, 8), torch.randn(8, 6), single_groups().collection.tp, False, None
-        ),
+        mlp._FrozenMlp.apply(x, torch.randn(12, 8), torch.randn(8, 6), single_groups().collection.tp, False, None),
     ):
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):

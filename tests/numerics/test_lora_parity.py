@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.model.attention_layout import SequenceLayout
-from pipeline.model.loss import IGNORE
-from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import mark_trainable, trainable
-from pipeline.schema import LoraConfig
+from pipeline.config.sections import LoraConfig
+from pipeline.model.chunk import LlamaStage
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.weights.load import mark_trainable, trainable
+from pipeline.planning.attention_layout import SequenceLayout
 from tests.numerics.test_model_parity import FULL, stage_of
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 

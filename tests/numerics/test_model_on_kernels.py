@@ -12,17 +12,17 @@ from unittest import mock
 import pytest
 import torch
 
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import lora, norm, rope, swiglu
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.interpreted import interpret
-from tests.single import single_groups
-from tests.tiny_models import make_tiny
+from pipeline.model.layers import lora, norm, rotary, swiglu
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from tests.support.interpreted import interpret
+from tests.support.single import single_groups
+from tests.support.tiny_models import make_tiny
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 POINTWISE = {"swiglu", "swiglu_gradient_", "rotate"}
@@ -45,7 +45,7 @@ def _on(kernels: Any) -> Iterator[None]:
         return kernels if all(tensor.is_contiguous() for tensor in others) else None
 
     with contextlib.ExitStack() as stack:
-        for module in (lora, norm, rope, swiglu):
+        for module in (lora, norm, rotary, swiglu):
             stack.enter_context(mock.patch.object(module, "kernels_for", kernels_for))
         yield
 
@@ -58,7 +58,7 @@ def _gradients(model: ModelPart, tokens: torch.Tensor) -> dict[str, torch.Tensor
 
 def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
     """On the device at hand; every dtype of CASES stands for another one, and its tolerance."""
-    from pipeline.model import kernels
+    from pipeline.model.layers import triton_kernels as kernels
 
     groups = single_groups()
     with tempfile.TemporaryDirectory() as folder:

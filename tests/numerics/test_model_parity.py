@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from parallel.plan import plan_grid
-from pipeline.hf_files import HfCheckpoint
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import hf_rope_fields, plan_rope
+from parallel.world.grid import plan_grid
+from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.chunk import LlamaStage
+from pipeline.model.layers.rotary import hf_rope_fields, plan_rope
+from pipeline.model.rank_model import ModelPart
 from pipeline.model.spec import transformer_config
-from pipeline.model.stage import LlamaStage
-from pipeline.model.weights import init_adapters, load_base
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.single import single_groups
-from tests.tiny_models import KINDS, make_tiny
+from pipeline.model.weights.load import init_adapters, load_base
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+from tests.support.single import single_groups
+from tests.support.tiny_models import KINDS, make_tiny
 
 FULL = AttentionSpec("full", 2)
 CPU = torch.device("cpu")

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.rank_env import RankEnv
-from pipeline import optim
-from pipeline.config import load_config
-from pipeline.flat_gradients import FlatGradients
-from pipeline.model import loss, tile_size
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.context_plan import halo_plan
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny, write_tokenizer
-from tools.parity import Observed, compare, observe
+from parallel.world.rank_env import RankEnv
+from pipeline.config.yaml_file import load_config
+from pipeline.model.layers import loss
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
+from pipeline.training import optimizer
+from pipeline.training.gradients import FlatGradients
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny, write_tokenizer
+from tools.support.parity import Observed, compare, observe
 
 STEPS = 3
 YAML = """
@@ -260,7 +261,7 @@ def test_grids_equal_one_process(world: int, references: dict[str, Observed], tm
 
 def _sums_started(rank: int, world: int, paths: list[str]) -> list[tuple[int, int]]:
     """By configuration: gradient buckets whose sum is under way when the backward is over, and all buckets."""
-    optim.BUCKET_ELEMENTS = 300
+    optimizer.BUCKET_ELEMENTS = 300
     found: list[tuple[int, int]] = []
     finish = FlatGradients.finish
 

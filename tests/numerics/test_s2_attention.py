@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from parallel.errors import ConfigError
-from pipeline.model import s2_attention
-from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan, segments
-from pipeline.model.s2_attention import attend, attend_block
+from pipeline.model.attention import local
+from pipeline.model.attention.backends import Backend, select_backend
+from pipeline.model.attention.local import attend, attend_block
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan, segments
 from tests.numerics import attention_oracle as oracle
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def spied(
         )
 
     backend = Backend("spy", dense, segment_loop if varlen else None)
-    monkeypatch.setattr(s2_attention, "select_backend", lambda *_: backend)
+    monkeypatch.setattr(local, "select_backend", lambda *_: backend)
     return seen
 
 

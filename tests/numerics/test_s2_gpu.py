@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from parallel.errors import ConfigError
-from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan
-from pipeline.model.s2_attention import attend, attend_block
+from pipeline.model.attention.backends import Backend, select_backend
+from pipeline.model.attention.local import attend, attend_block
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan
 from tests.numerics import attention_oracle as oracle
 
 pytestmark = pytest.mark.gpu

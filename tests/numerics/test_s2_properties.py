@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.local import attend
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tests.numerics import attention_oracle as oracle
 
 HEADS = [(1, 1), (4, 4), (4, 2), (8, 2), (9, 3), (7, 7), (5, 1), (6, 3), (10, 2), (12, 4)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model import swiglu
-from pipeline.model.swiglu import _SwiGlu
+from pipeline.model.layers import swiglu
+from pipeline.model.layers.swiglu import _SwiGlu
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

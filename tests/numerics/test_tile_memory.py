@@ -10,18 +10,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel.groups import make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import plan_grid
+from parallel.world.groups import make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import loss, tile_size
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
-from tools.shapes import llama2
+from pipeline.model.layers import loss
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec
+from tools.support.shapes import llama2
 
 TOKENS, HIDDEN, RANKS = 512, 64, 8
 

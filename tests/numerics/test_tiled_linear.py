@@ -11,24 +11,26 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from parallel.groups import Groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.token_tiles import TokenTiles
+from parallel.axes.tensor import TokenTiles
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, make_groups
+from parallel.world.rank_env import RankEnv
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import residual, tile_size, tiled_linear, tiled_mlp
-from pipeline.model.arch import read_arch
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.norm import recipe_of
-from pipeline.model.part import ModelPart
-from pipeline.model.residual import last_residual_add, residual_add
-from pipeline.model.rope import plan_rope
-from pipeline.model.tiled_linear import LastRowParallelLinear, _Column, _Row, recomputing
-from pipeline.model.tiled_mlp import TiledMLP
-from pipeline.model.weights import mark_trainable
-from pipeline.schema import LoraConfig, RopeSettings
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny
+from pipeline.model.layers import linear, residual
+from pipeline.model.layers import mlp as tiled_mlp
+from pipeline.model.layers.linear import LastRowParallelLinear, _Column, _Row, recomputing
+from pipeline.model.layers.mlp import TiledMLP
+from pipeline.model.layers.norm import recipe_of
+from pipeline.model.layers.residual import last_residual_add, residual_add
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import mark_trainable
+from pipeline.planning import tile_size
+from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import AttentionSpec
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_frozen_mlp_in_tiles_equals_the_whole_one(
     def watched(*arguments: Any) -> torch.Tensor:
         nonlocal widest
         widest = max(widest, arguments[0].shape[0])
-        return tiled_linear.product(*arguments)
+        return linear.product(*arguments)
 
     monkeypatch.setattr(tiled_mlp, "product", watched)
     tiled, found = _mlp_run(mlp, x, slope)

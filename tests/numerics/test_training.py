@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.errors import ConfigError
-from parallel.plan import GridPlan
-from parallel.rank_env import RankEnv
+from parallel.world.grid import GridPlan
+from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config import load_config
-from pipeline.model.arch import LlamaArch
-from pipeline.schema import RunConfig
+from pipeline.config.sections import RunConfig
+from pipeline.config.yaml_file import load_config
+from pipeline.planning.arch import LlamaArch
 from pipeline.train import train
-from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny, write_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import make_tiny, write_tokenizer
 
 YAML = """
 model: {{path: {base}, context: 64, dtype: {dtype}, rope: {{type: linear, factor: 2}}}}

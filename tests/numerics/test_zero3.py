@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.axes.zero3 import ALIGN_ELEMENTS, deepspeed_config
 from parallel.errors import ConfigError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
-from parallel.zero3 import ALIGN_ELEMENTS, deepspeed_config
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.build import build, open_base, read_arch
-from pipeline.config import load_config
-from pipeline.run_eval import Evaluator
-from pipeline.schedule import learning_rate
+from pipeline.config.yaml_file import load_config
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tools import dry_run
 
 STEPS = 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.numerics.test_parallel_parity import OFFLOAD, ZERO3, Grid, compare_all, observe_alone
-from tools.parity import Observed
+from tools.support.parity import Observed
 
 STEPS = 5
 # By processes; what a grid leaves is data parallel.

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.errors import CheckpointError, ConfigError
-from parallel.groups import destroy_groups
-from parallel.rank_env import RankEnv
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
-from pipeline import run_eval
-from pipeline.checkpoint.resume import check_output
-from pipeline.config import load_config
-from pipeline.hf_files import HfCheckpoint
+from pipeline.checkpoint.compatibility import check_output
+from pipeline.config.yaml_file import load_config
+from pipeline.evaluation import evaluator
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.train import train
 from tests.numerics.test_training import write_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def change(base: Path, how: str) -> None:
@@ -56,7 +56,7 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
     monkeypatch.setattr(composition, "ModelPart", never)
     for work in (
         lambda: composition.build(config, RankEnv()),
-        lambda: run_eval.evaluate_state(config, RankEnv(), "untrained"),
+        lambda: evaluator.evaluate_state(config, RankEnv(), "untrained"),
     ):
         with pytest.raises(CheckpointError) as refused:
             work()

@@ -21,7 +21,7 @@ from pipeline import command as module
 from pipeline.command import command
 
 ROOT = Path(__file__).parents[2]
-RANKS = {"tools/doctor_rank.py"}
+RANKS = {"tools/support/doctor_rank.py"}
 """Started by another command only, which reads what they say."""
 GONE = "/nowhere/at-all"
 # Every command with arguments that are well formed and name something that is not there.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.plan import check_interleaving, plan_batch, plan_grid
-from pipeline.config import load_config
+from parallel.world.grid import check_interleaving, plan_batch, plan_grid
+from pipeline.config.yaml_file import load_config
 from pipeline.eval_grid import fit_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -126,9 +126,9 @@ def reads_parallel_state(tree: ast.AST) -> Iterator[str]:
 
 Rule = Callable[[ast.AST], Iterator[str]]
 RULES: dict[Rule, tuple[str, ...]] = {
-    reads_rank_environment: ("parallel/rank_env.py",),
-    patches_library: ("parallel/cpu.py", "parallel/fake.py"),
-    reads_parallel_state: ("parallel/cpu.py", "parallel/groups.py"),
+    reads_rank_environment: ("parallel/world/rank_env.py",),
+    patches_library: ("parallel/world/cpu_standins.py", "parallel/world/lone_rank.py"),
+    reads_parallel_state: ("parallel/world/cpu_standins.py", "parallel/world/groups.py"),
     loads_unsafely: (),
 }
 BREAKING: list[tuple[Rule, str]] = [
@@ -198,9 +198,9 @@ def setup_cfg() -> configparser.ConfigParser:
 
 
 def test_every_package_is_listed_and_literal() -> None:
-    """A folder with Python files is a package with __init__.py, named in setup.cfg; nothing else is."""
-    folders = {path.parent for path in python_files(*PRODUCT, "tests")}
-    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
+    """A folder with Python files is a package with __init__.py; setup.cfg names each of the product's, and no tests."""
+    assert all((ROOT / path.parent / "__init__.py").is_file() for path in python_files(*PRODUCT, "tests"))
+    folders = {path.parent for path in python_files(*PRODUCT)}
     listed = setup_cfg()["options"]["packages"].split()
     assert sorted(listed) == sorted(folder.as_posix().replace("/", ".") for folder in folders)
 

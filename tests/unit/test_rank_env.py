@@ -11,7 +11,7 @@ import pytest
 from parallel import meeting
 from parallel.errors import ConfigError, LongspanError
 from parallel.meeting import open_store, refuse_unknown_host
-from parallel.rank_env import PORTS, RankEnv, first_of
+from parallel.world.rank_env import PORTS, RankEnv, first_of
 
 SRUN = {
     "SLURM_JOB_ID": "4711",

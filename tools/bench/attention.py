@@ -21,11 +21,11 @@ from rich.table import Table
 
 from parallel.errors import ConfigError
 from pipeline.command import command
-from pipeline.model.attention_backends import Backend, select_backend
-from pipeline.model.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.backends import Backend, select_backend
+from pipeline.model.attention.local import attend
 from pipeline.paths import user_path
-from tools.bench.command_line import add_integers, console_of
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from tools.support.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

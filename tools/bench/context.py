@@ -31,20 +31,20 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError, LongspanError
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.s2_context import ContextShard
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.command import command
-from pipeline.model.attention_backends import Backend, LseKernel, select_backend
-from pipeline.model.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
-from pipeline.model.context_parallel import context_attend
-from pipeline.model.context_plan import ring_bytes
-from pipeline.model.s2_attention import attend
+from pipeline.model.attention.backends import Backend, LseKernel, select_backend
+from pipeline.model.attention.local import attend
+from pipeline.model.attention.sharded import context_attend
 from pipeline.paths import user_path
-from tools.bench.command_line import add_integers, console_of
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import ring_bytes
 from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
+from tools.support.command_line import add_integers, console_of
 
 RING = "full, torch ring"
 CHECK_LENGTH = 4096

@@ -26,27 +26,27 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
-from parallel.groups import destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.command import command
-from pipeline.export_adapter import export_adapter
-from pipeline.hashes import HASHES
-from pipeline.hf_companions import write_json
-from pipeline.hf_files import HfCheckpoint
-from pipeline.hf_write import SHARD_BYTES, check_space, write_safetensors_sharded
-from pipeline.model import names
-from pipeline.model.arch import LlamaArch, read_arch
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import load_base
+from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.export.adapter_write import export_adapter
+from pipeline.export.trained_model import TrainedModel
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import write_json
+from pipeline.hf.hashes import HASHES
+from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import load_base
 from pipeline.paths import user_path
-from pipeline.run_facts import git_commit
-from pipeline.safetensors_io import TensorFact
-from pipeline.schema import LoraConfig, RopeSettings
-from pipeline.trained_model import TrainedModel
-from tools.bench.command_line import console_of
-from tools.shapes import config_json, llama2
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.storage.safetensors import TensorFact
+from pipeline.training.run_record import git_commit
+from tools.support.command_line import console_of
+from tools.support.shapes import config_json, llama2
 
 GIB = 1 << 30
 CONTEXT = 32768
@@ -116,8 +116,8 @@ def child(what: str, folder: Path) -> None:
     elif what == "load":
         print(json.dumps(load_rank(folder / "imported")))
     elif what == "verify":
-        from pipeline.adapters_in import load_adapter
-        from pipeline.verify import verify
+        from pipeline.export.adapter_read import load_adapter
+        from pipeline.export.verify import verify
 
         model = load_adapter(folder / "adapter", folder / "imported", CONTEXT)
         verify(replace(model, source=folder / "adapter"), folder / "merged", "merged", layerwise=True)

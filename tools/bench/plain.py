@@ -4,8 +4,8 @@ Weights, attention, LoRA's products and loss stay. But tensor-parallel linears g
 and sum whole rows after it, an MLP holds its wide tensors for all tokens, a recomputed layer repeats all that its
 forward did, norms' outputs are kept, and SwiGLU, RoPE, LoRA's update and norms' gradients are torch's own operations.
 
-Alone, under a fake process group, neither side pays for what is sent (`parallel.fake`). Ratios of real runs, over NCCL,
-say what a user gets.
+Alone, under a fake process group, neither side pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs,
+over NCCL, say what a user gets.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP
 from torch.nn import functional
 
-from pipeline.model import fused, lora, residual, tiled_linear
-from pipeline.model.swiglu import SwiGlu
-from pipeline.model.tiled_mlp import TiledMLP
+from pipeline.model.layers import kernel_choice, linear, lora, residual
+from pipeline.model.layers.mlp import TiledMLP
+from pipeline.model.layers.swiglu import SwiGlu
 
 
 def _swiglu(module: SwiGlu, gate_up: torch.Tensor) -> torch.Tensor:
@@ -34,15 +34,15 @@ def _sum(x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.T
 
 
 REPLACED: tuple[tuple[Any, str, Any], ...] = (
-    (tiled_linear.TiledColumnParallelLinear, "forward", ColumnParallelLinear.forward),
-    (tiled_linear.TiledRowParallelLinear, "forward", RowParallelLinear.forward),
-    (tiled_linear.LastRowParallelLinear, "forward", RowParallelLinear.forward),
+    (linear.TiledColumnParallelLinear, "forward", ColumnParallelLinear.forward),
+    (linear.TiledRowParallelLinear, "forward", RowParallelLinear.forward),
+    (linear.LastRowParallelLinear, "forward", RowParallelLinear.forward),
     (TiledMLP, "forward", MLP.forward),
     (SwiGlu, "forward", _swiglu),
     (residual, "_add", _sum),
     (residual, "_add_last", _sum),
     (lora, "recipe_of", lambda output: None),
-    (fused, "load_kernels", lambda device: None),
+    (kernel_choice, "load_kernels", lambda device: None),
 )
 """(owner, name, megatron's or torch's way)."""
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import rng_state, seed_everything
+from parallel.world.grid import plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import rng_state, seed_everything
 from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
 from pipeline.command import command

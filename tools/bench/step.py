@@ -25,25 +25,25 @@ import torch
 from rich.table import Table
 
 from parallel.errors import LongspanError
-from parallel.fake import numbers_bytes
-from parallel.groups import Groups, destroy_groups, make_groups
-from parallel.plan import check_model_fits, plan_grid
-from parallel.rank_env import RankEnv
-from parallel.rng import seed_everything
+from parallel.world.grid import check_model_fits, plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.lone_rank import numbers_bytes
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
 from pipeline.command import command
+from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model import tile_size
-from pipeline.model.attention_layout import AttentionSpec
-from pipeline.model.part import ModelPart
-from pipeline.model.rope import plan_rope
-from pipeline.model.weights import init_adapters, mark_trainable, trainable
-from pipeline.optim import TrainableAdamW
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.paths import user_path
-from pipeline.reduction import GradientReduction
-from pipeline.schema import LoraConfig, RopeSettings
-from tools.bench.command_line import add_integers, console_of
+from pipeline.planning import tile_size
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
 from tools.bench.plain import plain_layers
-from tools.shapes import SIZES, llama2
+from tools.support.command_line import add_integers, console_of
+from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 

@@ -32,19 +32,19 @@ import psutil
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.process import SIGTERM_CODE
+from parallel.health.watch import SIGTERM_CODE
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
 from pipeline.command import command
-from pipeline.config import dump_config
-from pipeline.metrics import METRICS_FILE, read_metrics
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.sections import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
+from pipeline.config.yaml_file import dump_config
 from pipeline.paths import user_path
-from pipeline.schema import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
-from pipeline.schema_parallel import ParallelConfig
-from tools.bench.command_line import add_integers, console_of
-from tools.local_ranks import ROOT, RankFailed
-from tools.shapes import config_json, llama2
-from tools.tiny_checkpoint import write_files
+from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+from tools.support.command_line import add_integers, console_of
+from tools.support.local_ranks import ROOT, RankFailed
+from tools.support.shapes import config_json, llama2
+from tools.support.tiny_checkpoint import write_files
 
 LIMIT = {"bf16": 5e-3, "fp32": 1e-5}
 """Largest relative difference of a step's loss: another layout adds up in another order (bf16: 9e-4 seen)."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
 
-from pipeline.model.attention_backends import LseKernel
+from pipeline.model.attention.backends import LseKernel
 
 WAYS = ("alltoall", "allgather")
 """In which it rotates K and V."""

@@ -1,0 +1,193 @@
+"""Whether a run may go on from a checkpoint: the same base model, the same data, the same mathematics. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import CheckpointError, ConfigError
+from pipeline.checkpoint.choose import candidates
+from pipeline.checkpoint.manifest import Manifest, read_manifest
+from pipeline.config.rope import used_rope
+from pipeline.config.sections import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
+from pipeline.config.yaml_file import config_dict, defaults
+from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import plan_rope
+from pipeline.storage.durable import Damaged
+
+FREE_TO_CHANGE = (
+    "output",
+    "save.",
+    "eval.",
+    "parallel.",
+    "train.steps",
+    "train.micro_batch",
+    "train.recompute",
+    "train.bad_steps",
+    "checks",
+    "attention.backend",
+    "attention.full_last_steps",
+    "data.cache",
+    "data.path",
+    "data.tokenizer",
+    "model.path",
+)
+"""Settings a resumed run may change: where things live and how fast they run, never what is computed. The data and the
+base model are compared by content (fingerprint, base hash), so that a folder may move."""
+ROPE = "model.rope."
+DERIVED = ("attention.group_size", "data.sequence", "train.lr_embed_norm")
+"""Settings that None derives from others; compared as what comes of them."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested config dict."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def check_cursor(manifest: Manifest) -> None:
+    """Refuse a checkpoint whose place in the data is not that of its step: the order is a function of seed and step.
+
+    Raises:
+        CheckpointError: the two disagree.
+    """
+    cursor = manifest.raw.get("cursor")
+    if manifest.format > 1 and cursor != data_cursor(manifest.step, manifest.raw["config"]):
+        raise CheckpointError(
+            f"{manifest.folder}: its data cursor {cursor} is not that of step {manifest.step}; resume from another one."
+        )
+
+
+def data_cursor(step: int, config: Mapping[str, Any]) -> dict[str, int]:
+    """What is read of the data after `step` steps: sequences in all."""
+    return {"step": step, "sequences": step * int(config["train"]["global_batch"])}
+
+
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a nested config dict as they take effect: what None derives derived, what has no effect None.
+
+    A setting the checkpoint's release did not know yet had the effect of its default.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, ConfigError: this is no run's configuration.
+    """
+    flat = defaults() | flatten(config)
+    flat["data.sequence"] = flat["data.sequence"] or flat["model.context"]
+    if flat["attention.kind"] == "full":
+        flat |= {f"attention.{name}": None for name in S2_SETTINGS}
+    else:
+        whole = AttentionConfig(group_fraction=flat["attention.group_fraction"])
+        flat["attention.group_size"] = flat["attention.group_size"] or whole.group_tokens(flat["data.sequence"])
+        flat["attention.group_fraction"] = None
+    flat["train.lr_embed_norm"] = flat["train.lr_embed_norm"] or flat["train.lr"]
+    rope = _rope(flat)
+    used = used_rope(rope)
+    return flat | {f"{ROPE}{name}": used.get(name) for name in rope}
+
+
+def _forget_spelling(old: Mapping[str, Any], new: dict[str, Any], current: Mapping[str, Any]) -> None:
+    """Where a base makes the same of both runs' model settings, write the new ones as the old ones were written.
+
+    Both are of the same base, or its hash tells. Where it is not there to be read they stay as they are.
+    """
+    try:
+        stored = read_arch(Path(current["model"]["path"]))
+        plans = [plan_rope(stored, RopeSettings(**_rope(side)), side["model.context"]) for side in (old, new)]
+    except (KeyError, TypeError, ConfigError):
+        return
+    if plans[0] == plans[1]:
+        new |= {key: value for key, value in old.items() if key.startswith(ROPE)}
+    if (old["model.vocab"] or stored.vocab) == (new["model.vocab"] or stored.vocab):
+        new["model.vocab"] = old["model.vocab"]
+
+
+def _rope(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `model.rope` by their names there."""
+    return {key.removeprefix(ROPE): value for key, value in flat.items() if key.startswith(ROPE)}
+
+
+def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to continue a run under settings that change what is computed.
+
+    Args:
+        saved: nested configuration of the checkpoint.
+        current: of this run.
+
+    Raises:
+        ConfigError: names the first setting that differs, both values, and the way out.
+        CheckpointError: `saved` is no run's configuration.
+    """
+    try:
+        old = resolved(saved)
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"Resume: the checkpoint's manifest does not hold a run's configuration ({type(error).__name__}: {error}); "
+            "resume from another one, or choose another output folder."
+        ) from None
+    new = resolved(current)
+    _forget_spelling(old, new, current)
+    # What is derived comes after what it is derived from, so that the setting that was changed is named.
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key in DERIVED, key)):
+        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
+            raise ConfigError(
+                f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which changes what "
+                "is computed; restore it, or choose another output folder."
+            )
+    if old.get("train.schedule") == "cosine" and old.get("train.steps") != new.get("train.steps"):
+        raise ConfigError(
+            f"Resume: train.steps was {old['train.steps']} and is {new['train.steps']} now, which bends a cosine "
+            "schedule half-way; keep it, or choose another output folder."
+        )
+
+
+def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to continue a run on another base or other data, or under settings that change what is computed.
+
+    Args:
+        manifest: of the checkpoint; holds `config` (nested), `base_hash`, `data_fingerprint`.
+        current: the same three keys for this run.
+
+    Raises:
+        ConfigError, CheckpointError: see `check_settings`.
+    """
+    for key, noun in (("base_hash", "base model"), ("data_fingerprint", "training data")):
+        if manifest.get(key) != current[key]:
+            raise ConfigError(
+                f"Resume: the {noun} is not the one the checkpoint was trained on ({key} differs); restore it, or "
+                "choose another output folder."
+            )
+    check_settings(manifest.get("config", {}), current["config"])
+
+
+def check_output(config: RunConfig) -> Path | None:
+    """Hold the settings against those of the newest checkpoint in `output`; nothing but its manifest is read.
+
+    What takes long, the checksums and the base's hash, is left to the run. A checkpoint whose manifest is damaged is
+    passed over, as the run will.
+
+    Returns:
+        The checkpoint's folder, None where there is none.
+
+    Raises:
+        ConfigError, CheckpointError: see `check_settings`; the run went beyond `train.steps` already; or the checkpoint
+            is of another release's format.
+    """
+    for folder in candidates(Path(config.output) / "checkpoints"):
+        try:
+            manifest = read_manifest(folder)
+        except Damaged:
+            continue
+        check_settings(manifest.raw.get("config", {}), config_dict(config))
+        if manifest.step > config.train.steps:
+            raise ConfigError(
+                f"train.steps: {config.train.steps} is less than the {manifest.step} steps done in {config.output}; "
+                "raise it, or choose another output."
+            )
+        return folder
+    return None

@@ -1,0 +1,362 @@
+"""The run configuration as frozen dataclasses: one source of truth, no torch, no YAML (see `config` for parsing).
+
+Every field's docstring gives its unit; a path has the type `PathText`. A section validates itself in `__post_init__`;
+what concerns two sections is checked in `RunConfig.__post_init__`. Errors are `ConfigError`: one sentence saying what
+is wrong, where, how to mend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from parallel.errors import ConfigError
+from pipeline.config.checks import at_least, between, not_empty, one_of
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.rope import RopeSettings
+from pipeline.paths import PathText
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
+S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "full_last_steps")
+"""Settings of `attention` that only kind s2 looks at."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which checkpoint, and the context it is extended to."""
+
+    path: PathText
+    """Hugging Face checkpoint folder (config.json, *.safetensors, tokenizer files)."""
+    context: int
+    """Target context, tokens: what rope scaling is set for and the default sequence length of training."""
+    dtype: str = "auto"
+    """Compute and frozen-weight dtype: bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)."""
+    rope: RopeSettings = field(default_factory=RopeSettings)
+    vocab: int | None = None
+    """Embedding rows, more than the checkpoint's where tokens were added (new rows: mean of the old); None: its own."""
+
+    def __post_init__(self) -> None:
+        not_empty("model.path", self.path)
+        at_least("model.context", self.context, 2)
+        self.rope.check_stretch(self.context)
+        at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
+        one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Training attention; evaluation and inference always use full attention."""
+
+    kind: str = "s2"
+    """s2 (shifted sparse attention, LongLoRA section 3.2) | full."""
+    group_size: int | None = None
+    """Group length G in tokens, even; None uses group_fraction."""
+    group_fraction: float = 0.25
+    """G as a fraction of the training sequence length (the paper: 1/4); used when group_size is None."""
+    shifted_heads: str = "upper_half"
+    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups)."""
+    backend: str = "auto"
+    """auto | cudnn | flash | flash_attn | math."""
+    legacy_wrap: bool = False
+    """Reproduce the published roll, which leaks the future; for parity studies only."""
+    full_last_steps: int = 0
+    """Train the last so many optimizer steps with full attention."""
+
+    def __post_init__(self) -> None:
+        one_of("attention.kind", self.kind, ("s2", "full"))
+        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate"))
+        one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
+        at_least("attention.full_last_steps", self.full_last_steps, 0)
+        if self.group_size is not None:
+            at_least("attention.group_size", self.group_size, 2)
+            if self.group_size % 2:
+                raise ConfigError(
+                    f"attention.group_size: {self.group_size} is odd, but heads shift by half a group; "
+                    f"use {self.group_size + 1}."
+                )
+        if not 0.0 < self.group_fraction <= 1.0:
+            raise ConfigError(f"attention.group_fraction: must lie in (0, 1], got {self.group_fraction}.")
+        if self.kind == "full":
+            for item in fields(self):
+                if item.name in S2_SETTINGS and getattr(self, item.name) != item.default:
+                    raise ConfigError(
+                        f"attention.{item.name}: full attention has no shift and no groups; set "
+                        "attention.kind: s2, or remove it."
+                    )
+
+    def group_tokens(self, sequence: int) -> int:
+        """Group length G in tokens (even, >= 2) for a training sequence of `sequence` tokens."""
+        if self.group_size is not None:
+            return self.group_size
+        return max(2, round(sequence * self.group_fraction / 2) * 2)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (rank 0: none)."""
+
+    rank: int = 8
+    """r, dimensionless."""
+    alpha: float = 16.0
+    """Scale numerator: the update is alpha / r times B A x (alpha / sqrt(r) with rslora)."""
+    dropout: float = 0.0
+    """Probability of dropping an adapter input element."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o")
+    """Adapted projections: q k v o gate up down."""
+    rslora: bool = False
+    """Rank-stabilized scale alpha / sqrt(r) (arXiv 2312.03732)."""
+
+    def __post_init__(self) -> None:
+        at_least("lora.rank", self.rank, 0)
+        if not self.alpha > 0:
+            raise ConfigError(f"lora.alpha: must be positive, got {self.alpha}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora.dropout: must lie in [0, 1), got {self.dropout}.")
+        for target in self.targets:
+            one_of("lora.targets", target, LORA_TARGETS)
+        if len(set(self.targets)) != len(self.targets):
+            raise ConfigError("lora.targets: lists a projection twice; name each once.")
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of B A x; 0 when there is no adapter."""
+        if self.rank == 0:
+            return 0.0
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training text."""
+
+    path: PathText
+    """Folder or file of .txt / .jsonl (also .xz .gz .zst), or a folder written by tools.prepare_data."""
+    sequence: int | None = None
+    """Training sequence length, tokens; None uses model.context."""
+    tokenizer: PathText | None = None
+    """Folder of a Hugging Face tokenizer or a sentencepiece .model file; None uses the one in model.path."""
+    text_field: str = "text"
+    """Key of the text in JSONL records."""
+    cache: PathText | None = None
+    """Where tokenized shards of raw text go; None uses <output>/data."""
+    mask_documents: bool = False
+    """Keep attention inside each packed document; the paper's recipe attends across them."""
+
+    def __post_init__(self) -> None:
+        for name in ("path", "tokenizer", "text_field", "cache"):
+            not_empty(f"data.{name}", getattr(self, name))
+        if self.sequence is not None:
+            at_least("data.sequence", self.sequence, 2)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch: int = 64
+    """Sequences an optimizer step, over all ranks and accumulation steps."""
+    micro_batch: int = 1
+    """Sequences a forward pass on one rank."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    lr_embed_norm: float | None = None
+    """Peak learning rate of embedding, norms and lm_head; None uses lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, applied to matrices only."""
+    schedule: str = "constant"
+    """constant (after warm-up) | cosine (to min_lr_ratio of the peak)."""
+    warmup_steps: int = 20
+    """Linear warm-up: step s of the first `warmup_steps` (1-based) uses s / warmup_steps of the peak."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate of the cosine over its peak."""
+    clip: float = 1.0
+    """Global L2 norm gradients are clipped to; 0 switches clipping off."""
+    trainable: tuple[str, ...] = ("lora", "embed", "norm")
+    """What trains: lora embed norm lm_head."""
+    recompute: str = "full"
+    """Activation checkpointing: full (per layer) | none."""
+    seed: int = 1234
+    """Seed of everything random."""
+    bad_steps: int = 5
+    """Consecutive non-finite steps after which training stops (each is skipped and counted)."""
+
+    def __post_init__(self) -> None:
+        at_least("train.steps", self.steps, 1)
+        at_least("train.global_batch", self.global_batch, 1)
+        at_least("train.micro_batch", self.micro_batch, 1)
+        if not self.lr > 0:
+            raise ConfigError(f"train.lr: must be positive, got {self.lr}.")
+        if self.lr_embed_norm is not None and not self.lr_embed_norm > 0:
+            raise ConfigError(f"train.lr_embed_norm: must be positive, got {self.lr_embed_norm}.")
+        for beta in self.betas:
+            if not 0.0 <= beta < 1.0:
+                raise ConfigError(f"train.betas: each must lie in [0, 1), got {self.betas}.")
+        if not self.eps > 0:
+            raise ConfigError(f"train.eps: must be positive, got {self.eps}.")
+        at_least("train.weight_decay", self.weight_decay, 0)
+        at_least("train.clip", self.clip, 0)
+        at_least("train.warmup_steps", self.warmup_steps, 0)
+        between("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
+        one_of("train.schedule", self.schedule, ("constant", "cosine"))
+        one_of("train.recompute", self.recompute, ("full", "none"))
+        at_least("train.bad_steps", self.bad_steps, 1)
+        for kind in self.trainable:
+            one_of("train.trainable", kind, TRAINABLE_KINDS)
+        if not self.trainable:
+            raise ConfigError("train.trainable: nothing would train; name some of lora, embed, norm, lm_head.")
+        if len(set(self.trainable)) != len(self.trainable):
+            raise ConfigError("train.trainable: lists a kind twice; name each once.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Perplexity with full attention, before, during and after training."""
+
+    path: PathText | None = None
+    """Held-out text (same forms as data.path); None switches evaluation off."""
+    every: int = 0
+    """Optimizer steps between evaluations; 0: only before and after training."""
+    lengths: tuple[int, ...] = ()
+    """Context lengths, tokens; empty uses model.context."""
+    windows: int = 4
+    """Windows a length."""
+    stride: int | None = None
+    """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
+
+    def __post_init__(self) -> None:
+        not_empty("eval.path", self.path)
+        at_least("eval.every", self.every, 0)
+        at_least("eval.windows", self.windows, 1)
+        for length in self.lengths:
+            at_least("eval.lengths", length, 2)
+        if self.stride is not None:
+            at_least("eval.stride", self.stride, 1)
+        if self.every and self.path is None:
+            raise ConfigError("eval.every: there is no held-out text to evaluate on; set eval.path, or remove it.")
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Checkpoints."""
+
+    every: int = 100
+    """Optimizer steps between checkpoints; the last step is always saved; 0: only the last."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Also keep, for ever, checkpoints whose step is a multiple of this; 0: none."""
+    background: bool = True
+    """Write beside training, which pauses for a copy to host memory only (12 bytes a trained parameter, over ranks)."""
+    signal_exit_code: int = 0
+    """Exit code after SIGTERM or SIGUSR1, once the state is saved (a scheduler may requeue on another than 0)."""
+
+    def __post_init__(self) -> None:
+        at_least("save.every", self.every, 0)
+        at_least("save.keep", self.keep, 1)
+        at_least("save.keep_every", self.keep_every, 0)
+        between("save.signal_exit_code", self.signal_exit_code, 0, 125)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    output: PathText
+    """Folder of checkpoints, metrics, the resolved config and exports."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checks: bool = False
+    """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
+
+    def __post_init__(self) -> None:
+        not_empty("output", self.output)
+        self._check_lengths()
+        self._check_training()
+
+    def _check_lengths(self) -> None:
+        """Sequence against context, group and evaluation."""
+        if self.sequence > self.model.context:
+            raise ConfigError(
+                f"data.sequence: {self.sequence} exceeds model.context {self.model.context}; raise the context, or "
+                "lower the sequence."
+            )
+        # Up to the next even number: group_fraction 1 of an odd sequence is rounded up to it.
+        if self.group > self.sequence + self.sequence % 2:
+            raise ConfigError(
+                f"attention.group_size: {self.group} exceeds the training sequence of {self.sequence} tokens, which "
+                f"cuts it into no groups; use less (the paper's is {AttentionConfig().group_tokens(self.sequence)}), "
+                "or set attention.kind: full."
+            )
+        # The roll moves the last half group to the front: with a part group at the end nothing lines up.
+        if self.attention.legacy_wrap and self.sequence % self.group:
+            raise ConfigError(
+                f"attention.legacy_wrap: the group of {self.group} tokens must divide the sequence of {self.sequence}; "
+                "change attention.group_size or data.sequence."
+            )
+        if self.attention.legacy_wrap and self.data.mask_documents:
+            raise ConfigError(
+                "attention.legacy_wrap: the published roll knows no document borders; set data.mask_documents to false."
+            )
+        if self.attention.legacy_wrap and self.parallel.cp > 1:
+            raise ConfigError(
+                "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
+                "parallel.cp to 1."
+            )
+        for length in self.eval.lengths or (self.model.context,):
+            if self.eval.stride is not None and self.eval.stride > length:
+                raise ConfigError(f"eval.stride: {self.eval.stride} exceeds the evaluation length {length}.")
+
+    def _check_training(self) -> None:
+        """What trains, and how an optimizer step is cut up."""
+        trains_lora = "lora" in self.train.trainable
+        if self.lora.rank == 0 and self.train.trainable == ("lora",):
+            raise ConfigError("lora.rank: 0 leaves nothing to train; raise it or add embed, norm to train.trainable.")
+        if self.lora.rank and not self.lora.targets:
+            raise ConfigError("lora.targets: empty with lora.rank > 0; name projections such as [q, k, v, o].")
+        if self.lora.rank and not trains_lora:
+            raise ConfigError(
+                f"train.trainable: adapters of lora.rank {self.lora.rank} would never train; add lora, or set "
+                "lora.rank: 0."
+            )
+        if self.train.global_batch % self.train.micro_batch:
+            raise ConfigError(
+                f"train.global_batch: {self.train.global_batch} is not a multiple of train.micro_batch "
+                f"{self.train.micro_batch}."
+            )
+        if self.attention.full_last_steps > self.train.steps:
+            raise ConfigError(
+                f"attention.full_last_steps: {self.attention.full_last_steps} exceeds train.steps {self.train.steps}."
+            )
+
+    @property
+    def sequence(self) -> int:
+        """Training sequence length, tokens."""
+        return self.data.sequence or self.model.context
+
+    @property
+    def group(self) -> int:
+        """S² group length G, tokens."""
+        return self.attention.group_tokens(self.sequence)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and may not be meant, one sentence each."""
+        beyond = [length for length in self.eval.lengths if length > self.model.context]
+        if self.eval.path is None or not beyond:
+            return ()
+        return (
+            f"eval.lengths: {', '.join(map(str, beyond))} exceed model.context {self.model.context}, which the rotary "
+            "positions are stretched to; perplexity there shows how the model fares beyond its context.",
+        )

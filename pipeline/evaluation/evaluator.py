@@ -1,0 +1,164 @@
+"""Perplexity of a run's model: as shipped, with stretched RoPE but untrained, or trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.health.watch import Watch
+from parallel.world.collectives import share_from_main, sum_over
+from parallel.world.groups import Groups, destroy_groups
+from parallel.world.rank_env import RankEnv
+from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
+from pipeline.checkpoint.choose import newest
+from pipeline.checkpoint.compatibility import check_resumable, check_settings
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.tensors import whole_trained
+from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
+from pipeline.config.yaml_file import config_dict
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.eval_grid import fit_ranks
+from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
+from pipeline.model.layers.rotary import plan_rope
+from pipeline.model.rank_model import ModelPart
+from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.reporting.progress import EvalProgress
+from pipeline.training.state import check_trained
+
+STATES = ("shipped", "untrained", "trained")
+
+TEXT_TOKENS = 1 << 24
+"""Held-out tokens read at most: far more than any number of windows a user waits for."""
+
+
+class Evaluator:
+    """Evaluates a model on the run's held-out text under full attention; windows spread over data-parallel ranks."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelPart,
+        groups: Groups,
+        tokenizer: TextTokenizer,
+        watch: Watch | None = None,
+        before_round: Callable[[], None] = lambda: None,
+    ) -> None:
+        if config.eval.path is None:
+            raise ConfigError("eval.path: is not set; point it at held-out text.")
+        self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
+        shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
+        tokens = torch.from_numpy(shards.read(0, min(len(shards), TEXT_TOKENS)).astype("int64"))
+        self.tokens_T = tokens.to(groups.device)
+
+    def run(self, label: str, step: int, *, shown: bool = True) -> EvalReport:
+        """Evaluate and, on rank 0, write `<output>/eval-<label>.json`; collective.
+
+        Args:
+            label, step: recorded in the report.
+            shown: display progress (not inside the training bar: a terminal holds one).
+        """
+        settings, spec = self.config.eval, full_attention(self.config.attention)
+        lengths = settings.lengths or (self.config.model.context,)
+        shards = Shards(
+            self.groups.data_rank,
+            self.groups.plan.dp,
+            lambda table: sum_over(self.groups.replicas, table),
+            lockstep=self.model.shards is not None,
+            before_round=self.before_round,
+        )
+        mode = self.model.training
+        self.model.eval()
+        windows = len(range(shards.rank, settings.windows, shards.world)) * len(lengths)
+        try:
+            with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
+                report = evaluate(
+                    lambda tokens_BS: self.model.token_nll(tokens_BS, spec),
+                    self.tokens_T,
+                    lengths,
+                    settings.windows,
+                    settings.stride,
+                    label=label,
+                    step=step,
+                    shards=shards,
+                    on_window=progress.advance,
+                )
+                progress.done = sum(result.windows for result in report.lengths)  # all ranks'
+        finally:
+            self.model.train(mode)
+        if self.groups.is_main:
+            report.write(self._path(label))
+        return report
+
+    def has(self, label: str, step: int) -> bool:
+        """Whether the report of this label and step is there, whole; collective, alike on every rank."""
+
+        def look() -> str:
+            try:
+                return str(EvalReport.read(self._path(label)).step)
+            except DataError:
+                return ""
+
+        return share_from_main(self.groups, look) == str(step)
+
+    def _path(self, label: str) -> Path:
+        return Path(self.config.output) / f"eval-{label}.json"
+
+
+def forget_later(output: Path, step: int) -> None:
+    """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
+    for path in output.glob("eval-*.json"):
+        with contextlib.suppress(DataError):
+            if EvalReport.read(path).step > step:
+                path.unlink()
+
+
+def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
+    """Load the model in one of STATES, evaluate, write the report.
+
+    `shipped` ignores model.rope; `trained` reads the run's newest checkpoint. Whatever grid the run trains on, the
+    ranks that are there do.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one sentence each.
+    """
+    trained_with, config = config, fit_ranks(config, env.world_size)
+    arch, rope = check_before_spending(config, env)
+    if state == "shipped":
+        rope = plan_rope(arch, RopeSettings(), arch.max_positions)
+    base = open_base(config, arch)
+    try:
+        groups = connect(config, env, base)
+        if state == "trained":
+            folder = Path(share_from_main(groups, lambda: _newest(config)))
+            # Told before the model is loaded; the base's hash is looked at after it.
+            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
+        tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
+        lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
+        model = build_model(config, arch, rope, lora, groups, base)
+        step = 0
+        if state == "trained":
+            own = {"base_hash": share_from_main(groups, base.base_hash), "config": config_dict(trained_with)}
+            with CheckpointReader(folder) as reader:
+                saved = reader.manifest
+                check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
+                mark_trainable(model, config.train.trainable)
+                check_trained(model, config.train.trainable, reader)
+            load_trained(model, whole_trained(folder))
+            step = saved.step
+        model.requires_grad_(False)
+        return Evaluator(config, model, groups, tokenizer).run("after" if state == "trained" else state, step)
+    finally:
+        destroy_groups()
+
+
+def _newest(config: RunConfig) -> str:
+    """The run's newest whole checkpoint."""
+    folder = newest(Path(config.output) / "checkpoints")
+    if folder is None:
+        raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
+    return str(folder)

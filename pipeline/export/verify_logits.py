@@ -1,0 +1,192 @@
+"""Logits of an export and of the trained tensors applied by hand: whole models, or layer by layer where too large.
+
+Tokens stand at positions of the caller's choice: a few of them spread over the whole context meet the long distances of
+RoPE without the cost of a long sequence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.export.adapter_read import TRAINABLE, load_adapter, read_pickled
+from pipeline.export.trained_model import TrainedModel, extended_config
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.planning import tensors as names
+
+ROOM = 0.7
+"""Share of the available memory a check may take."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: of the machine, and of its control group."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((CGROUP / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+        free = min(free, int(limit) - int(used)) if limit != "max" else free
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def whole_bytes(model: TrainedModel) -> int:
+    """What loading the model in fp32 takes, with a quarter for the largest tensors' copies."""
+    shapes = names.hf_tensor_shapes(model.arch)
+    return 5 * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def fits(model: TrainedModel) -> bool:
+    """Whether the whole model may be loaded in fp32."""
+    return whole_bytes(model) <= ROOM * available_memory()
+
+
+def _run(network: Any, tokens_BS: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    """Logits fp32 [B, S, V]."""
+    # With no mask transformers takes a jump of the positions for the start of another document.
+    mask = torch.ones_like(tokens_BS)
+    positions = positions_S[None].expand_as(tokens_BS)
+    with torch.no_grad():
+        logits: torch.Tensor = network.eval()(tokens_BS, position_ids=positions, attention_mask=mask).logits
+    return logits.float()
+
+
+def reference_logits(
+    model: TrainedModel, tokens_BS: torch.Tensor, form: str, positions: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Logits fp32 [B, S, V], one for each of `positions`, of transformers' model with training put in by hand.
+
+    Sums are taken in the order the export's reader takes them (`merged`: one rounded weight; adapters: W x, then scale
+    B A x): a deep model amplifies a last-place difference a thousandfold on random tokens, so another order would need
+    a tolerance that hides real faults.
+    """
+    values = extended_config(model)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    base = HfCheckpoint(model.base)
+    merged = form == "merged"
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            weight = model.base_tensor(base, name)
+            if name in model.trained and not merged:
+                # Adapters keep whole tensors in the base's dtype too.
+                parameter.copy_(model.trained[name].to(weight.dtype))
+            else:
+                parameter.copy_(model.merged(name, weight) if merged else weight)
+        if not merged:
+            for name in model.adapters:
+                stem = name.removesuffix(".lora_A.weight")
+                if stem != name:
+                    network.get_submodule(stem).register_forward_hook(_low_rank(model, stem))
+    return [_run(network, tokens_BS, where) for where in positions]
+
+
+def _low_rank(model: TrainedModel, stem: str) -> Callable[..., torch.Tensor]:
+    """A forward hook that adds the adapter of module `stem`."""
+    low, high = (model.trained[f"{stem}.lora_{side}.weight"].float() for side in "AB")
+
+    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        return output + linear(linear(inputs[0], low), high) * model.lora.scale
+
+    return add
+
+
+def exported_logits(
+    model: TrainedModel, folder: Path, form: str, tokens_BS: torch.Tensor, positions: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Logits fp32 [B, S, V], one for each of `positions`, of an exported folder loaded by transformers (and PEFT)."""
+    if form == "merged":
+        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(
+            model.base, config=config, dtype=torch.float32, ignore_mismatched_sizes=model.grown
+        )
+        if form == "longlora":
+            if model.grown:
+                # LongLoRA's script resizes before it loads: what no file holds is the mean there too.
+                _fill_grown(model, base)
+            # What LongLoRA's merge script does, but for its trust in pickles.
+            base.load_state_dict(read_pickled(folder / f"{TRAINABLE}.bin"), strict=False)
+            base.tie_weights()
+        with warnings.catch_warnings():
+            # PEFT only warns when the file does not hold what the model wants; here that is a failure.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            network = PeftModel.from_pretrained(base, folder)
+    return [_run(network, tokens_BS, where) for where in positions]
+
+
+def _fill_grown(model: TrainedModel, network: Any) -> None:
+    source = HfCheckpoint(model.base)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                parameter.copy_(model.base_tensor(source, name))
+
+
+def layerwise_logits(
+    model: TrainedModel, weight: Callable[[str], torch.Tensor], tokens_BS: torch.Tensor, positions: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Logits fp32 [B, S, V], one for each of `positions`, holding one layer's weights at a time.
+
+    Args:
+        weight: canonical name -> tensor, in any dtype.
+    """
+    values = extended_config(model)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    inner = network.model
+    rotary = type(inner.rotary_emb)(config)
+    size = tokens_BS.shape[1]
+    causal = torch.full((1, 1, size, size), torch.finfo(torch.float32).min).triu(1)
+    with torch.no_grad():
+        start = torch.nn.functional.embedding(tokens_BS, weight("model.embed_tokens.weight")).float()
+        states = [start.clone() for _ in positions]
+        wheres = [where[None].expand_as(tokens_BS) for where in positions]
+        angles = [rotary(start, where) for where in wheres]
+        for number, layer in enumerate(inner.layers):
+            _assign(layer, f"model.layers.{number}.", weight)
+            for index, state in enumerate(states):
+                out = layer(state, attention_mask=causal, position_embeddings=angles[index], position_ids=wheres[index])
+                states[index] = out[0] if isinstance(out, tuple) else out
+            layer.to("meta")
+        _assign(inner.norm, "model.norm.", weight)
+        head = weight("model.embed_tokens.weight" if model.arch.tied else "lm_head.weight").float()
+        return [inner.norm(state) @ head.t() for state in states]
+
+
+def _assign(module: torch.nn.Module, prefix: str, weight: Callable[[str], torch.Tensor]) -> None:
+    """Give a module on the meta device its weights, in fp32."""
+    state = {name: weight(prefix + name).float() for name, _ in module.named_parameters()}
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def trained_weights(model: TrainedModel, form: str) -> Callable[[str], torch.Tensor]:
+    """Weights for `layerwise_logits` with the trained tensors applied by hand."""
+    base = HfCheckpoint(model.base)
+
+    def weight(name: str) -> torch.Tensor:
+        stored = model.base_tensor(base, name)
+        if form == "merged":
+            return model.merged(name, stored)
+        if name in model.trained:
+            return model.trained[name].to(stored.dtype)
+        return model.merged(name, stored.float())
+
+    return weight
+
+
+def exported_weights(model: TrainedModel, folder: Path, form: str) -> Callable[[str], torch.Tensor]:
+    """Weights for `layerwise_logits` out of an export."""
+    if form == "merged":
+        return HfCheckpoint(folder).tensor
+    return trained_weights(load_adapter(folder, model.base, base_hash=model.base_hash), form)

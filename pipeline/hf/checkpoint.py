@@ -1,0 +1,252 @@
+"""Hugging Face checkpoint folders, checked and read lazily. safetensors and JSON only: nothing is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from parallel.errors import CheckpointError
+from pipeline.hf.hashes import Hashes, read_hashes
+from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MEAN_ROWS = 1 << 13
+"""Rows summed at a time for a mean."""
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """File name -> tensors the index puts there (None: no index)."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder; give a Hugging Face checkpoint folder.")
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            wanted: dict[str, set[str] | None] = {}
+            for name, file in weight_map.items():
+                if Path(file).name != file:
+                    raise ValueError(f"{name} lies outside the folder, in {file!r}")
+                members = wanted.setdefault(file, set())
+                assert members is not None
+                members.add(name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index}: is not a usable index ({error}); download it again.") from None
+        missing = sorted(file for file in wanted if not (folder / file).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{folder / missing[0]}: is missing ({len(missing)} of {len(wanted)} shards are); download it again."
+            )
+        return wanted
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if "adapter_model.safetensors" in files:
+        raise CheckpointError(f"{folder}: is a PEFT adapter, not a model; give the folder of its base model.")
+    if files:
+        raise CheckpointError(f"{index}: is missing, though {files[0]} is there; download the index too.")
+    if list(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with python -m tools.import_hf.")
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
+        raise CheckpointError(
+            f"{folder}: holds pickled weights only, which can run code when read and are never opened here; download "
+            "the safetensors release, or convert them with safetensors' convert tool."
+        )
+    raise CheckpointError(f"{folder}: holds no *.safetensors file; give a Hugging Face checkpoint folder.")
+
+
+class HfCheckpoint:
+    """A folder of safetensors, single or sharded, opened lazily; see `safetensors_io` for how.
+
+    Raises:
+        CheckpointError: the index or a shard is missing, truncated or disagrees with the other; the file is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.facts: dict[str, TensorFact] = {}
+        """Name -> shape and dtype."""
+        self._file: dict[str, str] = {}
+        self._open: dict[str, SafetensorsFile] = {}
+        self._digests: dict[str, str] | None = None
+        shards = _shards(self.folder)
+        self.files = tuple(sorted(shards))
+        """Names of the weight files."""
+        for file, indexed in sorted(shards.items()):
+            facts = read_header(self.folder / file)
+            absent = sorted((indexed or set()) - facts.keys())
+            if absent:
+                raise CheckpointError(
+                    f"{self.folder / file}: lacks {absent[0]}, which the index puts there; download it again."
+                )
+            for name in facts if indexed is None else indexed:
+                self.facts[name], self._file[name] = facts[name], file
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.facts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most bytes have."""
+        weight: dict[torch.dtype, int] = {}
+        for fact in self.facts.values():
+            weight[fact.dtype] = weight.get(fact.dtype, 0) + fact.nbytes
+        return max(weight, key=lambda dtype: weight[dtype])
+
+    def file_of(self, name: str) -> str:
+        """The weight file that holds a tensor.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+        if name not in self._file:
+            raise CheckpointError(f"{self.folder}: has no tensor {name}; the weights do not fit its config.json.")
+        return self._file[name]
+
+    def _handle(self, name: str) -> SafetensorsFile:
+        file = self.file_of(name)
+        if file not in self._open:
+            self._open[file] = SafetensorsFile(self.folder / file)
+        return self._open[file]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from the disk so far (hashing of whole files not counted)."""
+        return sum(file.bytes_read for file in self._open.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, in its stored dtype, on the CPU.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+        return self._handle(name).tensor(name)
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """`tensor(name)` restricted to [start, stop) along dim 0 or 1; only those bytes are read.
+
+        Raises:
+            CheckpointError: there is none of this name, or the range leaves it.
+        """
+        return self._handle(name).slice(name, dim, start, stop)
+
+    def block(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """[start, stop) rows, and columns, of a matrix; only those rows' bytes are read."""
+        found = self.slice(name, 0, *rows)
+        return found if columns is None else found[:, columns[0] : columns[1]]
+
+    def digest(self, name: str) -> str:
+        """Hex SHA-256 of a tensor's bytes."""
+        return self._handle(name).digest(name)
+
+    def mean_row(self, name: str) -> torch.Tensor:
+        """Mean of all stored rows of a matrix [R, H], fp32 [H]: what added tokens start from.
+
+        Summed in fp64 in a fixed order, so that every rank that asks finds the same bits, whatever it holds itself.
+        """
+        rows, width = self.facts[name].shape
+        total = torch.zeros(width, dtype=torch.float64)
+        for start in range(0, rows, MEAN_ROWS):
+            total += self.slice(name, 0, start, min(start + MEAN_ROWS, rows)).double().sum(0)
+        return (total / rows).float()
+
+    def check(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        ignore: Callable[[str], bool] = lambda name: False,
+        one_dtype: bool = True,
+    ) -> None:
+        """Compare with the tensors config.json implies (`names.hf_tensor_shapes`).
+
+        An `lm_head.weight` beside tied embeddings is accepted when it equals them.
+
+        Args:
+            one_dtype: refuse tensors of other dtypes than most have; False where they are cast anyway.
+
+        Raises:
+            CheckpointError: a tensor is missing, misshaped, unknown or of another dtype; the file and tensor are named.
+        """
+        for name, shape in shapes.items():
+            if name not in self.facts:
+                raise CheckpointError(f"{self.folder}: has no tensor {name}; the weights do not fit its config.json.")
+            if self.facts[name].shape != tuple(shape):
+                raise CheckpointError(
+                    f"{self.folder / self._file[name]}: {name} has shape {self.facts[name].shape}, but config.json "
+                    f"describes {tuple(shape)}; the two files belong to different models."
+                )
+        for name in shapes if one_dtype else ():
+            if self.facts[name].dtype is not self.dtype:
+                raise CheckpointError(
+                    f"{self.folder / self._file[name]}: {name} is {_short(self.facts[name].dtype)} where most weights "
+                    f"are {_short(self.dtype)}; make them one with python -m tools.import_hf --dtype bf16."
+                )
+        for name in self.names:
+            if name in shapes or ignore(name):
+                continue
+            embedding = "model.embed_tokens.weight"
+            if name == "lm_head.weight" and embedding in self.facts:
+                if self.facts[name] == self.facts[embedding] and torch.equal(self.tensor(name), self.tensor(embedding)):
+                    continue
+                raise CheckpointError(
+                    f"{self.folder / self._file[name]}: lm_head.weight differs from the embedding although config.json "
+                    "ties them; set tie_word_embeddings to false there."
+                )
+            raise CheckpointError(
+                f"{self.folder / self._file[name]}: {name} is not a tensor of the model config.json describes; the two "
+                "files belong to different models."
+            )
+
+    def recorded(self) -> Hashes:
+        """Hashes recorded of this folder when it was made or downloaded; empty where there are none."""
+        return read_hashes(self.folder, self.files)
+
+    def digests(self) -> dict[str, str]:
+        """Weight file -> SHA-256, compared with what is recorded; reads every byte, once a process.
+
+        Raises:
+            CheckpointError: a file differs from its recorded hash; it and the tensor are named.
+        """
+        if self._digests is None:
+            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+                found = dict(zip(self.files, pool.map(file_digest, map(self.folder.joinpath, self.files)), strict=True))
+            recorded = self.recorded()
+            for file, digest in found.items():
+                if recorded.files.get(file, digest) != digest:
+                    raise self._damaged(file, recorded)
+            self._digests = found
+        return self._digests
+
+    def _damaged(self, file: str, recorded: Hashes) -> CheckpointError:
+        """Find the tensor in a file whose hash is wrong."""
+        handle = SafetensorsFile(self.folder / file)
+        told = [name for name in handle.facts if name in recorded.tensors]
+        wrong = [name for name in told if handle.digest(name) != recorded.tensors[name]]
+        if told:
+            where = f"tensor {wrong[0]} changed" if wrong else "its header changed, its tensors did not"
+        else:
+            where = f"which tensor is not recorded, the file holds {len(handle.facts)}"
+        return CheckpointError(
+            f"{self.folder / file}: does not match the SHA-256 in {recorded.source} ({where}); download or import it "
+            "again."
+        )
+
+    def base_hash(self) -> str:
+        """SHA-256 over the sorted SHA-256 of every weight file: identifies the weights; see `digests`."""
+        return hashlib.sha256("\n".join(sorted(self.digests().values())).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

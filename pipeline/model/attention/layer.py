@@ -1,0 +1,94 @@
+"""Self-attention of a Llama layer: megatron's projections, our RoPE and S² core.
+
+What every layer of a micro-batch shares (cos/sin, segment layout, attention kind) travels as one `AttentionContext` in
+the argument megatron-core threads through block, layer and recompute for packed-sequence parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.utils import get_pg_rank
+
+from parallel.axes.context import ContextShard
+from pipeline.model.attention.local import attend
+from pipeline.model.attention.sharded import context_attend
+from pipeline.model.layers.rotary import apply_rope
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What all layers share for one micro-batch."""
+
+    spec: AttentionSpec
+    layout: SequenceLayout
+    """Of the whole sequence, also where this rank holds a shard of it."""
+    cos: torch.Tensor
+    """RoPE cosines of the local positions, fp32, as `rope.rope_tables` returns them."""
+    sin: torch.Tensor
+    """RoPE sines, likewise."""
+    shard: ContextShard | None = None
+    """This rank's tokens under context parallelism; None: all of them."""
+
+
+class CoreAttention(torch.nn.Module):
+    """S² or full attention over the local heads; has no parameters.
+
+    Built by megatron's `SelfAttention` with the keyword arguments it gives any core attention; those that concern
+    kernels of its own are accepted and unused.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any, softmax_scale: float | None = None, **_: Any):
+        super().__init__()
+        assert config.num_query_groups is not None
+        self.softmax_scale = softmax_scale
+        self.total_heads, self.total_kv_heads = config.num_attention_heads, config.num_query_groups
+        world = pg_collection.tp.size()
+        self.local_heads = self.total_heads // world
+        self.first_head = get_pg_rank(pg_collection.tp) * self.local_heads
+        self._plans: dict[str, HeadPlan] = {}
+
+    def heads(self, rule: str) -> HeadPlan:
+        """Which local heads are shifted, by their global index."""
+        if rule not in self._plans:
+            self._plans[rule] = head_plan(
+                self.first_head, self.local_heads, self.total_heads, self.total_kv_heads, rule
+            )
+        return self._plans[rule]
+
+    def forward(
+        self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """q [S, B, Hq, D], k and v [S, B, Hkv, D] with RoPE applied, local tokens and heads -> [S, B, Hq * D]."""
+        plan = self.heads(context.spec.shifted_heads)
+        layout, spec, scale = context.layout, context.spec, self.softmax_scale
+        if context.shard is None:
+            return attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale).flatten(2)
+        return context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale).flatten(2)
+
+
+class LongAttention(SelfAttention):
+    """megatron's `SelfAttention` (fused projections, sharding) with true-position RoPE and the S² core."""
+
+    def forward(  # megatron's dozen inference arguments have no meaning here
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: AttentionContext | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, H] -> ([S, B, H], bias or None)."""
+        assert packed_seq_params is not None, "LlamaStage passes the AttentionContext here"
+        context = packed_seq_params
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        query = apply_rope(query, context.cos, context.sin)
+        key = apply_rope(key, context.cos, context.sin)
+        # A view would keep the whole fused projection alive until the backward, of which it is a tenth or less (GQA).
+        value = value.clone(memory_format=torch.contiguous_format)
+        mixed = self.core_attention(query, key, value, context)
+        return self.linear_proj(mixed)

@@ -1,0 +1,183 @@
+"""S² and full attention over context-parallel shards (DESIGN.md, "S² context parallelism").
+
+Each rank holds contiguous tokens. Forward: the halo is posted, segments that begin in the shard are computed while it
+flies, then those that straddle its start. Backward: the straddling ones first, their dK and dV are posted, the local
+ones are computed while those fly, then what arrived is added. The order of the backward is autograd's own: of the ready
+nodes it runs the one made last, and they are made in the order post, local, receive, straddling, place.
+
+Shape suffixes: L tokens of the shard, B batch rows, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parallel.axes.context import ContextShard, Exchange, Flight, GatherExchange, HaloExchange
+from parallel.errors import ConfigError
+from pipeline.model.attention.backends import select_backend
+from pipeline.model.attention.local import TakeWindows, Window, attend_block, attend_straddling, gather_windows
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, Span, Straddle
+from pipeline.planning.context_shards import ShardWork, blocks_of, halo_plan, shard_work
+
+
+class _Trip:
+    """One exchange of one layer, shared by the two autograd nodes that post and receive it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.there: Flight | None = None
+        self.back: Flight | None = None
+
+
+class _Post(torch.autograd.Function):
+    """Posts K and V and returns the shard's own windows of them.
+
+    Its backward is the last of the layer's attention: it writes the windows' gradients and adds what other ranks sent.
+    The ticket [0, D] ties it to `_Receive`, so that every rank takes part, whatever it needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: torch.Tensor, v: torch.Tensor, trip: _Trip, windows: list[Window], disjoint: bool
+    ) -> tuple[torch.Tensor, ...]:
+        trip.there = trip.exchange.send(k, v)
+        ctx.trip, ctx.windows, ctx.disjoint, ctx.shape = trip, windows, disjoint, k.shape
+        return k.new_empty(0, k.shape[-1]), *(window.of(x) for x in (k, v) for window in windows)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        count = len(ctx.windows)
+        dk, dv = (
+            gather_windows(ticket, ctx.shape, ctx.windows, part, ctx.disjoint)
+            for part in (grads[:count], grads[count:])
+        )
+        flight, ctx.trip.back = ctx.trip.back, None
+        ctx.trip.exchange.receive_back(flight, dk, dv)
+        return dk, dv, None, None, None
+
+
+class _Receive(torch.autograd.Function):
+    """Awaits earlier ranks' K and V; its backward posts their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: torch.Tensor, trip: _Trip) -> tuple[torch.Tensor, ...]:
+        assert trip.there is not None, "posted before"
+        flight, trip.there = trip.there, None
+        ctx.trip = trip
+        return ticket.clone(), *trip.exchange.receive(flight)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.trip.back = ctx.trip.exchange.send_back(grads, ticket)
+        return ticket, None
+
+
+class _Place(torch.autograd.Function):
+    """Disjoint windows into one output, 0 elsewhere; `ticket` makes every rank run the backward of `_Receive`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, like: torch.Tensor, ticket: torch.Tensor, windows: list[Window], covers: bool, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.windows, ctx.empty = windows, like.shape
+        # Saved so that a non-reentrant checkpoint recomputes the layer here, at the same point on every rank: its
+        # exchange must not meet the backward's on one rank only.
+        ctx.save_for_backward(ticket)
+        out = like.new_empty(like.shape) if covers else like.new_zeros(like.shape)
+        for window, part in zip(windows, parts, strict=True):
+            window.of(out).copy_(part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (ticket,) = ctx.saved_tensors
+        # A rank of padding alone gives q a gradient of 0 here; elsewhere q's gradient comes through its windows.
+        dq = None if ctx.windows else grad.new_zeros(ctx.empty)
+        return dq, torch.zeros_like(ticket), None, None, *(window.of(grad) for window in ctx.windows)
+
+
+def context_attend(
+    q_LBHD: torch.Tensor,
+    k_LBKD: torch.Tensor,
+    v_LBKD: torch.Tensor,
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    plan: HeadPlan,
+    shard: ContextShard,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """This rank's tokens' part of `attend` over the whole sequence; every rank of `shard.group` must call it.
+
+    Args:
+        q_LBHD: queries of the shard's tokens, RoPE of their true positions applied, any strides, contiguous last axis.
+        k_LBKD: keys of the shard's tokens, likewise; all ranks of the group hold the same KV heads.
+        v_LBKD: values, likewise.
+        layout: of the global sequence, right-padded to shard.size * L tokens; the same on every rank.
+        spec: kind of attention; the same on every rank.
+        plan: head blocks of this tensor-parallel rank.
+        shard: this rank's tokens.
+        softmax_scale: None: 1/sqrt(D).
+
+    Returns:
+        Contiguous [L, B, Hq, D] in q's dtype; 0 at padded positions.
+
+    Raises:
+        ConfigError: `legacy_wrap` is on, or the device lacks the backend.
+        ValueError: shapes contradict the layout, the plan or the shard.
+    """
+    if spec.kind == "s2" and spec.legacy_wrap:
+        raise ConfigError(
+            "attention.legacy_wrap: the published roll wraps the whole sequence around and cannot be split over "
+            f"context_parallel {shard.size}; switch legacy_wrap off or set context_parallel to 1."
+        )
+    blocks = blocks_of(spec, plan)
+    if layout.sequence != shard.size * shard.tokens:
+        raise ValueError(f"the layout has {layout.sequence} tokens, not {shard.size} shards of {shard.tokens}")
+    sizes = (shard.tokens, layout.batch)
+    if q_LBHD.shape[:3] != (*sizes, blocks[-1].q_stop) or k_LBKD.shape[:3] != (*sizes, blocks[-1].kv_stop):
+        raise ValueError(
+            f"q {tuple(q_LBHD.shape)} and k {tuple(k_LBKD.shape)} do not fit a shard [L, B] = {sizes} with "
+            f"{blocks[-1].q_stop} query and {blocks[-1].kv_stop} KV heads."
+        )
+    head_dim = q_LBHD.shape[-1]
+    backend = select_backend(spec.backend, q_LBHD.device, q_LBHD.dtype, head_dim)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    work = shard_work(layout, spec, plan, shard.rank, shard.tokens, backend.varlen is not None)
+    trip = _Trip(_exchange(layout, spec, plan, shard, work))
+
+    calls = [*work.local, *((block, _own(straddle)) for block, straddle in work.straddling)]
+    q_windows = [Window(span, block.q_start, block.q_stop) for block, span in calls]
+    kv_windows = [Window(span, block.kv_start, block.kv_stop) for block, span in calls]
+    disjoint = work.fills and not HeadPlan.reuses_kv(blocks)
+    posted: tuple[torch.Tensor, ...] = _Post.apply(k_LBKD, v_LBKD, trip, kv_windows, disjoint)
+    ticket, keys, values = posted[0], posted[1 : 1 + len(calls)], posted[1 + len(calls) :]
+    queries = TakeWindows.apply(q_LBHD, q_windows, work.fills) if calls else ()
+
+    inputs = list(zip(queries, keys, values, strict=True))
+    count = len(work.local)
+    parts = [
+        attend_block(q, k, v, span, span, backend, scale)
+        for (q, k, v), (_, span) in zip(inputs[:count], work.local, strict=True)
+    ]
+    received: tuple[torch.Tensor, ...] = _Receive.apply(ticket, trip)
+    ticket, early = received[0], [x.transpose(0, 1) for x in received[1:]]
+    parts.extend(
+        attend_straddling(q, early_k, early_v, k, v, backend, scale)
+        for (q, k, v), early_k, early_v in zip(inputs[count:], early[0::2], early[1::2], strict=True)
+    )
+    return _Place.apply(q_LBHD, ticket, q_windows, work.fills, *parts)
+
+
+def _own(straddle: Straddle) -> Span:
+    """The shard's part of a straddling segment."""
+    return Span(straddle.row_start, straddle.row_stop, 0, straddle.length)
+
+
+def _exchange(
+    layout: SequenceLayout, spec: AttentionSpec, plan: HeadPlan, shard: ContextShard, work: ShardWork
+) -> Exchange:
+    if spec.kind == "full":
+        return GatherExchange(shard, work.reads)
+    return HaloExchange(shard, halo_plan(layout, spec, plan, shard.size, shard.tokens), work.reads)

@@ -1,0 +1,201 @@
+"""The model, or a pipeline chunk of it: embedding, megatron-core `TransformerBlock`, final norm, output matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from parallel.axes.context import ContextShard
+from parallel.axes.zero3 import FrozenShards
+from pipeline.config.sections import LoraConfig
+from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.layers.loss import VocabShard, sum_cross_entropy, token_losses
+from pipeline.model.layers.rotary import RopePlan, rope_tables
+from pipeline.model.spec import block_submodules
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Which part of the model a `LlamaStage` is."""
+
+    layers: range
+    """Global indices of its layers."""
+    first: bool = True
+    """Embeds tokens; otherwise it is given hidden states."""
+    last: bool = True
+    """Has the final norm and the output matrix."""
+    virtual: int | None = None
+    """Its number among the chunks of its pipeline rank, under interleaving."""
+
+
+class LlamaStage(MegatronModule):
+    """A Llama-class causal language model on megatron-core layers, or a pipeline chunk and tensor-parallel slice of it.
+
+    Weights are allocated uninitialized; `weights.load_base` and `weights.init_adapters` fill them.
+
+    Args:
+        arch: sizes, from the checkpoint's config.json.
+        rope: how positions are stretched.
+        lora: adapters (rank 0: none).
+        config: megatron's configuration of the same architecture.
+        groups: megatron's process groups.
+        chunk: the part to build; None: the whole model.
+    """
+
+    def __init__(
+        self,
+        arch: LlamaArch,
+        rope: RopePlan,
+        lora: LoraConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        chunk: Chunk | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.arch, self.rope, self.lora, self.groups = arch, rope, lora, groups
+        self.chunk = chunk or Chunk(range(arch.layers))
+        # megatron's schedules look for these two.
+        self.vp_stage, self.model_type = self.chunk.virtual, ModelType.encoder_or_decoder
+        self.tp_rank, self.tp_size = groups.tp.rank(), groups.tp.size()
+        vocab = names.padded_vocab(arch, self.tp_size)
+        if self.chunk.first:
+            self.embedding = VocabParallelEmbedding(
+                vocab,
+                arch.hidden,
+                init_method=config.init_method,
+                reduce_scatter_embeddings=config.sequence_parallel,
+                config=config,
+                tp_group=groups.tp,
+            )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_submodules(arch, lora, len(self.chunk.layers)),
+            pg_collection=groups,
+            pre_process=self.chunk.first,
+            post_process=self.chunk.last,
+            vp_stage=self.chunk.virtual,
+        )
+        if self.chunk.last and not (arch.tied and self.chunk.first):
+            self.output_layer = ColumnParallelLinear(
+                arch.hidden,
+                vocab,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=groups.tp,
+            )
+            # A tied output matrix on another stage than the embedding is a copy: its gradient joins the original's, and
+            # the gradient norm counts it once.
+            self.output_layer.weight.shared_copy = arch.tied
+        self.shards: FrozenShards | None = None
+        """As in any `weights.Part`; a whole `ModelPart` may have them."""
+        self.before_output: Callable[[], None] = lambda: None
+        """Called before the output matrix is read (engine zero3 gathers it)."""
+        self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter) with global layer indices; a tied copy of the embedding goes by the embedding's name."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, index, rest = name.split(".", 3)
+                name = f"decoder.layers.{self.chunk.layers[int(index)]}.{rest}"
+            elif getattr(parameter, "shared_copy", False):
+                name = "embedding.weight"
+            yield name, parameter
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the output matrix, [V, H]; the embedding itself when tied on one stage."""
+        return self.output_layer.weight if hasattr(self, "output_layer") else self.embedding.weight
+
+    @property
+    def vocab_shard(self) -> VocabShard | None:
+        """Which rows `output_weight` holds; None: all."""
+        if self.tp_size == 1:
+            return None
+        start, stop = names.vocab_range(self.arch, self.tp_rank, self.tp_size)
+        return VocabShard(self.groups.tp, start, stop - start)
+
+    def context(
+        self, layout: SequenceLayout, spec: AttentionSpec, shard: ContextShard | None = None
+    ) -> AttentionContext:
+        """What the layers share for micro-batches of this layout; RoPE tables are made once a length, in fp32."""
+        start, tokens = (0, layout.sequence) if shard is None else (shard.rank * shard.tokens, shard.tokens)
+        key = (start, tokens, self.device)
+        if key not in self._tables:
+            positions = torch.arange(start, start + tokens, dtype=torch.int64, device=self.device)
+            # Only the last length is kept: evaluation at many lengths must not pile tables up.
+            self._tables = {key: rope_tables(self.rope, self.arch.head_dim, positions)}
+        return AttentionContext(spec, layout, *self._tables[key], shard)
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
+        """Where megatron's schedules put the previous stage's hidden states [S, B, H]."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def hidden(self, tokens_BS: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """int64 local tokens [B, S] (read by the first chunk) -> hidden states [S, B, H] in the parameters' dtype.
+
+        Under sequence parallelism the result holds this rank's S / tp tokens.
+        """
+        hidden = None
+        if self.chunk.first:
+            hidden = self.embedding(tokens_BS)
+            if not self.config.sequence_parallel:
+                hidden = hidden.transpose(0, 1).contiguous()
+            if self.training and not hidden.requires_grad:
+                # With a frozen embedding, re-entrant checkpointing would drop every gradient: its input must require
+                # one.
+                hidden.requires_grad_()
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+
+    def forward(self, tokens_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec) -> torch.Tensor:
+        """int64 tokens [B, S] of whole sequences -> final hidden states [S, B, H]; see `hidden`."""
+        return self.hidden(tokens_BS, self.context(layout, spec))
+
+    def _scored(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [L, H] and the labels [T] of the context-parallel shard, of which L tokens are this rank's."""
+        self.before_output()
+        return hidden.flatten(0, 1), labels_BS.t().reshape(-1)
+
+    def loss_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Sum of cross entropies in nats over local labels that are not IGNORE; fp32 scalar, differentiable."""
+        hidden_LH, labels_T = self._scored(hidden, labels_BS)
+        return sum_cross_entropy(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
+
+    @torch.no_grad()
+    def losses_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of each local label in nats, 0 where it is IGNORE; fp32 [B, S]."""
+        hidden_LH, labels_T = self._scored(hidden, labels_BS)
+        losses = token_losses(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
+        return losses.view(labels_BS.shape[1], labels_BS.shape[0]).t()
+
+    def loss_sum(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec
+    ) -> torch.Tensor:
+        """`loss_of` of a whole model on whole sequences."""
+        return self.loss_of(self(tokens_BS, layout, spec), labels_BS)
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec) -> torch.Tensor:
+        """Logits [B, S, V] of a whole model in the parameters' dtype; for tests and short inputs only."""
+        hidden = self(tokens_BS, layout, spec)
+        self.before_output()
+        return (hidden @ self.output_weight.t()).transpose(0, 1)

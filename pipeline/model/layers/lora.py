@@ -1,0 +1,271 @@
+"""LoRA on megatron-core's parallel linears (LoRA: arXiv 2106.09685; rsLoRA scale: 2312.03732).
+
+A fused projection (qkv, gate-up) carries one adapter a part, so that they export as separate PEFT modules, yet costs
+two matrix products: the A factors stack into one [n r, in], and the B factors are laid out block by block in the
+fused row order, [rows, n r] (zeros elsewhere), which is a rearrangement of a few rows, not of activations.
+
+Under tensor + sequence parallelism (T ranks) only the low-rank activations travel: a column-parallel linear applies its
+replicated A to the local tokens and gathers [S, B, n R]; a row-parallel one reduce-scatters its partial A x before the
+replicated B. The replicated factor sees a slice of the tokens, so its gradient is partial and carries megatron's
+`sequence_parallel` mark; the sharded one carries `tensor_model_parallel`.
+
+Shapes: S tokens, B batch, I input width, O output width, R rank, n parts; under sharding local sizes, tokens S / T.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from pipeline.config.sections import LoraConfig
+from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
+from pipeline.model.layers.norm import NormRecipe, recipe_of
+
+MOST_COLUMNS = 128
+"""Ranks of all parts of a fused projection together that the update's kernel takes."""
+FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""Lay the row blocks of the parts (each [rows_part, k], in part order) out as the fused weight's rows."""
+Move = Callable[[torch.Tensor], torch.Tensor]
+"""Carries low-rank activations between tensor-parallel ranks, differentiably."""
+
+
+class Adapter(torch.nn.Module):
+    """One low-rank pair, A [R, in] and B [out, R]; B starts at zero, A is filled by `weights.init_adapters`."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, like: torch.Tensor) -> None:
+        super().__init__()
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, in_features, dtype=like.dtype, device=like.device))
+        self.lora_B = torch.nn.Parameter(torch.zeros(out_features, rank, dtype=like.dtype, device=like.device))
+
+
+def initial_a(name: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """What factor A of the adapter called `name` starts from: Kaiming-uniform as in PEFT, fp32 on the CPU.
+
+    A pure function of its arguments, so that a seed gives the same adapters on every device, dtype and rank grid.
+
+    Args:
+        name: canonical tensor name.
+        shape: of the whole factor, [R, in].
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+class _OfNorm(torch.autograd.Function):
+    """x A^T for an x that a norm returned, which the norm makes again in the backward: it need not be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input_SBI: torch.Tensor, a_RI: torch.Tensor, recipe: NormRecipe) -> torch.Tensor:
+        ctx.save_for_backward(a_RI, recipe.input_SBH, recipe.weight_H)
+        ctx.eps = recipe.eps
+        return functional.linear(input_SBI, a_RI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (grad,) = grads
+        a_RI, source, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        grad_input = (flat @ a_RI).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        grad_a = None
+        if ctx.needs_input_grad[1]:
+            grad_a = flat.t() @ NormRecipe(source, weight, ctx.eps).rows(0, source.shape[0]).flatten(0, -2)
+        return grad_input, grad_a, None
+
+
+class _AddUpdate(torch.autograd.Function):
+    """base + scale * low B^T, over the base output, which nothing else keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, base_SBO: torch.Tensor, low_SBR: torch.Tensor, b_OR: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(low_SBR, b_OR)
+        ctx.scale = scale
+        ctx.mark_dirty(base_SBO)
+        base, low = base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2)
+        # In fp32 tensor cores would round the factors to tf32.
+        half = base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
+        kernels = kernels_for(base, base, low, b_OR) if half else None
+        if kernels is None:
+            base.addmm_(low, b_OR.t(), alpha=scale)
+        else:
+            kernels.add_update_(base, low, b_OR, scale)
+        return base_SBO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        low, b_OR = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        grad_low = (flat @ b_OR).mul_(ctx.scale).view(low.shape) if ctx.needs_input_grad[1] else None
+        grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        return grad, grad_low, grad_b, None
+
+
+class AdapterSet(torch.nn.Module):
+    """The adapters of one (possibly fused) linear, or of a tensor-parallel slice of it.
+
+    Args:
+        lora: rank, scale, dropout.
+        parts: name and local output rows of every part of the fused weight, in part order.
+        adapted: the parts that carry an adapter.
+        in_features: local input width I.
+        like: the base weight, for dtype and device.
+        fuse_rows: row layout of the fused weight; None when there is a single part.
+        move: between A and B under tensor parallelism; None: nothing travels.
+    """
+
+    def __init__(
+        self,
+        lora: LoraConfig,
+        parts: Sequence[tuple[str, int]],
+        adapted: Sequence[str],
+        in_features: int,
+        like: torch.Tensor,
+        fuse_rows: FuseRows | None,
+        move: Move | None = None,
+    ) -> None:
+        super().__init__()
+        self.lora, self.parts, self.fuse_rows, self.move = lora, tuple(parts), fuse_rows, move
+        self.names = tuple(name for name, _ in parts if name in adapted)
+        for name, rows in parts:
+            if name in adapted:
+                self.add_module(name, Adapter(in_features, rows, lora.rank, like))
+
+    def mark(self, replicated: str, sharded: str) -> None:
+        """Put megatron's marks on the factors (lora_A or lora_B) by how tensor parallelism places them."""
+        for name in self.names:
+            getattr(self._adapter(name), replicated).sequence_parallel = True
+            getattr(self._adapter(name), sharded).tensor_model_parallel = True
+
+    def _adapter(self, name: str) -> Adapter:
+        adapter = self.get_submodule(name)
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def stacked_a(self) -> torch.Tensor:
+        """A factors, [n R, I]."""
+        factors: list[torch.Tensor] = [self._adapter(name).lora_A for name in self.names]
+        return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+    def fused_b(self) -> torch.Tensor:
+        """B factors in the fused row order, [O, n R]; rows of one part meet only that part's columns."""
+        if self.fuse_rows is None:
+            return self._adapter(self.names[0]).lora_B
+        rank, count = self.lora.rank, len(self.names)
+        blocks = []
+        for name, rows in self.parts:
+            if name in self.names:
+                before = self.names.index(name) * rank
+                blocks.append(functional.pad(self._adapter(name).lora_B, (before, (count - 1) * rank - before)))
+            else:
+                like = self._adapter(self.names[0]).lora_B
+                blocks.append(like.new_zeros(rows, count * rank))
+        return self.fuse_rows(blocks)
+
+    def forward(self, input_SBI: torch.Tensor, base_SBO: torch.Tensor) -> torch.Tensor:
+        """Add scale * B A x to the base output, in place where it has memory of its own.
+
+        With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
+        """
+        recipe = None if self.lora.dropout and self.training else recipe_of(input_SBI)
+        if recipe is None:
+            low = functional.linear(self._drop(input_SBI), self.stacked_a())
+        else:
+            low = _OfNorm.apply(input_SBI, self.stacked_a(), recipe)
+        if self.move is not None:
+            low = self.move(low)
+        update_b = self.fused_b()
+        # A view: megatron's reductions return their input where one rank has nothing to reduce. Not contiguous: a
+        # placeholder of a recomputation.
+        if base_SBO.is_contiguous() and not base_SBO._is_view():
+            sum_SBO: torch.Tensor = _AddUpdate.apply(base_SBO, low, update_b, self.lora.scale)
+            return sum_SBO
+        return torch.addmm(base_SBO.flatten(0, -2), low.flatten(0, -2), update_b.t(), alpha=self.lora.scale).view_as(
+            base_SBO
+        )
+
+    def _drop(self, input_SBI: torch.Tensor) -> torch.Tensor:
+        if not self.lora.dropout or not self.training:
+            return input_SBI
+        if self.move is None:
+            return functional.dropout(input_SBI, self.lora.dropout)
+        # Tensor-parallel ranks hold different tokens or channels here, so each needs masks of its own.
+        with get_cuda_rng_tracker().fork():
+            return functional.dropout(input_SBI, self.lora.dropout)
+
+
+def _require_sequence_parallel(linear: ColumnParallelLinear | RowParallelLinear) -> int:
+    """Tensor-parallel ranks of a linear; above one, activations between layers must be sharded along the tokens."""
+    ranks: int = linear.tp_group.size()
+    assert ranks == 1 or linear.config.sequence_parallel, "spec.transformer_config sets it with tp > 1"
+    return ranks
+
+
+class LoraColumnParallelLinear(TiledColumnParallelLinear):
+    """Column-parallel linear whose parts may carry adapters; A is replicated, B sharded like the weight's rows."""
+
+    def __init__(
+        self,
+        *args: Any,
+        lora: LoraConfig,
+        parts: Sequence[tuple[str, int]],
+        adapted: Sequence[str],
+        fuse_rows: FuseRows | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        ranks = _require_sequence_parallel(self)
+        local = [(name, rows // ranks) for name, rows in parts]
+        move = partial(gather_from_sequence_parallel_region, group=self.tp_group) if ranks > 1 else None
+        self.adapters = AdapterSet(lora, local, adapted, self.input_size, self.weight, fuse_rows, move)
+        if ranks > 1:
+            self.adapters.mark(replicated="lora_A", sharded="lora_B")
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, I] -> ([S, B, O], bias to be added later or None)."""
+        base, bias = super().forward(input_, *args, **kwargs)
+        return self.adapters(input_, base), bias
+
+
+class _LoraRow(TiledRowParallelLinear):
+    """Row-parallel linear with an adapter; A is sharded like the weight's columns, B replicated."""
+
+    def __init__(self, *args: Any, lora: LoraConfig, part: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ranks = _require_sequence_parallel(self)
+        move = partial(reduce_scatter_to_sequence_parallel_region, group=self.tp_group) if ranks > 1 else None
+        columns = self.input_size_per_partition
+        self.adapters = AdapterSet(lora, [(part, self.output_size)], [part], columns, self.weight, None, move)
+        if ranks > 1:
+            self.adapters.mark(replicated="lora_B", sharded="lora_A")
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, I] -> ([S, B, O], bias to be added later or None)."""
+        base, bias = super().forward(input_)
+        return self.adapters(input_, base), bias
+
+
+class LoraRowParallelLinear(_LoraRow):
+    """An adapted o_proj."""
+
+
+class LoraLastRowParallelLinear(_LoraRow, LastRowParallelLinear):
+    """An adapted down_proj: the frozen product is skipped while recomputing, its own are not."""

@@ -1,0 +1,87 @@
+"""RMSNorm as megatron-core's spec builds it, usable under sequence parallelism (mcore's torch norm is not)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch.autograd.function import once_differentiable
+
+from pipeline.model.layers.kernel_choice import kernels_for
+
+WIDEST = 1 << 14
+"""Values of a row that the gradient's kernel holds at once."""
+
+
+@dataclass(frozen=True)
+class NormRecipe:
+    """How a norm's output was made: keeping this costs nothing, since the norm keeps its input anyway."""
+
+    input_SBH: torch.Tensor
+    weight_H: torch.Tensor
+    eps: float
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Tokens [start, stop) of the output again, to the bit."""
+        return torch.nn.functional.rms_norm(self.input_SBH[start:stop], self.weight_H.shape, self.weight_H, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """`rms_norm` on a GPU, its gradient in one pass; keeps its input and weight, as torch's does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float, kernels: ModuleType
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_SBH, weight_H)
+        ctx.eps, ctx.gradient = eps, kernels.norm_gradient
+        return torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        (grad,) = grads
+        hidden_SBH, weight_H = ctx.saved_tensors
+        result, weight_grad = ctx.gradient(hidden_SBH, weight_H, grad.contiguous(), ctx.eps)
+        return result, weight_grad if ctx.needs_input_grad[1] else None, None, None
+
+
+def recipe_of(output_SBH: torch.Tensor) -> NormRecipe | None:
+    """The recipe of a tensor that a norm returned; None for any other tensor."""
+    return getattr(output_SBH, "norm_recipe", None)
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467, equation 4), statistics in fp32.
+
+    Args:
+        config: megatron's configuration; its `params_dtype` and device rules place the weight.
+        hidden_size: width H of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        # None: the default device, which megatron's linears take too when they initialize on the CPU.
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Under sequence parallelism each rank sees a slice of the tokens, so this gradient is partial: the mark tells
+        # the reduction (megatron's own convention).
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """Normalize over the last dimension; shape and dtype unchanged."""
+        width = self.weight.shape[0]
+        wanted = torch.is_grad_enabled() and width <= WIDEST
+        kernels = kernels_for(hidden_SBH, hidden_SBH, self.weight) if wanted else None
+        if kernels is not None:
+            output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps, kernels)
+        else:
+            output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
+        recipe = NormRecipe(hidden_SBH.detach(), self.weight.detach(), self.eps)
+        output.norm_recipe = recipe  # type: ignore[attr-defined]
+        return output

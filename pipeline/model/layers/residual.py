@@ -1,0 +1,59 @@
+"""The sums of a layer with its residual stream; the last one is not made while recomputing.
+
+The sum that leaves a checkpointed layer exists already, so that its recomputation needs only its place in the graph:
+one hidden state less at the memory peak, and one pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipeline.model.layers.linear import placeholder, recomputing
+
+Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+"""megatron's call: ((x, bias), residual, dropout probability) -> sum."""
+
+
+class _Skipped(torch.autograd.Function):
+    """x + residual, never computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return placeholder(residual, residual.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grads[0], grads[0]
+
+
+def _add(x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+    x, bias = x_and_bias
+    assert bias is None and not dropout, "spec.transformer_config has neither"
+    if x.requires_grad:
+        return residual + x
+    # Made without gradients (a checkpointed layer's first pass, evaluation), and nobody else reads it. megatron enables
+    # them around this call.
+    with torch.no_grad():
+        return x.add_(residual)
+
+
+def _add_last(
+    x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    if not recomputing():
+        return _add(x_and_bias, residual, dropout)
+    skipped: torch.Tensor = _Skipped.apply(x_and_bias[0], residual)
+    return skipped
+
+
+def residual_add(training: bool, fused: bool) -> Add:
+    """Attention's output plus the residual stream."""
+    return _add
+
+
+def last_residual_add(training: bool, fused: bool) -> Add:
+    """The MLP's output plus the residual stream, which leaves the layer; values are arbitrary while recomputing."""
+    return _add_last

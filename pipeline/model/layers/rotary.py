@@ -1,0 +1,154 @@
+"""Rotary positions of a plan as angles, tables and config.json fields, numerically the same as transformers'.
+
+Shapes: S positions, B batch, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.rope import RopePlan
+
+# Whoever computes with a plan finds how it is made here as well.
+from pipeline.planning.rope import plan_rope as plan_rope
+
+ROPE_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
+"""Every top-level key of config.json that `hf_rope_fields` may write; remove them all before writing its fields."""
+
+
+def _yarn_ramp(plan: RopePlan, head_dim: int) -> torch.Tensor:
+    """Share of stretching a pair gets, fp32 [D/2]: 0 for fast pairs, 1 for slow ones (arXiv 2309.00071, section
+    3.2)."""
+
+    def pair_of(rotations: float) -> float:
+        """Fractional pair index that turns `rotations` times over the original context."""
+        turns = math.log(plan.original_context / (rotations * 2 * math.pi))
+        return (head_dim * turns) / (2 * math.log(plan.theta))
+
+    low, high = pair_of(plan.beta_fast), pair_of(plan.beta_slow)
+    if plan.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+
+
+def inverse_frequencies(plan: RopePlan, head_dim: int) -> torch.Tensor:
+    """Angle a position of every pair of channels, fp32 [D/2] on the CPU.
+
+    Bit-equal to transformers' (operation by operation): a model trained here and run there sees the same angles. fp32
+    whatever the default dtype, because bf16 would be radians off at position 32k.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    pair_periods = plan.theta**exponents
+    plain = 1.0 / pair_periods
+    if plan.type == "none":
+        return plain
+    if plan.type == "linear":
+        return plain / plan.factor
+    if plan.type == "yarn":
+        kept = 1 - _yarn_ramp(plan, head_dim)
+        return 1.0 / (plan.factor * pair_periods) * (1 - kept) + plain * kept
+    wavelengths = 2 * math.pi / plain
+    low, high, original = plan.low_freq_factor, plan.high_freq_factor, plan.original_context
+    stretched = torch.where(wavelengths > original / low, plain / plan.factor, plain)
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * stretched / plan.factor + smooth * stretched
+    between = ~(wavelengths < original / high) * ~(wavelengths > original / low)
+    return torch.where(between, blended, stretched)
+
+
+def rope_tables(plan: RopePlan, head_dim: int, positions_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, fp32 [S, D/2] each, on the positions' device; the attention factor is applied.
+
+    The angle is one fp32 product, as in transformers: exact to half a unit in the last place, which at position 131072
+    is 0.004 rad on the fastest pairs, the same in both programs.
+
+    Args:
+        positions_S: int64 true positions; exact in fp32 up to 2^24.
+    """
+    frequencies = inverse_frequencies(plan, head_dim).to(positions_S.device)
+    angles = positions_S[:, None].to(torch.float32) * frequencies
+    return angles.cos() * plan.attention_factor, angles.sin() * plan.attention_factor
+
+
+class _Rotate(torch.autograd.Function):
+    """`apply_rope` in one pass each way, by the module `kernels`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernels: ModuleType
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.rotate = kernels.rotate
+        return cast(torch.Tensor, kernels.rotate(x_SBHD, cos, sin))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad,) = grads
+        cos, sin = ctx.saved_tensors
+        return ctx.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, -1.0), None, None, None
+
+
+def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate channel i with channel i + D/2 (Hugging Face's half-rotation order); same shape and dtype as the input.
+
+    The tables are rounded to the input's dtype and the arithmetic runs in it, exactly as in transformers, so that bf16
+    results agree bit for bit.
+
+    Args:
+        cos, sin: fp32 [S, D/2] from `rope_tables`.
+    """
+    kernels = kernels_for(x_SBHD, cos, sin) if x_SBHD.stride(-1) == 1 else None
+    if kernels is not None:
+        turned: torch.Tensor = _Rotate.apply(x_SBHD, cos, sin, kernels)
+        return turned
+    cos, sin = cos.to(x_SBHD.dtype)[:, None, None], sin.to(x_SBHD.dtype)[:, None, None]
+    first, second = x_SBHD.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def hf_rope_fields(plan: RopePlan, arch: LlamaArch, context: int) -> dict[str, Any]:
+    """The config.json fields that make transformers 4 and 5 compute this plan's angles.
+
+    transformers 4 reads `rope_theta` and `rope_scaling`; 5 prefers `rope_scaling` where present and fills in
+    `rope_theta`, and otherwise reads `rope_parameters`. All are written and agree. `original_max_position_embeddings`
+    stands at the top level for linear scaling only: both versions ignore it there, and `read_arch` uses it to extend
+    once more.
+    """
+    scaling: dict[str, Any] = {"rope_type": plan.type, "factor": plan.factor}
+    if plan.type == "none":
+        scaling = {"rope_type": "default"}
+    elif plan.type != "linear":
+        scaling["original_max_position_embeddings"] = plan.original_context
+    if plan.type == "llama3":
+        scaling |= {"low_freq_factor": plan.low_freq_factor, "high_freq_factor": plan.high_freq_factor}
+    if plan.type == "yarn":
+        scaling |= {"attention_factor": plan.attention_factor, "beta_fast": plan.beta_fast, "beta_slow": plan.beta_slow}
+        if not plan.truncate:
+            scaling["truncate"] = False
+    fields: dict[str, Any] = {
+        # A context shorter than what the checkpoint serves must not shrink what it declares.
+        "max_position_embeddings": max(context, arch.max_positions),
+        "rope_theta": plan.theta,
+        "rope_scaling": None if plan.type == "none" else scaling,
+        "rope_parameters": {**scaling, "rope_theta": plan.theta},
+    }
+    if plan.type == "linear":
+        fields["original_max_position_embeddings"] = plan.original_context
+    return fields

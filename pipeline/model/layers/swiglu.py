@@ -1,0 +1,86 @@
+"""SwiGLU (arXiv 2002.05202, equation 6) that keeps nothing for the backward but its input."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from pipeline.model.layers.kernel_choice import kernels_for
+
+CHUNK_ELEMENTS = 1 << 26
+"""Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [gate; up] side by side: [..., 2 F] -> [..., F], any float dtype."""
+    kernels = kernels_for(gate_up, gate_up)
+    if kernels is not None:
+        return cast(torch.Tensor, kernels.swiglu(gate_up))
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Tensor) -> None:
+    """Write the gradient of `gate_up` [..., 2 F] for `grad` [..., F] into `result`, contiguous; it may be `gate_up`.
+
+    Chunk by chunk, where kernels cannot do it in place: the widest tensors of a layer meet here.
+    """
+    kernels = kernels_for(gate_up, gate_up, grad, result)
+    if kernels is not None:
+        kernels.swiglu_gradient_(gate_up, grad, result)
+        # Torch's own operations tell autograd by themselves that a tensor was written to.
+        torch.autograd.graph.increment_version(result)
+        return
+    width = grad.shape[-1]
+    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    # `view` refuses what `flatten` would copy, and then nothing would be written to `result`.
+    whole = gate_up.flatten(0, -2), result.view(-1, 2 * width), grad.flatten(0, -2)
+    pieces = (tensor.split(rows) for tensor in whole)
+    for source, target, slope in zip(*pieces, strict=True):
+        gate, up = source.chunk(2, dim=-1)
+        # The operations of eager autograd, so that results are the same to the bit.
+        scratch = slope * up
+        grad_up = functional.silu(gate).mul_(slope)
+        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=scratch)
+        target[:, :width].copy_(scratch)
+        target[:, width:].copy_(grad_up)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up. Eager autograd would keep silu(gate) and a copy of `up` too: half as much again as the input.
+
+    The backward writes the gradient over its saved input. A second backward through the same forward is then refused
+    by autograd, which sees that a saved tensor was modified. An input that the user made (a leaf), or a view of one, is
+    left alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        base = gate_up if gate_up._base is None else gate_up._base
+        ctx.reuse = base.grad_fn is not None and gate_up.is_contiguous()
+        return swiglu(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (grad,) = grads
+        (gate_up,) = ctx.saved_tensors
+        result = gate_up if ctx.reuse else torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        swiglu_gradient_(gate_up, grad, result)
+        return result
+
+
+class SwiGlu(torch.nn.Module):
+    """The MLP's activation as megatron-core's spec builds it: [gate; up] side by side, [S, B, 2 F] -> [S, B, F]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Any float dtype; shape and dtype of the halves."""
+        return _SwiGlu.apply(gate_up)

@@ -1,0 +1,248 @@
+"""The model as one rank holds it: pipeline chunks and tensor-parallel slices, fed with its tokens of each sequence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from parallel.axes.pipeline import relay, run_schedule
+from parallel.axes.zero3 import FrozenShards
+from parallel.world.collectives import sum_over
+from parallel.world.grid import plan_stages
+from parallel.world.groups import Groups
+from pipeline.config.sections import LoraConfig
+from pipeline.data.loader import Batch
+from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.chunk import Chunk, LlamaStage
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.layers.rotary import RopePlan
+from pipeline.model.spec import transformer_config
+from pipeline.model.weights.zero3_units import shard_stage
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """What one rank computes of a micro-batch; L tokens of each of its B sequences."""
+
+    tokens: torch.Tensor
+    """int64 [B, L]; 0 on padding."""
+    labels: torch.Tensor
+    """int64 [B, L]; IGNORE on padding."""
+    layout: SequenceLayout
+    """Of the whole padded sequences."""
+
+
+class ModelPart(torch.nn.Module):
+    """One rank's share of a Llama-class model on the grid of `groups`.
+
+    Every rank of a replica is given the same whole micro-batches and cuts out its own tokens; sequences are padded on
+    the right to shards of equal length.
+
+    Args:
+        arch, rope, lora: see `LlamaStage`.
+        groups: the grid.
+        dtype: of the weights.
+        recompute: see `spec.transformer_config`.
+        virtual: pipeline chunks a rank.
+        shards: engine zero3: takes the frozen matrices; None: every rank holds its slice of them.
+        kinds: train.trainable, which decides what `shards` takes.
+    """
+
+    def __init__(
+        self,
+        arch: LlamaArch,
+        rope: RopePlan,
+        lora: LoraConfig,
+        groups: Groups,
+        dtype: torch.dtype,
+        recompute: str,
+        virtual: int = 1,
+        shards: FrozenShards | None = None,
+        kinds: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.shards = shards
+        self.arch, self.rope, self.lora, self.groups, self.dtype = arch, rope, lora, groups, dtype
+        plan = groups.plan
+        self.tp_rank, self.tp_size = groups.collection.tp.rank(), plan.tp
+        self.virtual = virtual
+        layers = plan_stages(arch.layers, plan.pp, virtual)
+        # Sharded weights are never allocated whole, so the modules are made without memory first.
+        home = contextlib.nullcontext() if shards is None else torch.device("meta")
+        config = transformer_config(arch, plan, dtype, groups.device, recompute, layers, sharded=shards is not None)
+        self.chunks = torch.nn.ModuleList()
+        for number in range(groups.stage, len(layers), plan.pp):
+            chunk = Chunk(
+                layers[number],
+                first=number == 0,
+                last=number == len(layers) - 1,
+                virtual=number // plan.pp if virtual > 1 else None,
+            )
+            with home:
+                self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk))
+        if shards is not None:
+            (stage,) = self.stages
+            shard_stage(stage, kinds, shards)
+
+    @property
+    def stages(self) -> list[LlamaStage]:
+        """The chunks, typed."""
+        return [cast(LlamaStage, chunk) for chunk in self.chunks]
+
+    def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """See `LlamaStage.canonical_parameters`; in model order."""
+        for stage in self.stages:
+            yield from stage.canonical_parameters()
+
+    def place(self, batch: Batch) -> LocalBatch:
+        """This rank's tokens of whole sequences [B, N], on its device, and the layout all ranks share."""
+        rows, sequence = batch.tokens.shape
+        plan = self.groups.plan
+        share = plan.shard_tokens(sequence)
+        padding = plan.cp * share - sequence
+        documents = None if batch.document_ids is None else batch.document_ids.numpy()
+        mask = None
+        if padding:
+            mask = np.broadcast_to(np.arange(sequence + padding) < sequence, (rows, sequence + padding))
+            if documents is not None:
+                documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
+        layout = SequenceLayout.build(rows, sequence + padding, mask, documents)
+        start = plan.coordinates(self.groups.env.rank)[1] * share
+
+        def local(values: torch.Tensor, filler: int) -> torch.Tensor:
+            if padding:
+                values = functional.pad(values, (0, padding), value=filler)
+            if plan.cp > 1:
+                values = values[:, start : start + share].contiguous()
+            return values.to(self.groups.device, non_blocking=True)
+
+        return LocalBatch(local(batch.tokens, 0), local(batch.labels, IGNORE), layout)
+
+    def _context(self, stage: LlamaStage, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
+        return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
+
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        spec: AttentionSpec,
+        scale: float,
+        before_last_backward: Callable[[Iterable[torch.nn.Parameter] | None], None] = lambda parameters: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Forward and backward of one optimizer step's micro-batches on this rank.
+
+        Gradients of `scale` times the summed loss are left for the optimizer's hooks.
+
+        Args:
+            batches: micro-batches of whole sequences, all of one shape.
+            spec: attention.
+            scale: factor of the loss: one over all scored tokens of the step.
+            before_last_backward: called when the last micro-batch's backward comes next; under pipelining once a chunk,
+                with the parameters that train there, as each chunk comes to it at another time.
+            between: called between two micro-batches (not under pipelining); may raise to abandon the step.
+
+        Returns:
+            This rank's sum of losses, fp64 scalar: over its tokens, zero but on the last stage.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        placed = [self.place(batch) for batch in batches]
+        contexts = [{id(stage): self._context(stage, batch.layout, spec) for stage in self.stages} for batch in placed]
+
+        def forward(number: int, stage: LlamaStage) -> torch.Tensor:
+            batch = placed[number]
+            hidden = stage.hidden(batch.tokens, contexts[number][id(stage)])
+            if not stage.chunk.last:
+                return hidden
+            loss = stage.loss_of(hidden, batch.labels)
+            total.add_(loss.detach().double())
+            return loss * scale
+
+        if self.groups.plan.pp > 1:
+            rows = batches[0].tokens.shape[0]
+            run_schedule(
+                self.groups,
+                self.stages,
+                forward,
+                len(placed),
+                placed[0].layout.sequence,
+                rows,
+                lambda chunk: before_last_backward(p for p in chunk.parameters() if p.requires_grad),
+            )
+            return total
+        for number in range(len(placed)):
+            if number:
+                between()
+            loss = forward(number, self.stages[0])
+            if number == len(placed) - 1:
+                before_last_backward(None)
+            with self._backward():
+                loss.backward()
+        return total
+
+    @contextlib.contextmanager
+    def _backward(self) -> Iterator[None]:
+        """Within, layers come from the last to the first."""
+        if self.shards is None:
+            yield
+            return
+        self.shards.backward = True
+        try:
+            yield
+        finally:
+            self.shards.backward = False
+
+    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of all frozen weights this rank keeps: parameters, and engine zero3's shares of a unit."""
+        for name, parameter in self.canonical_parameters():
+            if not parameter.requires_grad and not self.is_sharded(parameter):
+                yield name, parameter
+        if self.shards is not None:
+            yield from self.shards.shares()
+
+    def close(self) -> None:
+        """Give page-locked host memory back; the model cannot run after it."""
+        if self.shards is not None:
+            self.shards.close()
+
+    def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether engine zero3 keeps a share of this parameter instead of all of it."""
+        return self.shards is not None and self.shards.holds(parameter)
+
+    @torch.no_grad()
+    def token_nll(self, tokens_BS: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        """Negative log-likelihood in nats of tokens 1..S-1 given those before, fp32 [B, S-1], alike on every rank.
+
+        Collective over the ranks of a replica, which are given the same tokens.
+        """
+        labels = functional.pad(tokens_BS[:, 1:], (0, 1), value=IGNORE)
+        batch = self.place(Batch(tokens_BS.cpu(), labels.cpu(), None))
+        plan = self.groups.plan
+
+        def forward(stage: LlamaStage) -> torch.Tensor:
+            hidden = stage.hidden(batch.tokens, self._context(stage, batch.layout, spec))
+            return stage.losses_of(hidden, batch.labels) if stage.chunk.last else hidden
+
+        share = batch.tokens.shape[1]
+        if plan.pp == 1:
+            losses: torch.Tensor | None = forward(self.stages[0])
+        else:
+            shape = (share // plan.tp, tokens_BS.shape[0], self.arch.hidden)
+            losses = relay(self.groups, self.stages, forward, shape, self.dtype)
+        everything = torch.zeros(tokens_BS.shape[0], plan.cp * share, device=self.groups.device)
+        if losses is not None:
+            start = plan.coordinates(self.groups.env.rank)[1] * share
+            everything[:, start : start + share] = losses
+        # A sum of disjoint parts is a gather, and reaches the stages that have none.
+        sum_over(self.groups.collection.cp, everything)
+        if plan.pp > 1:
+            dist.all_reduce(everything, group=self.groups.collection.pp)
+        return everything[:, : tokens_BS.shape[1] - 1]

@@ -1,0 +1,214 @@
+"""Weights in and out of the model under canonical (Hugging Face) names; which of them train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from parallel.axes.zero3 import FrozenShards
+from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.sections import LoraConfig
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
+from pipeline.model.layers.lora import initial_a
+from pipeline.planning import tensors as names
+from pipeline.planning.arch import LlamaArch
+
+
+class Part(Protocol):
+    """A model, or what one rank holds of it: `LlamaStage` and `ModelPart`."""
+
+    arch: LlamaArch
+    lora: LoraConfig
+    tp_rank: int
+    tp_size: int
+    shards: FrozenShards | None
+    """Engine zero3's frozen matrices; their parameters are empty until used."""
+
+    def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(our name with global layer indices, parameter)."""
+
+
+VOCABULARY = ("embedding.weight", "output_layer.weight")
+"""Parameters whose rows are tokens, padded to a multiple of tp."""
+
+
+def kind_of(name: str) -> str:
+    """Which trainable kind a parameter of ours belongs to: lora, embed, norm, lm_head or base.
+
+    Decided per parameter, not per module: Transformer Engine keeps norms inside linears.
+    """
+    if ".adapters." in name:
+        return "lora"
+    if name == "embedding.weight":
+        return "embed"
+    if name.endswith("layernorm.weight"):
+        return "norm"
+    return "lm_head" if name == "output_layer.weight" else "base"
+
+
+def trains(name: str, kinds: Sequence[str], arch: LlamaArch) -> bool:
+    """Whether `train.trainable` selects a parameter of ours; with tied embeddings `lm_head` means the embedding."""
+    wanted = set(kinds) | ({"embed"} if arch.tied and "lm_head" in kinds else set())
+    return kind_of(name) in wanted
+
+
+def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
+    """This rank's slice of a stored tensor; only its bytes are read."""
+    if hf_name in VOCABULARY_HF:
+        return read_rows(checkpoint, hf_name, *names.vocab_range(part.arch, part.tp_rank, part.tp_size))
+    found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
+    return checkpoint.tensor(hf_name) if found is None else checkpoint.slice(hf_name, *found)
+
+
+def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
+    """Fill every parameter but the adapters from a Hugging Face checkpoint, casting to the parameter's dtype.
+
+    Each rank reads its own layers and slices. Vocabulary rows that only pad it to a multiple of tp are zero; those the
+    architecture has beyond the stored ones (added tokens) are the mean of all stored ones, alike on every rank.
+
+    Raises:
+        CheckpointError: a tensor is missing or misshaped (named).
+    """
+    with torch.no_grad():
+        for name, parameter in part.canonical_parameters():
+            if kind_of(name) == "lora" or (part.shards is not None and part.shards.holds(parameter)):
+                continue
+            sources = [hf_name for hf_name, _ in names.to_hf(name)]
+            if name in VOCABULARY:
+                _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
+                continue
+            whole = _assemble(name, [_cut(checkpoint, source, part) for source in sources], part.arch)
+            if whole.shape != parameter.shape:
+                raise _misshaped(sources[0], whole, parameter)
+            parameter.copy_(whole)
+        if part.shards is not None:
+            _fill_shares(part, part.shards, checkpoint)
+
+
+def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> None:
+    """Read this rank's stretch of every sharded matrix, and no other row, into its share."""
+    known = {id(parameter): name for name, parameter in part.canonical_parameters()}
+    for piece in shards.pieces():
+        name = known[id(piece.parameter)]
+        columns = piece.shape[1]
+        first, last = piece.start // columns, -(-(piece.start + len(piece.target)) // columns)
+        filled = 0
+        for run in names.row_runs(name, part.arch, part.tp_rank, part.tp_size):
+            low, high = max(run.row, first), min(run.row + run.count, last)
+            if low < high:
+                source = run.source + low - run.row
+                span = (source, source + high - low)
+                if run.hf_name in VOCABULARY_HF:
+                    found = read_rows(checkpoint, run.hf_name, *span)
+                else:
+                    found = checkpoint.block(run.hf_name, span, run.columns)
+                # A share begins and ends anywhere: of its first and last row it may hold a part.
+                begin, end = max(low * columns, piece.start), min(high * columns, piece.start + len(piece.target))
+                values = found.reshape(-1)[begin - low * columns : end - low * columns]
+                piece.target[begin - piece.start : end - piece.start].copy_(values)
+                filled += end - begin
+        if filled < len(piece.target):
+            # Rows that only pad the vocabulary, behind all others.
+            piece.target[filled:].zero_()
+
+
+def _misshaped(hf_name: str, found: torch.Tensor, parameter: torch.Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"{hf_name}: shape {tuple(found.shape)} in the checkpoint does not fit the {tuple(parameter.shape)} that "
+        "config.json describes; the two files belong to different models."
+    )
+
+
+def _fill_rows(hf_name: str, parameter: torch.Tensor, rows: torch.Tensor, part: Part) -> None:
+    """Copy a vocabulary slice, and zero the padding rows behind it."""
+    first, last = names.vocab_range(part.arch, part.tp_rank, part.tp_size)
+    if rows.shape != (last - first, *parameter.shape[1:]):
+        raise _misshaped(hf_name, rows, parameter[: last - first])
+    parameter[: len(rows)].copy_(rows)
+    parameter[len(rows) :].zero_()
+
+
+def _assemble(name: str, parts: Sequence[torch.Tensor], arch: LlamaArch) -> torch.Tensor:
+    """Fuse the Hugging Face tensors, or like slices of them, of one parameter of ours."""
+    if "linear_qkv." in name:
+        query, key, value = parts
+        return names.fuse_qkv(query, key, value, arch)
+    if "linear_fc1." in name:
+        return names.fuse_gate_up(*parts)
+    (whole,) = parts
+    return whole
+
+
+def init_adapters(part: Part, seed: int) -> None:
+    """Draw every A factor from the seed and its canonical name (see `lora.initial_a`); B factors stay zero."""
+    shapes = names.adapter_shapes(part.arch, part.lora)
+    with torch.no_grad():
+        for name, parameter in part.canonical_parameters():
+            if name.endswith(".lora_A"):
+                ((hf_name, _),) = names.to_hf(name)
+                parameter.copy_(local_slice(initial_a(hf_name, seed, shapes[hf_name]), hf_name, part))
+
+
+def local_slice(whole: torch.Tensor, hf_name: str, part: Part) -> torch.Tensor:
+    """What this tensor-parallel rank holds of a canonical tensor; a view."""
+    if part.tp_size == 1:
+        return whole
+    found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size)
+    return whole if found is None else whole.narrow(found[0], found[1], found[2] - found[1])
+
+
+def mark_trainable(part: Part, kinds: Sequence[str]) -> None:
+    """Set requires_grad per parameter; with tied embeddings `lm_head` means the embedding.
+
+    Raises:
+        ConfigError: nothing would train.
+    """
+    for name, parameter in part.canonical_parameters():
+        parameter.requires_grad_(trains(name, kinds, part.arch))
+    if not any(parameter.requires_grad for _, parameter in part.canonical_parameters()):
+        raise ConfigError(
+            f"train.trainable: {', '.join(kinds)} selects no parameter of this model, or of a pipeline stage "
+            "of it; add lora or norm."
+        )
+
+
+def trainable(part: Part) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+    """(canonical name, kind, parameter) of everything that trains; such parameters are never fused."""
+    for name, parameter in part.canonical_parameters():
+        if parameter.requires_grad:
+            ((hf_name, _),) = names.to_hf(name)
+            yield hf_name, kind_of(name), parameter
+
+
+def load_trained(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite this chunk's trained parameters from a canonical state dict of whole tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing or misshaped.
+    """
+    with torch.no_grad():
+        for name, _, parameter in trainable(part):
+            if name not in tensors:
+                raise CheckpointError(
+                    f"Checkpoint: holds no trained {name}; resume with the lora and train.trainable settings it was "
+                    "made with."
+                )
+            found = local_slice(tensors[name], name, part)
+            if name in VOCABULARY_HF:
+                _fill_rows(name, parameter, found, part)
+            elif found.shape != parameter.shape:
+                raise CheckpointError(
+                    f"Checkpoint: {name} has shape {tuple(tensors[name].shape)}, which does not fit the model's "
+                    f"{tuple(parameter.shape)}; resume with the lora settings it was made with."
+                )
+            else:
+                parameter.copy_(found)
+
+
+def trained_names(arch: LlamaArch, lora: LoraConfig, kinds: Sequence[str]) -> set[str]:
+    """Canonical names of everything that trains, over all ranks: what a checkpoint of such a run must hold."""
+    every = [*names.hf_tensor_shapes(arch), *names.adapter_shapes(arch, lora)]
+    return {name for name in every if trains(names.to_ours(name)[0], kinds, arch)}

@@ -1,0 +1,65 @@
+"""What runs, and runs slower than it must: advice on a configuration, before anything is spent. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import itemgetter
+
+from parallel.world.grid import GridPlan
+from pipeline.config.sections import RunConfig
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import query_key_pairs
+
+EVEN = 1.1
+"""Work of the busiest rank over the mean up to which nothing is said."""
+
+
+def imbalance(arch: LlamaArch, sequence: int, group: int, rule: str, tp: int, cp: int) -> float:
+    """S² attention of the busiest tensor x context rank over the mean, the last one's padding counted.
+
+    Context rank 0 is left out where there are others: it has no past, so that it does about half of what they do under
+    every rule.
+    """
+    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
+    layout, spec = SequenceLayout.dense(1, cp * tokens), AttentionSpec("s2", group, rule)
+    local = arch.heads // tp
+    work: list[int] = []
+    for rank in range(tp):
+        heads = head_plan(rank * local, local, arch.heads, arch.kv_heads, rule)
+        work += query_key_pairs(layout, spec, heads, cp, tokens)[1 if cp > 1 else 0 :]
+    return max(work) * len(work) / sum(work)
+
+
+def _ways_out(arch: LlamaArch, sequence: int, group: int, rule: str, tp: int, cp: int) -> Iterator[tuple[float, str]]:
+    """What other settings bring the imbalance to, the smallest change first."""
+    other = next(name for name in SHIFT_RULES if name != rule)
+    yield imbalance(arch, sequence, group, other, tp, cp), f"attention.shifted_heads: {other}"
+    for fewer in range(cp - 1, 1, -1):
+        if cp % fewer == 0:
+            yield imbalance(arch, sequence, group, rule, tp, fewer), f"parallel.cp: {fewer}"
+            found = imbalance(arch, sequence, group, other, tp, fewer)
+            yield found, f"parallel.cp: {fewer} with attention.shifted_heads: {other}"
+
+
+def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...]:
+    """One sentence for each thing that makes ranks wait for each other.
+
+    Args:
+        plan: fits the model (`parallel.world.grid.check_model_fits`).
+    """
+    if config.attention.kind != "s2" or plan.cp == 1:
+        return ()
+    settings = arch, config.sequence, config.group, config.attention.shifted_heads, plan.tp, plan.cp
+    now = imbalance(*settings)
+    if now <= EVEN:
+        return ()
+    told = (
+        f"attention: with tp {plan.tp} x cp {plan.cp} and groups of {config.group} tokens the busiest rank computes "
+        f"{now:.2f} times the average rank's share of S² attention, and the others wait for it"
+    )
+    ways = list(_ways_out(*settings))
+    # The smallest change that evens it out; else the one that comes nearest, if that is worth a change.
+    found, setting = next((way for way in ways if way[0] <= EVEN), min(ways, key=itemgetter(0)))
+    worth = found <= EVEN or found < 0.9 * now
+    return (f"{told}; {setting} brings that to {found:.2f}." if worth else f"{told}.",)

@@ -1,0 +1,177 @@
+"""What each context-parallel rank needs of earlier ranks' K and V, how many bytes that is, and how the work is spread.
+
+Pure functions of (global layout, attention, heads, shards), the same on every rank and remembered by the layout; no
+torch. A rank's first segment of each kind of heads may begin before its shard: the keys from there to the shard's start
+are its *halo*. It always ends at the shard's start, so where a KV head is read by unshifted and shifted heads the two
+halos nest and the longer one is all that is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from parallel.axes.halo_plan import HaloPlan, Region, plan_halos
+from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span, Straddle
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One rank's attention calls under context parallelism."""
+
+    local: tuple[tuple[HeadBlock, Span], ...]
+    """Segments that begin in the shard; tokens counted from its first."""
+    straddling: tuple[tuple[HeadBlock, Straddle], ...]
+    """Segments that began before it."""
+    reads: tuple[Region, ...]
+    """For each of `straddling`, the earlier K and V it reads."""
+    fills: bool
+    """The shard holds no padding, so the calls write every position."""
+
+
+def blocks_of(spec: AttentionSpec, heads: HeadPlan) -> tuple[HeadBlock, ...]:
+    """The head blocks this kind of attention uses."""
+    return heads.blocks if spec.kind == "s2" else heads.full_blocks
+
+
+def shard_work(
+    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, rank: int, tokens: int, packed: bool
+) -> ShardWork:
+    """The calls of context rank `rank` with shards of `tokens`; `packed` as in `SequenceLayout.spans`."""
+    group = spec.group if spec.kind == "s2" else None
+    blocks = blocks_of(spec, heads)
+
+    def make() -> ShardWork:
+        first, last = rank * tokens, (rank + 1) * tokens
+        local: list[tuple[HeadBlock, Span]] = []
+        straddling: list[tuple[HeadBlock, Straddle]] = []
+        reads: list[Region] = []
+        for block in blocks:
+            spans, straddles = layout.shard_spans(group, block.shifted, packed, first, last)
+            local.extend((block, span) for span in spans)
+            straddling.extend((block, straddle) for straddle in straddles)
+            reads.extend(
+                Region(s.row_start, s.row_stop, block.kv_start, block.kv_stop, s.start, first) for s in straddles
+            )
+        return ShardWork(tuple(local), tuple(straddling), tuple(reads), layout.fills(first, last))
+
+    return layout.remember(("shard work", group, blocks, rank, tokens, packed), make)
+
+
+def halo_needs(
+    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, size: int, tokens: int
+) -> tuple[tuple[Region, ...], ...]:
+    """Each rank's halo as disjoint regions: of every row and KV head, from the earliest key that a call reads."""
+    needs = []
+    for rank in range(size):
+        earliest: dict[tuple[int, int], int] = {}
+        for read in shard_work(layout, spec, heads, rank, tokens, False).reads:
+            for row in range(read.row_start, read.row_stop):
+                for head in range(read.head_start, read.head_stop):
+                    earliest[row, head] = min(read.start, earliest.get((row, head), read.start))
+        needs.append(tuple(_boxes(earliest, rank * tokens)))
+    return tuple(needs)
+
+
+def _boxes(earliest: dict[tuple[int, int], int], stop: int) -> list[Region]:
+    """{(row, KV head): first token} as boxes: adjacent heads with one start, then adjacent rows with the same boxes."""
+    by_row: dict[int, list[tuple[int, int]]] = {}
+    for (row, head), start in sorted(earliest.items()):
+        by_row.setdefault(row, []).append((head, start))
+    # Neighbours in a run keep the difference between their value and their place in the list.
+    patterns: list[tuple[int, tuple[tuple[int, int, int], ...]]] = []
+    for row, heads in by_row.items():
+        runs = groupby(enumerate(heads), key=lambda item: (item[1][0] - item[0], item[1][1]))
+        ranges = [([head for _, (head, _) in run], start) for (_, start), run in runs]
+        patterns.append((row, tuple((run[0], run[-1] + 1, start) for run, start in ranges)))
+    boxes: list[Region] = []
+    for (_, pattern), same in groupby(enumerate(patterns), key=lambda item: (item[1][0] - item[0], item[1][1])):
+        rows = [row for _, (row, _) in same]
+        boxes.extend(Region(rows[0], rows[-1] + 1, head, head_stop, start, stop) for head, head_stop, start in pattern)
+    return boxes
+
+
+def halo_plan(layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, size: int, tokens: int) -> HaloPlan:
+    """Who sends what to whom in one S² layer's forward pass; its backward sends as much the other way.
+
+    Args:
+        layout: of the global sequence of size * tokens.
+        spec: kind s2.
+        heads: this tensor-parallel rank's head blocks.
+        size: context-parallel ranks.
+        tokens: shard length L.
+    """
+    key = ("halo plan", spec.group, heads.blocks, size, tokens)
+    return layout.remember(key, lambda: plan_halos(halo_needs(layout, spec, heads, size, tokens), tokens))
+
+
+def halo_bytes(
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    heads: HeadPlan,
+    size: int,
+    tokens: int,
+    head_dim: int,
+    element_size: int,
+) -> tuple[tuple[int, int], ...]:
+    """(sent, received) bytes of K and V of each rank in one layer's forward pass, from the plan.
+
+    S²: the halo. Full attention: the all-gather, in which each rank's shard reaches every other rank.
+    """
+    vector = head_dim * element_size
+    if spec.kind == "full":
+        shard = 2 * tokens * layout.batch * heads.full_blocks[-1].kv_stop * vector
+        return ((shard * (size - 1),) * 2,) * size
+    plan = halo_plan(layout, spec, heads, size, tokens)
+    return tuple(
+        (
+            vector * sum(message.vectors for message in plan.outgoing(rank)),
+            vector * sum(message.vectors for message in plan.incoming(rank)),
+        )
+        for rank in range(size)
+    )
+
+
+def halo_formula(
+    sequence: int, batch: int, group: int, heads: HeadPlan, size: int, tokens: int, head_dim: int, element_size: int
+) -> tuple[int, ...]:
+    """Bytes of K and V that each rank receives a layer, in closed form, for one right-padded document a row.
+
+    Rank c's first token is t = c L. Unshifted heads reach back t mod G tokens, shifted ones t if t < G/2 and else
+    (t - G/2) mod G, neither if t lies beyond the `sequence` real tokens; a KV head that both kinds read counts the
+    longer reach once. Bytes: 2 (K, V) x batch x D x element size x the sum of the reaches over the KV heads.
+    """
+    half = group // 2
+    found = []
+    for rank in range(size):
+        first = rank * tokens
+        reach = {False: first % group, True: first if first < half else (first - half) % group}
+        by_head: dict[int, int] = {}
+        for block in heads.blocks:
+            for head in range(block.kv_start, block.kv_stop):
+                by_head[head] = max(by_head.get(head, 0), reach[block.shifted])
+        vectors = sum(by_head.values()) if first < sequence else 0
+        found.append(2 * batch * head_dim * element_size * vectors)
+    return tuple(found)
+
+
+def ring_bytes(batch: int, kv_heads: int, size: int, tokens: int, head_dim: int, element_size: int) -> int:
+    """Bytes of K and V that each rank sends a layer in ring attention: its shard's size, once to pass on each shard."""
+    return (size - 1) * 2 * tokens * batch * kv_heads * head_dim * element_size
+
+
+def query_key_pairs(
+    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, size: int, tokens: int
+) -> tuple[int, ...]:
+    """The work of each rank: (query head, query, key) triples that its attention computes, padding excluded."""
+    group = spec.group if spec.kind == "s2" else None
+    totals = [0] * size
+    for block in blocks_of(spec, heads):
+        for _, start, stop in layout.segments(group, block.shifted):
+            for rank in range(start // tokens, (stop - 1) // tokens + 1):
+                # Query t of the segment sees t - start + 1 keys: a sum of consecutive integers.
+                low = max(start, rank * tokens) - start
+                high = min(stop, (rank + 1) * tokens) - start
+                triangle = (high * (high + 1) - low * (low + 1)) // 2
+                totals[rank] += (block.q_stop - block.q_start) * triangle
+    return tuple(totals)

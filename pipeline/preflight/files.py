@@ -1,0 +1,161 @@
+"""Are a run's files there, and do its settings fit them? The half of the preflight that looks at no machine.
+
+A check gives one `Finding`. Of weights only headers are read (by what is handed in: it imports torch), of text only the
+first record of every JSONL file, of an earlier run its newest manifest; the tokenizer is loaded, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.errors import ConfigError, LongspanError
+from pipeline.checkpoint.compatibility import check_output
+from pipeline.config.sections import ModelConfig, RunConfig
+from pipeline.data.records import check_first_record, find_files
+from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
+from pipeline.data.shards import is_prepared, read_manifest
+from pipeline.data.tokenizer import check_rows, load_tokenizer
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.memory import GIB
+from pipeline.planning.rope import plan_model
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    name: str
+    found: str
+    needed: str
+    problem: str = ""
+    """One sentence; empty: all is well."""
+    advice: tuple[str, ...] = ()
+    """What would run and may not be meant, one sentence each."""
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / GIB:.1f} GiB"
+
+
+def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, LlamaArch | None]:
+    """The checkpoint: config.json, and every weight file that the index names, whole.
+
+    Args:
+        verify: opens the weights' headers and gives their bytes; raises LongspanError. Injected: it imports torch.
+    """
+    arch, found = None, str(folder)
+    problem = ""
+    try:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"model.path: {folder} is not a folder; download the checkpoint there, or point model.path at it."
+            )
+        arch = read_arch(folder)
+        found = f"{folder}, {gib(verify(folder))}"
+    except LongspanError as error:
+        problem = str(error)
+    return Finding("Model", found, "config.json and whole safetensors", problem), arch
+
+
+def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, LlamaArch]:
+    """Vocabulary, biases and RoPE against the checkpoint's sizes; also gives those of the model that trains.
+
+    Args:
+        stored: what the checkpoint's config.json says; given back where the settings do not fit it.
+    """
+    needed = f"a context of {settings.context} tokens"
+    try:
+        arch, rope = plan_model(settings, stored)
+    except ConfigError as error:
+        return Finding("Model settings", f"RoPE {settings.rope.type}", needed, str(error)), stored
+    stretched = "" if rope.factor == 1 else f", factor {rope.factor:g}"
+    return Finding("Model settings", f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", needed), arch
+
+
+def check_tokenizer(path: Path, rows: int | None) -> Finding:
+    """A tokenizer that loads, has an end-of-text token, and fits the embedding.
+
+    Args:
+        rows: of the embedding; None: not known.
+    """
+    found = "none"
+    problem = ""
+    try:
+        tokenizer = load_tokenizer(path)
+        found = f"{tokenizer.vocab_size} tokens"
+        if rows is not None:
+            check_rows(tokenizer, rows)
+    except LongspanError as error:
+        problem = str(error) if isinstance(error, ConfigError) else f"Tokenizer: {error}"
+    return Finding("Tokenizer", found, "one that ends documents and fits the model", problem)
+
+
+def check_text(setting: str, path: Path, length: int, text_field: str) -> Finding:
+    """Text or prepared shards at `path`, not empty; of JSONL files the first record has a text.
+
+    Args:
+        setting: dotted name, for the sentence.
+        length: tokens of one window; prepared shards must hold one.
+        text_field: key of the text in JSONL records (`data.text_field`).
+    """
+    needed = f"a window of {length} tokens"
+    try:
+        if is_prepared(path) or (path / SHARDS_MANIFEST).is_file():
+            manifest = read_manifest(path)
+            for entry in manifest.files:
+                file = path / entry.name
+                if not file.is_file() or file.stat().st_size != entry.size:
+                    state = "is not whole" if file.is_file() else "is missing"
+                    raise ConfigError(f"{setting}: {file} {state}; prepare the text again with tools.prepare_data.")
+            found = f"{manifest.tokens} tokens in {manifest.documents} documents"
+            if manifest.tokens <= length:
+                raise ConfigError(
+                    f"{setting}: {path} holds {manifest.tokens} tokens and one window needs {length + 1}; give more "
+                    "text, or lower the length."
+                )
+            return Finding(setting, found, needed)
+        files = find_files(path)
+        size = sum(file.stat().st_size for file in files)
+        if not size:
+            raise ConfigError(f"{setting}: the {len(files)} text files at {path} are empty; give other text.")
+        for file in files:
+            check_first_record(file, text_field)
+    except LongspanError as error:
+        text = str(error)
+        return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
+    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed)
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder at or above `path` that exists."""
+    path = path.absolute()
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_writable(output: Path) -> Finding:
+    """The run's folder can be written, or made."""
+    folder, problem = existing(output), ""
+    if output.exists() and not output.is_dir():
+        problem = f"output: {output} is a file; choose another folder."
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"output: {folder} cannot be written by this user; change its permissions, or choose another output."
+    return Finding("Output", str(output), "can be written", problem)
+
+
+def check_earlier_run(config: RunConfig) -> Finding:
+    """The run that `output` holds was begun with settings this one may go on with."""
+    found, problem = "none", ""
+    try:
+        newest = check_output(config)
+        found = "none" if newest is None else newest.name
+    except LongspanError as error:
+        found, problem = "of other settings", str(error)
+    except OSError as error:
+        problem = f"output: {error.filename} cannot be read ({error.strerror}); check its permissions."
+    return Finding("Earlier run", found, "none, or one of these settings", problem)

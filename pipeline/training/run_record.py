@@ -1,0 +1,119 @@
+"""Facts of a run that a report or a reader needs: machine, versions, commit, sizes, timings (`<output>/run.json`)."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.build import Run
+from pipeline.config.sections import RunConfig
+from pipeline.model.weights.load import kind_of, trained_names
+from pipeline.planning import tensors as names
+from pipeline.reporting.versions import versions
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this runs from, with a mark when it is modified; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+    commands = (["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changes = (
+            subprocess.run(c, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for c in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + (" (modified)" if changes else "")
+
+
+def parameter_counts(run: Run) -> dict[str, int]:
+    """Parameters of the whole model: total, frozen, and each trainable kind."""
+    model = run.trainer.parts.model
+    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
+    counts: dict[str, int] = {}
+    for name in trained_names(model.arch, model.lora, run.config.train.trainable):
+        kind = kind_of(names.to_ours(name)[0])
+        counts[kind] = counts.get(kind, 0) + math.prod(shapes[name])
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return {"total": total, "frozen": total - sum(counts.values()), **counts}
+
+
+def notes(config: RunConfig, step: int) -> list[str]:
+    """What the run's figures show and what they do not, as far as the configuration tells."""
+    tokens = step * config.train.global_batch * config.sequence
+    found = [
+        f"Trained on {tokens:,} tokens in sequences of {config.sequence:,} (one seed, {config.attention.kind} "
+        "attention); LongLoRA's own recipe uses about 2 billion.",
+        "Perplexity is measured with full attention on text the run did not train on; a pretrained model may still "
+        "have seen that text before.",
+        "Perplexity says that distant text is tolerated and locally useful; it does not say that facts are retrieved "
+        "from it.",
+    ]
+    if config.sequence < config.model.context:
+        found.append(
+            f"Sequences were shorter than the target context of {config.model.context:,}: what holds beyond "
+            f"{config.sequence:,} tokens is carried by the stretched rotary positions, not by having trained there."
+        )
+    return [*found, *config.warnings]
+
+
+def starting_line(run: Run) -> str:
+    """What is about to be trained, on what, how often."""
+    config, parts = run.config, run.trainer.parts
+    train, attention, windows = config.train, config.attention, parts.loader.windows
+    rope, plan = parts.model.rope, run.groups.plan
+    times = train.steps * train.global_batch / windows
+    counts = parameter_counts(run)
+    total, trained = counts.pop("total"), {kind: n for kind, n in counts.items() if kind != "frozen"}
+    groups = f" in groups of {config.group:,}" if attention.kind == "s2" else ""
+    stretch = f" x {rope.factor:g}" if rope.factor != 1 else ""
+    return (
+        f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
+        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}; RoPE {rope.type}{stretch}; "
+        f"of {total:,} parameters " + ", ".join(f"{n:,} {kind}" for kind, n in trained.items()) + f" train; engine "
+        f"{config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
+    )
+
+
+def record_run(run: Run, seconds: float | None = None) -> None:
+    """Write or extend `<output>/run.json`.
+
+    Args:
+        seconds: of this session, now ended: it is added to a list. None: the session begins.
+    """
+    path = run.output / "run.json"
+    facts: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            facts = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):  # cut off, by an earlier version or by hand: nothing a run depends on
+            path.replace(path.with_name("run.json.damaged"))
+    facts |= {
+        "device": device_name(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "parameters": parameter_counts(run),
+        "world_size": run.groups.plan.world_size,
+        "dtype": str(run.trainer.parts.model.dtype).removeprefix("torch."),
+        "step": run.trainer.step,
+        "original_context": run.trainer.parts.model.rope.original_context,
+        "notes": notes(run.config, run.trainer.step),
+    }
+    if seconds is not None:
+        facts.setdefault("sessions", []).append({"to_step": run.trainer.step, "seconds": round(seconds, 2)})
+    temporary = path.with_name(".run.json.tmp")
+    temporary.write_text(json.dumps(facts, indent=1))
+    temporary.replace(path)

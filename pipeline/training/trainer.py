@@ -1,0 +1,252 @@
+"""The step loop, and nothing else: what it works with is composed in `build`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from parallel.health.replicas import RunChecks
+from parallel.health.signals import StopSignals
+from parallel.health.watch import Watch
+from parallel.world.collectives import sum_over
+from parallel.world.groups import Groups
+from parallel.world.rng import rng_state
+from pipeline.checkpoint.compatibility import data_cursor
+from pipeline.checkpoint.saver import CheckpointSaver
+from pipeline.config.sections import RunConfig
+from pipeline.data.loader import TrainLoader
+from pipeline.model.layers.loss import IGNORE
+from pipeline.model.rank_model import ModelPart
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
+from pipeline.reporting.progress import TrainProgress
+from pipeline.reporting.versions import versions
+from pipeline.training.non_finite import NonFiniteGuard, TrainingDiverged
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from pipeline.training.schedule import learning_rate
+from pipeline.training.state import own_pieces
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """Everything a trainer works with."""
+
+    config: RunConfig
+    groups: Groups
+    model: ModelPart
+    optimizer: TrainableAdamW
+    reduction: GradientReduction
+    loader: TrainLoader
+    guard: NonFiniteGuard
+    saver: CheckpointSaver
+    spec: AttentionSpec
+    """Training attention."""
+    full_spec: AttentionSpec
+    """Full attention, for the last `attention.full_last_steps` steps."""
+    manifest: dict[str, Any]
+    """What every checkpoint records of the run: config, layout, base hash, data fingerprint."""
+    checks: RunChecks | None = None
+    """Run-time invariants; None: `checks` is off."""
+
+
+class Stopped(Exception):
+    """All ranks leave what they do unfinished, at the same micro-batch or window, since a signal asked for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        """The signal."""
+
+
+class Trainer:
+    """Runs optimizer steps from `start` to the configured end."""
+
+    def __init__(self, parts: TrainerParts, start: int) -> None:
+        self.parts, self.step = parts, start
+        self.signals: StopSignals | None = None
+        """A wish to stop: heeded between micro-batches (between steps under pipelining), and saved."""
+        self._rng = rng_state()
+        """At the beginning of the step in progress: an abandoned one is done again."""
+
+    def run(
+        self,
+        metrics: MetricsWriter | None,
+        progress: TrainProgress,
+        on_step: Callable[[int], None] = lambda step: None,
+        stop_after: int | None = None,
+        watch: Watch | None = None,
+    ) -> int:
+        """Train to the last step, saving as configured.
+
+        Args:
+            metrics: rank 0's writer, None elsewhere.
+            progress: the live display.
+            on_step: called after each optimizer step with the number of steps done (periodic evaluation); it may heed
+                signals.
+            stop_after: stop, saved, once so many steps are done; None: the configured end.
+            watch: learns of every step begun, so that a rank that stands still is noticed.
+
+        Returns:
+            The signal that stopped it, 0 if none did; alike on all ranks, and so is the step saved.
+
+        Raises:
+            TrainingDiverged: too many non-finite steps in a row.
+            CheckpointError: a checkpoint could not be written; of one written beside training, at the next step.
+        """
+        config, saver = self.parts.config, self.parts.saver
+        end = self.end(stop_after)
+        watch = watch or Watch()
+        while self.step < end:
+            watch.progress(self.step + 1)
+            self._rng = rng_state()
+            try:
+                self.heed()
+                self._show(progress)
+                began = time.perf_counter()
+                row = self._one_step(self.step)
+            except Stopped as stop:
+                self._save_and_leave(progress, watch)
+                return stop.number
+            except TrainingDiverged:
+                saver.wait()  # all ranks come here, and an earlier state is still being written
+                raise
+            self.step += 1
+            seconds = time.perf_counter() - began
+            row |= {
+                "step": self.step,
+                "seconds": seconds,
+                "tokens_per_second": row["tokens"] / seconds,
+                "memory_gib": peak_memory_gib(),
+            }
+            if metrics is not None:
+                metrics.write(row)
+            progress.update(self.step, row | {"saving": saver.progress})
+            self._rng = rng_state()
+            if self.step == end or (config.save.every and self.step % config.save.every == 0):
+                with watch.patient("saving"):
+                    self.save(wait=self.step == end)
+                self._show(progress)
+            try:
+                on_step(self.step)
+            except Stopped as stop:
+                self._save_and_leave(progress, watch)
+                return stop.number
+        return 0
+
+    def end(self, stop_after: int | None) -> int:
+        """Steps done when `run` with this `stop_after` returns unstopped."""
+        steps = self.parts.config.train.steps
+        return steps if stop_after is None else min(steps, stop_after)
+
+    def _save_and_leave(self, progress: TrainProgress, watch: Watch) -> None:
+        with watch.patient("saving"):
+            self.parts.saver.wait()
+            if self.parts.saver.saved_step != self.step:
+                self.save()
+        self._show(progress)
+
+    def save(self, wait: bool = True) -> None:
+        """Save a checkpoint of the current step, with the random state it began with; collective.
+
+        Args:
+            wait: until it is whole; False: see `CheckpointSaver.settle`.
+        """
+        parts = self.parts
+        if parts.checks is not None:
+            parts.checks.before_save(self.step)
+        parts.saver.start(
+            self.step,
+            own_pieces(parts.model, parts.config.train.trainable, parts.optimizer),
+            self._rng,
+            {
+                **parts.manifest,
+                "updates": parts.optimizer.updates,
+                "cursor": data_cursor(self.step, parts.manifest["config"]),
+                "guard": parts.guard.state_dict(),
+                "versions": versions(),
+                "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+        )
+        if wait:
+            parts.saver.wait()
+
+    def heed(self) -> None:
+        """Agree with the other ranks on the save under way and on stopping; collective.
+
+        Raises:
+            Stopped: a rank was sent a signal.
+            CheckpointError: the save failed.
+        """
+        if number := self.parts.saver.settle(0 if self.signals is None else self.signals.number):
+            raise Stopped(number)
+
+    def _show(self, progress: TrainProgress) -> None:
+        """Lines the saver has for the display."""
+        for line in self.parts.saver.news:
+            progress.say(line)
+        self.parts.saver.news.clear()
+
+    def _spec(self, step: int) -> AttentionSpec:
+        config = self.parts.config
+        full = step >= config.train.steps - config.attention.full_last_steps
+        return self.parts.full_spec if full else self.parts.spec
+
+    def _one_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns loss, norm, rates and token count."""
+        row = self.gradients(step)
+        self.update(step, row)
+        return row
+
+    def gradients(self, step: int) -> dict[str, Any]:
+        """Forward and backward of optimizer step `step`, gradients summed over ranks into `main_grad`; collective.
+
+        Returns:
+            loss (mean over scored tokens, nats), grad_norm, tokens; alike on every rank.
+        """
+        parts, groups = self.parts, self.parts.groups
+        batches = parts.loader.step(step)
+        # The loss is a mean over all scored tokens of the step, wherever they sit: the count is known before the first
+        # forward, so that gradients need no correction and equal those of one process with one big batch.
+        counts = torch.tensor(
+            [sum(int((b.labels != IGNORE).sum()) for b in batches), sum(b.tokens.numel() for b in batches)],
+            dtype=torch.int64,
+            device=groups.device,
+        )
+        scored, tokens = (int(n) for n in sum_over(groups.replicas, counts))
+        parts.model.train()
+        parts.optimizer.zero_grad()
+        total = parts.model.train_step(
+            batches,
+            self._spec(step),
+            1 / max(scored, 1),
+            before_last_backward=parts.optimizer.arm_reduce,
+            between=self.heed,
+        )
+        parts.reduction.finish(parts.optimizer)
+        return {
+            "loss": float(parts.reduction.total(total)) / max(scored, 1),
+            "grad_norm": float(parts.optimizer.grad_norm(parts.reduction.squares)),
+            "tokens": tokens,
+        }
+
+    def update(self, step: int, row: dict[str, Any]) -> None:
+        """Clip and apply the gradients unless `row`'s figures are not finite; adds rates and skips to `row`."""
+        parts, train = self.parts, self.parts.config.train
+        rates = {
+            "lora": self._rate(step, train.lr),
+            "other": self._rate(step, train.lr_embed_norm or train.lr),
+        }
+        if parts.guard.check(row["loss"], row["grad_norm"]):
+            parts.optimizer.step(rates, row["grad_norm"])
+        if parts.checks is not None:
+            parts.checks.after_step(step + 1)
+        row |= {"lr": rates["lora"], "skipped": parts.guard.skipped}
+
+    def _rate(self, step: int, peak: float) -> float:
+        train = self.parts.config.train
+        return learning_rate(step, peak, train.warmup_steps, train.steps, train.schedule, train.min_lr_ratio)

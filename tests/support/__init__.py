@@ -1,0 +1,1 @@
+"""What tests share: ranks as real processes, tiny models and checkpoints, planted faults."""

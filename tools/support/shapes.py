@@ -1,0 +1,61 @@
+"""Published shapes that stand in for checkpoints which are not on this machine. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.planning.arch import LlamaArch
+
+# hidden, FFN, layers, query heads, KV heads
+_LLAMA2 = {
+    "70b": (8192, 28672, 80, 64, 8),
+    "13b": (5120, 13824, 40, 40, 40),
+    "7b": (4096, 11008, 32, 32, 32),
+}
+SIZES = tuple(_LLAMA2)
+
+
+def llama2(size: str, layers: int | None = None) -> LlamaArch:
+    """Llama-2 of one of SIZES, optionally with fewer layers."""
+    hidden, ffn, depth, heads, kv_heads = _LLAMA2[size]
+    return LlamaArch(
+        model_type="llama",
+        hidden=hidden,
+        ffn=ffn,
+        layers=layers or depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        vocab=32000,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_positions=4096,
+        tied=False,
+        attention_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        bos_id=1,
+        eos_id=2,
+    )
+
+
+def config_json(arch: LlamaArch) -> dict[str, Any]:
+    """What such a checkpoint's config.json says."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": arch.model_type,
+        "hidden_size": arch.hidden,
+        "intermediate_size": arch.ffn,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.kv_heads,
+        "vocab_size": arch.vocab,
+        "hidden_act": "silu",
+        "max_position_embeddings": arch.max_positions,
+        "rms_norm_eps": arch.norm_eps,
+        "rope_theta": arch.rope_theta,
+        "tie_word_embeddings": arch.tied,
+        "bos_token_id": arch.bos_id,
+        "eos_token_id": arch.eos_id,
+    }
