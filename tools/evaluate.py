@@ -10,10 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from parallel.errors import DataError, LongspanError
+from parallel.errors import DataError
 from parallel.world.rank_env import RankEnv
+from pipeline.command import command, say
 from pipeline.config.yaml_file import load_config
+from pipeline.eval_grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport
+from pipeline.paths import user_path
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 
@@ -41,29 +44,32 @@ def compare(folder: Path) -> Table:
     return table
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
     parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--state", choices=("shipped", "untrained", "trained"), help="which model to evaluate")
     what.add_argument("--compare", action="store_true", help="only print what was evaluated so far")
     args = parser.parse_args(argv)
-    try:
-        config = load_config(args.config, args.set)
-        if args.state:
-            # Torch and megatron load only once the configuration is known to be good.
-            from pipeline.evaluation.evaluator import evaluate_state
+    config = load_config(args.config, args.set)
+    if args.state:
+        # Torch and megatron load only once the configuration is known to be good.
+        from pipeline.evaluation.evaluator import evaluate_state
 
-            env = RankEnv.read()
-            evaluate_state(config, env, args.state)
-            if not env.is_main:
-                return 0
-        Console().print(compare(Path(config.output)))
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        env = RankEnv.read()
+        grid = fit_ranks(config, env.world_size).parallel
+        if grid != config.parallel and env.is_main:
+            say(
+                f"Evaluated on the ranks that are here, {env.world_size}: tp {grid.tp} cp {grid.cp} pp {grid.pp}; the "
+                "figures do not depend on it."
+            )
+        evaluate_state(config, env, args.state)
+        if not env.is_main:
+            return 0
+    Console().print(compare(Path(config.output)))
     return 0
 
 

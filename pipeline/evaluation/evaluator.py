@@ -22,6 +22,7 @@ from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.eval_grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
 from pipeline.lasting import optional_file
 from pipeline.model.layers.rotary import plan_rope
@@ -121,27 +122,29 @@ def forget_later(output: Path, step: int) -> None:
 def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
     """Load the model in one of STATES, evaluate, write the report.
 
-    `shipped` ignores model.rope; `trained` reads the run's newest checkpoint.
+    `shipped` ignores model.rope; `trained` reads the run's newest checkpoint. Whatever grid the run trains on, the
+    ranks that are there do.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
     """
+    trained_with, config = config, fit_ranks(config, env.world_size)
     arch, rope = check_before_spending(config, env)
     if state == "shipped":
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
     base = open_base(config, arch)
     try:
-        groups = connect(config, env)
+        groups = connect(config, env, base)
         if state == "trained":
             folder = Path(share_from_main(groups, lambda: _newest(config)))
             # Told before the model is loaded; the base's hash is looked at after it.
-            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(config))
+            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
         model = build_model(config, arch, rope, lora, groups, base)
         step = 0
         if state == "trained":
-            own = {"base_hash": share_from_main(groups, base.base_hash), "config": config_dict(config)}
+            own = {"base_hash": share_from_main(groups, base.base_hash), "config": config_dict(trained_with)}
             with CheckpointReader(folder) as reader:
                 saved = reader.manifest
                 check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
