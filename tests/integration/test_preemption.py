@@ -169,13 +169,13 @@ def test_ctrl_c_to_one_process_saves_and_to_two_without_a_launcher_ends_twice(ma
 
     ranks = start(mark, "none", 0, 0, "--config", path, *settings, torchrun=False)
     wait_for_step(run, done + 2)
-    ranks[0].send_signal(signal.SIGSTOP)  # rank 1 stands in a collective, where Python runs no handler
+    ranks[1].send_signal(signal.SIGSTOP)  # rank 0 stands in a collective, where Python runs no handler
     time.sleep(1)
     for _ in range(2):
-        ranks[1].send_signal(signal.SIGINT)
+        ranks[0].send_signal(signal.SIGINT)
         time.sleep(0.5)
-    assert ranks[1].wait(10) == 130
-    ranks[0].kill()
+    assert ranks[0].wait(10) == 130
+    ranks[1].kill()
     assert "Traceback" not in finish(mark, ranks).text
 
 
