@@ -1,3 +1,3 @@
-from pipeline.command import starting
+from pipeline.reporting.command import starting
 
 starting()

@@ -32,7 +32,6 @@ from pipeline.data.readings import told_differences
 from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
@@ -40,14 +39,15 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import RopePlan, plan_model
-from pipeline.rank_facts import rank_facts
 from pipeline.reporting.progress import TokenProgress
-from pipeline.shared_output import check_shared
 from pipeline.storage.durable import remove, rename
+from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.training.invariants import run_checks
 from pipeline.training.non_finite import DivergenceGuard
 from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.rank_facts import rank_facts
 from pipeline.training.reduction import GradientReduction
+from pipeline.training.shared_output import check_shared
 from pipeline.training.state import load_state, load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
 

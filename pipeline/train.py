@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
 from parallel.world.rank_env import RankEnv
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.paths import user_path
 from pipeline.planning.balance import advise
 from pipeline.planning.rope import replacement_warning
+from pipeline.reporting.command import command
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -54,7 +54,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from pipeline.build import build
     from pipeline.data.overlap import shared_text
     from pipeline.evaluation.evaluator import Evaluator, forget_later
-    from pipeline.lasting import optional_file
+    from pipeline.reporting.lasting import optional_file
     from pipeline.reporting.metrics import MetricsWriter
     from pipeline.reporting.progress import TrainProgress
     from pipeline.training.lock import locked

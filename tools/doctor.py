@@ -21,10 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.paths import user_path
+from pipeline.reporting.command import command
 from tools.support.local_ranks import RankFailed, run_local
 from tools.support.shrink import Shrunk, shrink
 

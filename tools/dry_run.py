@@ -31,15 +31,15 @@ from parallel.world.groups import destroy_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from pipeline.build import attention_spec, build, check_before_spending
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
-from pipeline.paths import user_path
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.balance import busiest_rank
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS, estimate_memory
+from pipeline.reporting.command import command
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens

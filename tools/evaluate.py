@@ -12,11 +12,11 @@ from rich.table import Table
 
 from parallel.errors import DataError
 from parallel.world.rank_env import RankEnv
-from pipeline.command import command, say
+from pipeline.config.paths import user_path
 from pipeline.config.yaml_file import load_config
-from pipeline.eval_grid import fit_ranks
+from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport
-from pipeline.paths import user_path
+from pipeline.reporting.command import command, say
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 

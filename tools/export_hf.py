@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.command import command
 from pipeline.export.adapter_write import EMBEDDINGS
 from pipeline.export.formats import FORMATS
+from pipeline.reporting.command import command
 from tools.support.sources import add_source_arguments, finish
 
 

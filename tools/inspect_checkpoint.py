@@ -27,8 +27,8 @@ from pipeline.checkpoint.choose import candidates, newest
 from pipeline.checkpoint.compatibility import flatten
 from pipeline.checkpoint.manifest import FIELDS, MANIFEST, Manifest, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.command import command
-from pipeline.paths import user_path
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 
 
 def find(path: Path) -> Path:

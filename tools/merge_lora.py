@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.command import command
+from pipeline.reporting.command import command
 from tools.support.sources import add_source_arguments, finish
 
 

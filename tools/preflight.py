@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.config.yaml_file import load_config
-from pipeline.paths import user_path
 from pipeline.preflight.files import Finding
 from pipeline.preflight.survey import Launch, survey
+from pipeline.reporting.command import command
 from tools.support.machine import read_machine
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from parallel.errors import ConfigError
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.readings import told_differences
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
-from pipeline.paths import user_path
 from pipeline.planning.arch import read_arch
+from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
 
 

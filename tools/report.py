@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from parallel.errors import DataError
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.paths import user_path
+from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError, DataError, LongspanError
-from pipeline.command import command
 from pipeline.config.parallel import OffloadConfig
+from pipeline.config.paths import user_path
 from pipeline.config.sections import EvalConfig, ParallelConfig, RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.paths import user_path
+from pipeline.reporting.command import command
 from tools.support.local_ranks import ROOT, RankFailed
 from tools.support.shrink import Shrunk, shrink
 

@@ -24,7 +24,7 @@ import psutil
 
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, SAVING, SIGNALS, end_at_once, stop_name, tell
 from parallel.world.rank_env import EXIT_FILE
-from pipeline.command import TOLD, command
+from pipeline.reporting.command import TOLD, command
 
 if TYPE_CHECKING:  # it imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    from parallel.meeting import cannot_meet, refuse_unknown_host
+    from parallel.world.meeting import cannot_meet, refuse_unknown_host
 
     args = parse_args(argv)
     if args.standalone:

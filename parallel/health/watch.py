@@ -40,7 +40,7 @@ from parallel.health.liveness import (
 )
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, end_at_once, tell
 from parallel.health.watch_store import STORE_S, StoreMinder, meet
-from parallel.meeting import LOST
+from parallel.world.meeting import LOST
 from parallel.world.rank_env import RankEnv
 
 DEFAULT_TIMEOUT_S = 600.0

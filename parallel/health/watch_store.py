@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from parallel.meeting import open_store
+from parallel.world.meeting import open_store
 from parallel.world.rank_env import RankEnv
 
 STORE_S = 30.0

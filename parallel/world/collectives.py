@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from parallel.agreement import require_alike
 from parallel.errors import CheckpointError, ConfigError, DataError, LongspanError
+from parallel.world.agreement import require_alike
 from parallel.world.groups import START, Groups
 
 _POLL_S = (0.02, 0.5)

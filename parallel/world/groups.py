@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.agreement import require_alike
 from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError
-from parallel.meeting import open_store
 from parallel.world import cpu_standins
+from parallel.world.agreement import require_alike
 from parallel.world.grid import GridPlan
 from parallel.world.lone_rank import stand_in
+from parallel.world.meeting import open_store
 from parallel.world.rank_env import RankEnv
 
 # At its import megatron warns of optional packages that this product does not use.

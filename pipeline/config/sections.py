@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields
 from parallel.errors import ConfigError
 from pipeline.config.checks import at_least, between, not_empty, one_of, within
 from pipeline.config.parallel import ParallelConfig
+from pipeline.config.paths import PathText
+from pipeline.config.resume import ResumeConfig
 from pipeline.config.rope import RopeSettings
-from pipeline.paths import PathText
-from pipeline.schema_resume import ResumeConfig
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")

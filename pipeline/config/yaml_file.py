@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
+from pipeline.config.paths import EXPANDED, expand
 from pipeline.config.sections import RunConfig
-from pipeline.paths import EXPANDED, expand
 
 _NOUNS = {
     int: "an integer",

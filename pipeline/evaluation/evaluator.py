@@ -22,12 +22,12 @@ from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from pipeline.eval_grid import fit_ranks
+from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
-from pipeline.lasting import optional_file
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 from pipeline.training.state import check_trained
 

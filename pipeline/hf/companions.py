@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from pipeline.json_file import read_object
-from pipeline.lfs import refuse_pointer
+from pipeline.storage.json_file import read_object
+from pipeline.storage.lfs import refuse_pointer
 
 GENERATION = "generation_config.json"
 COMPANIONS = (

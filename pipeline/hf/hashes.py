@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError
 from pipeline.hf.companions import write_json
-from pipeline.json_file import read_object
+from pipeline.storage.json_file import read_object
 
 HASHES = "longspan_hashes.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -20,11 +20,11 @@ import torch
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.model.attention.backends import Backend, select_backend
 from pipeline.model.attention.local import attend
-from pipeline.paths import user_path
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.reporting.command import command
 from tools.support.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")

@@ -36,13 +36,13 @@ from parallel.errors import ConfigError, LongspanError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.model.attention.backends import Backend, LseKernel, select_backend
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
-from pipeline.paths import user_path
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import ring_bytes
+from pipeline.reporting.command import command
 from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
 from tools.support.command_line import add_integers, console_of
 

@@ -29,7 +29,7 @@ from parallel.errors import LongspanError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.command import command
+from pipeline.config.paths import user_path
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.export.adapter_write import export_adapter
 from pipeline.export.trained_model import TrainedModel
@@ -40,9 +40,9 @@ from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_shard
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_base
-from pipeline.paths import user_path
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.reporting.command import command
 from pipeline.storage.safetensors import TensorFact
 from pipeline.training.run_record import git_commit
 from tools.support.command_line import console_of

@@ -23,8 +23,8 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import rng_state, seed_everything
 from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
-from pipeline.command import command
-from pipeline.paths import user_path
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 
 HIDDEN, LAYERS, VOCABULARY, RANK = 4096, 32, 32000, 8
 

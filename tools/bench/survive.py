@@ -35,11 +35,11 @@ from parallel.errors import ConfigError, LongspanError
 from parallel.health.watch import SIGTERM_CODE
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
-from pipeline.command import command
 from pipeline.config.parallel import ParallelConfig
+from pipeline.config.paths import user_path
 from pipeline.config.sections import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config
-from pipeline.paths import user_path
+from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from tools.support.command_line import add_integers, console_of
 from tools.support.local_ranks import ROOT, RankFailed

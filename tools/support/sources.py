@@ -9,13 +9,13 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import newest
+from pipeline.config.paths import user_path
 from pipeline.config.rope import ROPE_TYPES
 from pipeline.config.sections import RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
 from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.hf.writer import REPORT
-from pipeline.paths import user_path
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import replacement_warning
 

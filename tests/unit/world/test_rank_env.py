@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from parallel import meeting
 from parallel.errors import ConfigError, LongspanError
-from parallel.meeting import open_store, refuse_unknown_host
+from parallel.world import meeting
+from parallel.world.meeting import open_store, refuse_unknown_host
 from parallel.world.rank_env import PORTS, RankEnv, first_of
 
 SRUN = {

@@ -8,9 +8,9 @@ import pytest
 
 from parallel.world.grid import check_interleaving, plan_batch, plan_grid
 from pipeline.config.yaml_file import load_config
-from pipeline.eval_grid import fit_ranks
+from pipeline.evaluation.grid import fit_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MEGATRON = ["parallel.engine=megatron", "parallel.offload={}"]
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from parallel.errors import DataError
-from pipeline import command as module
-from pipeline.command import command
+from pipeline.reporting import command as module
+from pipeline.reporting.command import command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RANKS = {"tools/support/doctor_rank.py"}
 """Started by another command only, which reads what they say."""
 GONE = "/nowhere/at-all"
@@ -120,7 +120,7 @@ def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
 def test_a_reader_that_left_is_no_error(tmp_path: Path) -> None:
     script = tmp_path / "long.py"
     script.write_text(
-        "import sys\nfrom pipeline.command import command\n"
+        "import sys\nfrom pipeline.reporting.command import command\n"
         "@command\ndef main(arguments=None):\n    print('line\\n' * 200_000)\n    return 0\n"
         "sys.exit(main())\n"
     )

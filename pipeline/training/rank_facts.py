@@ -1,4 +1,4 @@
-"""What a rank brings to the meeting, for `parallel.agreement` to compare: settings, program, libraries, base model."""
+"""What a rank brings for `parallel.world.agreement` to compare: settings, program, libraries, base model."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from pipeline.lfs import refuse_pointer
+from pipeline.storage.lfs import refuse_pointer
 
 _BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 

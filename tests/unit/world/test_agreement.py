@@ -14,13 +14,13 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from parallel.agreement import difference, require_alike
 from parallel.errors import ConfigError
 from parallel.world import collectives
-from pipeline import rank_facts as facts_of
+from parallel.world.agreement import difference, require_alike
 from pipeline.config.yaml_file import defaults, load_config
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.rank_facts import OWN_PATHS, rank_facts
+from pipeline.training import rank_facts as facts_of
+from pipeline.training.rank_facts import OWN_PATHS, rank_facts
 from tests.numerics.test_training import write_run
 
 PATIENCE = datetime.timedelta(seconds=20)
