@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from parallel.health.replicas import RunChecks
 from parallel.health.signals import StopSignals
 from parallel.health.watch import Watch
 from parallel.world.collectives import sum_over
@@ -25,6 +24,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.versions import versions
+from pipeline.training.invariants import RunChecks
 from pipeline.training.non_finite import NonFiniteGuard, TrainingDiverged
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
