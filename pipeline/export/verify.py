@@ -19,9 +19,9 @@ from pipeline.export import verify_logits
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.trained_model import TrainedModel, extended_config, partner_of
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.writer import REPORT
 from pipeline.planning import tensors as names
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import tensor_digest
 
 TOLERANCE = 1e-4

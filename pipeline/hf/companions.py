@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.storage.json_file import write_json
 
 COMPANIONS = (
     "tokenizer.json",
@@ -21,11 +22,6 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files beside the weights that belong to a model and are copied with it."""
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON with sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 SHORT = 20

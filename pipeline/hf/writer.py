@@ -17,9 +17,10 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.hf.checkpoint import INDEX, SINGLE, file_digest
-from pipeline.hf.companions import COMPANIONS, write_json
+from pipeline.hf.companions import COMPANIONS
 from pipeline.hf.hashes import HASHES, write_hashes
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact, Written, write_safetensors
 
 SHARD_BYTES = 4_000_000_000
