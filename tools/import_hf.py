@@ -22,13 +22,14 @@ from parallel.errors import CheckpointError, LongspanError
 from pipeline.config.sections import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size, write_json
+from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}

@@ -18,10 +18,10 @@ from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
-from pipeline.model.layers.rotary import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import check_growth
+from pipeline.planning.rope import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
+from pipeline.planning.run_plan import check_growth
 from pipeline.storage.safetensors import SafetensorsFile
 
 PAD_TOKEN = "[PAD]"

@@ -22,11 +22,11 @@ from pipeline.data.loader import Batch
 from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.chunk import Chunk, LlamaStage
 from pipeline.model.layers.loss import IGNORE
-from pipeline.model.layers.rotary import RopePlan
 from pipeline.model.spec import transformer_config
 from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.planning.rope import RopePlan
 
 
 @dataclass(frozen=True)

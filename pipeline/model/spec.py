@@ -23,9 +23,9 @@ from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import RMSNorm
 from pipeline.model.layers.residual import last_residual_add, residual_add
 from pipeline.model.layers.swiglu import SwiGlu
-from pipeline.planning import tensors as names
+from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.rope import refuse_biases
+from pipeline.planning.run_plan import refuse_biases
 
 
 def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:
@@ -144,7 +144,7 @@ def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> Transfor
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_column(
-                        lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(names.fuse_qkv, arch=arch)
+                        lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(fuse_qkv, arch=arch)
                     ),
                     core_attention=CoreAttention,
                     linear_proj=_row(lora, "o", adapted),
@@ -156,9 +156,7 @@ def block_submodules(arch: LlamaArch, lora: LoraConfig, layers: int) -> Transfor
                 TiledMLP.as_mlp_submodule,
                 ffn_hidden_size=arch.ffn,
                 submodules=MLPSubmodules(
-                    linear_fc1=_column(
-                        lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, names.fuse_gate_up
-                    ),
+                    linear_fc1=_column(lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up),
                     activation_func=SwiGlu,
                     linear_fc2=_row(lora, "down", adapted),
                 ),

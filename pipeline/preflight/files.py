@@ -20,7 +20,7 @@ from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import GIB
-from pipeline.planning.rope import plan_model
+from pipeline.planning.run_plan import plan_model
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 
 from pipeline.build import Run
 from pipeline.config.sections import RunConfig
-from pipeline.model.weights.load import kind_of, trained_names
 from pipeline.planning import tensors as names
+from pipeline.planning.trainable import kind_of, trained_names
 from pipeline.reporting.versions import versions
 
 

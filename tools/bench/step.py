@@ -31,11 +31,11 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from tools.bench.plain import plain_layers
