@@ -38,7 +38,8 @@ from pipeline.model.weights.load import init_adapters, load_base, mark_trainable
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.rope import RopePlan, plan_model
+from pipeline.planning.rope import RopePlan
+from pipeline.planning.run_plan import plan_model
 from pipeline.reporting.progress import TokenProgress
 from pipeline.storage.durable import remove, rename
 from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions

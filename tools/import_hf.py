@@ -29,16 +29,15 @@ from pipeline.hf.companions import (
     copy_companions,
     tokenizer_size,
     without_code,
-    write_json,
 )
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import ByteProgress
-from pipeline.storage.json_file import read_object
+from pipeline.storage.json_file import read_object, write_json
 from pipeline.storage.lfs import refuse_pointer
 from pipeline.storage.safetensors import TensorFact
 

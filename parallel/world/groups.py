@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError
 from parallel.world import cpu_standins
 from parallel.world.agreement import require_alike
+from parallel.world.context_shard import ContextShard
 from parallel.world.grid import GridPlan
 from parallel.world.lone_rank import stand_in
 from parallel.world.meeting import open_store

@@ -24,9 +24,9 @@ from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.planning.rope import plan_rope
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 from pipeline.training.state import check_trained

@@ -22,9 +22,9 @@ from pipeline.export.trained_model import TrainedModel, extended_config, partner
 from pipeline.export.verify_config import check_config
 from pipeline.export.verify_reference import own_logits
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.writer import REPORT
 from pipeline.planning import tensors as names
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import tensor_digest
 
 TOLERANCE = 1e-4

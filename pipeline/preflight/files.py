@@ -24,7 +24,8 @@ from pipeline.hf.weight_files import choose_weights
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
-from pipeline.planning.rope import plan_model, replacement_warning
+from pipeline.planning.rope import replacement_warning
+from pipeline.planning.run_plan import plan_model
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.export.verify import sample_tokens, verify
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import plan_shards, write_safetensors_sharded
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import plan_rope
 from pipeline.storage.safetensors import TensorFact
 from tests.support.tiny_models import KINDS, make_tiny
 from tools.export_hf import main as export_main

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError, LongspanError
+from parallel.world.context_shard import ContextShard
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv

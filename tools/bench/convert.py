@@ -34,15 +34,15 @@ from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.export.adapter_write import export_adapter
 from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
 from pipeline.training.run_record import git_commit
 from tools.support.command_line import console_of

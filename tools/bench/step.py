@@ -38,13 +38,13 @@ from parallel.world.rng import seed_everything
 from pipeline.config.paths import user_path
 from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import busiest_rank
+from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
