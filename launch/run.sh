@@ -11,7 +11,8 @@ launch/$name.sh [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
   --tiny       the same settings shrunk, on at most four CPU processes: trains, stops, resumes, compares
   --nproc N    processes on each machine (default 8, one a GPU)
   --set a.b=c  overrides a setting of the YAML; repeatable
-SIGTERM and SIGUSR1 save and stop it; Ctrl-C ends it as it is. Paths in the YAML and in --set are seen from the repository.
+SIGTERM, SIGUSR1 and Ctrl-C save and stop it; a second Ctrl-C ends it at once. Paths in the YAML
+and in --set are seen from the repository.
 Several machines: start it on each, with NNODES, NODE_RANK and MASTER_ADDR (MASTER_PORT) set, or through
 srun --ntasks-per-node=1. LONGSPAN_PYTHON names a Python that has everything; otherwise .venv is used.
 TEXT

@@ -1,4 +1,3 @@
-"""Everything between a YAML file and a trained, exported model: `train` is the command, `build` puts a run together.
+from pipeline.reporting.command import starting
 
-May import `parallel`. Start reading at `build`; every package below says what it is for.
-"""
+starting()

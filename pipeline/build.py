@@ -12,7 +12,7 @@ import torch
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import CheckpointError, ConfigError
 from parallel.health.watch import Watch, collective_timeout_s
-from parallel.world.collectives import on_main_first, share_from_main
+from parallel.world.collectives import on_main_first, require_same, share_from_main
 from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
@@ -32,21 +32,23 @@ from pipeline.data.readings import told_differences
 from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.rope import RopePlan, plan_model
+from pipeline.planning.rope import RopePlan
+from pipeline.planning.run_plan import plan_model
 from pipeline.reporting.progress import TokenProgress
-from pipeline.shared_output import check_shared
 from pipeline.storage.durable import remove, rename
+from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.training.invariants import run_checks
 from pipeline.training.non_finite import DivergenceGuard
 from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.rank_facts import rank_facts
 from pipeline.training.reduction import GradientReduction
+from pipeline.training.shared_output import check_shared
 from pipeline.training.state import load_state, load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
 
@@ -169,11 +171,20 @@ class Run:
         return Path(self.config.output)
 
 
-def connect(config: RunConfig, env: RankEnv, fake: bool = False) -> Groups:
-    """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed."""
+def connect(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Groups:
+    """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed.
+
+    Args:
+        base: the weights this rank would start from; with them the ranks compare what they have before anything else.
+
+    Raises:
+        ConfigError: this rank lacks its GPU, or the ranks have not the same settings, program or base.
+    """
     parallel = config.parallel
     plan = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    groups = make_groups(plan, env, collective_timeout_s(parallel.timeout_s), virtual=parallel.virtual, fake=fake)
+    facts = rank_facts(config, base) if base is not None and env.world_size > 1 and not fake else None
+    timeout_s = collective_timeout_s(parallel.timeout_s)
+    groups = make_groups(plan, env, timeout_s, virtual=parallel.virtual, fake=fake, facts=facts)
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
@@ -193,10 +204,15 @@ def open_tokens(
     """
     cache = Path(config.data.cache or Path(config.output) / "data")
     touch = (watch or Watch()).touch
+    require_same(groups, {"the tokenizer": tokenizer.fingerprint})
     with TokenProgress(enabled=groups.is_main, touch=touch) as progress:
-        return on_main_first(
+        shards = on_main_first(
             groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress)
         )
+    # A machine may have a copy of its own, and an older one.
+    setting = "data.path" if source == config.data.path else "eval.path"
+    require_same(groups, {f"what {setting} holds (sha256 of its tokens)": shards.fingerprint})
+    return shards
 
 
 def build(
@@ -223,7 +239,7 @@ def build(
     if check_output(config) is None and config.init_from is not None:
         check_source(config.init_from)
     base = base or open_base(config, arch)
-    groups = connect(config, env, fake)
+    groups = connect(config, env, base, fake)
     check_shared(groups, Path(config.output))
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))

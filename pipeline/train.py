@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from parallel.errors import LongspanError
 from parallel.world.rank_env import RankEnv
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.planning.balance import advise
 from pipeline.planning.rope import replacement_warning
+from pipeline.reporting.command import command
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -27,7 +30,7 @@ if TYPE_CHECKING:  # it imports torch
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the trainer."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(
         "--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps, to resume later"
@@ -45,13 +48,13 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         LongspanError: one sentence for whatever a user can mend.
     """
     # Heavy imports wait until the configuration is known to be good.
-    from parallel.health.signals import StopSignals, exit_code, signal_name
+    from parallel.health.signals import INTERRUPT_CODE, StopSignals, exit_code, stop_name
     from parallel.health.watch import Watch
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
     from pipeline.data.overlap import shared_text
     from pipeline.evaluation.evaluator import Evaluator, forget_later
-    from pipeline.lasting import optional_file
+    from pipeline.reporting.lasting import optional_file
     from pipeline.reporting.metrics import MetricsWriter
     from pipeline.reporting.progress import TrainProgress
     from pipeline.training.lock import locked
@@ -143,7 +146,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
             record_run(run, shared=shared)
             progress.say(starting_line(run))
         end, stopped = trainer.end(stop_after), 0
-        with StopSignals() as trainer.signals:
+        with StopSignals(speaks=main and not env.exit_file) as trainer.signals:
             try:
                 if run.resumed is None:
                     if run.begun is not None:
@@ -159,22 +162,25 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                     stopped = trainer.run(metrics, progress, on_step, stop_after, watch)
                 if stopped:
                     progress.say(
-                        f"{signal_name(stopped)}: stopped and saved at step {trainer.step}; the same command goes on "
-                        "from there"
+                        f"{stop_name(stopped)}: stopped and saved at step {trainer.step}; rerun the same command to go "
+                        "on from there"
                     )
                 elif trainer.step == config.train.steps:
                     make_up("after", trainer.step)
             except Stopped as stop:
                 stopped = stop.number
                 progress.say(
-                    f"{signal_name(stopped)}: stopped in an evaluation; nothing trained is lost, and the same command "
-                    "evaluates again"
+                    f"{stop_name(stopped)}: stopped in an evaluation; nothing trained is lost; rerun the same command "
+                    "to evaluate again"
                 )
         if metrics is not None:
             metrics.close()
         if main:
             record_run(run, time.perf_counter() - began, shared)
-    return exit_code(config.save.signal_exit_code, env) if stopped else 0
+    if not stopped:
+        return 0
+    # A user's wish, not a scheduler's: a script that goes on after 0 must not.
+    return exit_code(INTERRUPT_CODE if stopped == signal.SIGINT else config.save.signal_exit_code, env)
 
 
 def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
@@ -183,21 +189,21 @@ def _watch_ranks(env: RankEnv, *timeout_s: float) -> Watch:
     return watch_ranks(env, *timeout_s)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 (save.signal_exit_code after a signal), or 2 with one sentence on standard error, of one rank."""
+    """Exit code 0 (save.signal_exit_code after a scheduler's signal, 130 after Ctrl-C), or 2 with one sentence on
+    standard error, of one rank."""
     args = parse(argv)
-    env, config = RankEnv(), None
+    env = RankEnv.read()
     try:
-        env = RankEnv.read()
         config = load_config(args.config, args.set)
-        with _watch_ranks(env, config.parallel.timeout_s) as watch:
-            return train(config, env, args.stop_after, watch)
-    except LongspanError as error:
-        if config is None and env.world_size > 1:
+    except LongspanError:
+        if env.world_size > 1:
             with _watch_ranks(env):  # the other ranks may have read a good file, and would wait
                 raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise
+    with _watch_ranks(env, config.parallel.timeout_s) as watch:
+        return train(config, env, args.stop_after, watch)
 
 
 if __name__ == "__main__":

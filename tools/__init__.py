@@ -1,4 +1,3 @@
-"""The commands, one a file: `python -m tools.NAME --help`.
+from pipeline.reporting.command import starting
 
-May import `pipeline` and `parallel`. Start reading at the command you use.
-"""
+starting()

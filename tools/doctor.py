@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
+from pipeline.reporting.command import command
 from tools.support.local_ranks import RankFailed, run_local
 from tools.support.shrink import Shrunk, shrink
 
@@ -144,7 +146,7 @@ def show(report: Report, console: Console, seconds: float) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(
         "--processes", type=int, metavar="N", help="local processes; default: tp x cp x pp, twice that if at most 8"
@@ -154,6 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 pass, 1 fail, 2 wrong configuration."""
     args = parse(argv)
@@ -166,9 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankFailed as error:
         print(error if error.code == 2 else f"FAIL: {error}", file=sys.stderr)
         return 2 if error.code == 2 else 1
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     show(report, Console(), time.perf_counter() - began)
     return 0 if report.passed else 1
 

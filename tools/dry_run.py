@@ -25,23 +25,28 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from pipeline.build import attention_spec, build, check_before_spending
+from pipeline.config.paths import user_path
 from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.balance import busiest_rank
+from pipeline.planning.memory import CUDA_CONTEXT, PROCESS, estimate_memory
+from pipeline.reporting.command import command
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
+CPU_BYTES = 4 * GIB
+"""The most a rank may need, in fp32, where there is no GPU."""
 
 
 class RandomBase(HfCheckpoint):
@@ -133,6 +138,25 @@ def prepare(
     return changed, base, notes
 
 
+def refuse_without_gpu(config: RunConfig, arch: LlamaArch, env: RankEnv) -> None:
+    """Let a CPU be a rank of tiny runs only: others would take this machine's memory, and hours.
+
+    Raises:
+        ConfigError: the run is not tiny; with what the formula says of it.
+    """
+    parallel = config.parallel
+    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
+    on_cpu = estimate_memory(replace(config, model=replace(config.model, dtype="fp32")), arch, grid)
+    need = on_cpu.gpu_total - CUDA_CONTEXT + sum(on_cpu.host.values()) - PROCESS
+    if need > CPU_BYTES:
+        found = estimate_memory(config, arch, grid)
+        raise ConfigError(
+            f"PyTorch sees no GPU to measure on; by formula one of {env.world_size} ranks takes about "
+            f"{found.gpu_total / GIB:.1f} GiB of its GPU and {sum(found.host.values()) / GIB:.1f} GiB of host memory; "
+            "run this on a machine with one GPU, or try the same settings on a CPU with --tiny (tools.tiny_run)."
+        )
+
+
 def _busiest(config: RunConfig, arch: LlamaArch, nproc: int) -> int:
     """The rank that all others wait for."""
     parallel, attention = config.parallel, config.attention
@@ -198,17 +222,18 @@ def measure(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.dry_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")
     parser.add_argument("--rank", type=int, help="which of them to be (default: the one with the most work)")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up (default 3)")
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
-    parser.add_argument("--json", type=Path, help="append the figures here, one line a run")
+    parser.add_argument("--json", type=user_path, help="append the figures here, one line a run")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence."""
     args = parse(argv)
@@ -223,15 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
             arch, _ = check_before_spending(changed, env)
+            if not torch.cuda.is_available():
+                refuse_without_gpu(changed, arch, env)
             if args.rank is None and not env.launched:
                 env = replace(env, rank=_busiest(changed, arch, env.world_size))
             found = measure(changed, base, env, warmup=1, profile=args.profile)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         destroy_groups()
     if env.launched and not env.is_main:

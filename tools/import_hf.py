@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from parallel.errors import CheckpointError, LongspanError
+from parallel.errors import CheckpointError
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -28,16 +29,16 @@ from pipeline.hf.companions import (
     copy_companions,
     tokenizer_size,
     without_code,
-    write_json,
 )
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.json_file import read_object
-from pipeline.lfs import refuse_pointer
-from pipeline.model.layers.rotary import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import ROPE_KEYS, hf_rope_fields, plan_rope
+from pipeline.reporting.command import command
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.json_file import read_object, write_json
+from pipeline.storage.lfs import refuse_pointer
 from pipeline.storage.safetensors import TensorFact
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
@@ -263,20 +264,17 @@ def _plain_tokenizer(folder: Path) -> None:
     write_json(path, {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")})
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Make a clean Hugging Face folder from another one or a GGUF file.")
-    parser.add_argument("source", type=Path, help="Hugging Face folder or .gguf file")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("source", type=user_path, help="Hugging Face folder or .gguf file")
+    parser.add_argument("output", type=user_path, help="folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="keep")
     parser.add_argument("--pad-token", help='add this padding token and its embedding row, e.g. "[PAD]"')
     parser.add_argument("--force", action="store_true", help="replace an earlier import at OUTPUT")
     options = parser.parse_args(arguments)
-    try:
-        import_model(options.source, options.output, options.dtype, options.force, options.pad_token, shown=True)
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    import_model(options.source, options.output, options.dtype, options.force, options.pad_token, shown=True)
     print(f"{options.output}: imported from {options.source}")
     return 0
 

@@ -27,6 +27,8 @@ from pipeline.checkpoint.choose import candidates, newest
 from pipeline.checkpoint.compatibility import flatten
 from pipeline.checkpoint.manifest import FIELDS, MANIFEST, Manifest, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 
 
 def find(path: Path) -> Path:
@@ -127,6 +129,7 @@ def difference(one: CheckpointReader, other: CheckpointReader) -> list[str]:
     return lines
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -134,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", type=Path, help="output folder of a run, or a step folder")
-    parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this one, values included")
+    parser.add_argument("path", type=user_path, help="output folder of a run, or a step folder")
+    parser.add_argument("--diff", type=user_path, metavar="OTHER", help="compare with this one, values included")
     parser.add_argument("--tensors", action="store_true", help="list every tensor and where its pieces lie")
     parser.add_argument("--no-verify", action="store_true", help="do not read the files to compare checksums")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON instead")

@@ -10,20 +10,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from parallel.errors import LongspanError
+from pipeline.reporting.command import command
 from tools.support.sources import add_source_arguments, finish
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_arguments(parser)
     options = parser.parse_args(arguments)
-    try:
-        finish(options, "merged")
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    finish(options, "merged")
     return 0
 
 

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
+from pipeline.config.paths import user_path
 from pipeline.config.yaml_file import load_config
 from pipeline.preflight.files import Finding
 from pipeline.preflight.survey import Launch, survey
+from pipeline.reporting.command import command
 from tools.support.machine import read_machine
 
 
@@ -53,25 +55,22 @@ def show(findings: Sequence[Finding], console: Console) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, metavar="N", help="processes on this machine (default 8)")
     parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines (default 1)")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 when something is missing or the configuration is wrong."""
     args = parse(argv)
-    try:
-        for name in ("nproc", "nnodes"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"--{name}: must be at least 1, got {getattr(args, name)}.")
-        config = load_config(args.config, args.set)
-        findings = survey(config, Launch(args.nproc, args.nnodes), read_machine(), weights_bytes)
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in ("nproc", "nnodes"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name}: must be at least 1, got {getattr(args, name)}.")
+    config = load_config(args.config, args.set)
+    findings = survey(config, Launch(args.nproc, args.nnodes), read_machine(), weights_bytes)
     show(findings, Console())
     problems = [finding.problem for finding in findings if finding.problem]
     for warning in (*config.warnings, *(line for finding in findings for line in finding.advice)):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
+from pipeline.config.paths import user_path
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.readings import told_differences
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
+from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
 
 
@@ -40,30 +42,26 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     return []
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
     parser.add_argument(
-        "--input", type=Path, required=True, help="file or folder of .txt or .jsonl, plain or .xz, .gz, .zst"
+        "--input", type=user_path, required=True, help="file or folder of .txt or .jsonl, plain or .xz, .gz, .zst"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; reused if it is up to date")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write; reused if it is up to date")
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
+        "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
     parser.add_argument("--text-field", default="text", help="key of the text in .jsonl records (default: text)")
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize (default: 1)")
     options = parser.parse_args(arguments)
-    try:
-        tokenizer = load_tokenizer(options.tokenizer)
-        for warning in told_differences(tokenizer):
-            print(f"warning: {warning}", file=sys.stderr)
-        with TokenProgress(console=Console(stderr=True)) as progress:
-            manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
-        warnings = [*left_out(options.input, options.text_field), *_too_many_tokens(options.tokenizer, tokenizer)]
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for warning in warnings:
+    tokenizer = load_tokenizer(options.tokenizer)
+    for warning in told_differences(tokenizer):
+        print(f"warning: {warning}", file=sys.stderr)
+    with TokenProgress(console=Console(stderr=True)) as progress:
+        manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
+    for warning in (*left_out(options.input, options.text_field), *_too_many_tokens(options.tokenizer, tokenizer)):
         print(f"warning: {warning}", file=sys.stderr)
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
     how = "written" if progress.calls else "up to date, reused"

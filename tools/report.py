@@ -22,8 +22,10 @@ from typing import Any
 
 import yaml
 
-from parallel.errors import DataError, LongspanError
+from parallel.errors import DataError
+from pipeline.config.paths import user_path
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
+from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
@@ -320,17 +322,14 @@ def write_report(run: Path, output: Path) -> Path:
     return output / PAGE
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description="Write a run's report.")
-    parser.add_argument("--run", type=Path, required=True, help="output folder of a run")
-    parser.add_argument("--output", type=Path, help="where the report goes; <run>/report if not given")
+    parser.add_argument("--run", type=user_path, required=True, help="output folder of a run")
+    parser.add_argument("--output", type=user_path, help="where the report goes; <run>/report if not given")
     args = parser.parse_args(argv)
-    try:
-        print(write_report(args.run, args.output or args.run / "report"))
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(write_report(args.run, args.output or args.run / "report"))
     return 0
 
 

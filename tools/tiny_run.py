@@ -22,8 +22,10 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, DataError, LongspanError
 from pipeline.config.parallel import OffloadConfig
+from pipeline.config.paths import user_path
 from pipeline.config.sections import EvalConfig, ParallelConfig, RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
+from pipeline.reporting.command import command
 from tools.support.local_ranks import ROOT, RankFailed
 from tools.support.shrink import Shrunk, shrink
 
@@ -156,13 +158,14 @@ def run_tiny(config: RunConfig, folder: Path, processes: int | None, timeout_s: 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, metavar="N", help=f"CPU processes (default: at most {PROCESSES})")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="seconds for each start")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 the losses are right, 1 not, 2 wrong configuration."""
     args = parse(argv)
@@ -174,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = run_tiny(config, Path(name), args.nproc, args.timeout)
     except ConfigError as error:
         # `shrink` speaks of the doctor's option.
-        print(f"error: {str(error).replace('--processes', '--nproc')}", file=sys.stderr)
-        return 2
+        raise ConfigError(str(error).replace("--processes", "--nproc")) from None
     except LongspanError as error:
         print(f"FAIL: {error}", file=sys.stderr)
         return 1

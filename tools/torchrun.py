@@ -1,9 +1,10 @@
 """torchrun whose signals reach the trainer: `python -m tools.torchrun --nproc-per-node 8 -m pipeline.train --config C`
 
 It takes torchrun's arguments and is what launch/run.sh starts. torchrun alone dies of SIGUSR1, ends its processes 30 s
-after SIGTERM whether they have saved or not, makes a 1 of every exit code, and buries a rank's sentence under a
-traceback of its own. Exit code: 0; `save.signal_exit_code` after a signal, once the state is saved; 128 + the signal
-that ended it with nothing to save; otherwise that of the first process that failed.
+after SIGTERM or Ctrl-C whether they have saved or not, makes a 1 of every exit code, and buries a rank's sentence under
+a traceback of its own. Exit code: 0; `save.signal_exit_code` after SIGTERM or SIGUSR1, and 130 after Ctrl-C, once the
+state is saved; 128 + the signal that ended it with nothing to save, or 130 after a second Ctrl-C; otherwise that of the
+first process that failed.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from parallel.health.signals import SIGNALS, signal_name
+from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, SAVING, SIGNALS, end_at_once, stop_name, tell
 from parallel.world.rank_env import EXIT_FILE
+from pipeline.reporting.command import TOLD, command
 
 if TYPE_CHECKING:  # it imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-TOLD = 2
-"""Exit code of a process that has told its error in a sentence."""
 
 
 def say(text: str) -> None:
@@ -37,34 +36,46 @@ def say(text: str) -> None:
 
 
 class Forwarder:
-    """Passes the first of SIGNALS on to this process's children, from a thread.
+    """Passes the first of SIGNALS on to this process's children, from a thread; a second Ctrl-C ends them.
 
     The main thread may stand in a call of torch's that waits for other machines, and runs no Python handler; the byte
-    in the pipe arrives at once. Later signals say nothing new, and might meet a process that has saved and is leaving.
+    in the pipe arrives at once. Other later signals say nothing new, and might meet a process that has saved and is
+    leaving. A terminal's Ctrl-C reaches only the launcher: its children have sessions of their own.
     """
 
     def __init__(self) -> None:
         self.number = 0
         """The signal passed on; 0: none."""
+        self._interrupts = 0
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            # nohup, and a shell's `&`, make deaf to Ctrl-C, which shall stay so.
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
         threading.Thread(target=self._run, name="longspan-signals", daemon=True).start()
 
     def _run(self) -> None:
         while True:
             for number in os.read(self._read, 4096):
+                self._interrupts += number == signal.SIGINT
+                if self._interrupts > 1:
+                    tell(AT_ONCE)
+                    end_at_once(INTERRUPT_CODE)
                 if number in SIGNALS and not self.number:
                     self._forward(number)
+                elif number == signal.SIGINT:
+                    say(f"{stop_name(self.number)} came before: already stopping; Ctrl-C once more ends it at once.")
 
     def _forward(self, number: int) -> None:
         workers = psutil.Process().children()
         if not workers:
-            say(f"{signal_name(number)}: no process is at work, nothing is to be saved.")
+            say(f"{stop_name(number)}: no process is at work, nothing is to be saved.")
             os._exit(128 + number)
         self.number = number
+        if number == signal.SIGINT:
+            tell(SAVING)
         for worker in workers:
             with contextlib.suppress(psutil.Error):
                 worker.send_signal(number)
@@ -74,32 +85,42 @@ class Forwarder:
         codes = {failure.exitcode for failure in error.failures.values()}
         if self.number and codes <= {-self.number, 128 + self.number}:
             say(
-                f"{signal_name(self.number)} came before the first step or after the last: nothing was to be saved; "
-                "the same command goes on."
+                f"{stop_name(self.number)} came before the first step or after the last: nothing was to be saved; "
+                "rerun the same command to go on."
             )
             return 128 + self.number
         rank, first = error.get_first_failure()
         if first.exitcode < 0:
-            say(f"rank {rank} (process {first.pid}) was ended by {signal_name(-first.exitcode)}.")
+            say(f"rank {rank} (process {first.pid}) was ended by {signal.Signals(-first.exitcode).name}.")
             return 128 - first.exitcode
         if first.exitcode != TOLD:
             say(f"rank {rank} left with code {first.exitcode}; what it said of it is above.")
         return first.exitcode
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: see the module."""
     # Until there are processes to end, at once: not when torch's rendezvous returns to Python.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Seconds, in which a signal still ends it.
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
+    from parallel.world.meeting import cannot_meet, refuse_unknown_host
+
     args = parse_args(argv)
-    # Ended without a save, as by torchrun: Ctrl-C reaches only the launcher. It would undo what nohup did.
-    ending = ["SIGINT", "SIGQUIT"] + (["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])
+    if args.standalone:
+        # Else it is the host's name, which need not resolve, that the processes are to meet at.
+        args.local_addr = args.local_addr or "127.0.0.1"
+    elif args.rdzv_backend == "static" and args.master_addr:
+        refuse_unknown_host(args.master_addr, "launcher")
+    # Ended without a save, as by torchrun. It would undo what nohup did.
+    ending = ["SIGQUIT"] + (["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])
     args.signals_to_handle = ",".join(ending)
     # "Sending process ... closing signal" and "failed (exitcode: ...)", after the sentence that says why.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
@@ -112,6 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return forwarder.failed(error)
         except SignalException as error:
             return 128 + error.sigval
+        except (DistError, RendezvousError) as error:
+            where = (args.master_addr, args.master_port)
+            if args.rdzv_endpoint:
+                where = args.rdzv_endpoint.rpartition(":")[::2]
+            say(cannot_meet(*where, error, hosting=not args.node_rank))
+            return TOLD
         # By its name: whoever cleaned temporary folders meanwhile, a process has made it again.
         path = Path(file.name)
         return int((path.read_text() if path.is_file() else "") or 0)

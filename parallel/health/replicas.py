@@ -1,4 +1,4 @@
-"""Run-time invariants: copies in sync, frozen weights unchanged, adapters starting at zero, nothing non-finite.
+"""Copies that must be equal to the bit: which parameters ranks hold in common, and how a difference is told.
 
 Weights are compared by sums over their bits, made on their device: a few bytes a parameter travel, and nothing the size
 of a weight is allocated. A violation raises the same error on every rank, so that none is left waiting.
@@ -7,7 +7,7 @@ of a weight is allocated. A violation raises the same error on every rank, so th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,6 @@ class Checked:
     """Canonical."""
     parameter: torch.Tensor
     trained: bool
-    starts_zero: bool = False
-    """LoRA's B factor."""
     tied: bool = False
     """The first and the last pipeline stage each hold a copy."""
     sharded: bool = False
@@ -55,90 +53,28 @@ def bit_sums(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Ten
     return sums
 
 
-class RunChecks:
-    """The invariants of one run. Every method is collective, and raises `InvariantViolated` alike on all ranks.
-
-    Make it before the first step: what the frozen weights hold then is what they must keep.
+class Replicas:
+    """The parameters of this rank of which other ranks hold copies. Its methods are collective.
 
     Args:
         groups: the grid.
         parameters: all of this rank's, in model order: the same list on replicas.
-        moments: gives (name, tensor) of the optimizer state this rank holds.
     """
 
-    def __init__(
-        self,
-        groups: Groups,
-        parameters: Iterable[Checked],
-        moments: Callable[[], Iterable[tuple[str, torch.Tensor]]] = lambda: (),
-    ) -> None:
-        self.groups, self.parameters, self.moments = groups, list(parameters), moments
-        self.trained = [one for one in self.parameters if one.trained]
-        self.frozen = [one for one in self.parameters if not one.trained]
-        self._frozen_sums = self._sums(self.frozen)
+    def __init__(self, groups: Groups, parameters: Iterable[Checked]) -> None:
+        self.groups = groups
+        self._copies = [one for one in parameters if not one.sharded]
 
-    def at_start(self, step: int) -> None:
-        """Before the first step of this process; `step` are done already (resumed), 0: a new run."""
-        self.check_replicas(step, everything=True)
-        if step == 0:
-            self.check_adapters_start_at_zero()
-
-    def after_step(self, step: int) -> None:
-        """The cheap ones, when `step` optimizer steps are done."""
-        # One agreement for both: every rank takes part in the comparison whatever it found.
-        self._agree(self._out_of_sync(step, self.trained) or self._non_finite_weight(step))
-
-    def before_save(self, step: int) -> None:
-        """The dear ones, so that nothing broken is saved."""
-        self.check_frozen(step)
-        self.check_finite(step)
-
-    def check_replicas(self, step: int, everything: bool = False) -> None:
-        """Copies of a parameter are equal to the bit: over dp x cp, over tp if replicated, over both ends if tied.
+    def out_of_sync(self, step: int, everything: bool = False) -> str | None:
+        """What to say if a copy differs: over dp x cp, over tp if replicated, over both ends if tied. None: none does.
 
         Args:
+            step: optimizer steps done, for the message.
             everything: frozen ones too, such as base checkpoints that differ between machines.
         """
-        copies = [one for one in self.parameters if not one.sharded]
-        self._agree(self._out_of_sync(step, copies if everything else self.trained))
-
-    def check_frozen(self, step: int) -> None:
-        """No frozen weight changed since the run began."""
-        changed = (self._sums(self.frozen) != self._frozen_sums).any(dim=1).nonzero().flatten().tolist()
-        found = None
-        if changed:
-            found = self._told(
-                step,
-                f"the frozen weight {self.frozen[changed[0]].name} changed since this process started ({len(changed)} "
-                "such); nothing writes to it, so suspect this rank's memory, and rerun to resume from the last "
-                "checkpoint",
-            )
-        self._agree(found)
-
-    def check_adapters_start_at_zero(self) -> None:
-        """Every B factor is zero before the first step: training starts at the base model."""
-        wrong = [one.name for one in self.trained if one.starts_zero and bool(one.parameter.detach().any())]
-        found = None
-        if wrong:
-            found = self._told(
-                0,
-                f"{wrong[0]} is not zero before the first step ({len(wrong)} such), so training would not start at the "
-                "base model; empty the output folder, and report this if it comes again",
-            )
-        self._agree(found)
-
-    def check_finite(self, step: int) -> None:
-        """No trained weight and no moment of the optimizer is infinite or NaN."""
-        self._agree(self._non_finite_weight(step) or self._non_finite(step, list(self.moments())))
-
-    def _sums(self, chosen: Sequence[Checked]) -> torch.Tensor:
-        return bit_sums([one.parameter for one in chosen], self.groups.device)
-
-    def _told(self, step: int, what: str) -> str:
-        return f"Step {step}, rank {self.groups.env.rank}: {what}."
-
-    def _out_of_sync(self, step: int, chosen: Sequence[Checked]) -> str | None:
-        sums, plan, groups = self._sums(chosen), self.groups.plan, self.groups
+        chosen = [one for one in self._copies if everything or one.trained]
+        groups, plan = self.groups, self.groups.plan
+        sums = bit_sums([one.parameter for one in chosen], groups.device)
         found = self._unlike(step, groups.data, "data- and context-parallel", chosen, sums)
         if plan.tp > 1:
             # A frozen weight is checked against its file's slices on loading; only what trains can drift apart.
@@ -175,38 +111,25 @@ class RunChecks:
             "tools.doctor on this configuration if it comes again."
         )
 
-    def _non_finite_weight(self, step: int) -> str | None:
-        return self._non_finite(step, [(one.name, one.parameter) for one in self.trained])
 
-    def _non_finite(self, step: int, named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
-        # An infinity norm keeps NaN and needs no memory; one look at the device for all of them.
-        norms = [torch.linalg.vector_norm(t.detach(), torch.inf, dtype=torch.float32) for _, t in named if t.numel()]
-        if not norms:
-            return None
-        wrong = (~torch.stack(norms).isfinite()).nonzero().flatten().tolist()
-        if not wrong:
-            return None
-        name = [name for name, tensor in named if tensor.numel()][wrong[0]]
-        return self._told(
-            step,
-            f"{name} holds a value that is not finite ({len(wrong)} such tensors); lower train.lr or check the data, "
-            "and rerun to resume from the last checkpoint",
-        )
+def agree(groups: Groups, found: str | None) -> None:
+    """Raise on all ranks what the lowest rank that found something has to say; collective.
 
-    def _agree(self, found: str | None) -> None:
-        """Raise on all ranks what the lowest rank that found something has to say."""
-        world, device = self.groups.plan.world_size, self.groups.device
-        if world == 1:
-            if found is not None:
-                raise InvariantViolated(found)
-            return
-        rank = self.groups.env.rank
-        first = torch.tensor(world if found is None else rank, device=device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        speaker = int(first)
-        if speaker == world:
-            return
-        raw = (found or "").encode()[:_TEXT_BYTES]
-        text = torch.tensor(list(raw.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8, device=device)
-        dist.broadcast(text, speaker)
-        raise InvariantViolated(bytes(text.tolist()).rstrip(b"\0").decode(errors="ignore"))
+    Raises:
+        InvariantViolated: some rank found something.
+    """
+    world, device = groups.plan.world_size, groups.device
+    if world == 1:
+        if found is not None:
+            raise InvariantViolated(found)
+        return
+    rank = groups.env.rank
+    first = torch.tensor(world if found is None else rank, device=device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    speaker = int(first)
+    if speaker == world:
+        return
+    raw = (found or "").encode()[:_TEXT_BYTES]
+    text = torch.tensor(list(raw.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8, device=device)
+    dist.broadcast(text, speaker)
+    raise InvariantViolated(bytes(text.tolist()).rstrip(b"\0").decode(errors="ignore"))

@@ -26,8 +26,6 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
-import psutil
-
 from parallel.errors import LongspanError
 from parallel.health.liveness import (
     PATIENCE,
@@ -40,7 +38,9 @@ from parallel.health.liveness import (
     machine,
     main_thread_stands,
 )
-from parallel.health.watch_store import LOST, STORE_S, StoreMinder, meet
+from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, end_at_once, tell
+from parallel.health.watch_store import STORE_S, StoreMinder, meet
+from parallel.world.meeting import LOST
 from parallel.world.rank_env import RankEnv
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -130,7 +130,7 @@ class RankWatch(Watch):
         self._main = threading.get_ident()
         self._store = meet(env, timeout_s)
         self._moved = time.monotonic()
-        self._moves = self._exchanges = 0
+        self._moves = self._exchanges = self._interrupts = 0
         self._peers = Peers(env.rank, env.world_size, self._moved, machine())
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -200,7 +200,7 @@ class RankWatch(Watch):
         if isinstance(error, LongspanError):
             return Verdict(rank, f"rank {rank} failed {place}: {error}", 2)
         if isinstance(error, KeyboardInterrupt):
-            return Verdict(rank, f"rank {rank} was interrupted {place}", 128 + signal.SIGINT)
+            return Verdict(rank, f"rank {rank} was interrupted {place}", INTERRUPT_CODE)
         last = traceback.extract_tb(trace)[-1:]
         line = "".join(f" ({'/'.join(at.filename.split('/')[-3:])}:{at.lineno} in {at.name})" for at in last)
         told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -255,7 +255,14 @@ class RankWatch(Watch):
     def _sleep(self, seconds: float) -> bool:
         """Until something happens, at most `seconds`; whether it was SIGTERM."""
         ready, _, _ = select.select([self._wake_read], [], [], seconds)
-        return bool(ready) and signal.SIGTERM in os.read(self._wake_read, 4096)
+        came = os.read(self._wake_read, 4096) if ready else b""
+        self._interrupts += came.count(signal.SIGINT)
+        if self._interrupts > 1:
+            time.sleep(BEAT_S)  # the main thread's handler says it, unless it stands in a collective
+            if self._env.is_main and not self._env.exit_file:
+                tell(AT_ONCE)
+            self._leave(INTERRUPT_CODE)
+        return signal.SIGTERM in came
 
     def _beat(self, ended: bool) -> Beat:
         """This rank's state now."""
@@ -373,11 +380,7 @@ class RankWatch(Watch):
             time.sleep(0.05)
 
     def _print(self, verdict: Verdict) -> None:
-        # Not through sys.stderr: the main thread may stand in a write to it and hold its lock. A live display may have
-        # hidden the cursor and stands in the middle of a line.
-        show = "\r\n\x1b[?25h" if os.isatty(2) else ""
-        with contextlib.suppress(OSError):
-            os.write(2, f"{show}{verdict.detail}error: {verdict.text}\n".encode(errors="replace"))
+        tell(f"{verdict.detail}error: {verdict.text}")
 
     def _leave(self, code: int) -> NoReturn:
         """End this process and its children at once, with what was printed written out."""
@@ -386,8 +389,4 @@ class RankWatch(Watch):
             flush = threading.Thread(target=stream.flush, daemon=True)
             flush.start()
             flush.join(1.0)
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
-        os._exit(code)
+        end_at_once(code)

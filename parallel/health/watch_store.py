@@ -11,14 +11,11 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from parallel.errors import LongspanError
+from parallel.world.meeting import open_store
 from parallel.world.rank_env import RankEnv
 
 STORE_S = 30.0
 """Seconds a call to the store may take."""
-
-# What a store raises when its host is gone.
-LOST = (dist.DistError, ConnectionError, RuntimeError)
 
 
 def meet(env: RankEnv, timeout_s: float) -> dist.Store:
@@ -27,21 +24,7 @@ def meet(env: RankEnv, timeout_s: float) -> dist.Store:
     Raises:
         LongspanError: it cannot be reached.
     """
-    hosting = env.rank == 0 and not env.agent_store
-    try:
-        store = dist.TCPStore(
-            env.master_host,
-            env.master_port,
-            is_master=hosting,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=hosting,
-        )
-    except LOST as error:
-        raise LongspanError(
-            f"Rank {env.rank}: the ranks cannot meet at {env.master_host}:{env.master_port} "
-            f"({str(error).splitlines()[0]}); see that rank 0's machine is reachable there and the port free."
-        ) from None
+    store = open_store(env, timeout_s)
     store.set_timeout(datetime.timedelta(seconds=STORE_S))
     return dist.PrefixStore(f"longspan/watch/{env.attempt}", store)
 

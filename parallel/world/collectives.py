@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from parallel.errors import CheckpointError, ConfigError, DataError, LongspanError
-from parallel.world.groups import Groups
+from parallel.world.agreement import require_alike
+from parallel.world.groups import START, Groups
 
 _POLL_S = (0.02, 0.5)
 """First and longest pause between two looks at the store."""
@@ -103,6 +104,20 @@ def on_main_first[T](groups: Groups, work: Callable[[], T]) -> T:
 
     share_from_main(groups, first)
     return results[0] if results else work()
+
+
+def require_same(groups: Groups, facts: Mapping[str, str]) -> None:
+    """Return if every rank of the world brings the same facts; every one of them must call this.
+
+    Args:
+        facts: name -> value, as a refusal shows them.
+
+    Raises:
+        ConfigError: they differ; the same sentence on every rank names the facts, the ranks and the values.
+    """
+    if groups.plan.world_size > 1 and not groups.fake:
+        store, topic = dist.distributed_c10d._get_default_store(), f"facts-{next(_calls)}"
+        require_alike(store, groups.env.rank, groups.plan.world_size, topic, facts, START)
 
 
 def _pause_until(happened: Callable[[], bool], limit_s: float = float("inf")) -> None:

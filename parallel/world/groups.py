@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import resource
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError
 from parallel.world import cpu_standins
+from parallel.world.agreement import require_alike
+from parallel.world.context_shard import ContextShard
 from parallel.world.grid import GridPlan
 from parallel.world.lone_rank import stand_in
+from parallel.world.meeting import open_store
 from parallel.world.rank_env import RankEnv
 
 # At its import megatron warns of optional packages that this product does not use.
@@ -112,7 +116,7 @@ def _allow_files() -> None:
 def _arrive(env: RankEnv, patience: datetime.timedelta) -> dist.Store:
     """The launcher's store, once every rank has reached it: on a busy machine ranks import for seconds to minutes,
     which the time-out of a collective need not cover."""
-    store, _, _ = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=patience))
+    store = open_store(env, patience.total_seconds())
     key = f"longspan/arrived/{env.attempt}"
     if store.add(key, 1) == env.world_size:
         store.set(f"{key}/all", "")
@@ -120,7 +124,25 @@ def _arrive(env: RankEnv, patience: datetime.timedelta) -> dist.Store:
     return dist.PrefixStore(f"longspan/groups/{env.attempt}", store)
 
 
-def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual: int = 1, fake: bool = False) -> Groups:
+_meetings = itertools.count()
+"""Every rank makes groups in the same order, so the count names a meeting alike everywhere."""
+
+
+def _compare(store: dist.Store, env: RankEnv, device: torch.device, facts: Mapping[str, str] | None) -> None:
+    """Before the first collective: under other settings ranks would stand in different ones, and hang."""
+    if facts is not None:
+        told = {**facts, "device": device.type}
+        require_alike(store, env.rank, env.world_size, f"meeting-{next(_meetings)}", told, START)
+
+
+def make_groups(
+    plan: GridPlan,
+    env: RankEnv,
+    timeout_s: float = 600.0,
+    virtual: int = 1,
+    fake: bool = False,
+    facts: Mapping[str, str] | None = None,
+) -> Groups:
     """Initialize torch.distributed (NCCL on CUDA, gloo on CPU) and megatron's groups.
 
     A single process that nobody launched uses an in-memory store, so that no port is opened.
@@ -132,9 +154,10 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
         virtual: pipeline chunks a rank, more than one for the interleaved schedule.
         fake: be one rank of a world that is not there (torch's fake process group): memory and compute are real,
             nothing is sent, results mean nothing. For measuring and planning.
+        facts: what all ranks must have alike, compared before a group is made; None: nothing is.
 
     Raises:
-        ConfigError: this machine lacks the process's GPU.
+        ConfigError: this machine lacks the process's GPU, or the ranks' facts differ.
     """
     device = _own_device(env)
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -149,11 +172,14 @@ def make_groups(plan: GridPlan, env: RankEnv, timeout_s: float = 600.0, virtual:
             dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
         elif env.launched:
             store = _arrive(env, max(timeout, START))
+            _compare(store, env, device, facts)
             store.set_timeout(timeout)
             _allow_files()
             dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif not fake:
+        _compare(dist.distributed_c10d._get_default_store(), env, device, facts)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tp,
         context_parallel_size=plan.cp,

@@ -1,7 +1,8 @@
 """The run configuration as frozen dataclasses: one source of truth, no torch, no YAML (see `config` for parsing).
 
-Every field's docstring gives its unit. A section validates itself in `__post_init__`; what concerns two sections is
-checked in `RunConfig.__post_init__`. Errors are `ConfigError`: one sentence saying what is wrong, where, how to mend.
+Every field's docstring gives its unit; a path has the type `PathText`. A section validates itself in `__post_init__`;
+what concerns two sections is checked in `RunConfig.__post_init__`. Errors are `ConfigError`: one sentence saying what
+is wrong, where, how to mend.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from dataclasses import dataclass, field, fields
 from parallel.errors import ConfigError
 from pipeline.config.checks import at_least, between, not_empty, one_of, within
 from pipeline.config.parallel import ParallelConfig
+from pipeline.config.paths import PathText
+from pipeline.config.resume import ResumeConfig
 from pipeline.config.rope import RopeSettings
-from pipeline.schema_resume import ResumeConfig
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
@@ -25,7 +27,7 @@ S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "
 class ModelConfig:
     """Which checkpoint, and the context it is extended to."""
 
-    path: str
+    path: PathText
     """Hugging Face checkpoint folder (config.json, *.safetensors, tokenizer files)."""
     context: int
     """Target context, tokens: what rope scaling is set for and the default sequence length of training."""
@@ -129,15 +131,15 @@ class LoraConfig:
 class DataConfig:
     """Training text."""
 
-    path: str
+    path: PathText
     """Folder or file of .txt / .jsonl (also .xz .gz .zst), or a folder written by tools.prepare_data."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder of a Hugging Face tokenizer or a sentencepiece .model file; None uses the one in model.path."""
     text_field: str = "text"
     """Key of the text in JSONL records."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Where tokenized shards of raw text go; None uses <output>/data."""
     mask_documents: bool = False
     """Keep attention inside each packed document; the paper's recipe attends across them."""
@@ -218,7 +220,7 @@ class TrainConfig:
 class EvalConfig:
     """Perplexity with full attention, before, during and after training."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Held-out text (same forms as data.path); None switches evaluation off."""
     every: int = 0
     """Optimizer steps between evaluations; 0: only before and after training."""
@@ -270,7 +272,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    output: str
+    output: PathText
     """Folder of checkpoints, metrics, the resolved config and exports."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -278,7 +280,7 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None:
     the base's. Not looked at once the run has a checkpoint of its own."""
     checks: bool = False

@@ -1,7 +1,7 @@
 """Strict YAML to `RunConfig` and back. No torch: a wrong configuration is told before anything slow is imported.
 
-The dataclasses of `schema` are the only list of keys: this file walks their type hints. Paths in a file stay as
-written, so relative ones are relative to the directory a command is run from, not to the file.
+The dataclasses of `schema` are the only list of keys: this file walks their type hints. In paths `~` and `$NAME` are
+expanded (see `paths`); relative ones stay relative to the directory a command is run from, not to the file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
+from pipeline.config.paths import EXPANDED, expand
 from pipeline.config.sections import RunConfig
 
 _NOUNS = {
@@ -108,6 +109,10 @@ def _value(hint: Any, value: Any, path: str, where: str) -> Any:
         # `eval:` with every key under it commented out is an empty section.
         return _section(typing.cast(type, hint), {} if value is None else value, path, where)
     origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        inner, mark = typing.get_args(hint)
+        text = _value(inner, value, path, where)
+        return _path(text, path, where) if mark == EXPANDED else text
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in typing.get_args(hint):
             return None
@@ -116,6 +121,14 @@ def _value(hint: Any, value: Any, path: str, where: str) -> Any:
     if origin is tuple:
         return _sequence(hint, value, path, where)
     return _scalar(hint, value, path, where)
+
+
+def _path(text: str, path: str, where: str) -> str:
+    """A path of this machine."""
+    try:
+        return expand(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).rstrip('.')} (in {where}).") from None
 
 
 def _suggestion(name: str, prefix: str, known: Iterable[str]) -> str:
@@ -156,7 +169,7 @@ def _section[T](kind: type[T], value: Any, path: str, where: str) -> T:
     if not isinstance(value, dict):
         raise _wrong(path, "a section of keys", value, where)
     prefix = f"{path}." if path else ""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for name in value:
         if name not in hints:
             raise ConfigError(f"{prefix}{name}: unknown key in {where}; {_suggestion(str(name), prefix, hints)}")
@@ -178,7 +191,8 @@ def _example(hint: Any, path: str) -> str:
             if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         ]
         return f"add the section {path} with {' and '.join(needed)}."
-    return f"add {path} ({_NOUNS[hint]})."
+    noun = "a path" if typing.get_origin(hint) is typing.Annotated else _NOUNS[hint]
+    return f"add {path} ({noun})."
 
 
 def _override(tree: dict[Any, Any], text: str) -> None:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from parallel.errors import DataError
 from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
 from pipeline.data.shards import is_prepared
-from pipeline.lfs import MAX_POINTER, is_pointer, pointer_sentence
+from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
 TEXT, LINES = ".txt", ".jsonl"
 _KINDS = {TEXT: TEXT, **dict.fromkeys((LINES, ".ndjson", ".jsonlines", ".json"), LINES)}

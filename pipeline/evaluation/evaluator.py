@@ -26,13 +26,14 @@ from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
 from pipeline.evaluation.run_retrieval import RetrievalReport, run_retrieval
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
-from pipeline.lasting import optional_file
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.planning.rope import plan_rope
+from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 from pipeline.training.state import check_trained
 
@@ -150,21 +151,23 @@ class LoadedState:
 def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None) -> Iterator[LoadedState]:
     """A model in one of STATES, ready to be evaluated; collective.
 
-    `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest.
+    `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest. Whatever grid the run trains on,
+    the ranks that are there do.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
     """
+    trained_with, config = config, fit_ranks(config, env.world_size)
     arch, rope = check_before_spending(config, env)
     if state == "shipped":
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
     base = open_base(config, arch)
     try:
-        groups = connect(config, env)
+        groups = connect(config, env, base)
         if state == "trained":
             folder = Path(share_from_main(groups, lambda: str(checkpoint or _newest(config))))
             # Told before the model is loaded; the base's hash is looked at after it.
-            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(config))
+            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
         model = build_model(config, arch, rope, lora, groups, base)
@@ -172,7 +175,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
         identity = {"base": base_hash, "rope": asdict(rope), "vocab": arch.vocab, "dtype": str(model.dtype)}
         step = 0
         if state == "trained":
-            own = {"base_hash": base_hash, "config": config_dict(config)}
+            own = {"base_hash": base_hash, "config": config_dict(trained_with)}
             with CheckpointReader(folder) as reader:
                 saved = reader.manifest
                 check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})

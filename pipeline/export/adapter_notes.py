@@ -12,10 +12,10 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import RopeSettings
 from pipeline.hf.writer import NOTE
-from pipeline.json_file import read_object
-from pipeline.model.layers.rotary import RopePlan, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.rope import RopePlan, plan_rope
+from pipeline.storage.json_file import read_object
 
 CONFIG = "adapter_config.json"
 _UNSUPPORTED = (

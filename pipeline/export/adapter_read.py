@@ -26,9 +26,9 @@ from pipeline.export.adapter_notes import (
 from pipeline.export.trained_model import LazyTensors, TrainedModel, check_tokenizer, find_base, grown_arch, wrong_base
 from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
-from pipeline.lfs import refuse_pointer
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.storage.lfs import refuse_pointer
 
 EMBEDDING, HEAD = VOCABULARY_HF
 PREFIX = "base_model.model."

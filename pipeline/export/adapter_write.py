@@ -14,9 +14,9 @@ from parallel.errors import CheckpointError
 from pipeline.export.adapter_read import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
 from pipeline.export.trained_model import TrainedModel, companions, extended_config, partner_of
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.hf.writer import NOTE, check_space, new_folder, trained_finite
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact, write_safetensors
 
 EMBEDDINGS = ("auto", "whole", "rows")

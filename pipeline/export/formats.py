@@ -15,11 +15,11 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.export.adapter_write import export_adapter, export_longlora
 from pipeline.export.trained_model import TrainedModel, companions, extended_config
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.writer import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
 
 FORMATS = ("adapter", "merged", "longlora")

@@ -24,11 +24,11 @@ from pipeline.hf.companions import (
     without_code,
 )
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
-from pipeline.json_file import read_object
-from pipeline.model.layers.rotary import ROPE_KEYS, RopePlan, hf_rope_fields, plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import check_growth, original_context
+from pipeline.planning.rope import ROPE_KEYS, RopePlan, hf_rope_fields, original_context, plan_rope
+from pipeline.planning.run_plan import check_growth
+from pipeline.storage.json_file import read_object
 from pipeline.storage.safetensors import SafetensorsFile
 
 PAD_TOKEN = "[PAD]"

@@ -19,13 +19,13 @@ from parallel.errors import CheckpointError
 from pipeline.export import verify_logits
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.trained_model import TrainedModel, extended_config, partner_of
+from pipeline.export.verify_config import check_config
+from pipeline.export.verify_reference import own_logits
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.writer import REPORT
 from pipeline.planning import tensors as names
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import tensor_digest
-from pipeline.verify_config import check_config
-from pipeline.verify_reference import own_logits
 
 TOLERANCE = 1e-4
 """Largest allowed difference of fp32 logits. The same sums in the same order should give no difference at all."""

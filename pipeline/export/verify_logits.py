@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.export.adapter_read import TRAINABLE, load_adapter, read_pickled
 from pipeline.export.trained_model import TrainedModel
+from pipeline.export.verify_config import check_rotary, read_hf_config
+from pipeline.export.verify_reference import Weight
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning import tensors as names
-from pipeline.verify_config import check_rotary, read_hf_config
-from pipeline.verify_reference import Weight
 
 ROOM = 0.7
 """Share of the available memory a check may take."""

@@ -13,8 +13,8 @@ import torch
 from parallel.errors import CheckpointError
 from pipeline.hf.companions import check_companions
 from pipeline.hf.hashes import Hashes, read_hashes
+from pipeline.hf.weight_files import choose_weights
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
-from pipeline.weight_files import choose_weights
 
 UNGATHERED = (
     "has no elements, as after saving under DeepSpeed ZeRO-3 without gathering the weights; make whole ones from the "

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from pipeline.json_file import read_object
-from pipeline.lfs import refuse_pointer
+from pipeline.storage.json_file import read_object, write_json
+from pipeline.storage.lfs import refuse_pointer
 
 GENERATION = "generation_config.json"
 COMPANIONS = (
@@ -26,11 +26,6 @@ COMPANIONS = (
     GENERATION,
 )
 """Files beside the weights that belong to a model and are copied with it."""
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON with sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 SHORT = 20

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from parallel.errors import CheckpointError
-from pipeline.hf.companions import write_json
-from pipeline.json_file import read_object
+from pipeline.storage.json_file import read_object, write_json
 
 HASHES = "longspan_hashes.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")

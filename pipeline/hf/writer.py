@@ -17,12 +17,13 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.hf.checkpoint import file_digest
-from pipeline.hf.companions import COMPANIONS, write_json
+from pipeline.hf.companions import COMPANIONS
 from pipeline.hf.hashes import HASHES, write_hashes
+from pipeline.hf.weight_files import INDEX, SINGLE
 from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.durable import WITHOUT_LOCKS
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact, Written, write_safetensors
-from pipeline.weight_files import INDEX, SINGLE
 
 SHARD_BYTES = 4_000_000_000
 FINITE_ROWS = 4096

@@ -14,18 +14,19 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from parallel.axes.context import ContextShard
 from parallel.axes.zero3 import FrozenShards
+from parallel.world.context_shard import ContextShard
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.layers.frozen_weight import FrozenWeight, kept_by
 from pipeline.model.layers.loss import VocabShard, sum_cross_entropy, token_losses, token_scores
-from pipeline.model.layers.rotary import RopePlan, rope_tables
+from pipeline.model.layers.rotary import rope_tables
 from pipeline.model.spec import block_submodules
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
+from pipeline.planning.rope import RopePlan
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import RMSNorm
 from pipeline.model.layers.residual import Add, last_residual_add, plain_add, residual_add
 from pipeline.model.layers.swiglu import EagerSwiGlu, SwiGlu
-from pipeline.planning import tensors as names
+from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.recompute import RecomputePolicy
-from pipeline.planning.rope import refuse_biases
+from pipeline.planning.run_plan import refuse_biases
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                 params={"attn_mask_type": AttnMaskType.causal, "fused_rope": family.fused},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_column(
-                        family, lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(names.fuse_qkv, arch=arch)
+                        family, lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(fuse_qkv, arch=arch)
                     ),
                     core_attention=CoreAttention,
                     linear_proj=_row(family, lora, "o", adapted),
@@ -247,7 +247,7 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                 arch.ffn,
                 MLPSubmodules(
                     linear_fc1=_column(
-                        family, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, names.fuse_gate_up
+                        family, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
                     ),
                     activation_func=family.activation,
                     linear_fc2=_row(family, lora, "down", adapted),

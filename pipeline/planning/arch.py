@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.json_file import read_object
+from pipeline.storage.json_file import read_object
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")

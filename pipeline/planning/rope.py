@@ -1,9 +1,8 @@
-"""What a configuration makes of a checkpoint's sizes: its vocabulary, and how rotary positions are stretched. No torch:
-a setting that does not fit the checkpoint is told before anything slow is imported.
+"""How rotary positions are stretched to a context, and the config.json fields that make transformers compute the same.
 
 Linear position interpolation (arXiv 2306.15595), NTK-aware and adjusted bases (ABF: 2309.16039), YaRN (2309.00071) and
 Llama 3.1's scheme. `ntk` and `abf` only change the base, so their plan, and what is exported, is plain RoPE (`none`)
-with another theta. `rope` computes with the plan.
+with another theta. `model.layers.rotary` computes with the plan.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import ModelConfig, RopeSettings
+from pipeline.config.sections import RopeSettings
 from pipeline.planning.arch import LlamaArch
 
 SHORTEST_PRETRAINING = 2048
@@ -216,7 +215,7 @@ def plan_rope(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan
     return _forced(settings.type, arch, settings, context)
 
 
-def _described(arch: LlamaArch) -> str:
+def described(arch: LlamaArch) -> str:
     """The checkpoint's own scaling, in words."""
     scaling = arch.rope_scaling or {}
     original = scaling.get("original_max_position_embeddings")
@@ -235,59 +234,45 @@ def replacement_warning(arch: LlamaArch, plan: RopePlan) -> tuple[str, ...]:
         return ()
     new = f"{plan.type}, factor {plan.factor:g}" if plan.type != "none" else f"plain RoPE of theta {plan.theta:g}"
     served = served_context(arch)
-    return (
-        f"model.rope: the checkpoint's own {_described(arch)}, which serves {served} tokens, is replaced by {new}.",
-    )
+    return (f"model.rope: the checkpoint's own {described(arch)}, which serves {served} tokens, is replaced by {new}.",)
 
 
-def check_growth(stored: int, wanted: int, where: str) -> None:
-    """Refuse to drop rows.
+ROPE_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
+"""Every top-level key of config.json that `hf_rope_fields` may write; remove them all before writing its fields."""
 
-    Raises:
-        ConfigError: `wanted` rows are fewer than the `stored` ones.
+
+def hf_rope_fields(plan: RopePlan, arch: LlamaArch, context: int) -> dict[str, Any]:
+    """The config.json fields that make transformers 4 and 5 compute this plan's angles.
+
+    transformers 4 reads `rope_theta` and `rope_scaling`; 5 prefers `rope_scaling` where present and fills in
+    `rope_theta`, and otherwise reads `rope_parameters`. All are written and agree. `original_max_position_embeddings`
+    stands at the top level for linear scaling only, where it is known: both versions ignore it there, and `read_arch`
+    uses it to extend once more.
     """
-    if wanted < stored:
-        raise ConfigError(
-            f"{where}: {wanted} rows are fewer than the checkpoint's {stored}; tokens can be added, not dropped."
-        )
-
-
-def refuse_biases(arch: LlamaArch) -> None:
-    """Raise ConfigError for a checkpoint with biases that megatron's layers cannot place."""
-    if arch.o_bias or arch.mlp_bias:
-        raise ConfigError(
-            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
-            "use a Llama-class checkpoint without them."
-        )
-
-
-def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, RopePlan]:
-    """The model that is trained, with its added rows, and its rotary positions.
-
-    Args:
-        stored: sizes the checkpoint at `settings.path` declares.
-
-    Raises:
-        ConfigError: the settings do not fit the checkpoint, or it is not supported.
-    """
-    arch = stored
-    if settings.vocab is not None:
-        check_growth(stored.vocab, settings.vocab, "model.vocab")
-        arch = replace(stored, vocab=settings.vocab)
-    refuse_biases(arch)
-    rope, served = settings.rope, served_context(arch, settings.rope.original_context)
-    own_linear = arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "linear"
-    # Not in plan_rope: checkpoints of earlier releases, which took it, must still export.
-    if rope.type == "auto" and rope.original_context is not None and settings.context <= served and not own_linear:
-        raise ConfigError(
-            f"model.rope.original_context: context {settings.context} fits the checkpoint's own {served}, so type auto "
-            "does not stretch; remove original_context, or set type: linear."
-        )
-    plan = plan_rope(arch, rope, settings.context)
-    if settings.context <= served and not rope.replace and replaces(arch, plan):
-        raise ConfigError(
-            f"model.rope.type: the checkpoint's own {_described(arch)} reaches {served} tokens, and type {rope.type} "
-            f"would replace it though context is {settings.context}; use type: auto, which keeps it, or set "
-            "model.rope.replace: true if you mean to."
-        )
-    return arch, plan
+    scaling: dict[str, Any] = {"rope_type": plan.type, "factor": plan.factor}
+    if plan.type == "none":
+        scaling = {"rope_type": "default"}
+    elif plan.type != "linear":
+        scaling["original_max_position_embeddings"] = plan.original_context
+    if plan.type == "llama3":
+        scaling |= {"low_freq_factor": plan.low_freq_factor, "high_freq_factor": plan.high_freq_factor}
+    if plan.type == "yarn":
+        scaling |= {"attention_factor": plan.attention_factor, "beta_fast": plan.beta_fast, "beta_slow": plan.beta_slow}
+        if not plan.truncate:
+            scaling["truncate"] = False
+    fields: dict[str, Any] = {
+        # A context shorter than what the checkpoint serves must not shrink what it declares.
+        "max_position_embeddings": max(context, arch.max_positions),
+        "rope_theta": plan.theta,
+        "rope_scaling": None if plan.type == "none" else scaling,
+        "rope_parameters": {**scaling, "rope_theta": plan.theta},
+    }
+    if plan.type == "linear" and plan.original_context is not None:
+        fields["original_max_position_embeddings"] = plan.original_context
+    return fields

@@ -20,11 +20,12 @@ from pipeline.data.records import check_first_record
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
 from pipeline.data.tokenizer import check_rows, load_tokenizer
+from pipeline.hf.weight_files import choose_weights
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
-from pipeline.planning.rope import plan_model, replacement_warning
-from pipeline.weight_files import choose_weights
+from pipeline.planning.rope import replacement_warning
+from pipeline.planning.run_plan import plan_model
 
 
 @dataclass(frozen=True)

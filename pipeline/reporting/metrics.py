@@ -16,7 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from parallel.errors import DataError
-from pipeline.lasting import Warn, reason, to_stderr
+from pipeline.reporting.lasting import Warn, reason, to_stderr
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from pipeline.lasting import lasting_console
+from pipeline.reporting.lasting import lasting_console
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.lfs import refuse_pointer
+from pipeline.storage.lfs import refuse_pointer
 from pipeline.storage.safetensors_header import layout
 
 MAX_HEADER = 100_000_000

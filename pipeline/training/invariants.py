@@ -1,12 +1,117 @@
-"""The run-time invariants of a training run (`checks: true`): which parameter must keep what."""
+"""The run-time invariants of a training run (`checks: true`): copies in sync, frozen weights unchanged, adapters that
+start at zero, nothing non-finite."""
 
 from __future__ import annotations
 
-from parallel.health.replicas import Checked, RunChecks
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from parallel.health.replicas import Checked, Replicas, agree, bit_sums
 from parallel.world.groups import Groups
 from pipeline.model.rank_model import ModelPart
 from pipeline.planning import tensors as names
 from pipeline.training.optimizer import TrainableAdamW
+
+LORA_B = ".lora_B.weight"
+"""How the canonical names of B factors end."""
+
+
+class RunChecks:
+    """The invariants of one run. Every method is collective, and raises `InvariantViolated` alike on all ranks.
+
+    Make it before the first step: what the frozen weights hold then is what they must keep.
+
+    Args:
+        groups: the grid.
+        parameters: all of this rank's, in model order: the same list on replicas.
+        moments: gives (name, tensor) of the optimizer state this rank holds.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        parameters: Iterable[Checked],
+        moments: Callable[[], Iterable[tuple[str, torch.Tensor]]] = lambda: (),
+    ) -> None:
+        self.groups, self.parameters, self.moments = groups, list(parameters), moments
+        self._replicas = Replicas(groups, self.parameters)
+        self.trained = [one for one in self.parameters if one.trained]
+        self.frozen = [one for one in self.parameters if not one.trained]
+        self._frozen_sums = self._sums(self.frozen)
+
+    def at_start(self, step: int) -> None:
+        """Before the first step of this process; `step` are done already (resumed), 0: a new run."""
+        self.check_replicas(step, everything=True)
+        if step == 0:
+            self.check_adapters_start_at_zero()
+
+    def after_step(self, step: int) -> None:
+        """The cheap ones, when `step` optimizer steps are done."""
+        # One agreement for both: every rank takes part in the comparison whatever it found.
+        agree(self.groups, self._replicas.out_of_sync(step) or self._non_finite_weight(step))
+
+    def before_save(self, step: int) -> None:
+        """The dear ones, so that nothing broken is saved."""
+        self.check_frozen(step)
+        self.check_finite(step)
+
+    def check_replicas(self, step: int, everything: bool = False) -> None:
+        """Copies of a parameter are equal to the bit (see `Replicas.out_of_sync`)."""
+        agree(self.groups, self._replicas.out_of_sync(step, everything))
+
+    def check_frozen(self, step: int) -> None:
+        """No frozen weight changed since the run began."""
+        changed = (self._sums(self.frozen) != self._frozen_sums).any(dim=1).nonzero().flatten().tolist()
+        found = None
+        if changed:
+            found = self._told(
+                step,
+                f"the frozen weight {self.frozen[changed[0]].name} changed since this process started ({len(changed)} "
+                "such); nothing writes to it, so suspect this rank's memory, and rerun to resume from the last "
+                "checkpoint",
+            )
+        agree(self.groups, found)
+
+    def check_adapters_start_at_zero(self) -> None:
+        """Every B factor is zero before the first step: training starts at the base model."""
+        wrong = [one.name for one in self.trained if one.name.endswith(LORA_B) and bool(one.parameter.detach().any())]
+        found = None
+        if wrong:
+            found = self._told(
+                0,
+                f"{wrong[0]} is not zero before the first step ({len(wrong)} such), so training would not start at the "
+                "base model; empty the output folder, and report this if it comes again",
+            )
+        agree(self.groups, found)
+
+    def check_finite(self, step: int) -> None:
+        """No trained weight and no moment of the optimizer is infinite or NaN."""
+        agree(self.groups, self._non_finite_weight(step) or self._non_finite(step, list(self.moments())))
+
+    def _sums(self, chosen: Sequence[Checked]) -> torch.Tensor:
+        return bit_sums([one.parameter for one in chosen], self.groups.device)
+
+    def _told(self, step: int, what: str) -> str:
+        return f"Step {step}, rank {self.groups.env.rank}: {what}."
+
+    def _non_finite_weight(self, step: int) -> str | None:
+        return self._non_finite(step, [(one.name, one.parameter) for one in self.trained])
+
+    def _non_finite(self, step: int, named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
+        # An infinity norm keeps NaN and needs no memory; one look at the device for all of them.
+        norms = [torch.linalg.vector_norm(t.detach(), torch.inf, dtype=torch.float32) for _, t in named if t.numel()]
+        if not norms:
+            return None
+        wrong = (~torch.stack(norms).isfinite()).nonzero().flatten().tolist()
+        if not wrong:
+            return None
+        name = [name for name, tensor in named if tensor.numel()][wrong[0]]
+        return self._told(
+            step,
+            f"{name} holds a value that is not finite ({len(wrong)} such tensors); lower train.lr or check the data, "
+            "and rerun to resume from the last checkpoint",
+        )
 
 
 def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> RunChecks:
@@ -22,7 +127,6 @@ def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> R
                 name=names.to_hf(name)[0][0],
                 parameter=parameter,
                 trained=parameter.requires_grad,
-                starts_zero=name.endswith(".lora_B"),
                 tied=tied and name == "embedding.weight",
             )
         )

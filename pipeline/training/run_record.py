@@ -14,10 +14,10 @@ import torch
 from pipeline.build import Run
 from pipeline.config.checks import within
 from pipeline.config.sections import RunConfig
-from pipeline.lasting import optional_file
-from pipeline.model.weights.load import kind_of, trained_names
 from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
+from pipeline.planning.trainable import kind_of, trained_names
+from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.versions import versions
 
 

@@ -13,8 +13,8 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import StatePiece
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.gather import gather, owned
-from pipeline.model.weights.load import trained_names
 from pipeline.planning import tensors as names
+from pipeline.planning.trainable import trained_names
 from pipeline.training.optimizer import MOMENTS, STEP, TrainableAdamW
 
 

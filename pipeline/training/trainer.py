@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from parallel.health.replicas import RunChecks
 from parallel.health.signals import StopSignals
 from parallel.health.watch import Watch
 from parallel.world.collectives import share_from_main, sum_over
@@ -27,6 +26,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.versions import versions
+from pipeline.training.invariants import RunChecks
 from pipeline.training.non_finite import DivergenceGuard, TrainingDiverged
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction

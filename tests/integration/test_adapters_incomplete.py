@@ -71,7 +71,7 @@ def test_tensors_lost_from_a_peft_adapter(
     load_adapter(tmp_path / "a")
     keep(tmp_path / "a" / WEIGHTS, wanted)
     assert words in lost(tmp_path / "a")
-    assert merge_main(["--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "out")]) == 1
+    assert merge_main(["--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -257,7 +257,7 @@ def test_what_it_was_trained_with_is_not_overridden(tmp_path: Path, capsys: pyte
             (["--rope", "none", "--context", "-5"], "must be at least 2 tokens, got -5"),
             (["--context", "0"], "must be at least 2 tokens, got 0"),
         ):
-            assert merge_main([*merge, *options]) == 1
+            assert merge_main([*merge, *options]) == 2
             said = capsys.readouterr().err
             assert words in said and said.count("\n") == 1 and said.endswith(".\n")
             assert not (tmp_path / "out").exists()
@@ -280,7 +280,7 @@ def test_longloras_files_need_a_context(tmp_path: Path, capsys: pytest.CaptureFi
     base = make_tiny(tmp_path / "base", "llama2")
     adapter = published(tmp_path / "adapter", base, False)
     arguments = ["--adapter", str(adapter), "--base", str(base), "--output", str(tmp_path / "out"), "--rope", "linear"]
-    assert merge_main(arguments) == 1
+    assert merge_main(arguments) == 2
     assert "--context: is missing" in capsys.readouterr().err
     # A PEFT adapter whose config.json tells of a stretched base, and longspan.json was not copied.
     export(trained_model(base), tmp_path / "peft", "adapter")

@@ -23,9 +23,9 @@ from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.export.verify import sample_tokens, verify
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import plan_shards, write_safetensors_sharded
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import plan_rope
 from pipeline.storage.safetensors import TensorFact
 from tests.support.tiny_models import KINDS, make_tiny
 from tools.export_hf import main as export_main
@@ -234,7 +234,7 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run, out = ["--run", str(tmp_path / "run")], ["--output", str(tmp_path / "out")]
     assert export_main([*run, *out, "--format", "merged"]) == 0
     assert "verified" in capsys.readouterr().out
-    assert export_main([*run, *out, "--format", "merged"]) == 1
+    assert export_main([*run, *out, "--format", "merged"]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert export_main([*run, *out, "--force", "--no-verify"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -245,16 +245,16 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "longspan.json",
     ]
     assert "AutoConfig.from_pretrained" in (tmp_path / "out/README.md").read_text()
-    assert export_main([*run, "--output", str(tmp_path / "base"), "--force"]) == 1
+    assert export_main([*run, "--output", str(tmp_path / "base"), "--force"]) == 2
     assert "overlaps the base" in capsys.readouterr().err
     shutil.move(tmp_path / "base", tmp_path / "moved")
-    assert export_main([*run, *out, "--force", "--no-verify"]) == 1
+    assert export_main([*run, *out, "--force", "--no-verify"]) == 2
     assert "say where it lies with --base" in capsys.readouterr().err
     assert export_main([*run, *out, "--force", "--no-verify", "--base", str(tmp_path / "moved")]) == 0
     other = make_tiny(tmp_path / "other", "smollm2", seed=1)
-    assert export_main([*run, *out, "--force", "--base", str(other)]) == 1
+    assert export_main([*run, *out, "--force", "--base", str(other)]) == 2
     assert "is not the base" in capsys.readouterr().err
-    assert export_main(["--run", str(tmp_path / "moved"), *out]) == 1
+    assert export_main(["--run", str(tmp_path / "moved"), *out]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
 
@@ -270,12 +270,12 @@ def test_import_normalizes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "out/tokenizer.json").is_file() and read_arch(tmp_path / "out") == read_arch(base)
     import_model(base, tmp_path / "kept")
     assert HfCheckpoint(tmp_path / "kept").dtype is torch.float32
-    assert import_main([str(base), str(base)]) == 1
+    assert import_main([str(base), str(base)]) == 2
     assert "overlaps the source" in capsys.readouterr().err
-    assert import_main([str(tmp_path / "no.gguf"), str(tmp_path / "x")]) == 1
+    assert import_main([str(tmp_path / "no.gguf"), str(tmp_path / "x")]) == 2
     assert "no.gguf: does not exist" in capsys.readouterr().err
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
-    assert import_main([str(tmp_path / "bad.gguf"), str(tmp_path / "x")]) == 1
+    assert import_main([str(tmp_path / "bad.gguf"), str(tmp_path / "x")]) == 2
     assert "cannot read this GGUF" in capsys.readouterr().err
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
 

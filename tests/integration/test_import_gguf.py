@@ -152,7 +152,7 @@ def test_what_transformers_leaves_out_of_a_gguf_file_is_refused(
     """It gives random values to a tensor that is missing, and plain RoPE to a model without."""
     base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None)
     write_gguf(base, tmp_path / "tiny.gguf", without, more)
-    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -14,12 +14,12 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import make_tiny
 

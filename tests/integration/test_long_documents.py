@@ -17,7 +17,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.records import RecordReader
 from pipeline.data.shards import open_shards
 from pipeline.data.tokenizer import load_tokenizer
-from tests.unit.test_data_cuts import CORPUS, SHAPES, write_pieces
+from tests.unit.data.test_cuts import CORPUS, SHAPES, write_pieces
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 1 << 18  # bytes of text read at once

@@ -263,5 +263,5 @@ def test_import_adds_a_padding_token(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tokenizer.pad_token_id == VOCAB and tokenizer("[PAD]", add_special_tokens=False)["input_ids"] == [VOCAB]
     old = HfCheckpoint(base).tensor("model.embed_tokens.weight")
     assert torch.equal(network.get_input_embeddings().weight[VOCAB], old.double().mean(0).bfloat16())
-    assert import_main([str(tmp_path / "out"), str(tmp_path / "again"), "--pad-token", "[PAD]"]) == 1
+    assert import_main([str(tmp_path / "out"), str(tmp_path / "again"), "--pad-token", "[PAD]"]) == 2
     assert "or one with a padding token" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_saves_on_all(number: signal.Signals, mark: str, tm
     done = len(losses(run))
     choice = choose(run / "checkpoints")
     assert choice is not None and choice.step == done and not choice.warnings
-    assert f"{number.name}: stopped and saved at step {done}; the same command goes on" in ended.text
+    assert f"{number.name}: stopped and saved at step {done}; rerun the same command" in ended.text
     assert not (run / ".lock").exists()
 
 
@@ -97,7 +97,7 @@ def test_a_signal_to_the_launch_script_saves_and_the_same_command_resumes(
     done = len(losses(run))
     choice = choose(run / "checkpoints")
     assert choice is not None and choice.step == done
-    assert f"{number.name}: stopped and saved at step {done}; the same command goes on" in ended.text
+    assert f"{number.name}: stopped and saved at step {done}; rerun the same command" in ended.text
     assert "Traceback" not in ended.text and "launcher:" not in ended.text
     ended = finish(mark, [launch(mark, path, f"train.steps={done + 1}", *settings)])
     assert ended.codes == [0] and f"resumed at step {done} from" in ended.text, ended.text
@@ -119,16 +119,64 @@ def test_a_signal_to_one_of_two_machines_saves_on_both(mark: str, tmp_path: Path
     assert choice is not None and choice.step == len(losses(run))
 
 
-def test_ctrl_c_ends_the_launch_script_at_once(mark: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(400)
+def test_ctrl_c_saves_and_a_second_one_ends_the_launch_script_at_once(mark: str, tmp_path: Path) -> None:
     path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
-    job = launch(mark, path, "train.steps=5000", "save.every=0")
+    settings = ("train.steps=5000", "save.every=0", "save.signal_exit_code=75")
+    job = launch(mark, path, *settings)
     wait_for_step(run, 3)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does: to the foreground's processes
-    began = time.monotonic()
     ended = finish(mark, [job])
-    assert ended.codes == [130] and time.monotonic() - began < 20, ended.text
-    assert "was interrupted at step" in ended.told[0] and "Traceback" not in ended.text
-    assert choose(run / "checkpoints") is None
+    assert ended.codes == [130] and "Traceback" not in ended.text, ended.text
+    done = len(losses(run))
+    choice = choose(run / "checkpoints")
+    assert choice is not None and choice.step == done
+    assert f"Ctrl-C: stopped and saved at step {done}; rerun the same command to go on" in ended.text
+    assert ended.text.count("once more ends it at once") == 1
+
+    job = launch(mark, path, *settings)
+    wait_for_step(run, done + 2)
+    ranks = psutil.Process(job.pid).children()
+    ranks[0].suspend()  # nobody reaches a boundary any more
+    os.killpg(job.pid, signal.SIGINT)
+    began = time.monotonic()
+    while "once more ends it at once" not in Path(f"{mark}.txt").read_text():
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    began = time.monotonic()
+    ended = finish(mark, [job], 20)
+    assert ended.codes == [130] and time.monotonic() - began < 5, ended.text
+    assert ended.text.splitlines()[-1].startswith("Ctrl-C twice: ended at once") and "Traceback" not in ended.text
+    assert choose(run / "checkpoints") == choice
+
+
+@pytest.mark.timeout(400)
+def test_ctrl_c_to_one_process_saves_and_to_two_without_a_launcher_ends_twice(mark: str, tmp_path: Path) -> None:
+    path, run = write_run(tmp_path, "run"), tmp_path / "run"
+    settings = [word for one in ("train.steps=5000", "save.every=0") for word in ("--set", one)]
+    with open(f"{mark}.txt", "wb") as out:
+        command = [sys.executable, "-m", "pipeline.train", "--config", str(path), *settings]
+        job = subprocess.Popen(command, cwd=ROOT, env=os.environ | QUIET, stdout=out, stderr=out)
+    wait_for_step(run, 2)
+    job.send_signal(signal.SIGINT)
+    ended = finish(mark, [job])
+    done = len(losses(run))
+    assert ended.codes == [130] and f"Ctrl-C: stopped and saved at step {done}; rerun" in ended.text, ended.text
+    choice = choose(run / "checkpoints")
+    assert choice is not None and choice.step == done and not (run / ".lock").exists()
+    assert "Traceback" not in ended.text and "stopping at the next boundary" in ended.text
+
+    ranks = start(mark, "none", 0, 0, "--config", path, *settings, torchrun=False)
+    wait_for_step(run, done + 2)
+    ranks[1].send_signal(signal.SIGSTOP)  # rank 0 stands in a collective, where Python runs no handler
+    time.sleep(1)
+    for _ in range(2):
+        ranks[0].send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert ranks[0].wait(10) == 130
+    ranks[1].kill()
+    assert "Traceback" not in finish(mark, ranks).text
 
 
 def test_a_signal_with_nothing_to_save_ends_it_at_once(mark: str, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.axes.context import ContextShard, Flight
+from parallel.axes.context import Flight
 from parallel.axes.halo_plan import Region
+from parallel.world.context_shard import ContextShard
 from pipeline.model.attention import local, sharded
 from pipeline.model.attention.backends import Backend, attend_pieces, select_backend
 from pipeline.model.attention.local import attend_straddling

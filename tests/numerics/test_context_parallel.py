@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from parallel.axes.context import ByteMeter, ContextShard, HaloExchange
+from parallel.axes.context import HaloExchange
 from parallel.axes.halo_plan import Region
 from parallel.errors import ConfigError
+from parallel.world.context_shard import ByteMeter, ContextShard
 from pipeline.model.attention import sharded
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend

@@ -15,11 +15,11 @@ import torch
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model.layers import lora, norm, rotary, swiglu
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
 from tests.support.interpreted import interpret
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny

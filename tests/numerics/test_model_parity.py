@@ -13,12 +13,12 @@ from parallel.world.grid import plan_grid
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaStage
-from pipeline.model.layers.rotary import hf_rope_fields, plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.spec import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.planning.rope import hf_rope_fields, plan_rope
 from tests.support.single import single_groups
 from tests.support.tiny_models import KINDS, make_tiny
 

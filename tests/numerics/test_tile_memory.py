@@ -17,11 +17,11 @@ from parallel.world.rng import seed_everything
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
 from pipeline.model.layers import loss
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
 from tools.support.shapes import llama2
 
 TOKENS, HIDDEN, RANKS = 512, 64, 8

@@ -24,12 +24,12 @@ from pipeline.model.layers.lora import AdaptedLinear
 from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import recipe_of
 from pipeline.model.layers.residual import last_residual_add, residual_add
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import make_tiny
 

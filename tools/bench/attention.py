@@ -11,18 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from parallel.errors import ConfigError
+from pipeline.config.paths import user_path
 from pipeline.model.attention.backends import Backend, select_backend
 from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.reporting.command import command
 from tools.support.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn")
@@ -129,7 +131,8 @@ def run_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, missing
 
 
-def main() -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the shape, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_integers(
@@ -142,8 +145,8 @@ def main() -> None:
         ("--batch", 1, "sequences"),
         ("--repeats", 20, "timed repetitions"),
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=user_path, help="also write the numbers here")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
     try:
@@ -167,7 +170,8 @@ def main() -> None:
     if args.json:
         result = {"device": device, "torch": torch.__version__, "shape": shape, "rows": rows, "left_out": missing}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

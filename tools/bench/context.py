@@ -25,23 +25,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from parallel.axes.context import ContextShard
 from parallel.errors import ConfigError, LongspanError
+from parallel.world.context_shard import ContextShard
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.config.paths import user_path
 from pipeline.model.attention.backends import Backend, LseKernel, select_backend
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import ring_bytes
+from pipeline.reporting.command import command
 from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
 from tools.support.command_line import add_integers, console_of
 
@@ -320,6 +321,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the shape, check, measure, print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -334,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--batch", 1, "sequences"),
         ("--repeats", 10, "timed repetitions"),
     )
-    parser.add_argument("--json", type=Path, help="also append the numbers here, one line a row")
+    parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a row")
     args = parser.parse_args(arguments)
     try:
         env = RankEnv.read()

@@ -29,18 +29,20 @@ from parallel.errors import LongspanError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.config.paths import user_path
 from pipeline.config.sections import LoraConfig, RopeSettings
 from pipeline.export.adapter_write import export_adapter
 from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.hf.companions import write_json
 from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.rope import plan_rope
+from pipeline.reporting.command import command
+from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
 from pipeline.training.run_record import git_commit
 from tools.support.command_line import console_of
@@ -189,8 +191,8 @@ def run(folder: Path, gb: float) -> list[dict[str, Any]]:
         (f"load rank 3 of TP {TP}", [here, "--child", "load", "--folder", str(folder)], None),
     ]
     rows = []
-    for name, command, bound in steps:
-        row = {"step": name, "limit_gib": bound / GIB if bound else None, **measure(command, bound)}
+    for name, words, bound in steps:
+        row = {"step": name, "limit_gib": bound / GIB if bound else None, **measure(words, bound)}
         if name == "import":
             row["told"] = f"{compare_hashes(folder / 'base', folder / 'imported')} tensors bit-equal"
         elif name.startswith("verify"):
@@ -206,16 +208,17 @@ def run(folder: Path, gb: float) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Generate, run, print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--gb", type=float, default=10.0, help="size of the base, 10^9 bytes (default 10); needs 3 times"
     )
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="also append the rows here, one line each")
+    parser.add_argument("--folder", type=user_path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--json", type=user_path, help="also append the rows here, one line each")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
         child(args.child, args.folder)
         return 0

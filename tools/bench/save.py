@@ -10,7 +10,9 @@ pause (until training may go on), the seconds until the checkpoint is whole, and
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import rng_state, seed_everything
 from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 
 HIDDEN, LAYERS, VOCABULARY, RANK = 4096, 32, 32000, 8
 
@@ -69,13 +73,14 @@ def measure(
     return pauses, whole
 
 
-def main() -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="an empty folder on the disk to measure")
+    parser.add_argument("--output", type=user_path, required=True, help="an empty folder on the disk to measure")
     parser.add_argument("--scale", type=float, default=1.0, help="of hidden size and vocabulary (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="saves (default 3)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.output.exists() and any(args.output.iterdir()):
         parser.exit(2, f"error: {args.output} is not empty; give a new folder.\n")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +101,8 @@ def main() -> None:
             )
     finally:
         destroy_groups()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,8 +20,9 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
+from pipeline.config.paths import user_path
 from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
 from pipeline.data.loader import Batch
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import busiest_rank
+from pipeline.planning.rope import plan_rope
+from pipeline.reporting.command import command
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from tools.support.command_line import add_integers, console_of
@@ -147,7 +150,8 @@ def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]
     return rows
 
 
-def main() -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the shape and grid, measure, print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-70b", help="shape (default llama2-70b)")
@@ -174,8 +178,8 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, help="which rank to be, when alone (default: the one with the most work)")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
-    parser.add_argument("--json", type=Path, help="also append the numbers here, one line a run")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a run")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
     try:
@@ -196,7 +200,7 @@ def main() -> None:
     finally:
         destroy_groups()
     if not env.is_main and not alone:
-        return
+        return 0
     told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
     title = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
@@ -213,7 +217,8 @@ def main() -> None:
         facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         with args.json.open("a") as file:
             file.writelines(json.dumps({"title": title, **facts, **row}) + "\n" for row in rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

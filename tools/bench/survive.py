@@ -36,8 +36,10 @@ from parallel.health.watch import SIGTERM_CODE
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
 from pipeline.config.parallel import ParallelConfig
+from pipeline.config.paths import user_path
 from pipeline.config.sections import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config
+from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from tools.support.command_line import add_integers, console_of
 from tools.support.local_ranks import ROOT, RankFailed
@@ -314,7 +316,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.survive", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="ranks, a GPU each; even")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder for everything")
+    parser.add_argument("--output", type=user_path, required=True, help="a new folder for everything")
     parser.add_argument("--cpu", action="store_true", help="CPU processes, fp32")
     parser.add_argument("--engine", choices=("megatron", "zero3"), default="megatron")
     add_integers(
@@ -331,10 +333,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (default 5e-3)")
     parser.add_argument("--timeout", type=float, default=180.0, metavar="S", help="seconds for each of the jobs")
-    parser.add_argument("--json", type=Path, help="append the cases here, one line each")
+    parser.add_argument("--json", type=user_path, help="append the cases here, one line each")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 or 2; see the module."""
     args = parse(argv)

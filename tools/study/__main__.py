@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel.errors import LongspanError
+from pipeline.config.paths import user_path
+from pipeline.reporting.command import command
 from tools.study.plan import Places, read_study
 
 DEFAULT = Path(__file__).with_name("recipes.yaml")
@@ -20,48 +21,47 @@ DEFAULT = Path(__file__).with_name("recipes.yaml")
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.study", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--study", type=Path, default=DEFAULT, help="YAML of recipes (default: %(default)s)")
-    parser.add_argument("--config", type=Path, default=Path("launch/configs/tiny_gpu.yaml"), help="the run they change")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the base")
-    parser.add_argument("--text", type=Path, required=True, help="folder with train/ and val/, text or prepared tokens")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="results and the table")
-    parser.add_argument("--runs", type=Path, help="checkpoints and tokens (default: OUTPUT/runs)")
+    parser.add_argument("--study", type=user_path, default=DEFAULT, help="YAML of recipes (default: %(default)s)")
+    parser.add_argument(
+        "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"
+    )
+    parser.add_argument("--model", type=user_path, required=True, help="folder of the base")
+    parser.add_argument("--text", type=user_path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--output", type=user_path, default=Path("runs/study"), help="results and the table")
+    parser.add_argument("--runs", type=user_path, help="checkpoints and tokens (default: OUTPUT/runs)")
     parser.add_argument("--seconds", type=float, help="leave in good order before so many have passed")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of every run")
     parser.add_argument("--list", action="store_true", help="only say which runs there are")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 (also when time ran out: the same command goes on), or 2 with one sentence on standard error."""
     args = parse(argv)
-    try:
-        study = read_study(args.study)
-        if args.list:
-            for number, (recipe, seed) in enumerate(study.order(), start=1):
-                print(f"{number:3d}  {recipe.name}, seed {seed}")
-            return 0
-        runs = args.runs or args.output / "runs"
-        places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set))
-        # Both import torch, which a wrong study need not wait for.
-        from tools.study.run import Outcome, Workshop
-        from tools.study.table import markdown
+    study = read_study(args.study)
+    if args.list:
+        for number, (recipe, seed) in enumerate(study.order(), start=1):
+            print(f"{number:3d}  {recipe.name}, seed {seed}")
+        return 0
+    runs = args.runs or args.output / "runs"
+    places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set))
+    # Both import torch, which a wrong study need not wait for.
+    from tools.study.run import Outcome, Workshop
+    from tools.study.table import markdown
 
-        workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
+    workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
 
-        def show(outcomes: list[Outcome]) -> None:
-            base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)
-            (args.output / "table.md").write_text(markdown(outcomes, base))
-
-        outcomes, reason = workshop.run(show)
+    def show(outcomes: list[Outcome]) -> None:
+        base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)
         args.output.mkdir(parents=True, exist_ok=True)
-        show(outcomes)
-        print((args.output / "table.md").read_text())
-        if reason:
-            print(f"left early: {reason}; the same command goes on")
-    except LongspanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        (args.output / "table.md").write_text(markdown(outcomes, base))
+
+    outcomes, reason = workshop.run(show)
+    show(outcomes)
+    print((args.output / "table.md").read_text())
+    if reason:
+        print(f"left early: {reason}; the same command goes on")
     return 0
 
 

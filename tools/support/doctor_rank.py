@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.health.replicas import InvariantViolated, RunChecks
+from parallel.health.replicas import InvariantViolated
 from parallel.world.rank_env import RankEnv
 from pipeline.build import Run
 from pipeline.config.sections import RunConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.training.invariants import run_checks
+from pipeline.training.invariants import RunChecks, run_checks
 from tools.support.local_ranks import die_with_parent
 from tools.support.parity import Difference, Observed, compare, observe
 from tools.support.shrink import STEPS, TOKENS
@@ -171,7 +171,7 @@ def findings(
         wrong = wrong or seen_alone.violations[name]
         if name == "frozen weights unchanged" and not (mine.frozen_kept and theirs.frozen_kept):
             wrong = wrong or "the frozen weights' hash changed on rank 0"
-        rows.append(Row(name, wrong or "yes", "yes", not wrong, "parallel.health.replicas says what must hold"))
+        rows.append(Row(name, wrong or "yes", "yes", not wrong, "pipeline.training.invariants says what must hold"))
     return rows
 
 

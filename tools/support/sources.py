@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import newest
+from pipeline.config.paths import user_path
 from pipeline.config.rope import ROPE_TYPES
 from pipeline.config.sections import RopeSettings
 from pipeline.export.adapter_read import load_adapter
@@ -47,12 +48,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that `load_source` and `finish` read."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--run", type=Path, help="output folder of a run, which may go on; its newest checkpoint is taken"
+        "--run", type=user_path, help="output folder of a run, which may go on; its newest checkpoint is taken"
     )
-    source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
-    source.add_argument("--adapter", type=Path, help="a PEFT adapter, or LongLoRA's two files")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--base", type=Path, help="where the base model lies, if it moved since training")
+    source.add_argument("--checkpoint", type=user_path, help="one checkpoint folder")
+    source.add_argument("--adapter", type=user_path, help="a PEFT adapter, or LongLoRA's two files")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write")
+    parser.add_argument("--base", type=user_path, help="where the base model lies, if it moved since training")
     parser.add_argument("--context", type=int, help="tokens of the result, where the --adapter's files do not tell")
     parser.add_argument("--rope", choices=ROPE_TYPES, help="stretching, likewise; auto is the base's own or linear")
     parser.add_argument("--factor", type=float, help="stretch over the original context, likewise")

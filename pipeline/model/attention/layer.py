@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
-from parallel.axes.context import ContextShard
+from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.model.layers.rotary import apply_rope

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from parallel.axes.context import ContextShard, Exchange, Flight, GatherExchange, HaloExchange
+from parallel.axes.context import Exchange, Flight, GatherExchange, HaloExchange
 from parallel.errors import ConfigError
+from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.attention.local import TakeWindows, Window, attend_block, attend_straddling, gather_windows
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, Span, Straddle

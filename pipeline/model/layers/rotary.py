@@ -1,4 +1,4 @@
-"""Rotary positions of a plan as angles, tables and config.json fields, numerically the same as transformers'.
+"""Rotary positions of a plan as angles and tables, numerically the same as transformers'.
 
 Shapes: S positions, B batch, H heads, D head width.
 """
@@ -13,20 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from pipeline.model.layers.kernel_choice import kernels_for
-from pipeline.planning.arch import LlamaArch
 from pipeline.planning.rope import RopePlan
-
-# Whoever computes with a plan finds how it is made here as well.
-from pipeline.planning.rope import plan_rope as plan_rope
-
-ROPE_KEYS = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-)
-"""Every top-level key of config.json that `hf_rope_fields` may write; remove them all before writing its fields."""
 
 
 def _original(plan: RopePlan) -> int:
@@ -130,34 +117,3 @@ def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused
     cos, sin = cos.to(x_SBHD.dtype)[:, None, None], sin.to(x_SBHD.dtype)[:, None, None]
     first, second = x_SBHD.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def hf_rope_fields(plan: RopePlan, arch: LlamaArch, context: int) -> dict[str, Any]:
-    """The config.json fields that make transformers 4 and 5 compute this plan's angles.
-
-    transformers 4 reads `rope_theta` and `rope_scaling`; 5 prefers `rope_scaling` where present and fills in
-    `rope_theta`, and otherwise reads `rope_parameters`. All are written and agree. `original_max_position_embeddings`
-    stands at the top level for linear scaling only, where it is known: both versions ignore it there, and `read_arch`
-    uses it to extend once more.
-    """
-    scaling: dict[str, Any] = {"rope_type": plan.type, "factor": plan.factor}
-    if plan.type == "none":
-        scaling = {"rope_type": "default"}
-    elif plan.type != "linear":
-        scaling["original_max_position_embeddings"] = plan.original_context
-    if plan.type == "llama3":
-        scaling |= {"low_freq_factor": plan.low_freq_factor, "high_freq_factor": plan.high_freq_factor}
-    if plan.type == "yarn":
-        scaling |= {"attention_factor": plan.attention_factor, "beta_fast": plan.beta_fast, "beta_slow": plan.beta_slow}
-        if not plan.truncate:
-            scaling["truncate"] = False
-    fields: dict[str, Any] = {
-        # A context shorter than what the checkpoint serves must not shrink what it declares.
-        "max_position_embeddings": max(context, arch.max_positions),
-        "rope_theta": plan.theta,
-        "rope_scaling": None if plan.type == "none" else scaling,
-        "rope_parameters": {**scaling, "rope_theta": plan.theta},
-    }
-    if plan.type == "linear" and plan.original_context is not None:
-        fields["original_max_position_embeddings"] = plan.original_context
-    return fields

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from parallel.world.grid import plan_stages
 from pipeline.model.rank_model import ModelPart
-from pipeline.model.weights.load import VOCABULARY_HF, trained_names
+from pipeline.model.weights.load import VOCABULARY_HF
 from pipeline.planning import tensors as names
+from pipeline.planning.trainable import trained_names
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 

@@ -1,4 +1,4 @@
-"""Weights in and out of the model under canonical (Hugging Face) names; which of them train."""
+"""Weights in and out of the model under canonical (Hugging Face) names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.layers.lora import initial_a
+from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.trainable import kind_of, trains
 
 
 class Part(Protocol):
@@ -37,26 +39,6 @@ class Part(Protocol):
 
 VOCABULARY = ("embedding.weight", "output_layer.weight")
 """Parameters whose rows are tokens, padded to a multiple of tp."""
-
-
-def kind_of(name: str) -> str:
-    """Which trainable kind a parameter of ours belongs to: lora, embed, norm, lm_head or base.
-
-    Decided per parameter, not per module: Transformer Engine keeps norms inside linears.
-    """
-    if ".adapters." in name:
-        return "lora"
-    if name == "embedding.weight":
-        return "embed"
-    if name.endswith("layernorm.weight"):
-        return "norm"
-    return "lm_head" if name == "output_layer.weight" else "base"
-
-
-def trains(name: str, kinds: Sequence[str], arch: LlamaArch) -> bool:
-    """Whether `train.trainable` selects a parameter of ours; with tied embeddings `lm_head` means the embedding."""
-    wanted = set(kinds) | ({"embed"} if arch.tied and "lm_head" in kinds else set())
-    return kind_of(name) in wanted
 
 
 def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
@@ -148,9 +130,9 @@ def _assemble(name: str, parts: Sequence[torch.Tensor], arch: LlamaArch) -> torc
     """Fuse the Hugging Face tensors, or like slices of them, of one parameter of ours."""
     if "linear_qkv." in name:
         query, key, value = parts
-        return names.fuse_qkv(query, key, value, arch)
+        return fuse_qkv(query, key, value, arch)
     if "linear_fc1." in name:
-        return names.fuse_gate_up(*parts)
+        return fuse_gate_up(*parts)
     (whole,) = parts
     return whole
 
@@ -219,9 +201,3 @@ def load_trained(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
                 )
             else:
                 parameter.copy_(found)
-
-
-def trained_names(arch: LlamaArch, lora: LoraConfig, kinds: Sequence[str]) -> set[str]:
-    """Canonical names of everything that trains, over all ranks: what a checkpoint of such a run must hold."""
-    every = [*names.hf_tensor_shapes(arch), *names.adapter_shapes(arch, lora)]
-    return {name for name in every if trains(names.to_ours(name)[0], kinds, arch)}

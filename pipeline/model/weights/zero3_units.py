@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from parallel.axes.zero3 import FrozenShards
 from pipeline.model.chunk import LlamaStage
-from pipeline.model.weights.load import trains
+from pipeline.planning.trainable import trains
 
 
 def shard_stage(stage: LlamaStage, kinds: Sequence[str], shards: FrozenShards) -> None:

@@ -134,7 +134,7 @@ def test_the_resolved_config_reads_back_equal(minimal: Path, tmp_path: Path) -> 
         ("train.betas=0.9", "train.betas: expected a list of 2 values, got 0.9 (in {where})."),
         ("lora.targets=q", "lora.targets: expected a list such as [a, b], got 'q' (in {where})."),
         ("lora.targets=[q, 3]", "lora.targets[1]: expected a text, got 3 (in {where})."),
-        ("data={}", "data.path: missing in {where}; add data.path (a text)."),
+        ("data={}", "data.path: missing in {where}; add data.path (a path)."),
         ("train={lr: 1}", "train.steps: missing in {where}; add train.steps (an integer)."),
     ],
 )

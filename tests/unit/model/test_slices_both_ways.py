@@ -14,6 +14,7 @@ from parallel.world.grid import plan_stages
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import write_safetensors_sharded
+from pipeline.model.weights.fusing import split_gate_up, split_qkv
 from pipeline.model.weights.load import VOCABULARY, load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
@@ -58,9 +59,9 @@ class RankPart:
             sources = [hf_name for hf_name, _ in names.to_hf(name)]
             pieces: tuple[torch.Tensor, ...] = (parameter.data,)
             if "linear_qkv" in name:
-                pieces = names.split_qkv(parameter.data, self.arch)
+                pieces = split_qkv(parameter.data, self.arch)
             elif "linear_fc1" in name:
-                pieces = names.split_gate_up(parameter.data)
+                pieces = split_gate_up(parameter.data)
             for source, piece in zip(sources, pieces, strict=True):
                 cut = names.tp_slice(source, self.arch, self.tp_rank, self.tp_size)
                 if name in VOCABULARY:

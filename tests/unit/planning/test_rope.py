@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import RopeSettings
-from pipeline.model.layers.rotary import apply_rope, hf_rope_fields, inverse_frequencies, rope_tables
+from pipeline.model.layers.rotary import apply_rope, inverse_frequencies, rope_tables
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import RopePlan, ntk_theta, plan_rope
+from pipeline.planning.rope import RopePlan, hf_rope_fields, ntk_theta, plan_rope
 from tests.support.tiny_models import tiny_config
 
 LLAMA31 = {

@@ -11,6 +11,7 @@ import torch
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
+from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv, split_gate_up, split_qkv
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from tests.support.tiny_models import KINDS, tiny_config
@@ -75,25 +76,25 @@ def test_fused_rows_follow_kv_groups(tmp_path: Path, kind: str, rest: tuple[int,
         for head in range(group * per_group, (group + 1) * per_group):
             rows.append(q[head * d : (head + 1) * d])
         rows += [k[group * d : (group + 1) * d], v[group * d : (group + 1) * d]]
-    fused = names.fuse_qkv(q, k, v, arch)
+    fused = fuse_qkv(q, k, v, arch)
     assert torch.equal(fused, torch.cat(rows))
-    assert all(torch.equal(a, b) for a, b in zip(names.split_qkv(fused, arch), (q, k, v), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(split_qkv(fused, arch), (q, k, v), strict=True))
     gate, up = torch.randn(6, *rest), torch.randn(6, *rest)
-    both = names.fuse_gate_up(gate, up)
+    both = fuse_gate_up(gate, up)
     assert torch.equal(both[:6], gate) and torch.equal(both[6:], up)
-    assert all(torch.equal(a, b) for a, b in zip(names.split_gate_up(both), (gate, up), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(split_gate_up(both), (gate, up), strict=True))
 
 
 def test_wrong_rows_are_refused(tmp_path: Path) -> None:
     arch = arch_of(tmp_path, "llama3")
     with pytest.raises(ValueError, match="not whole KV groups"):
-        names.fuse_qkv(torch.zeros(16, 2), torch.zeros(32, 2), torch.zeros(32, 2), arch)
+        fuse_qkv(torch.zeros(16, 2), torch.zeros(32, 2), torch.zeros(32, 2), arch)
     with pytest.raises(ValueError, match="not whole KV groups"):
-        names.split_qkv(torch.zeros(65, 2), arch)
+        split_qkv(torch.zeros(65, 2), arch)
     with pytest.raises(ValueError, match="differ in shape"):
-        names.fuse_gate_up(torch.zeros(2, 2), torch.zeros(3, 2))
+        fuse_gate_up(torch.zeros(2, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="do not halve"):
-        names.split_gate_up(torch.zeros(3, 2))
+        split_gate_up(torch.zeros(3, 2))
 
 
 def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:
@@ -112,14 +113,14 @@ def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:
     assert "self_attn.q_proj.lora_B.weight" in cut and "self_attn.q_proj.lora_A.weight" not in cut
     assert "self_attn.q_proj.bias" in cut and "self_attn.o_proj.bias" not in cut
     weights = [torch.randn(shapes[f"model.layers.0.self_attn.{part}_proj.weight"]) for part in "qkv"]
-    whole = names.fuse_qkv(*weights, arch)
+    whole = fuse_qkv(*weights, arch)
     for rank in range(2):
         mine = []
         for part, weight in zip("qkv", weights, strict=True):
             cut_range = names.tp_slice(f"model.layers.0.self_attn.{part}_proj.weight", arch, rank, 2)
             assert cut_range is not None and cut_range[0] == 0
             mine.append(weight[cut_range[1] : cut_range[2]])
-        assert torch.equal(names.fuse_qkv(*mine, arch), whole.chunk(2)[rank])
+        assert torch.equal(fuse_qkv(*mine, arch), whole.chunk(2)[rank])
 
 
 @pytest.mark.parametrize(

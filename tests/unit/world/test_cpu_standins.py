@@ -32,12 +32,12 @@ for constant in ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_po
     setattr(sys.modules[name], constant, None)
 import megatron.core.pipeline_parallel.schedules
 import megatron.core.tensor_parallel.random
-from parallel import cpu
+from parallel.world import cpu_standins
 
 before = snapshot()
 assert len(before) > 20 and "torch.cuda" in before
-assert cpu.install() is False
-assert cpu.install() is False
+assert cpu_standins.install() is False
+assert cpu_standins.install() is False
 assert snapshot() == before
 import parallel.world.groups
 after = snapshot()
@@ -50,18 +50,18 @@ print("untouched")
 ABSENT = (
     SNAPSHOT.format(cuda=False)
     + """
-from parallel import cpu
+from parallel.world import cpu_standins
 
 before = snapshot()
-assert cpu.install() is True
+assert cpu_standins.install() is True
 after = snapshot()
 changed = {k for k in before["torch.cuda"] if after["torch.cuda"][k] != before["torch.cuda"][k]}
-assert changed == set(cpu._cpu_stand_ins()), changed
+assert changed == set(cpu_standins._cpu_stand_ins()), changed
 import megatron.core.pipeline_parallel.schedules as schedules
 assert schedules.torch is not torch
 assert schedules.torch.zeros(2, device="cuda").device.type == "cpu"
 again = snapshot()
-assert cpu.install() is True
+assert cpu_standins.install() is True
 assert snapshot() == again
 print("installed once")
 """
@@ -71,12 +71,12 @@ UNKNOWN = (
     SNAPSHOT.format(cuda=False)
     + """
 importlib.metadata.version = lambda name: "0.99.0"
-from parallel import cpu
+from parallel.world import cpu_standins
 from parallel.errors import LongspanError
 
 before = snapshot()
 try:
-    cpu.install()
+    cpu_standins.install()
 except LongspanError as error:
     assert snapshot() == before
     print(error)

@@ -1,13 +1,15 @@
-"""JSON files beside a model, read with one sentence for whatever is wrong with them. No torch."""
+"""Small JSON files: read with one sentence for whatever is wrong with them, written as people and version control like
+them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
-from pipeline.lfs import refuse_pointer
+from pipeline.storage.lfs import refuse_pointer
 
 _BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
@@ -31,3 +33,8 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: does not hold a JSON object; {mend}.")
     return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON with sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

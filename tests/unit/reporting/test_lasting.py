@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.lasting import optional_file
 from pipeline.reporting import metrics as metrics_module
+from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from tests.unit.reporting.test_metrics import row
 

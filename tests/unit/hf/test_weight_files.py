@@ -18,12 +18,12 @@ from pipeline.data.discovery import find_texts
 from pipeline.export.adapter_read import read_pickled
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import check_companions, tokenizer_size
-from pipeline.json_file import read_object
-from pipeline.lfs import is_pointer
+from pipeline.hf.weight_files import INDEX, SINGLE, choose_weights
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.preflight.files import check_model
-from pipeline.weight_files import INDEX, SINGLE, choose_weights
+from pipeline.storage.json_file import read_object
+from pipeline.storage.lfs import is_pointer
 from tests.support.tiny_models import make_tiny
 from tools.import_hf import import_model
 from tools.preflight import weights_bytes
@@ -179,5 +179,5 @@ def test_damaged_json_beside_a_model(tmp_path: Path, data: bytes, words: str) ->
 
 
 def test_choosing_needs_no_torch() -> None:
-    code = "import sys, pipeline.weight_files, pipeline.hf.companions; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.hf.weight_files, pipeline.hf.companions; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

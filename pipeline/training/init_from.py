@@ -23,10 +23,10 @@ from pipeline.export.adapter_notes import CONFIG, read_note
 from pipeline.export.adapter_read import load_adapter
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
-from pipeline.model.weights.load import trained_names
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, plan_rope
+from pipeline.planning.trainable import trained_names
 
 KINDS = f"a run's output, a checkpoint or an adapter ({CONFIG})"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import CheckpointError
-from pipeline.json_file import read_object
+from pipeline.storage.json_file import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

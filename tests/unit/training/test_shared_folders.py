@@ -15,11 +15,11 @@ from parallel.errors import DataError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
-from pipeline import shared_output
 from pipeline.data import prepare as prepare_module
 from pipeline.data.overlap import shared_text
 from pipeline.data.prepare import open_text_or_shards, prepare
-from pipeline.shared_output import check_shared
+from pipeline.training import shared_output
+from pipeline.training.shared_output import check_shared
 from tests.support.data_helpers import BYTES
 from tests.support.ranks import run_ranks
 

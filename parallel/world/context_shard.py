@@ -1,0 +1,45 @@
+"""A rank's place along the sequence, and what it really sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+
+@dataclass
+class ByteMeter:
+    """Bytes that the exchanges of one rank really moved, since it was made."""
+
+    sent: int = 0
+    """K and V, forward."""
+    received: int = 0
+    """K and V, forward."""
+    sent_back: int = 0
+    """dK and dV, backward."""
+    received_back: int = 0
+    """dK and dV, backward."""
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """A rank's place along the sequence: of `size` shards it holds number `rank`, tokens [rank L, (rank + 1) L)."""
+
+    group: dist.ProcessGroup
+    """The context-parallel group, ordered by shard."""
+    rank: int
+    """Within the group."""
+    size: int
+    tokens: int
+    """L."""
+    meter: ByteMeter = field(default_factory=ByteMeter, compare=False)
+
+    @property
+    def start(self) -> int:
+        """First token of the shard."""
+        return self.rank * self.tokens
+
+    @property
+    def stop(self) -> int:
+        """Last token of the shard plus one."""
+        return self.start + self.tokens

@@ -1,0 +1,157 @@
+"""Every command ends alike: 2 with one sentence for what a user can mend, 130 after Ctrl-C, and never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import errno
+import getpass
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.errors import DataError
+from pipeline.reporting import command as module
+from pipeline.reporting.command import command
+
+ROOT = Path(__file__).parents[3]
+RANKS = {"tools/support/doctor_rank.py"}
+"""Started by another command only, which reads what they say."""
+GONE = "/nowhere/at-all"
+# Every command with arguments that are well formed and name something that is not there.
+MISSING: dict[str, list[str]] = {
+    "pipeline.train": ["--config", GONE],
+    "tools.doctor": ["--config", GONE],
+    "tools.dry_run": ["--config", GONE],
+    "tools.evaluate": ["--config", GONE, "--state", "trained"],
+    "tools.export_hf": ["--run", GONE, "--output", GONE],
+    "tools.fetch_demo": ["--cache", "/proc/at-all"],
+    "tools.import_hf": [GONE, "/nowhere/out"],
+    "tools.inspect_checkpoint": [GONE],
+    "tools.merge_lora": ["--adapter", GONE, "--base", GONE, "--context", "64", "--output", "/nowhere/out"],
+    "tools.preflight": ["--config", GONE],
+    "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
+    "tools.report": ["--run", GONE],
+    "tools.tiny_run": ["--config", GONE],
+}
+ELSEWHERE = {
+    "tools.torchrun",
+    *(f"tools.bench.{name}" for name in "attention context convert save step survive".split()),
+}
+"""Commands that take no path, or only one to write."""
+
+
+def commands() -> list[str]:
+    """Modules that a user starts with `python -m`."""
+    found = []
+    for path in [*(ROOT / "tools").rglob("*.py"), ROOT / "pipeline/train.py"]:
+        name = path.relative_to(ROOT)
+        guard = any(
+            isinstance(node, ast.If) and "__main__" in ast.dump(node) for node in ast.parse(path.read_text()).body
+        )
+        if guard and str(name) not in RANKS:
+            found.append(".".join(name.with_suffix("").parts))
+    return sorted(found)
+
+
+def test_the_list_is_complete() -> None:
+    assert set(commands()) == MISSING.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", sorted(MISSING))
+def test_a_missing_path_is_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(name).main
+    capsys.readouterr()  # what libraries say at their import
+    assert main(MISSING[name]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and len(told.err.splitlines()) == 1 and told.err.endswith(".\n"), told.err
+    assert "at-all" in told.err and not told.out
+    with pytest.raises(SystemExit) as wrong:
+        main(["--no-such-option"])
+    assert wrong.value.code == 2
+
+
+def test_ctrl_c_is_one_line_from_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    mains = [importlib.import_module(name).main for name in commands() if name != "tools.torchrun"]
+    capsys.readouterr()
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupt)
+    for main in mains:
+        assert main([]) == 130
+        assert capsys.readouterr().err == "interrupted.\n"
+
+
+def test_which_errors_are_a_users(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(error: BaseException) -> int:
+        @command
+        def main(arguments: Sequence[str] | None = None) -> int:
+            raise error
+
+        return main([])
+
+    for error, said in {
+        DataError("Put it back."): "error: Put it back.\n",
+        PermissionError(errno.EACCES, "Permission denied", "/x"): "error: /x: cannot be used (Permission denied); mend",
+        OSError(errno.ENOSPC, "No space left on device"): "error: A file could not be written (No space left",
+    }.items():
+        assert fails(error) == 2
+        assert capsys.readouterr().err.startswith(said)
+    # Faults of the program's, and a broken connection that is not standard output, keep their traceback.
+    for fault in (ValueError("bug"), OSError(errno.EIO, "no file named"), BrokenPipeError(errno.EPIPE, "a socket's")):
+        with pytest.raises(type(fault)):
+            fails(fault)
+
+
+def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-W", "ignore", *code.split(maxsplit=1)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, timeout=120)
+
+
+def test_a_reader_that_left_is_no_error(tmp_path: Path) -> None:
+    script = tmp_path / "long.py"
+    script.write_text(
+        "import sys\nfrom pipeline.reporting.command import command\n"
+        "@command\ndef main(arguments=None):\n    print('line\\n' * 200_000)\n    return 0\n"
+        "sys.exit(main())\n"
+    )
+    piped = f"set -o pipefail; {sys.executable} {script} | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", piped], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "line\n", "")
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich/__init__.py").write_text("raise KeyboardInterrupt\n")
+    done = run("-m tools.inspect_checkpoint", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.stderr == "interrupted.\n" and done.returncode == -2, "by the signal: a shell's 130"
+
+
+def test_a_user_without_an_entry_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `docker run --user 12345`: torch asks getpass for a name to call its caches by."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    hook = sys.excepthook
+    module.starting()
+    assert "LOGNAME" not in os.environ and sys.excepthook is hook, "imported by something else than `python -m`"
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "excepthook", hook)
+    module.starting()
+    assert getpass.getuser() == f"uid-{os.getuid()}"
