@@ -20,7 +20,7 @@ import yaml
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import EXPANDED, expand
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 
 _NOUNS = {
     int: "an integer",
