@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from tools.support.local_ranks import RankFailed, run_local
 from tools.support.shrink import Shrunk, shrink

@@ -28,12 +28,14 @@ from parallel.errors import ConfigError, LongspanError
 from parallel.world.groups import destroy_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build, check_before_spending
-from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
+from pipeline.build import build
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.run_plan import check_before_spending
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 

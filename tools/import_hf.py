@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import add_pad_token, copy_companions, tokenizer_size

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 
 _NOUNS = {
     int: "an integer",

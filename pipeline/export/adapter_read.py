@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.export.adapter_notes import CONFIG, check_complete, read_config, read_note, saved_whole, stretch
 from pipeline.export.trained_model import LazyTensors, TrainedModel, find_base, grown_arch, wrong_base
 from pipeline.hf.checkpoint import HfCheckpoint

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.world.grid import GridPlan
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.tile_size import tile_tokens
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.checkpoint.manifest import step_of
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.data.records import find_files
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype

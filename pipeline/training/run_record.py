@@ -1,4 +1,4 @@
-"""Facts of a run that a report or a reader needs: machine, versions, commit, sizes, timings (`<output>/run.json`)."""
+"""A composed run, and the facts of it that a report or a reader needs (`<output>/run.json`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,37 @@ import json
 import math
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.build import Run
-from pipeline.config.sections import RunConfig
+from parallel.world.groups import Groups
+from pipeline.checkpoint.choose import Choice
+from pipeline.config.run import RunConfig
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.trainable import kind_of, trained_names
 from pipeline.reporting.versions import versions
+from pipeline.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A composed run."""
+
+    config: RunConfig
+    groups: Groups
+    trainer: Trainer
+    tokenizer: TextTokenizer
+    resumed: Choice | None = None
+    """The checkpoint it goes on from; None: it starts."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of everything the run writes."""
+        return Path(self.config.output)
 
 
 def device_name() -> str:

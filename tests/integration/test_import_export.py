@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.export.adapter_write import peft_config
 from pipeline.export.formats import export, export_adapter, export_merged
 from pipeline.export.trained_model import TrainedModel, load_trained_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError
 from pipeline.checkpoint.choose import newest
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
 from pipeline.export.trained_model import TrainedModel, load_trained_model
