@@ -1,7 +1,7 @@
 """Is everything there that a run needs? Small checks on facts handed in, so that each is testable on any machine.
 
 A check gives one `Finding`: what was found, what is needed and, if something is missing, one sentence saying what and
-how to mend it. Here are those of the machine and `survey`, which runs all; `preflight_files` has those of the run's
+how to mend it. Here are those of the machine and `survey`, which runs all; `files` has those of the run's
 files and settings, `tools.preflight` gathers the facts of a machine.
 """
 

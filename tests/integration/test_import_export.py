@@ -34,9 +34,8 @@ from tools.import_hf import import_model
 from tools.import_hf import main as import_main
 
 CONTEXT = 256
-TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"} | {
-    part: f"mlp.{part}_proj" for part in ("gate", "up", "down")
-}
+MLP = ("gate", "up", "down")
+TARGETS = {p: f"self_attn.{p}_proj" for p in "qkvo"} | {p: f"mlp.{p}_proj" for p in MLP}
 
 
 def trained_tensors(base: Path, lora: LoraConfig, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
