@@ -131,6 +131,6 @@ echo "setup: installing (torch and its CUDA libraries are about 3 GB; the wheel 
 retry "$venv/bin/python" -m pip install --progress-bar off --quiet --constraint constraints.txt \
   --no-build-isolation --editable '.[dev]'
 "$venv/bin/python" -m pip check
-"$venv/bin/python" -c 'import torch, transformers, pipeline.config.sections; print("setup: torch", torch.__version__, "ready")'
+"$venv/bin/python" -c 'import torch, transformers, pipeline.config.run; print("setup: torch", torch.__version__, "ready")'
 echo "$wanted" >"$stamp"
 echo "setup: done; $venv/bin/python -m pipeline.train --help, or launch/test.sh"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
-from parallel.errors import CheckpointError, ConfigError
 from parallel.health.watch import Watch, collective_timeout_s
 from parallel.world.collectives import on_main_first, require_same, share_from_main
-from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from parallel.world.grid import plan_batch, plan_grid
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
-from parallel.world.rng import seed_everything, set_rng_state
-from pipeline.checkpoint.choose import Choice, candidates, choose
-from pipeline.checkpoint.compatibility import DataStart, check_cursor, check_output, check_resumable
-from pipeline.checkpoint.manifest import step_of
-from pipeline.checkpoint.reader import CheckpointReader
+from parallel.world.rng import seed_everything
+from pipeline.checkpoint.compatibility import DataStart, check_output
 from pipeline.checkpoint.saver import CheckpointSaver
-from pipeline.checkpoint.writer import clear_unfinished
-from pipeline.config.sections import AttentionConfig, LoraConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.packing import PackedDataset
@@ -37,46 +32,21 @@ from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.attention_layout import attention_spec, full_attention
 from pipeline.planning.rope import RopePlan
-from pipeline.planning.run_plan import plan_model
+from pipeline.planning.run_plan import check_before_spending
 from pipeline.reporting.progress import TokenProgress
-from pipeline.storage.durable import remove, rename
 from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.training.invariants import run_checks
 from pipeline.training.non_finite import DivergenceGuard
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.rank_facts import rank_facts
 from pipeline.training.reduction import GradientReduction
+from pipeline.training.restore import layout_of, resume
+from pipeline.training.run_record import Run
 from pipeline.training.shared_output import check_shared
-from pipeline.training.state import load_state, load_weights, own_pieces
+from pipeline.training.state import load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
-
-
-def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, RopePlan]:
-    """Everything that can be refused before torch allocates: grid, batch, files, architecture, RoPE.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: one sentence each.
-    """
-    parallel = config.parallel
-    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    batch = plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
-    check_interleaving(parallel.pp, parallel.virtual, batch.accumulation)
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes "
-            "one from a GGUF file)."
-        )
-    if not Path(config.data.path).exists():
-        raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
-    if config.eval.path is not None and not Path(config.eval.path).exists():
-        raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    arch, rope = plan_model(config.model, read_arch(folder))
-    check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
-    plan_stages(arch.layers, parallel.pp, parallel.virtual)
-    return arch, rope
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -84,22 +54,6 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def attention_spec(attention: AttentionConfig, group: int) -> AttentionSpec:
-    """The training attention a configuration asks for."""
-    return AttentionSpec(
-        kind=attention.kind,
-        group=group,
-        shifted_heads=attention.shifted_heads,
-        legacy_wrap=attention.legacy_wrap,
-        backend=attention.backend,
-    )
-
-
-def full_attention(attention: AttentionConfig) -> AttentionSpec:
-    """Dense causal attention with the configured backend: what evaluation and inference always use."""
-    return AttentionSpec("full", 2, attention.shifted_heads, False, attention.backend)
 
 
 def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
@@ -148,27 +102,6 @@ def build_model(
     load_base(model, base)
     init_adapters(model, config.train.seed)
     return model
-
-
-@dataclass(frozen=True)
-class Run:
-    """A composed run."""
-
-    config: RunConfig
-    groups: Groups
-    trainer: Trainer
-    tokenizer: TextTokenizer
-    resumed: Choice | None = None
-    """The checkpoint it goes on from; None: it starts."""
-    warnings: tuple[str, ...] = ()
-    """What lies beside the base's weights and the text and is not read, one sentence each; of the main rank."""
-    begun: Start | None = None
-    """The trained weights it starts with; None: it resumes, or starts with the base's."""
-
-    @property
-    def output(self) -> Path:
-        """Folder of everything the run writes."""
-        return Path(self.config.output)
 
 
 def connect(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Groups:
@@ -319,13 +252,6 @@ def _passed_over(config: RunConfig, base: HfCheckpoint, groups: Groups) -> tuple
     return (*base.warnings, *(line for path in texts for line in left_out(path, config.data.text_field)))
 
 
-def layout_of(config: RunConfig, groups: Groups) -> dict[str, int | str]:
-    """What a checkpoint records of who wrote it; random state means something on the same layout only."""
-    plan, parallel = groups.plan, config.parallel
-    axes = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp, "virtual": parallel.virtual}
-    return {"engine": parallel.engine, **axes, "device": groups.device.type}
-
-
 def begin_from(parts: TrainerParts, base: HfCheckpoint) -> Start:
     """Take the trained weights that `init_from` names; collective.
 
@@ -343,61 +269,3 @@ def begin_from(parts: TrainerParts, base: HfCheckpoint) -> Start:
         begun = replace(source.start, warnings=other_positions(source, model.rope))
     parts.manifest["init_from"] = begun.recorded()
     return begun
-
-
-def resume(parts: TrainerParts) -> Choice | None:
-    """Restore the newest whole checkpoint, if any; collective. Damaged newer ones are set aside, under another name.
-
-    Raises:
-        CheckpointError: none is whole, or it holds something else.
-        ConfigError: it was made under settings that compute something else.
-    """
-    groups, folder = parts.groups, parts.saver.folder
-
-    def pick() -> str:
-        choice = choose(folder)
-        kept = clear_unfinished(folder)
-        if choice is None:
-            return ""
-        for path in candidates(folder):
-            if (step_of(path.name) or 0) > choice.step:
-                aside = path.with_name(f"damaged-{path.name}")
-                try:
-                    remove(aside)
-                    rename(path, aside)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{path}: is damaged and could not be renamed to {aside.name} ({error.strerror or error}); "
-                        "move it away, and rerun."
-                    ) from None
-        return json.dumps([choice.folder.name, choice.step, choice.reason, [*choice.warnings, *kept]])
-
-    picked = share_from_main(groups, pick)
-    if not picked:
-        return None
-    name, step, reason, warnings = json.loads(picked)
-    with CheckpointReader(folder / name) as reader:
-        manifest = reader.manifest
-        changes = check_resumable(manifest.raw, parts.manifest)
-        check_cursor(manifest)
-        where = DataStart.of(manifest.raw).after(manifest.raw, step, changes)
-        parts.loader.begin_at(where.step, where.read)
-        parts.manifest["data_start"] = asdict(where)
-        parts.manifest["changes"] = [*manifest.raw.get("changes", ()), *(change.at(step) for change in changes)]
-        parts.manifest["init_from"] = manifest.raw.get("init_from")
-        warnings += [change.sentence(step) for change in changes]
-        load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
-        parts.guard.load_state_dict(manifest.raw["guard"])
-        layout, here = manifest.layout, parts.manifest["layout"]
-        same = layout is not None and {"device": here["device"], **layout} == here
-        same = same and "train.seed" not in {change.setting for change in changes}
-        rng = reader.rng(groups.env.rank) if same else None
-        if rng is not None and ("cuda" in rng) != (here["device"] == "cuda"):
-            rng = None  # written before the device was recorded, on another one
-    if rng is not None:
-        set_rng_state({key: torch.from_numpy(value) for key, value in rng.items()})
-    else:
-        # Another layout draws other dropout masks anyhow; they must not be those of the first steps once more.
-        seed_everything((parts.config.train.seed + 1_000_003 * step) % 2**31, groups.env.rank // groups.plan.tp)
-    parts.saver.saved_step = step
-    return Choice(folder / name, step, reason, tuple(warnings))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from parallel.errors import LongspanError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.planning.balance import advise
 from pipeline.planning.rope import replacement_warning

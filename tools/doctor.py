@@ -22,7 +22,7 @@ from rich.table import Table
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.reporting.command import command
 from tools.support.local_ranks import RankFailed, run_local

@@ -30,15 +30,18 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
-from pipeline.build import attention_spec, build, check_before_spending
+from pipeline.build import build
 from pipeline.config.paths import user_path
-from pipeline.config.sections import DataConfig, EvalConfig, RunConfig, SaveConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.attention_layout import attention_spec
 from pipeline.planning.balance import busiest_rank
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS, estimate_memory
+from pipeline.planning.run_plan import check_before_spending
 from pipeline.reporting.command import command
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2

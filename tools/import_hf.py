@@ -20,7 +20,7 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.config.paths import user_path
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import (

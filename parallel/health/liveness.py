@@ -1,4 +1,4 @@
-"""What ranks tell each other of their state, and what follows from it; threads and sockets are in `process`.
+"""What ranks tell each other of their state, and what follows from it; threads and sockets are in `watch`.
 
 A rank's beat says how long its main thread has stood still and where. From everybody's beats any rank concludes who
 died, who fell silent and who hangs, and says so in one sentence.

@@ -1,4 +1,4 @@
-"""The store at which the watching threads of `process` meet, and a second thread that notices when it falls silent.
+"""The store at which the watching threads of `watch` meet, and a second thread that notices when it falls silent.
 
 A store whose host is stopped, or whose machine vanished without a word, holds a call for ever, whatever its time-out.
 """

@@ -1,4 +1,4 @@
-"""Stand-ins that let megatron-core run on CPU with gloo. With `fake`, all that patches anything.
+"""Stand-ins that let megatron-core run on CPU with gloo. With `lone_rank`, all that patches anything.
 
 megatron-core calls `torch.cuda` unconditionally in places a CPU run reaches (parameter devices, the RNG tracker,
 activation checkpointing). `install()` supplies what those calls need; it does nothing where CUDA is present, and

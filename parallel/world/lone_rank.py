@@ -68,7 +68,7 @@ def stand_in() -> None:
     What was found is zeros or garbage, and an embedding of it a forward pass of zeros or NaN: its products take a fifth
     less time on an H100 than those of numbers. Groups that are not fake are not touched.
     """
-    from megatron.core.tensor_parallel import mappings  # not before `cpu.install`
+    from megatron.core.tensor_parallel import mappings  # not before `cpu_standins.install`
 
     def scatter(own: torch.Tensor, partial: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
         work = reduce_scatter(own, partial, group)

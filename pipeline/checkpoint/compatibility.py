@@ -12,8 +12,9 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import candidates
 from pipeline.checkpoint.manifest import Manifest, read_manifest
 from pipeline.config.resume import MAY_CHANGE
-from pipeline.config.rope import used_rope
-from pipeline.config.sections import S2_SETTINGS, AttentionConfig, RopeSettings, RunConfig
+from pipeline.config.rope import RopeSettings, used_rope
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import S2_SETTINGS, AttentionConfig
 from pipeline.config.yaml_file import config_dict, defaults
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import plan_rope

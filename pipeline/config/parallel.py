@@ -1,4 +1,4 @@
-"""The configuration's section on ranks: axes, engine, host memory; see `schema`."""
+"""The configuration's section on ranks: axes, engine, host memory; see `sections`."""
 
 from __future__ import annotations
 

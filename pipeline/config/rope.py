@@ -1,4 +1,4 @@
-"""The configuration's settings of rotary positions, and which of them a type of scaling looks at; see `schema`."""
+"""The configuration's settings of rotary positions, and which of them a type of scaling looks at; see `sections`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Strict YAML to `RunConfig` and back. No torch: a wrong configuration is told before anything slow is imported.
 
-The dataclasses of `schema` are the only list of keys: this file walks their type hints. In paths `~` and `$NAME` are
+The dataclasses of `run` are the only list of keys: this file walks their type hints. In paths `~` and `$NAME` are
 expanded (see `paths`); relative ones stay relative to the directory a command is run from, not to the file.
 """
 
@@ -20,7 +20,7 @@ import yaml
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import EXPANDED, expand
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 
 _NOUNS = {
     int: "an integer",

@@ -17,13 +17,15 @@ from parallel.health.watch import Watch
 from parallel.world.collectives import share_from_main, sum_over
 from parallel.world.groups import Groups, destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build_model, check_before_spending, connect, full_attention, open_base, open_tokens
+from pipeline.build import build_model, connect, open_base, open_tokens
 from pipeline.checkpoint.choose import newest
 from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
+from pipeline.config.rope import RopeSettings
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
@@ -32,7 +34,9 @@ from pipeline.evaluation.run_retrieval import RetrievalReport, run_retrieval
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.planning.attention_layout import full_attention
 from pipeline.planning.rope import plan_rope
+from pipeline.planning.run_plan import check_before_spending
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 from pipeline.training.state import check_trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 
 
 def fit_ranks(config: RunConfig, world: int) -> RunConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.hf.writer import NOTE
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch

@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 import torch
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.export.adapter_notes import (
     CONFIG,
     AdapterNote,

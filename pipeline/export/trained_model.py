@@ -12,8 +12,8 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.rope import used_rope
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings, used_rope
+from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import (
     add_pad_token,

@@ -133,7 +133,7 @@ class HfCheckpoint:
         ignore: Callable[[str], bool] = lambda name: False,
         one_dtype: bool = True,
     ) -> None:
-        """Compare with the tensors config.json implies (`names.hf_tensor_shapes`), after a look at the small files
+        """Compare with the tensors config.json implies (`tensors.hf_tensor_shapes`), after a look at the small files
         beside them (`check_companions`).
 
         An `lm_head.weight` beside tied embeddings is accepted when it equals them.

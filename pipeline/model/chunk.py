@@ -46,7 +46,7 @@ class Chunk:
 class LlamaStage(MegatronModule):
     """A Llama-class causal language model on megatron-core layers, or a pipeline chunk and tensor-parallel slice of it.
 
-    Weights are allocated uninitialized; `weights.load_base` and `weights.init_adapters` fill them.
+    Weights are allocated uninitialized; `load.load_base` and `load.init_adapters` fill them.
 
     Args:
         arch: sizes, from the checkpoint's config.json.

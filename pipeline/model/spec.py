@@ -113,7 +113,7 @@ def transformer_config(
     """megatron-core's configuration of this architecture.
 
     Args:
-        stages: layers of every pipeline chunk (`plan.plan_stages`), used where the plan has several stages.
+        stages: layers of every pipeline chunk (`grid.plan_stages`), used where the plan has several stages.
         sharded: modules are made on torch's default device, for engine zero3 to give them memory.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.sections import AttentionConfig
 
 SHIFT_RULES = ("upper_half", "alternate")
 KINDS = ("s2", "full")
@@ -350,3 +351,19 @@ def _row_spans(row: int, cuts: list[tuple[int, int]], packed: bool) -> Iterator[
         yield Span(row, row + 1, first, edges[-1], edges=edges)
     else:
         yield from (Span(row, row + 1, *run) for run in runs)
+
+
+def attention_spec(attention: AttentionConfig, group: int) -> AttentionSpec:
+    """The training attention a configuration asks for."""
+    return AttentionSpec(
+        kind=attention.kind,
+        group=group,
+        shifted_heads=attention.shifted_heads,
+        legacy_wrap=attention.legacy_wrap,
+        backend=attention.backend,
+    )
+
+
+def full_attention(attention: AttentionConfig) -> AttentionSpec:
+    """Dense causal attention with the configured backend: what evaluation and inference always use."""
+    return AttentionSpec("full", 2, attention.shifted_heads, False, attention.backend)

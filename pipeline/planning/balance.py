@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from operator import itemgetter
 
 from parallel.world.grid import GridPlan
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import query_key_pairs

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.world.grid import GridPlan
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.tile_size import tile_tokens
@@ -149,7 +149,7 @@ def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     attention = ((9 if grouped else 7) * query + 6 * key_value) // tp + 2 * hidden
     if full and not adapted:
         mlp = tokens * (3 * hidden + (3 * query + 2 * key_value) // tp)
-        # A checkpointed frozen MLP's wide tensors exist for one tile (`tiled_mlp`).
+        # A checkpointed frozen MLP's wide tensors exist for one tile (`layers.mlp`).
         mlp += min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
     else:
         # Gradients of gate, up and their product beside them; sequence parallelism sums whole rows.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.planning.arch import LlamaArch
 
 SHORTEST_PRETRAINING = 2048

@@ -1,12 +1,16 @@
-"""What a run makes of a checkpoint: vocabulary and rotary positions, refused before anything slow is imported."""
+"""What a run makes of a checkpoint and of its ranks, refused before anything slow is imported. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from parallel.errors import ConfigError
+from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
+from parallel.world.rank_env import RankEnv
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
-from pipeline.planning.arch import LlamaArch
+from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, described, plan_rope, replaces, served_context
 
 
@@ -61,3 +65,29 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
             "model.rope.replace: true if you mean to."
         )
     return arch, plan
+
+
+def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, RopePlan]:
+    """Everything that can be refused before torch allocates: grid, batch, files, architecture, RoPE.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one sentence each.
+    """
+    parallel = config.parallel
+    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
+    batch = plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
+    check_interleaving(parallel.pp, parallel.virtual, batch.accumulation)
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes "
+            "one from a GGUF file)."
+        )
+    if not Path(config.data.path).exists():
+        raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
+    if config.eval.path is not None and not Path(config.eval.path).exists():
+        raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
+    arch, rope = plan_model(config.model, read_arch(folder))
+    check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
+    plan_stages(arch.layers, parallel.pp, parallel.virtual)
+    return arch, rope

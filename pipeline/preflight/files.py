@@ -13,7 +13,8 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.compatibility import check_output
-from pipeline.config.sections import ModelConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.data.discovery import find_texts
 from pipeline.data.readings import told_differences
 from pipeline.data.records import check_first_record

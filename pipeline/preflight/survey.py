@@ -1,7 +1,7 @@
 """Is everything there that a run needs? Small checks on facts handed in, so that each is testable on any machine.
 
 A check gives one `Finding`: what was found, what is needed and, if something is missing, one sentence saying what and
-how to mend it. Here are those of the machine and `survey`, which runs all; `preflight_files` has those of the run's
+how to mend it. Here are those of the machine and `survey`, which runs all; `files` has those of the run's
 files and settings, `tools.preflight` gathers the facts of a machine.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.checkpoint.manifest import step_of
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.data.discovery import find_texts
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype

@@ -17,8 +17,9 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import MANIFEST, MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.config.rope import used_rope
-from pipeline.config.sections import LoraConfig, RopeSettings, RunConfig
+from pipeline.config.rope import RopeSettings, used_rope
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
 from pipeline.export.adapter_notes import CONFIG, read_note
 from pipeline.export.adapter_read import load_adapter
 from pipeline.hf.checkpoint import HfCheckpoint

@@ -14,7 +14,7 @@ import torch
 import parallel
 import pipeline
 from parallel.errors import CheckpointError
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.reporting.versions import versions

@@ -1,4 +1,4 @@
-"""Facts of a run that a report or a reader needs: machine, versions, commit, sizes, timings (`<output>/run.json`)."""
+"""A composed run, and the facts of it that a report or a reader needs (`<output>/run.json`)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,45 @@ import json
 import math
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.build import Run
+from parallel.world.groups import Groups
+from pipeline.checkpoint.choose import Choice
 from pipeline.config.checks import within
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
 from pipeline.planning.trainable import kind_of, trained_names
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.versions import versions
+from pipeline.training.init_from import Start
+from pipeline.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A composed run."""
+
+    config: RunConfig
+    groups: Groups
+    trainer: Trainer
+    tokenizer: TextTokenizer
+    resumed: Choice | None = None
+    """The checkpoint it goes on from; None: it starts."""
+    warnings: tuple[str, ...] = ()
+    """What lies beside the base's weights and the text and is not read, one sentence each; of the main rank."""
+    begun: Start | None = None
+    """The trained weights it starts with; None: it resumes, or starts with the base's."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of everything the run writes."""
+        return Path(self.config.output)
 
 
 def device_name() -> str:

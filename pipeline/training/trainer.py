@@ -18,7 +18,7 @@ from parallel.world.rng import rng_state
 from pipeline.checkpoint.choose import set_aside
 from pipeline.checkpoint.compatibility import DataStart, data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import ModelPart

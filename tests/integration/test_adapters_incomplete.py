@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from parallel.errors import CheckpointError, LongspanError
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export, export_adapter
 from pipeline.export.verify import verify

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from parallel.errors import ConfigError
 from parallel.world.grid import plan_stages
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from tests.support.tiny_models import make_tiny
 from tools.doctor import Report, main, run_doctor, run_doctors, show

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.export.adapter_write import peft_config
 from pipeline.export.formats import export, export_adapter, export_merged
 from pipeline.export.trained_model import TrainedModel, load_trained_model
@@ -33,9 +34,8 @@ from tools.import_hf import import_model
 from tools.import_hf import main as import_main
 
 CONTEXT = 256
-TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"} | {
-    part: f"mlp.{part}_proj" for part in ("gate", "up", "down")
-}
+MLP = ("gate", "up", "down")
+TARGETS = {p: f"self_attn.{p}_proj" for p in "qkvo"} | {p: f"mlp.{p}_proj" for p in MLP}
 
 
 def trained_tensors(base: Path, lora: LoraConfig, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:

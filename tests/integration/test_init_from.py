@@ -13,7 +13,7 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import Run, build
+from pipeline.build import build
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.yaml_file import load_config
@@ -21,6 +21,7 @@ from pipeline.evaluation.perplexity import EvalReport
 from pipeline.export.formats import export
 from pipeline.export.trained_model import load_trained_model
 from pipeline.train import main, train
+from pipeline.training.run_record import Run
 from tests.numerics.test_training import write_run
 from tests.support.ranks import run_ranks
 

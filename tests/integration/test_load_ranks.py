@@ -12,7 +12,8 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_base

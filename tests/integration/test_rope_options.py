@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.export.formats import export
 from tests.integration.test_import_export import trained_model, write_checkpoint
 from tests.support.tiny_models import make_tiny

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from parallel.errors import CheckpointError
 from parallel.world.grid import plan_grid
-from pipeline.config.sections import LORA_TARGETS, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.export.formats import export
 from pipeline.export.trained_model import TrainedModel
 from pipeline.export.verify import sample_positions, sample_tokens, verify

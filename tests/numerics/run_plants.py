@@ -17,6 +17,7 @@ from pipeline.data.loader import Batch, TrainLoader
 from pipeline.evaluation import evaluator
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import ModelPart
+from pipeline.planning.attention_layout import attention_spec
 from pipeline.training import trainer
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.trainer import Trainer
@@ -121,7 +122,7 @@ def whole_windows() -> Any:
 def eval_shifted() -> Any:
     """Evaluation attends as training does."""
     return mock.patch.object(
-        evaluator, "full_attention", lambda attention: build.attention_spec(attention, attention.group_tokens(64))
+        evaluator, "full_attention", lambda attention: attention_spec(attention, attention.group_tokens(64))
     )
 
 

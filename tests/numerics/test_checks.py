@@ -11,8 +11,9 @@ import torch
 from parallel.health.replicas import InvariantViolated, bit_sums
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import Run, build
+from pipeline.build import build
 from pipeline.config.yaml_file import load_config
+from pipeline.training.run_record import Run
 from tests.numerics.test_parallel_parity import Grid, write_config
 from tests.support.ranks import run_ranks
 

@@ -10,7 +10,8 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import linear, mlp
 from pipeline.model.layers.rotary import plan_rope

@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import lora, norm, rotary, swiglu
 from pipeline.model.rank_model import ModelPart

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parallel.world.grid import plan_grid
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaStage
 from pipeline.model.rank_model import ModelPart

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from parallel.world.rank_env import RankEnv
-from pipeline.build import Run
 from pipeline.config.yaml_file import load_config
 from pipeline.model.layers import loss
 from pipeline.planning import tile_size
@@ -21,6 +20,7 @@ from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, he
 from pipeline.planning.context_shards import halo_plan
 from pipeline.training import optimizer
 from pipeline.training.gradients import FlatGradients
+from pipeline.training.run_record import Run
 from pipeline.training.state import whole_state
 from tests.numerics.movement import tensor_errors
 from tests.support.ranks import run_ranks

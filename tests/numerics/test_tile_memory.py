@@ -14,7 +14,8 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import loss
 from pipeline.model.rank_model import ModelPart

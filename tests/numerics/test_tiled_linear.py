@@ -15,7 +15,8 @@ from parallel.axes.tensor import TokenTiles
 from parallel.world.grid import plan_grid
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import residual
 from pipeline.model.layers.frozen_weight import DenseWeight

@@ -17,7 +17,7 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.arch import LlamaArch
 from pipeline.train import train

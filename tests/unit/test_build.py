@@ -19,6 +19,7 @@ from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation import evaluator
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.planning.run_plan import check_before_spending
 from pipeline.train import train
 from tests.numerics.test_training import write_run
 from tests.support.ranks import run_ranks
@@ -84,7 +85,7 @@ def test_biases_that_cannot_be_placed_are_refused_before_tokenizing(tmp_path: Pa
     described = json.loads((tmp_path / "base" / "config.json").read_text()) | {"mlp_bias": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=r"^model\.path: this checkpoint has biases on o_proj or the MLP"):
-        composition.check_before_spending(config, RankEnv())
+        check_before_spending(config, RankEnv())
 
 
 def test_ranks_with_other_tokens_or_layers_draw_other_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +124,13 @@ def test_only_rank_0_reads_all_weights_for_their_hash(tmp_path: Path) -> None:
 def test_model_vocab_adds_rows_and_never_drops_them(tmp_path: Path) -> None:
     path = write_run(tmp_path, "run")
     grown = load_config(path, ["model.vocab=131"])
-    arch, _ = composition.check_before_spending(grown, RankEnv())
+    arch, _ = check_before_spending(grown, RankEnv())
     assert arch.vocab == 131
     # The base is checked against its own rows, and the model is allocated with the new ones.
     base = composition.open_base(grown, arch)
     assert base.facts["model.embed_tokens.weight"].shape[0] == 128
     with pytest.raises(ConfigError, match="model.vocab: 100 rows are fewer than the checkpoint's 128"):
-        composition.check_before_spending(load_config(path, ["model.vocab=100"]), RankEnv())
+        check_before_spending(load_config(path, ["model.vocab=100"]), RankEnv())
 
 
 def test_other_settings_are_refused_before_the_base_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

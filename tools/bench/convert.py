@@ -30,7 +30,8 @@ from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
-from pipeline.config.sections import LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
 from pipeline.export.adapter_write import export_adapter
 from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.checkpoint import HfCheckpoint

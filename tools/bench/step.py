@@ -36,7 +36,8 @@ from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.paths import user_path
-from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.spec import FAMILIES

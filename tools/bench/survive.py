@@ -37,7 +37,8 @@ from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import WRITING, folder_name
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import user_path
-from pipeline.config.sections import DataConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DataConfig, ModelConfig, SaveConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config
 from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics

@@ -20,10 +20,10 @@ import torch
 from parallel.errors import ConfigError, LongspanError
 from parallel.health.replicas import InvariantViolated
 from parallel.world.rank_env import RankEnv
-from pipeline.build import Run
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.training.invariants import RunChecks, run_checks
+from pipeline.training.run_record import Run
 from tools.support.local_ranks import die_with_parent
 from tools.support.parity import Difference, Observed, compare, observe
 from tools.support.shrink import STEPS, TOKENS

@@ -10,11 +10,12 @@ import torch
 
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import Run, build
-from pipeline.config.sections import RunConfig
+from pipeline.build import build
+from pipeline.config.run import RunConfig
 from pipeline.model.weights.gather import gather
 from pipeline.model.weights.load import trainable
 from pipeline.training.reduction import main_grad
+from pipeline.training.run_record import Run
 from pipeline.training.state import whole_state
 
 

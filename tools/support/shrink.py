@@ -16,7 +16,9 @@ from typing import Any
 
 from parallel.errors import ConfigError
 from parallel.world.grid import check_model_fits, plan_grid, plan_stages
-from pipeline.config.sections import DataConfig, EvalConfig, ParallelConfig, RunConfig, SaveConfig
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.planning.arch import ARCHITECTURES, LlamaArch, read_arch
 from tools.support.shapes import llama2
 

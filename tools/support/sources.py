@@ -10,8 +10,7 @@ from pathlib import Path
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import newest
 from pipeline.config.paths import user_path
-from pipeline.config.rope import ROPE_TYPES
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import ROPE_TYPES, RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
 from pipeline.export.trained_model import TrainedModel, load_trained_model

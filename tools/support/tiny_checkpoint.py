@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.planning import tensors as names

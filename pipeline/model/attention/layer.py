@@ -29,7 +29,7 @@ class AttentionContext:
     layout: SequenceLayout
     """Of the whole sequence, also where this rank holds a shard of it."""
     cos: torch.Tensor
-    """RoPE cosines of the local positions, fp32, as `rope.rope_tables` returns them."""
+    """RoPE cosines of the local positions, fp32, as `rotary.rope_tables` returns them."""
     sin: torch.Tensor
     """RoPE sines, likewise."""
     shard: ContextShard | None = None

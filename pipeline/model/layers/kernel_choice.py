@@ -11,7 +11,7 @@ import torch
 
 @functools.cache
 def load_kernels(device: torch.device) -> ModuleType | None:
-    """The module `kernels`, if its kernels can be built and run on this device; else None, and a warning."""
+    """The module `triton_kernels`, if its kernels can be built and run on this device; else None, and a warning."""
     try:
         from pipeline.model.layers import triton_kernels
 
@@ -29,7 +29,7 @@ def load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
-    """The module `kernels` where it can serve: `first` is of a dtype it knows and `others` are contiguous.
+    """The module `triton_kernels` where it can serve: `first` is of a dtype it knows and `others` are contiguous.
 
     And all are on the current GPU, where Triton launches whatever its tensors are on.
     """

@@ -44,7 +44,7 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Adapter(torch.nn.Module):
-    """One low-rank pair, A [R, in] and B [out, R]; B starts at zero, A is filled by `weights.init_adapters`."""
+    """One low-rank pair, A [R, in] and B [out, R]; B starts at zero, A is filled by `load.init_adapters`."""
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, dtype: torch.dtype, device: torch.device | None

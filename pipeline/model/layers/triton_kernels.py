@@ -1,7 +1,7 @@
 """Work of a layer that memory bounds in one pass over it, in Triton: SwiGLU, RoPE, LoRA's update, a norm's gradient.
 
 Eager operations read and write the same tensors several times: on an H100 SwiGLU's took a tenth of a Llama layer's
-time, RoPE's a twenty-fifth. `fused.kernels_for` says where these can serve.
+time, RoPE's a twenty-fifth. `kernel_choice.kernels_for` says where these can serve.
 
 Shapes: S tokens, B batch, F local FFN width, H local heads, D head width.
 """
@@ -110,7 +110,7 @@ def _rotate(  # type: ignore[no-untyped-def]
 def rotate(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
     """Turn channel i with channel i + D/2 by the tables' angles, times `sign`: contiguous [S, B, H, D].
 
-    The same bits as `rope.apply_rope`'s eager operations.
+    The same bits as `rotary.apply_rope`'s eager operations.
 
     Args:
         x_SBHD: any strides but the last one's, which is 1; any float dtype up to fp32.

@@ -20,7 +20,7 @@ from pipeline.planning.trainable import trains
 def shard_stage(stage: LlamaStage, kinds: Sequence[str], shards: FrozenShards) -> None:
     """Give a stage built on the meta device its memory: whole for what trains, shares for frozen matrices.
 
-    Weights are zero yet; `weights.load_base` and `weights.init_adapters` fill them.
+    Weights are zero yet; `load.load_base` and `load.init_adapters` fill them.
 
     Args:
         stage: a whole model (engine zero3 has no pipeline stages).

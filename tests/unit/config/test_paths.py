@@ -11,7 +11,7 @@ import yaml
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import EXPANDED, expand, user_path
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict, dump_config, load_config
 
 PATHS = ("model.path", "data.path", "data.tokenizer", "data.cache", "eval.path", "output")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.sections import RECOMPUTE, LoraConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers.linear import recomputing
 from pipeline.model.layers.rotary import plan_rope

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import RopeSettings
+from pipeline.config.rope import RopeSettings
 from pipeline.model.layers.rotary import apply_rope, inverse_frequencies, rope_tables
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, hf_rope_fields, ntk_theta, plan_rope

@@ -14,7 +14,8 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import ModelConfig, RopeSettings
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.model.layers.rotary import hf_rope_fields, inverse_frequencies
 from pipeline.planning.arch import LlamaArch, read_arch

@@ -18,7 +18,9 @@ import pytest
 from rich.console import Console
 
 from pipeline.checkpoint.manifest import checksum_text, manifest_bytes
-from pipeline.config.sections import ModelConfig, RopeSettings, RunConfig
+from pipeline.config.rope import RopeSettings
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
 from pipeline.planning.arch import read_arch

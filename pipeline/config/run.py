@@ -1,0 +1,136 @@
+"""The whole configuration of a run: its sections, and what concerns two of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from parallel.errors import ConfigError
+from pipeline.config.checks import not_empty, within
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.paths import PathText
+from pipeline.config.resume import ResumeConfig
+from pipeline.config.sections import (
+    AttentionConfig,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    SaveConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    output: PathText
+    """Folder of checkpoints, metrics, the resolved config and exports."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    init_from: PathText | None = None
+    """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None:
+    the base's. Not looked at once the run has a checkpoint of its own."""
+    checks: bool = False
+    """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
+
+    def __post_init__(self) -> None:
+        not_empty("output", self.output)
+        not_empty("init_from", self.init_from)
+        self._check_lengths()
+        self._check_training()
+
+    def _check_lengths(self) -> None:
+        """Sequence against context, group and evaluation."""
+        if self.sequence > self.model.context:
+            raise ConfigError(
+                f"data.sequence: {self.sequence} exceeds model.context {self.model.context}; raise the context, or "
+                "lower the sequence."
+            )
+        # Up to the next even number: group_fraction 1 of an odd sequence is rounded up to it.
+        if self.group > self.sequence + self.sequence % 2:
+            raise ConfigError(
+                f"attention.group_size: {self.group} exceeds the training sequence of {self.sequence} tokens, which "
+                f"cuts it into no groups; use less (the paper's is {AttentionConfig().group_tokens(self.sequence)}), "
+                "or set attention.kind: full."
+            )
+        # The roll moves the last half group to the front: with a part group at the end nothing lines up.
+        if self.attention.legacy_wrap and self.sequence % self.group:
+            raise ConfigError(
+                f"attention.legacy_wrap: the group of {self.group} tokens must divide the sequence of {self.sequence}; "
+                "change attention.group_size or data.sequence."
+            )
+        if self.attention.legacy_wrap and self.data.mask_documents:
+            raise ConfigError(
+                "attention.legacy_wrap: the published roll knows no document borders; set data.mask_documents to false."
+            )
+        if self.attention.legacy_wrap and self.parallel.cp > 1:
+            raise ConfigError(
+                "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
+                "parallel.cp to 1."
+            )
+        for length in self.eval.lengths or (self.model.context,):
+            if self.eval.stride is not None and self.eval.stride > length:
+                raise ConfigError(f"eval.stride: {self.eval.stride} exceeds the evaluation length {length}.")
+
+    def _check_training(self) -> None:
+        """What trains, and how an optimizer step is cut up."""
+        trains_lora = "lora" in self.train.trainable
+        if self.lora.rank == 0 and self.train.trainable == ("lora",):
+            raise ConfigError("lora.rank: 0 leaves nothing to train; raise it or add embed, norm to train.trainable.")
+        if self.lora.rank and not self.lora.targets:
+            raise ConfigError("lora.targets: empty with lora.rank > 0; name projections such as [q, k, v, o].")
+        if self.lora.rank and not trains_lora:
+            raise ConfigError(
+                f"train.trainable: adapters of lora.rank {self.lora.rank} would never train; add lora, or set "
+                "lora.rank: 0."
+            )
+        if self.train.global_batch % self.train.micro_batch:
+            raise ConfigError(
+                f"train.global_batch: {self.train.global_batch} is not a multiple of train.micro_batch "
+                f"{self.train.micro_batch}."
+            )
+        if self.attention.full_last_steps > self.train.steps:
+            raise ConfigError(
+                f"attention.full_last_steps: {self.attention.full_last_steps} exceeds train.steps {self.train.steps}."
+            )
+
+    @property
+    def sequence(self) -> int:
+        """Training sequence length, tokens."""
+        return self.data.sequence or self.model.context
+
+    @property
+    def group(self) -> int:
+        """S² group length G, tokens."""
+        return self.attention.group_tokens(self.sequence)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and may not be meant, one sentence each."""
+        found = []
+        beyond = [length for length in self.eval.lengths if length > self.model.context]
+        if self.eval.path is not None and beyond:
+            found.append(
+                f"eval.lengths: {', '.join(map(str, beyond))} exceed model.context {self.model.context}, which the "
+                "rotary positions are stretched to; perplexity there shows how the model fares beyond its context."
+            )
+        train = self.train
+        if train.warmup_steps > train.steps:
+            found.append(
+                f"train.warmup_steps: {train.warmup_steps} is more than train.steps {train.steps}, so the run ends at "
+                f"{train.steps / train.warmup_steps:.0%} of train.lr; lower one or raise the other."
+            )
+        if self.eval.path is not None and within(self.eval.path, self.data.path):
+            found.append(
+                f"eval.path: {self.eval.path} is training text (data.path), so perplexity will show what was "
+                "memorized; give text that is held out."
+            )
+        return tuple(found)
