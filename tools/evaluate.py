@@ -17,7 +17,8 @@ from rich.console import Console
 from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
-from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.planning.arch import read_arch

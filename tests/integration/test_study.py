@@ -14,7 +14,7 @@ import torch
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.tails import tail_nll, tail_spans
 from pipeline.train import train

@@ -15,7 +15,8 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, connect, full_attention, open_base
 from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import LoraConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.retrieval import score_cases

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict, load_config
 
 VERSION = 1

@@ -21,7 +21,8 @@ from parallel.health.signals import StopSignals
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build, build_model, check_before_spending, connect, full_attention, open_base
-from pipeline.config.sections import LoraConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer
