@@ -14,8 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess, SpawnProcess
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ GRACE_S = 1.0
 """After the first failure: seconds to hear of the failure that caused it, since peers of a dead rank fail too."""
 EXIT_S = 10.0
 """Seconds a finished rank may take to leave."""
+PRELOADED = ("pipeline.build", "pipeline.evaluation.evaluator", "pipeline.export.formats", "deepspeed")
+"""Imported once, by the process that ranks are forked from: a rank would import for seven seconds."""
+Process = SpawnProcess | ForkServerProcess
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,34 @@ def _unpack(value: Any) -> Any:
     return value
 
 
-def _child(fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...], pipe: Connection) -> None:
+class _Home:
+    """What a rank inherits of the test, which the process it is forked from does not know: variables, and where pytest
+    has its output go at present."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.variables = {**os.environ, **variables}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled while the rank is started, which is when descriptors can be passed.
+        return _arrived, (self.variables, DupFd(1), DupFd(2))
+
+
+def _arrived(variables: dict[str, str], *output: Any) -> None:
+    """In the rank, before anything else is unpickled."""
+    os.environ.clear()
+    os.environ.update(variables)
+    for target, passed in zip((1, 2), output, strict=True):
+        descriptor = passed.detach()
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+
+
+def _child(home: _Home | None, fn: Callable[..., Any], rank: int, world: int, args: Any, pipe: Connection) -> None:
     """One rank, in a process group of its own so that its children die with it."""
     os.setsid()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive a killed pytest
+        # PR_SET_PDEATHSIG: never outlive a killed pytest, whose end its fork server does not outlive either.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     faulthandler.register(signal.SIGUSR1, file=2)
     torch.set_num_threads(1)
     try:
@@ -84,7 +112,7 @@ def _child(fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...],
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables while a child starts: it must see them before it imports torch."""
+    """Set variables while a child (or the process that children are forked from) starts: before it imports torch."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -106,7 +134,7 @@ def _reserved_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def _kill(processes: list[SpawnProcess]) -> None:
+def _kill(processes: list[Process]) -> None:
     """Kill what still runs, with its own children, and reap it."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
@@ -120,9 +148,7 @@ def _kill(processes: list[SpawnProcess]) -> None:
         process.join()
 
 
-def _collect(
-    processes: list[SpawnProcess], pipes: list[Connection], deadline: float
-) -> dict[int, tuple[str, float, Any]]:
+def _collect(processes: list[Process], pipes: list[Connection], deadline: float) -> dict[int, tuple[str, float, Any]]:
     """Wait for every rank's message, after a failure only GRACE_S longer; a rank that gave none in time is left out."""
     messages: dict[int, tuple[str, float, Any]] = {}
     while len(messages) < len(processes):
@@ -153,8 +179,9 @@ def run_ranks[T](
 ) -> list[T]:
     """Call `fn(rank, world, *args)` in `world` fresh processes with torchrun's variables set.
 
-    torch.distributed is not initialized: that is `parallel.world.groups.make_groups`'s to do. A process costs about 7 s
-    of imports, so put many cases into one call.
+    torch.distributed is not initialized: that is `parallel.world.groups.make_groups`'s to do. With gloo the processes
+    are forked from one that has imported everything; with NCCL each imports for seven seconds by itself, since CUDA
+    does not survive a fork.
 
     Args:
         fn: a function at the top level of an importable module.
@@ -172,9 +199,12 @@ def run_ranks[T](
     """
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"backend {backend!r} is not gloo or nccl")
-    context = multiprocessing.get_context("spawn")
+    forked = backend == "gloo"
+    context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
+    if forked:
+        context.set_forkserver_preload(list(PRELOADED))
     deadline = time.monotonic() + timeout
-    processes: list[SpawnProcess] = []
+    processes: list[Process] = []
     pipes: list[Connection] = []
     try:
         with _reserved_port() as port:
@@ -191,8 +221,14 @@ def run_ranks[T](
                 }
                 if backend == "gloo":
                     variables |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-                process = context.Process(target=_child, args=(fn, rank, world, args, theirs), name=f"rank{rank}")
                 with _environment(variables):
+                    if forked:
+                        # Starts the server with these variables, if this is the first rank; its own ones follow.
+                        forkserver.ensure_running()
+                    home = _Home(variables) if forked else None
+                    process = context.Process(
+                        target=_child, args=(home, fn, rank, world, args, theirs), name=f"rank{rank}"
+                    )
                     process.start()
                 theirs.close()
                 processes.append(process)
