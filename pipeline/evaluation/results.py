@@ -17,7 +17,7 @@ from pipeline.evaluation.tasks import Cell
 from pipeline.reporting.metrics import json_number
 from pipeline.storage.durable import replace_text
 
-VERSION = 1
+VERSION = 2
 """Of the measurement: another one does not take over what this one found."""
 
 
@@ -33,6 +33,9 @@ class CellResult:
     """Of each prompt, in [0, 1]: 1 where greedy decoding gives the answer exactly."""
     nll: tuple[float, ...]
     """Of each prompt, the mean over the answer's tokens, nats."""
+    begun: tuple[float, ...]
+    """Of each prompt: 1 where greedy decoding gives the rest of the answer once its first token is given. Where this is
+    much more than `scores`, the model finds the answer and only begins it otherwise."""
 
     @property
     def score(self) -> float:
@@ -41,16 +44,18 @@ class CellResult:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        return {**asdict(self), "scores": list(self.scores), "nll": [json_number(value) for value in self.nll]}
+        nll = [json_number(value) for value in self.nll]
+        return {**asdict(self), "scores": list(self.scores), "nll": nll, "begun": list(self.begun)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CellResult:
         """The inverse of `to_json`; KeyError, TypeError or ValueError where it is none."""
         scores = tuple(float(value) for value in data["scores"])
         nll = tuple(math.nan if value is None else float(value) for value in data["nll"])
-        if not scores or len(scores) != len(nll):
+        begun = tuple(float(value) for value in data["begun"])
+        if not scores or not len(scores) == len(nll) == len(begun):
             raise ValueError("as many scores as answers, one at least")
-        return cls(str(data["task"]), int(data["length"]), float(data["depth"]), scores, nll)
+        return cls(str(data["task"]), int(data["length"]), float(data["depth"]), scores, nll, begun)
 
 
 def cell_key(model: Mapping[str, Any], cell: Cell) -> str:
@@ -121,11 +126,11 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free space there.") from None
 
 
-def by_length(cells: Iterable[CellResult]) -> dict[int, tuple[float, int]]:
-    """Mean score and prompts of each length, over its depths."""
+def by_length(cells: Iterable[CellResult], begun: bool = False) -> dict[int, tuple[float, int]]:
+    """Mean score (with `begun`, of answers whose first token is given) and prompts of each length, over its depths."""
     scores: dict[int, list[float]] = {}
     for cell in cells:
-        scores.setdefault(cell.length, []).extend(cell.scores)
+        scores.setdefault(cell.length, []).extend(cell.begun if begun else cell.scores)
     return {length: (sum(found) / len(found), len(found)) for length, found in sorted(scores.items())}
 
 

@@ -25,12 +25,15 @@ from pipeline.model.layers.loss import IGNORE
 TokenScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(tokens, labels: int64 [B, S]) -> (nll fp32 [B, S - 1], hits bool [B, S - 1]): `ModelPart.token_scores`."""
 
+COLUMNS = 3
+"""Figures of a prompt: see `score_cases`."""
 MOST_TOKENS = 1 << 15
 """Tokens of a forward at most, unless one window is longer: short windows go through together."""
 
 
 def score_cases(score: TokenScores, cases: Sequence[Case]) -> torch.Tensor:
-    """Whether each answer is greedy decoding's, and the mean of its tokens' losses in nats; fp64 [B, 2].
+    """Of each answer, fp64 [B, 3]: whether it is greedy decoding's, whether the rest of it is once its first token is
+    given, and the mean of its tokens' losses in nats.
 
     Args:
         cases: B windows of one length.
@@ -41,10 +44,13 @@ def score_cases(score: TokenScores, cases: Sequence[Case]) -> torch.Tensor:
         labels[row, -case.answer - 1 : -1] = tokens[row, -case.answer :]
     nll, hits = score(tokens, labels)
     nll, hits = nll.double().cpu(), hits.cpu()
-    found = torch.zeros(len(cases), 2, dtype=torch.float64)
+    found = torch.zeros(len(cases), COLUMNS, dtype=torch.float64)
     for row, case in enumerate(cases):
-        found[row, 0] = float(hits[row, -case.answer :].all())
-        found[row, 1] = nll[row, -case.answer :].mean()
+        right = hits[row, -case.answer :]
+        found[row, 0] = float(right.all())
+        # With a single token nothing is left to be given.
+        found[row, 1] = float(right[1:].all()) if case.answer > 1 else found[row, 0]
+        found[row, 2] = nll[row, -case.answer :].mean()
     return found
 
 
@@ -98,11 +104,11 @@ def evaluate_retrieval(
     left = [number for number, key in enumerate(keys) if key not in known.cells]
     on_windows(sum(len(cell.cases) for cell in cells) - sum(len(cells[n].cases) for n in left))
     missing = {number: len(cells[number].cases) for number in left}
-    found = {number: torch.zeros(count, 2, dtype=torch.float64) for number, count in missing.items()}
+    found = {number: torch.zeros(count, COLUMNS, dtype=torch.float64) for number, count in missing.items()}
     for turn in _rounds([cells[number] for number in left], shards.world, most_tokens):
         shards.before_round()
         windows = [window for batch in turn.batches for window in batch]
-        table = torch.zeros(len(windows), 2, dtype=torch.float64)
+        table = torch.zeros(len(windows), COLUMNS, dtype=torch.float64)
         own = turn.batches[shards.rank] if shards.rank < len(turn.batches) else ()
         if own or shards.lockstep:
             asked = own or turn.batches[-1]
@@ -126,5 +132,5 @@ def evaluate_retrieval(
 
 
 def _result(cell: Cell, found: torch.Tensor) -> CellResult:
-    hits, nll = found.unbind(dim=1)
-    return CellResult(cell.task, cell.length, cell.depth, tuple(hits.tolist()), tuple(nll.tolist()))
+    hits, begun, nll = (tuple(column.tolist()) for column in found.unbind(dim=1))
+    return CellResult(cell.task, cell.length, cell.depth, hits, nll, begun)

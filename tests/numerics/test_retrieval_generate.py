@@ -108,11 +108,16 @@ def test_an_answer_is_found_exactly_where_generate_gives_it(kind: str, tmp_path:
     assert found[:, 0].tolist() == [1.0] * len(asked)
     logits = theirs(given).logits.detach()[:, -ANSWER - 1 : -1]
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), given[:, -ANSWER:], reduction="none").mean(1)
-    assert torch.allclose(found[:, 1].float(), nll, atol=1e-4)
+    assert torch.allclose(found[:, 2].float(), nll, atol=1e-4)
     for place in range(1, ANSWER + 1):
         wrong = given.numpy().copy()
         wrong[:, -place] = (wrong[:, -place] + 1) % 128
-        assert score_cases(scores, [Case(row, ANSWER) for row in wrong])[:, 0].tolist() == [0.0] * len(asked)
+        found = score_cases(scores, [Case(row, ANSWER) for row in wrong])
+        assert found[:, 0].tolist() == [0.0] * len(asked)
+        with torch.no_grad():
+            chosen = theirs(torch.from_numpy(wrong)).logits[:, -ANSWER - 1 : -1].argmax(-1)
+        rest = (chosen == torch.from_numpy(wrong)[:, -ANSWER:])[:, 1:].all(1)
+        assert found[:, 1].tolist() == rest.double().tolist()
 
 
 def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[Any]:

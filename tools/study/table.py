@@ -47,7 +47,7 @@ def _over_seeds(runs: Sequence[Outcome], of: Callable[[Judgement], Sequence[floa
 
 
 def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
-    """A row a recipe, means over its seeds.
+    """A row a recipe, means over its seeds; retrieval in brackets: where the answer's first token was given.
 
     Args:
         outcomes: in the order of the rows.
@@ -89,7 +89,8 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
                 cells.append(percent(_over_seeds(runs, lambda judged: judged.tail_nll), own.tail_nll))
         for task in tasks:
             every = [cell for run in runs for cell in run.judgement.cells if cell.task == task]
-            cells += [f"{score:.0%}" for score, _ in by_length(every).values()]
+            given = by_length(every, begun=True)
+            cells += [f"{score:.0%} ({given[length][0]:.0%})" for length, (score, _) in by_length(every).items()]
             cells.append(f"{min(cell.score for cell in every):.0%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

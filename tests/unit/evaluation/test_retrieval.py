@@ -201,6 +201,9 @@ def test_ranks_together_find_what_one_finds_and_run_equally_often(world: int, mo
         sums = iter([torch.stack(parts).sum(0) for parts in zip(*tables, strict=True)])
         found = run(rank, lambda table, sums=sums: next(sums))
         assert [list(cell.scores) for cell in found] == expected(grid)
+        assert [list(cell.begun) for cell in found] == [
+            [float(c.tokens.sum() % 3 != 0) for c in cell.cases] for cell in grid
+        ]
         assert [cell.nll[1] for cell in found] == [
             pytest.approx(cell.cases[1].tokens[-5:].mean(), rel=1e-6) for cell in grid
         ]
@@ -236,7 +239,7 @@ def test_finished_cells_are_kept_and_others_are_not_mistaken_for_them(tmp_path: 
 
 def test_losses_against_the_base_are_told_in_words() -> None:
     def result(length: int, *scores: float) -> CellResult:
-        return CellResult("passkey", length, 0.5, scores, tuple(0.0 for _ in scores))
+        return CellResult("passkey", length, 0.5, scores, tuple(0.0 for _ in scores), scores)
 
     base = [result(100, 1, 1, 1, 1), result(200, 0, 0), result(400, 0, 0)]
     said = lost_and_won([result(100, 1, 0, 0, 0), result(200, 1, 1), result(400, 1, 1)], base, 200)

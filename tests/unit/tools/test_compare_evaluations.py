@@ -31,7 +31,8 @@ def perplexity(label: str, step: int, losses: dict[int, tuple[float, ...]]) -> E
 
 def retrieval(label: str, step: int, scores: dict[tuple[int, float], tuple[float, ...]]) -> RetrievalReport:
     cells = tuple(
-        CellResult("passkey-grass-5", length, depth, own, (0.5,) * len(own)) for (length, depth), own in scores.items()
+        CellResult("passkey-grass-5", length, depth, own, (0.5,) * len(own), own)
+        for (length, depth), own in scores.items()
     )
     return RetrievalReport(label, step, 400, 200, cells)
 
