@@ -23,7 +23,7 @@ from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.chunk import Chunk, LlamaStage
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.layers.loss import IGNORE
-from pipeline.model.spec import transformer_config
+from pipeline.model.megatron_config import transformer_config
 from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout

@@ -23,7 +23,7 @@ from pipeline.export.verify_reference import own_logits
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaStage
 from pipeline.model.layers.rotary import plan_rope
-from pipeline.model.spec import transformer_config
+from pipeline.model.megatron_config import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base, load_trained, mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout

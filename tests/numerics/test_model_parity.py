@@ -14,8 +14,8 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaStage
+from pipeline.model.megatron_config import transformer_config
 from pipeline.model.rank_model import ModelPart
-from pipeline.model.spec import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout

@@ -20,10 +20,11 @@ from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import residual
 from pipeline.model.layers.frozen_weight import DenseWeight
-from pipeline.model.layers.linear import LastRowParallelLinear, _Column, _Row, recomputing
+from pipeline.model.layers.linear import LastRowParallelLinear, _Column, _Row
 from pipeline.model.layers.lora import AdaptedLinear
 from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import recipe_of
+from pipeline.model.layers.recomputation import recomputing
 from pipeline.model.layers.residual import last_residual_add, residual_add
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from parallel.axes.tensor import Span as Tokens
 from parallel.axes.tensor import TileScatter, TokenTiles
 from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
+from pipeline.model.layers.recomputation import placeholder, recomputing
 from pipeline.planning.tile_size import tile_tokens
 
 
@@ -43,11 +44,6 @@ def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight: Froze
     if dist.get_world_size(group) == 1:
         return TokenTiles(group, shape[0], shape[0])
     return tiles_of(group, shape, 2 * max(weight.shape))
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as only activation checkpointing makes it."""
-    return torch._C._current_graph_task_id() != -1
 
 
 Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -76,11 +72,6 @@ def sum_product_of(
         return
     partial = product(tiles.view(everything, span).flatten(1, -2), None)
     scatter.put(span, partial.view(-1, *everything.shape[1:-1], partial.shape[-1]))
-
-
-def placeholder(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of which only the shape matters: one element, of any value, seen everywhere."""
-    return like.new_empty(1).expand(shape)
 
 
 class _Column(torch.autograd.Function):
@@ -155,7 +146,9 @@ class TiledColumnParallelLinear(ColumnParallelLinear):
         weight = frozen_weight(self)
         if args or kwargs or weight is None:
             return super().forward(input_, *args, **kwargs)
-        assert self.sequence_parallel or self.tp_group.size() == 1, "spec.transformer_config sets it with tp > 1"
+        assert self.sequence_parallel or self.tp_group.size() == 1, (
+            "megatron_config.transformer_config sets it with tp > 1"
+        )
         bias, later = (None, self.bias) if self.skip_bias_add else (self.bias, None)
         return _Column.apply(input_, weight, bias, self.tp_group), later
 

@@ -305,5 +305,5 @@ def adapted_row(
 def _require_sequence_parallel(config: TransformerConfig, tp_group: dist.ProcessGroup) -> int:
     """Tensor-parallel ranks of a linear; above one, activations between layers must be sharded along the tokens."""
     ranks = dist.get_world_size(tp_group)
-    assert ranks == 1 or config.sequence_parallel, "spec.transformer_config sets it with tp > 1"
+    assert ranks == 1 or config.sequence_parallel, "megatron_config.transformer_config sets it with tp > 1"
     return ranks

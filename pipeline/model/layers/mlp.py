@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from parallel.axes.tensor import TokenTiles
 from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
-from pipeline.model.layers.linear import placeholder, recomputing, sum_product, tiles_of
+from pipeline.model.layers.linear import sum_product, tiles_of
 from pipeline.model.layers.norm import NormRecipe, recipe_of
+from pipeline.model.layers.recomputation import placeholder, recomputing
 from pipeline.model.layers.swiglu import swiglu, swiglu_gradient_
 from pipeline.planning.recompute import RecomputePolicy
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.model.layers.linear import placeholder, recomputing
+from pipeline.model.layers.recomputation import placeholder, recomputing
 
 Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 """megatron's call: ((x, bias), residual, dropout probability) -> sum."""
@@ -31,7 +31,7 @@ class _Skipped(torch.autograd.Function):
 
 def _add(x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
     x, bias = x_and_bias
-    assert bias is None and not dropout, "spec.transformer_config has neither"
+    assert bias is None and not dropout, "megatron_config.transformer_config has neither"
     if x.requires_grad:
         return residual + x
     # Made without gradients (a checkpointed layer's first pass, evaluation), and nobody else reads it. megatron enables

@@ -10,7 +10,7 @@ import torch
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
-from pipeline.model.layers.linear import recomputing
+from pipeline.model.layers.recomputation import recomputing
 from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
