@@ -44,7 +44,7 @@ ROPES: dict[str, RopeSettings] = {
 
 def stage_logits(model: TrainedModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Logits of the model that trains, at positions 0, 1, 2 ..."""
-    config = transformer_config(model.arch, plan_grid(1, 1, 1, 1), torch.float32, torch.device("cpu"), "none")
+    config = transformer_config(model.arch, plan_grid(1, 1, 1, 1), torch.float32, torch.device("cpu"))
     stage = LlamaStage(model.arch, model.rope, model.lora, config, single_groups().collection)
     load_base(stage, HfCheckpoint(model.base))
     init_adapters(stage, 0)
