@@ -130,8 +130,8 @@ class DataConfig:
     """Training text."""
 
     path: PathText
-    """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a folder
-    written by tools.prepare_data."""
+    """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a
+    folder written by tools.prepare_data."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def import_graph(root: Path) -> Graph:
 def reduced(graph: Graph) -> Graph:
     """Without the arrows that a longer way implies."""
 
+    @cache
     def reached(node: str) -> set[str]:
         return graph[node].union(*(reached(other) for other in graph[node]))
 
