@@ -240,7 +240,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dicts, lists and scalars: every key, defaults included, in `RunConfig`'s order."""
+    """The resolved configuration as plain dicts, lists and scalars: every key, in `RunConfig`'s order."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
