@@ -19,7 +19,6 @@ _PATH = re.compile(r"(?<![\w./-])(?:(?:docs|launch|parallel|pipeline|tests|tools
 _LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 _MODULE = re.compile(r"(?:-m |`)((?:tools|pipeline|parallel)(?:\.[a-z_0-9]+)+)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-WRITTEN = {"launch/run_.sh", "tests/unit/x.py"}
 
 
 def anchors(page: str) -> set[str]:
