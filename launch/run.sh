@@ -7,7 +7,7 @@ usage() {
   cat <<TEXT
 launch/$name.sh [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
   trains $config on this machine's GPUs; the same command resumes
-  --dry-run    rank 0's share of it on the one GPU at hand: memory and tokens/s
+  --dry-run    the busiest rank's share of it on the one GPU at hand: memory and tokens/s
   --tiny       the same settings shrunk, on at most four CPU processes: trains, stops, resumes, compares
   --nproc N    processes on each machine (default 8, one a GPU)
   --set a.b=c  overrides a setting of the YAML; repeatable

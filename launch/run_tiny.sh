@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Extend a real model's context, end to end, with nothing prepared: fetch, train, stop, resume, export, verify, report.
-# CPU (2 cores, under 10 minutes after set-up) or one GPU (8k -> 32k). See README.md for what the figures mean.
+# CPU (2 cores, under 10 minutes after set-up) or one GPU (8k -> 32k). See docs/RESULTS.md for what the figures mean.
 #   launch/run_tiny.sh [--output DIR] [--text DIR]     DIR holds train/ and val/ folders of text
 set -euo pipefail
 start=$PWD

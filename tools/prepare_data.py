@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
     parser.add_argument(
-        "--input", type=user_path, required=True, help="file or folder of .txt or .jsonl, plain or .xz, .gz, .zst"
+        "--input", type=user_path, required=True, help=".txt or JSON lines, plain or packed (.xz .gz .zst)"
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder to write; reused if it is up to date")
     parser.add_argument(

@@ -12,7 +12,7 @@ from parallel.errors import ConfigError
 
 EXPANDED = "expanded"
 PathText = Annotated[str, EXPANDED]
-"""A setting of the configuration that is a path: `config` expands it."""
+"""A setting of the configuration that is a path: `yaml_file` expands it."""
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w*)\})")
 
 

@@ -1,4 +1,4 @@
-"""The run configuration as frozen dataclasses: one source of truth, no torch, no YAML (see `config` for parsing).
+"""The run configuration as frozen dataclasses: one source of truth, no torch, no YAML (see `yaml_file` for parsing).
 
 Every field's docstring gives its unit; a path has the type `PathText`. A section validates itself in `__post_init__`;
 what concerns two sections is checked in `RunConfig.__post_init__`. Errors are `ConfigError`: one sentence saying what
@@ -130,7 +130,8 @@ class DataConfig:
     """Training text."""
 
     path: PathText
-    """Folder or file of .txt / .jsonl (also .xz .gz .zst), or a folder written by tools.prepare_data."""
+    """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a
+    folder written by tools.prepare_data."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None

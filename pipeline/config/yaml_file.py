@@ -216,7 +216,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read, override and validate one run's configuration.
 
     Args:
-        path: YAML file, see `schema.RunConfig` for the keys.
+        path: YAML file, see `run.RunConfig` for the keys.
         overrides: `section.key=value` texts (`--set`), the value as YAML; applied before validation, later ones win.
 
     Raises:
@@ -240,7 +240,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dicts, lists and scalars: every key, defaults included, in schema order."""
+    """The resolved configuration as plain dicts, lists and scalars: every key, in `RunConfig`'s order."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

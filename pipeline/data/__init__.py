@@ -1,4 +1,5 @@
 """Text to training windows: tokenized once into shards, packed, shuffled, loaded beside the step.
 
-May import `pipeline.planning`, `config` and `storage`. Start reading at `shards`, then `packing`.
+May import `pipeline.planning`, `config`, `storage` and `reporting`; no megatron. Start reading at
+`shards`, then `packing`.
 """

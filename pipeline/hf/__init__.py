@@ -1,4 +1,4 @@
 """Hugging Face model folders, read and written.
 
-May import `pipeline.planning`, `config` and `storage`. Start reading at `checkpoint`.
+May import `pipeline.planning`, `config`, `storage` and `reporting`; no megatron. Start reading at `checkpoint`.
 """

@@ -26,7 +26,7 @@ MEAN_ROWS = 1 << 13
 
 
 class HfCheckpoint:
-    """A folder of safetensors, single or sharded, opened lazily; see `safetensors_io` for how.
+    """A folder of safetensors, single or sharded, opened lazily; see `storage.safetensors` for how.
 
     Raises:
         CheckpointError: the index or a shard is missing, truncated or disagrees with the other, or two sets of weights

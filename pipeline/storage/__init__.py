@@ -1,4 +1,4 @@
 """Files that are whole or not there: durable writing, and the safetensors format.
 
-May import `parallel`. Start reading at `durable`.
+May import `parallel.errors`. Start reading at `durable`.
 """

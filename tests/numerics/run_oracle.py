@@ -1,7 +1,7 @@
 """A training run computed again from its YAML alone: transformers, torch in fp64, everything else written by hand.
 
 Nothing of the product is imported here. Data order, windows, masks, LoRA, loss, clipping, AdamW, the rates and the
-evaluation's windows follow the definitions in README and in the papers, not the code; settings have no defaults, so a
+evaluation's windows follow the definitions in docs/ and in the papers, not the code; settings have no defaults, so a
 YAML must name each that is read. Checkpoints are read from their JSON and safetensors.
 """
 

@@ -67,7 +67,7 @@ class Backend:
 def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend called `name` (attention.backend) for this device, dtype and head dimension.
 
-    auto: on CUDA in half precision cuDNN where it can (measured fastest, shared/REFERENCE.md), else flash; in fp32 the
+    auto: on CUDA in half precision cuDNN where it can (measured fastest, docs/RESULTS.md), else flash; in fp32 the
     memory-efficient kernel, in fp64 math; on CPU torch's own choice. Under cudnn, irregular layouts go to torch's
     varlen (flash), and shapes cuDNN refuses (one token, say) to flash. Raises ConfigError where the device cannot do
     what is asked.

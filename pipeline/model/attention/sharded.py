@@ -1,4 +1,4 @@
-"""S² and full attention over context-parallel shards (DESIGN.md, "S² context parallelism").
+"""S² and full attention over context-parallel shards (docs/ATTENTION.md).
 
 Each rank holds contiguous tokens. Forward: the halo is posted, segments that begin in the shard are computed while it
 flies, then those that straddle its start. Backward: the straddling ones first, their dK and dV are posted, the local

@@ -82,7 +82,7 @@ def rope_tables(plan: RopePlan, head_dim: int, positions_S: torch.Tensor) -> tup
 
 
 class _Rotate(torch.autograd.Function):
-    """`apply_rope` in one pass each way, by the module `kernels`."""
+    """`apply_rope` in one pass each way, by the module `triton_kernels`."""
 
     @staticmethod
     def forward(

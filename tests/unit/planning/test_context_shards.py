@@ -1,4 +1,4 @@
-"""The halo plan delivers exactly the K and V that the definition asks for; bytes and work are what DESIGN.md says."""
+"""The halo plan delivers exactly the K and V that the definition asks for; bytes are what docs/ATTENTION.md says."""
 
 from __future__ import annotations
 

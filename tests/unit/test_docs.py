@@ -1,0 +1,119 @@
+"""What README and docs name is there: files, links, modules, options of commands; their YAML is a configuration."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.yaml_file import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+SOURCES = sorted(path for room in ("parallel", "pipeline", "tools", "tests") for path in (ROOT / room).rglob("*.py"))
+_PATH = re.compile(r"(?<![\w./-])(?:(?:docs|launch|parallel|pipeline|tests|tools)/[\w./*-]*\w|[A-Z]+\.md)")
+_LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+_MODULE = re.compile(r"(?:-m |`)((?:tools|pipeline|parallel)(?:\.[a-z_0-9]+)+)")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+
+
+def anchors(page: str) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def missing_paths(text: str, folder: Path) -> Iterator[str]:
+    """Paths of the repository and links that lead nowhere."""
+    for path in _PATH.findall(text):
+        if not any([*ROOT.glob(path), *folder.glob(path)]):
+            yield path
+    for target, anchor in _LINK.findall(text):
+        place = folder / target if target else None
+        if place is not None and not place.exists():
+            yield target
+        elif anchor and anchor[1:] not in anchors(text if place is None else place.read_text()):
+            yield target + anchor
+
+
+def missing_modules(text: str) -> Iterator[str]:
+    """Dotted names that are neither a module nor a setting of section `parallel`."""
+    for name in _MODULE.findall(text):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None and not re.match(r"parallel\.(tp|cp|pp|virtual|engine|offload|timeout_s)\b", name):
+            yield name
+
+
+def constants(module: str) -> set[str]:
+    """Every text in a command's source and in what it imports of `tools`."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    tree = ast.parse(Path(spec.origin).read_text())
+    found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tools."):
+            found |= constants(node.module)
+    return found
+
+
+def unknown_options(text: str) -> Iterator[str]:
+    """Options on a line with a command of ours that the command does not know."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for module, rest in re.findall(r"(?:-m |`)((?:tools|pipeline)\.[a-z_.]+)([^#`]*?)(?=-m |`|#|$)", line):
+            if module == "tools.torchrun":
+                continue  # takes torchrun's
+            known = constants(module)
+            yield from (f"{module} {option}" for option in _OPTION.findall(rest) if option not in known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    assert not [*missing_paths(text, page.parent), *missing_modules(text), *unknown_options(text)]
+
+
+def test_each_check_sees_what_is_missing() -> None:
+    broken = "`pipeline/schema.py`, see DESIGN.md and [x](docs/NONE.md), [y](README.md#no-such-title)."
+    assert [*missing_paths(broken, ROOT)] == [
+        "pipeline/schema.py",
+        "DESIGN.md",
+        "docs/NONE.md",
+        "docs/NONE.md",
+        "README.md#no-such-title",
+    ]
+    assert [*missing_modules("python -m tools.no_such, `pipeline.schema`, `parallel.cp`, `tools.report`")] == [
+        "tools.no_such",
+        "pipeline.schema",
+    ]
+    line = (
+        "python -m tools.bench.step --tp 8 --plain   # --nothing\n    python -m tools.merge_lora --factor 4 --format x"
+    )
+    assert [*unknown_options(line)] == ["tools.bench.step --plain", "tools.merge_lora --format"]
+
+
+def test_sources_name_no_page_that_is_not_there() -> None:
+    """In comments, docstrings and messages; `README.md` may be an export's."""
+    names = {page.name for page in PAGES}
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in SOURCES
+        if path != Path(__file__)
+        for name in re.findall(r"\b[A-Z]{3,}\.md\b", path.read_text())
+        if name not in names
+    ]
+    assert not found
+
+
+def test_yaml_on_the_pages_is_a_configuration(tmp_path: Path) -> None:
+    blocks = [block for page in PAGES for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "run.yaml").write_text(block)
+        assert load_config(tmp_path / "run.yaml").model.context == 32768
