@@ -12,6 +12,7 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
+from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
 from pipeline.planning.tile_size import tile_tokens
 
 GIB = 2**30
@@ -47,18 +48,8 @@ class ParameterCounts:
 
 def count_parameters(config: RunConfig, arch: LlamaArch) -> ParameterCounts:
     """Count what is frozen and what trains."""
-    query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    shapes = {
-        "q": (query, arch.hidden),
-        "k": (key_value, arch.hidden),
-        "v": (key_value, arch.hidden),
-        "o": (arch.hidden, query),
-        "gate": (arch.ffn, arch.hidden),
-        "up": (arch.ffn, arch.hidden),
-        "down": (arch.hidden, arch.ffn),
-    }
-    biases = arch.attention_bias * (query + 2 * key_value) + (arch.o_bias + arch.mlp_bias) * arch.hidden
-    layer = sum(rows * columns for rows, columns in shapes.values()) + biases + arch.mlp_bias * 2 * arch.ffn
+    shapes = {name: projection_shape(name, arch) for name in PROJECTIONS}
+    layer = sum(rows * (columns + has_bias(name, arch)) for name, (rows, columns) in shapes.items())
     embedding, norms = arch.vocab * arch.hidden, (2 * arch.layers + 1) * arch.hidden
     kinds = config.train.trainable
     trained = 0

@@ -109,7 +109,7 @@ def to_hf(our_name: str) -> list[tuple[str, str | None]]:
     raise KeyError(our_name)
 
 
-def _features(part: str, arch: LlamaArch) -> tuple[int, int]:
+def projection_shape(part: str, arch: LlamaArch) -> tuple[int, int]:
     """(output rows, input columns) of a projection."""
     heads, kv_heads = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     return {
@@ -123,7 +123,8 @@ def _features(part: str, arch: LlamaArch) -> tuple[int, int]:
     }[part]
 
 
-def _has_bias(part: str, arch: LlamaArch) -> bool:
+def has_bias(part: str, arch: LlamaArch) -> bool:
+    """Whether a projection of this architecture has a bias, one value a row."""
     if part in ("q", "k", "v"):
         return arch.attention_bias
     return arch.o_bias if part == "o" else arch.mlp_bias
@@ -138,9 +139,9 @@ def hf_tensor_shapes(arch: LlamaArch) -> dict[str, tuple[int, ...]]:
         for part, (module, _) in PROJECTIONS.items():
             if part == "gate":
                 shapes[f"{prefix}post_attention_layernorm.weight"] = (arch.hidden,)
-            rows, columns = _features(part, arch)
+            rows, columns = projection_shape(part, arch)
             shapes[f"{prefix}{module}.weight"] = (rows, columns)
-            if _has_bias(part, arch):
+            if has_bias(part, arch):
                 shapes[f"{prefix}{module}.bias"] = (rows,)
     shapes["model.norm.weight"] = (arch.hidden,)
     if not arch.tied:
@@ -154,7 +155,7 @@ def adapter_shapes(arch: LlamaArch, lora: LoraConfig) -> dict[str, tuple[int, ..
     for layer in range(arch.layers if lora.rank else 0):
         for part, (module, _) in PROJECTIONS.items():
             if part in lora.targets:
-                rows, columns = _features(part, arch)
+                rows, columns = projection_shape(part, arch)
                 shapes[f"model.layers.{layer}.{module}.lora_A.weight"] = (lora.rank, columns)
                 shapes[f"model.layers.{layer}.{module}.lora_B.weight"] = (rows, lora.rank)
     return shapes
@@ -238,7 +239,7 @@ def row_runs(our_name: str, arch: LlamaArch, tp_rank: int, tp_size: int) -> list
         if part is None:
             first, last = vocab_range(arch, tp_rank, tp_size)
         else:
-            first, last = cut[1:] if cut is not None and cut[0] == 0 else (0, _features(part, arch)[0])
+            first, last = cut[1:] if cut is not None and cut[0] == 0 else (0, projection_shape(part, arch)[0])
         pieces.append((hf_name, columns, first, last))
     # Only q, k and v interleave: a group of query heads, then its key and its value head.
     groups = arch.kv_heads // tp_size if len(pieces) == 3 else 1
