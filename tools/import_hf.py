@@ -220,6 +220,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
             ) from None
         tokenizer.save_pretrained(folder)
         _plain_tokenizer(folder)
+        _drop_invented_tokens(folder, model.config.vocab_size)
         config = json.loads(model.config.to_json_string(use_diff=False))
         # The weights are dequantized now, and paths of this machine are nobody's business.
         config = {
@@ -262,6 +263,22 @@ def _plain_tokenizer(folder: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")})
+
+
+def _drop_invented_tokens(folder: Path, rows: int) -> None:
+    """Take out added tokens behind the last row: no GGUF file holds them, transformers' tokenizer class brings them.
+
+    Its GPT-2 class adds `<|endoftext|>`, for one, to every vocabulary that lacks it.
+    """
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    whole, settings = read_object(path), read_object(settings_path)
+    invented = {item["content"] for item in whole.get("added_tokens") or [] if item["id"] >= rows}
+    if not invented:
+        return
+    whole["added_tokens"] = [item for item in whole["added_tokens"] if item["content"] not in invented]
+    settings.pop("added_tokens_decoder", None)
+    path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+    write_json(settings_path, {key: value for key, value in settings.items() if value not in invented})
 
 
 @command

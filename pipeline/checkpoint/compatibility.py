@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "data.path",
     "data.tokenizer",
     "model.path",
+    "model.rope.replace",
     "resume.",
     "init_from",
 )

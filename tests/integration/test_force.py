@@ -29,7 +29,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def refused(capsys: pytest.CaptureFixture[str], status: int, words: str) -> None:
     said = capsys.readouterr().err
-    assert status == 1 and words in said and said.startswith("error: ") and said.endswith(".\n"), said
+    assert status == 2 and words in said and said.startswith("error: ") and said.endswith(".\n"), said
 
 
 def test_a_project_that_holds_a_config_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

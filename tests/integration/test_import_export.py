@@ -171,7 +171,7 @@ def test_verify_fails_on_a_wrong_export(tmp_path: Path, monkeypatch: pytest.Monk
         verify(model, tmp_path / "out", "merged")
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="logits differ from the trained"):
         for check in ("verify.compare_tensors", "verify.check_config", "verify_logits.check_rotary"):
-            patch.setattr(f"pipeline.{check}", lambda *_: {})
+            patch.setattr(f"pipeline.export.{check}", lambda *_: {})
         verify(model, tmp_path / "out", "merged")
     assert json.loads((tmp_path / "out/verify.json").read_text())["passed"] is False
     export_merged(model, tmp_path / "out", force=True)

@@ -14,6 +14,7 @@ from parallel.world.grid import plan_stages
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import write_safetensors_sharded
+from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight
 from pipeline.model.weights.fusing import split_gate_up, split_qkv
 from pipeline.model.weights.load import VOCABULARY, load_base
 from pipeline.planning import tensors as names
@@ -52,6 +53,9 @@ class RankPart:
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield from self.parameters.items()
+
+    def frozen_matrices(self) -> Iterator[tuple[str, FrozenWeight]]:
+        yield from ((name, DenseWeight(p)) for name, p in self.parameters.items() if ".linear_" in name and p.ndim == 2)
 
     def give_back(self) -> Iterator[tuple[str, tuple[int, int, int] | None, torch.Tensor]]:
         """(Hugging Face name, slice, tensor) of everything held, padding rows trimmed."""
