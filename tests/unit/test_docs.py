@@ -54,6 +54,8 @@ def missing_modules(text: str) -> Iterator[str]:
 def constants(module: str) -> set[str]:
     """Every text in a command's source and in what it imports of `tools`."""
     spec = importlib.util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations and importlib.util.find_spec(f"{module}.__main__"):
+        return constants(f"{module}.__main__")
     assert spec is not None and spec.origin is not None, module
     tree = ast.parse(Path(spec.origin).read_text())
     found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
