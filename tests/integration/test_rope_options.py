@@ -48,7 +48,7 @@ def test_options_that_errors_name_are_accepted(tmp_path: Path, capsys: pytest.Ca
 
     # Both readings of a base that does not tell its original context, as the error offers them.
     code, said = merge(silent, "--context", "65536")
-    assert code == 1 and "error: --original-context: the checkpoint is already scaled linearly by 4" in said
+    assert code == 2 and "error: --original-context: the checkpoint is already scaled linearly by 4" in said
     assert "set --original-context to 16384 if before, or to 4096 if after" in said
     assert merge(silent, "--context", "65536", "--original-context", "4096")[0] == 0
     assert ratio(tmp_path / "out", silent) == pytest.approx(16.0, rel=1e-5)
@@ -59,14 +59,14 @@ def test_options_that_errors_name_are_accepted(tmp_path: Path, capsys: pytest.Ca
         assert merge(plain, "--context", "10000", *more)[0] == 0
         assert ratio(tmp_path / "out", plain) == pytest.approx(factor, rel=1e-5)
     code, said = merge(plain, "--context", "10000", "--rope", "linear", "--factor", "2")
-    assert code == 1 and "--factor: 2 times the original context 4096 is 8192, less than --context 10000" in said
+    assert code == 2 and "--factor: 2 times the original context 4096 is 8192, less than --context 10000" in said
     code, said = merge(plain, "--context", "10000", "--rope", "abf")
-    assert code == 1 and "error: --theta: --rope abf needs" in said.replace("type abf", "--rope abf")
+    assert code == 2 and "error: --theta: --rope abf needs" in said.replace("type abf", "--rope abf")
     assert merge(plain, "--context", "10000", "--rope", "abf", "--theta", "1e6")[0] == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 1e6
     # Scaling of the base's own is replaced only with a word.
     code, said = merge(llama3, "--context", "256")
-    assert code == 1 and "--rope: the checkpoint uses llama3 scaling up to 128" in said
+    assert code == 2 and "--rope: the checkpoint uses llama3 scaling up to 128" in said
     code, said = merge(llama3, "--context", "256", "--rope", "linear", "--original-context", "32")
     assert code == 0 and "warning: --rope: the checkpoint's own llama3 scaling (factor 4 of 32)" in said
     assert "model." not in said and "replaced by linear, factor 8" in said
@@ -84,9 +84,9 @@ def test_a_checkpoint_takes_what_it_leaves_open_only(tmp_path: Path, capsys: pyt
 
     plain = make_tiny(tmp_path / "plain", "llama2", max_position_embeddings=4096)
     args = checkpoint(plain, "one", {"type": "linear"}, 8192)
-    assert export_main([*args, "--original-context", "2048"]) == 1
+    assert export_main([*args, "--original-context", "2048"]) == 2
     assert "--original-context: 2048 is not the 4096 of training" in capsys.readouterr().err
-    assert export_main([*args, "--factor", "2"]) == 1
+    assert export_main([*args, "--factor", "2"]) == 2
     assert "--factor: a checkpoint tells this" in capsys.readouterr().err
     assert export_main([*args, "--original-context", "4096"]) == 0
     assert ratio(tmp_path / "out", plain) == pytest.approx(2.0, rel=1e-5)
