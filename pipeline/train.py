@@ -19,8 +19,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.planning.balance import advise
-from pipeline.planning.rope import replacement_warning
+from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.command import command
 
 if TYPE_CHECKING:  # it imports torch
@@ -71,7 +70,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         with watch.patient("waiting for the output folder's lock"):
             lock = cleanup.enter_context(locked(Path(config.output), env.is_main))
         with watch.patient("loading"):
-            run = build(config, env, watch=watch)
+            run = build(plan_run(config, env.world_size), env, watch=watch)
         cleanup.callback(run.trainer.parts.saver.close)
         cleanup.callback(run.trainer.parts.loader.close)
         cleanup.callback(run.trainer.parts.model.close)
@@ -93,7 +92,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         if config.eval.path is not None:
             with watch.patient("reading the evaluation text"):
                 evaluator = Evaluator(
-                    config, trainer.parts.model, run.groups, run.tokenizer, watch, before_round=trainer.heed
+                    run.plan, trainer.parts.model, run.groups, run.tokenizer, watch, before_round=trainer.heed
                 )
                 if main:
                     shared = shared_text(trainer.parts.loader.shards, evaluator.shards)
@@ -136,11 +135,9 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
 
         told = run.resumed.warnings if run.resumed is not None else ()
         told += run.begun.warnings if run.begun is not None else ()
-        model = trainer.parts.model
-        advice = (*advise(config, model.arch, run.groups.plan), *replacement_warning(model.arch, model.rope))
         data = (*run.warnings, *starting_warnings(run), *filter(None, [shared]))
         took_over = [lock.took_over] if lock is not None and lock.took_over else []
-        for warning in (*config.warnings, *data, *advice, *took_over, *told):
+        for warning in (*config.warnings, *data, *run.plan.advice(), *took_over, *told):
             warn(warning)
         if main:
             record_run(run, shared=shared)

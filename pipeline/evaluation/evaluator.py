@@ -19,7 +19,6 @@ from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
@@ -28,9 +27,7 @@ from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
-from pipeline.planning.attention_layout import full_attention
-from pipeline.planning.rope import plan_rope
-from pipeline.planning.run_plan import check_before_spending
+from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 from pipeline.training.state import check_trained
@@ -46,16 +43,18 @@ class Evaluator:
 
     def __init__(
         self,
-        config: RunConfig,
+        plan: RunPlan,
         model: ModelPart,
         groups: Groups,
         tokenizer: TextTokenizer,
         watch: Watch | None = None,
         before_round: Callable[[], None] = lambda: None,
     ) -> None:
+        config = plan.config
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
-        self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
+        self.config, self.spec = config, plan.full_attention
+        self.model, self.groups, self.before_round = model, groups, before_round
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
         tokens = torch.from_numpy(self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
@@ -67,7 +66,7 @@ class Evaluator:
             label, step: recorded in the report.
             shown: display progress (not inside the training bar: a terminal holds one).
         """
-        settings, spec = self.config.eval, full_attention(self.config.attention)
+        settings = self.config.eval
         lengths = settings.lengths or (self.config.model.context,)
         spread = Shards(
             self.groups.data_rank,
@@ -82,7 +81,7 @@ class Evaluator:
         try:
             with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
                 report = evaluate(
-                    lambda tokens_BS: self.model.token_nll(tokens_BS, spec),
+                    lambda tokens_BS: self.model.token_nll(tokens_BS, self.spec),
                     self.tokens_T,
                     lengths,
                     settings.windows,
@@ -133,19 +132,19 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
         ConfigError, CheckpointError, DataError: one sentence each.
     """
     trained_with, config = config, fit_ranks(config, env.world_size)
-    arch, rope = check_before_spending(config, env)
+    plan = plan_run(config, env.world_size)
     if state == "shipped":
-        rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-    base = open_base(config, arch)
+        plan = plan.as_shipped()
+    base = open_base(config, plan.arch)
     try:
-        groups = connect(config, env, base)
+        groups = connect(plan, env, base)
         if state == "trained":
             folder = Path(share_from_main(groups, lambda: _newest(config)))
             # Told before the model is loaded; the base's hash is looked at after it.
             check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
-        model = build_model(config, arch, rope, lora, groups, base)
+        model = build_model(plan, lora, groups, base)
         step = 0
         if state == "trained":
             own = {"base_hash": share_from_main(groups, base.base_hash), "config": config_dict(trained_with)}
@@ -157,7 +156,7 @@ def evaluate_state(config: RunConfig, env: RankEnv, state: str) -> EvalReport:
             load_trained(model, whole_trained(folder))
             step = saved.step
         model.requires_grad_(False)
-        return Evaluator(config, model, groups, tokenizer).run("after" if state == "trained" else state, step)
+        return Evaluator(plan, model, groups, tokenizer).run("after" if state == "trained" else state, step)
     finally:
         destroy_groups()
 

@@ -126,7 +126,7 @@ class ModelPart(torch.nn.Module):
             if documents is not None:
                 documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
         layout = SequenceLayout.build(rows, sequence + padding, mask, documents)
-        start = plan.coordinates(self.groups.env.rank)[1] * share
+        start = self.groups.coordinates.cp * share
 
         def local(values: torch.Tensor, filler: int) -> torch.Tensor:
             if padding:
@@ -249,7 +249,7 @@ class ModelPart(torch.nn.Module):
             losses = relay(self.groups, self.stages, forward, shape, self.dtype)
         everything = torch.zeros(tokens_BS.shape[0], plan.cp * share, device=self.groups.device)
         if losses is not None:
-            start = plan.coordinates(self.groups.env.rank)[1] * share
+            start = self.groups.coordinates.cp * share
             everything[:, start : start + share] = losses
         # A sum of disjoint parts is a gather, and reaches the stages that have none.
         sum_over(self.groups.collection.cp, everything)

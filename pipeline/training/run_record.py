@@ -19,6 +19,7 @@ from pipeline.config.run import RunConfig
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
+from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.trainable import kind_of, trained_names
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.versions import versions
@@ -30,7 +31,7 @@ from pipeline.training.trainer import Trainer
 class Run:
     """A composed run."""
 
-    config: RunConfig
+    plan: RunPlan
     groups: Groups
     trainer: Trainer
     tokenizer: TextTokenizer
@@ -40,6 +41,11 @@ class Run:
     """What lies beside the base's weights and the text and is not read, one sentence each; of the main rank."""
     begun: Start | None = None
     """The trained weights it starts with; None: it resumes, or starts with the base's."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What the user asked for."""
+        return self.plan.config
 
     @property
     def output(self) -> Path:

@@ -19,6 +19,7 @@ from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.progress import EvalProgress
 from pipeline.train import main
 from tests.numerics.test_training import losses, run_here, write_run
@@ -144,7 +145,7 @@ def test_tokenizing_for_hours_is_no_hang(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 10)
     config = load_config(write_run(tmp_path, "run"), [])
-    groups, watch = connect(config, RankEnv()), Counting()
+    groups, watch = connect(plan_run(config, 1), RankEnv()), Counting()
     tokenizer = load_tokenizer(Path(config.model.path))
     open_tokens(config, config.data.path, tokenizer, groups, watch)
     assert watch.touched >= 2 * 3, "every source file, hashed and tokenized"

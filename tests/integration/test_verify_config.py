@@ -22,11 +22,11 @@ from pipeline.export.verify_logits import trained_weights
 from pipeline.export.verify_reference import own_logits
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaStage
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.spec import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base, load_trained, mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.planning.rope import plan_rope
 from tests.integration.test_import_export import CONTEXT, trained_model
 from tests.support.single import single_groups
 from tests.support.tiny_models import KINDS, make_tiny

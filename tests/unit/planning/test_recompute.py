@@ -11,12 +11,12 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers.linear import recomputing
-from pipeline.model.layers.rotary import plan_rope
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
+from pipeline.planning.rope import plan_rope
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
 

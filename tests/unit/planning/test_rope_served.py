@@ -17,9 +17,10 @@ from parallel.errors import ConfigError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.model.layers.rotary import hf_rope_fields, inverse_frequencies
+from pipeline.model.layers.rotary import inverse_frequencies
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import RopePlan, plan_model, plan_rope, replacement_warning, served_context
+from pipeline.planning.rope import RopePlan, hf_rope_fields, plan_rope, replacement_warning, served_context
+from pipeline.planning.run_plan import plan_model
 from pipeline.preflight import files
 from tests.support.tiny_models import tiny_config
 
