@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         groups,
         dtype,
         plan.recompute,
-        parallel.virtual,
+        plan.chunks,
         shards=shards,
         kinds=train.trainable,
     )
@@ -155,6 +156,7 @@ def build(
     base: HfCheckpoint | None = None,
     fake: bool = False,
     watch: Watch | None = None,
+    still_ours: Callable[[], None] | None = None,
 ) -> Run:
     """Compose a training run, resumed from its newest checkpoint when there is one.
 
@@ -164,6 +166,7 @@ def build(
         base: weights to start from; None: those of `model.path`.
         fake: be one rank of a world that is not there, for measuring.
         watch: learns that long work, as tokenizing, gets on.
+        still_ours: see `CheckpointSaver`; None: nobody else can take the output folder.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
@@ -218,6 +221,7 @@ def build(
             config.save.keep,
             config.save.keep_every,
             config.save.background,
+            still_ours or (lambda: None),
         ),
         spec=plan.attention,
         full_spec=plan.full_attention,

@@ -16,6 +16,7 @@ from parallel.world.groups import Groups
 from pipeline.checkpoint.choose import Choice
 from pipeline.config.checks import within
 from pipeline.config.run import RunConfig
+from pipeline.config.yaml_file import dump_config
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
@@ -137,6 +138,13 @@ def starting_line(run: Run) -> str:
         f"of {total:,} parameters " + ", ".join(f"{n:,} {kind}" for kind, n in trained.items()) + f" train; engine "
         f"{config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
+
+
+def record_config(run: Run) -> None:
+    """Write `<output>/config.yaml`: every setting, those that were derived too."""
+    path = run.output / "config.yaml"
+    with optional_file(path):
+        path.write_text(dump_config(run.config))
 
 
 def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None:
