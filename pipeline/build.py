@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.health.watch import Watch, collective_timeout_s
 from parallel.world.collectives import on_main_first, require_same, share_from_main
-from parallel.world.grid import plan_batch, plan_grid
 from parallel.world.groups import Groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
@@ -32,9 +32,7 @@ from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.attention_layout import attention_spec, full_attention
-from pipeline.planning.rope import RopePlan
-from pipeline.planning.run_plan import check_before_spending
+from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.progress import TokenProgress
 from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
 from pipeline.training.invariants import run_checks
@@ -79,32 +77,37 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     return dtype
 
 
-def build_model(
-    config: RunConfig, arch: LlamaArch, rope: RopePlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint
-) -> ModelPart:
+def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint) -> ModelPart:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
 
     Raises:
         ConfigError: attention.backend cannot run here.
         CheckpointError: a tensor is missing or misshaped.
     """
-    dtype = check_backend(config, arch, groups.device)
-    parallel, train = config.parallel, config.train
+    dtype = check_backend(plan.config, plan.arch, groups.device)
+    parallel, train = plan.config.parallel, plan.config.train
     shards = None
     if parallel.engine == "zero3":
-        offload, plan = parallel.offload.params == "cpu", groups.plan
-        batch = plan_batch(train.global_batch, train.micro_batch, plan.dp)
-        described = deepspeed_config(dtype, train.micro_batch, batch.accumulation, plan.dp * plan.cp)
+        offload, grid = parallel.offload.params == "cpu", plan.grid
+        described = deepspeed_config(dtype, train.micro_batch, plan.batch.accumulation, grid.dp * grid.cp)
         shards = FrozenShards(groups, dtype, offload, described)
     model = ModelPart(
-        arch, rope, lora, groups, dtype, train.recompute, parallel.virtual, shards=shards, kinds=train.trainable
+        plan.arch,
+        plan.rope,
+        lora,
+        groups,
+        dtype,
+        plan.recompute,
+        plan.chunks,
+        shards=shards,
+        kinds=train.trainable,
     )
     load_base(model, base)
-    init_adapters(model, config.train.seed)
+    init_adapters(model, train.seed)
     return model
 
 
-def connect(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Groups:
+def connect(plan: RunPlan, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Groups:
     """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed.
 
     Args:
@@ -113,17 +116,16 @@ def connect(config: RunConfig, env: RankEnv, base: HfCheckpoint | None = None, f
     Raises:
         ConfigError: this rank lacks its GPU, or the ranks have not the same settings, program or base.
     """
-    parallel = config.parallel
-    plan = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
+    config, parallel = plan.config, plan.config.parallel
     facts = rank_facts(config, base) if base is not None and env.world_size > 1 and not fake else None
     timeout_s = collective_timeout_s(parallel.timeout_s)
-    groups = make_groups(plan, env, timeout_s, virtual=parallel.virtual, fake=fake, facts=facts)
+    groups = make_groups(plan.grid, env, timeout_s, virtual=parallel.virtual, fake=fake, facts=facts)
     if groups.device.type == "cpu":
         # Bit-equal resumes and replicas; on a GPU the deterministic kernels would cost speed.
         torch.use_deterministic_algorithms(True)
     # Ranks with other tokens or other layers draw other dropout masks. Tensor-parallel ranks, neighbours on the fastest
     # axis, share a stream: megatron's tracker tells them apart where they must differ.
-    seed_everything(config.train.seed, env.rank // plan.tp)
+    seed_everything(config.train.seed, env.rank // plan.grid.tp)
     return groups
 
 
@@ -149,30 +151,32 @@ def open_tokens(
 
 
 def build(
-    config: RunConfig,
+    plan: RunPlan,
     env: RankEnv,
     base: HfCheckpoint | None = None,
     fake: bool = False,
     watch: Watch | None = None,
+    still_ours: Callable[[], None] | None = None,
 ) -> Run:
     """Compose a training run, resumed from its newest checkpoint when there is one.
 
     Args:
-        config: of the run.
+        plan: of the run, for as many ranks as `env` counts.
         env: this process among its peers.
         base: weights to start from; None: those of `model.path`.
         fake: be one rank of a world that is not there, for measuring.
         watch: learns that long work, as tokenizing, gets on.
+        still_ours: see `CheckpointSaver`; None: nobody else can take the output folder.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
-    arch, rope = check_before_spending(config, env)
+    config, arch = plan.config, plan.arch
     # `resume` looks again, at the base's hash and the data too
     if check_output(config) is None and config.init_from is not None:
         check_source(config.init_from)
     base = base or open_base(config, arch)
-    groups = connect(config, env, base, fake)
+    groups = connect(plan, env, base, fake)
     check_shared(groups, Path(config.output))
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
@@ -192,7 +196,7 @@ def build(
     )
     trains_lora = "lora" in config.train.trainable
     lora = config.lora if trains_lora else replace(config.lora, rank=0)
-    model = build_model(config, arch, rope, lora, groups, base)
+    model = build_model(plan, lora, groups, base)
     mark_trainable(model, config.train.trainable)
     optimizer = TrainableAdamW(
         ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model)),
@@ -217,9 +221,10 @@ def build(
             config.save.keep,
             config.save.keep_every,
             config.save.background,
+            still_ours or (lambda: None),
         ),
-        spec=attention_spec(config.attention, config.group),
-        full_spec=full_attention(config.attention),
+        spec=plan.attention,
+        full_spec=plan.full_attention,
         manifest={
             "config": config_dict(config),
             "layout": layout_of(config, groups),
@@ -241,7 +246,7 @@ def build(
         else:
             parts.checks.check_replicas(start, everything=True)
     parts.saver.prepare(own_pieces(model, config.train.trainable, optimizer))
-    return Run(config, groups, Trainer(parts, start), tokenizer, choice, _passed_over(config, base, groups), begun)
+    return Run(plan, groups, Trainer(parts, start), tokenizer, choice, _passed_over(config, base, groups), begun)
 
 
 def _passed_over(config: RunConfig, base: HfCheckpoint, groups: Groups) -> tuple[str, ...]:

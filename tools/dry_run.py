@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError
-from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
@@ -38,10 +37,8 @@ from pipeline.config.yaml_file import load_config
 from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.attention_layout import attention_spec
-from pipeline.planning.balance import busiest_rank
-from pipeline.planning.memory import CUDA_CONTEXT, PROCESS, estimate_memory
-from pipeline.planning.run_plan import check_before_spending
+from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
+from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import command
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2
@@ -141,34 +138,26 @@ def prepare(
     return changed, base, notes
 
 
-def refuse_without_gpu(config: RunConfig, arch: LlamaArch, env: RankEnv) -> None:
+def refuse_without_gpu(plan: RunPlan) -> None:
     """Let a CPU be a rank of tiny runs only: others would take this machine's memory, and hours.
 
     Raises:
         ConfigError: the run is not tiny; with what the formula says of it.
     """
-    parallel = config.parallel
-    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    on_cpu = estimate_memory(replace(config, model=replace(config.model, dtype="fp32")), arch, grid)
+    config = plan.config
+    on_cpu = replace(plan, config=replace(config, model=replace(config.model, dtype="fp32"))).memory()
     need = on_cpu.gpu_total - CUDA_CONTEXT + sum(on_cpu.host.values()) - PROCESS
     if need > CPU_BYTES:
-        found = estimate_memory(config, arch, grid)
+        found = plan.memory()
         raise ConfigError(
-            f"PyTorch sees no GPU to measure on; by formula one of {env.world_size} ranks takes about "
+            f"PyTorch sees no GPU to measure on; by formula one of {plan.grid.world_size} ranks takes about "
             f"{found.gpu_total / GIB:.1f} GiB of its GPU and {sum(found.host.values()) / GIB:.1f} GiB of host memory; "
             "run this on a machine with one GPU, or try the same settings on a CPU with --tiny (tools.tiny_run)."
         )
 
 
-def _busiest(config: RunConfig, arch: LlamaArch, nproc: int) -> int:
-    """The rank that all others wait for."""
-    parallel, attention = config.parallel, config.attention
-    grid = plan_grid(nproc, parallel.tp, parallel.cp, parallel.pp)
-    return busiest_rank(arch, config.sequence, attention_spec(attention, config.group), grid)
-
-
 def measure(
-    config: RunConfig, base: HfCheckpoint | None, env: RankEnv, warmup: int, profile: bool = False
+    plan: RunPlan, base: HfCheckpoint | None, env: RankEnv, warmup: int, profile: bool = False
 ) -> dict[str, Any]:
     """Take the steps; figures of this rank, which is alone unless torchrun started it.
 
@@ -178,7 +167,8 @@ def measure(
     cuda = torch.cuda.is_available()
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
     began = time.perf_counter()
-    run = build(config, env, base=base, fake=env.world_size > 1 and not env.launched)
+    config = plan.config
+    run = build(plan, env, base=base, fake=env.world_size > 1 and not env.launched)
     trainer, shards = run.trainer, run.trainer.parts.model.shards
     loaded = time.perf_counter() - began
     rows, seconds = [], []
@@ -198,9 +188,9 @@ def measure(
     finally:
         trainer.parts.loader.close()
         trainer.parts.saver.close()
-    plan = run.groups.plan
+    grid = plan.grid
     # As many micro-batches a step as pipeline stages: the stages cancel out.
-    tokens = config.train.micro_batch * config.sequence / (plan.tp * plan.cp)
+    tokens = config.train.micro_batch * config.sequence / (grid.tp * grid.cp)
     median = statistics.median(seconds)
     found: dict[str, Any] = {
         "seconds a step": round(median, 3),
@@ -250,12 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
-            arch, _ = check_before_spending(changed, env)
+            plan = plan_run(changed, env.world_size)
             if not torch.cuda.is_available():
-                refuse_without_gpu(changed, arch, env)
+                refuse_without_gpu(plan)
             if args.rank is None and not env.launched:
-                env = replace(env, rank=_busiest(changed, arch, env.world_size))
-            found = measure(changed, base, env, warmup=1, profile=args.profile)
+                env = replace(env, rank=plan.busiest_rank())
+            found = measure(plan, base, env, warmup=1, profile=args.profile)
     finally:
         destroy_groups()
     if env.launched and not env.is_main:

@@ -13,6 +13,7 @@ The only file that imports deepspeed (ZeRO-3: arXiv 1910.02054, section 5.3; off
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,8 +144,7 @@ class FrozenShards:
         self.units: list[Unit] = []
         self.order: list[Unit] = []
         """Unit of every position of the forward pass; one may come twice (a tied embedding)."""
-        self.backward = False
-        """Whether units are used from the last to the first; set it around the backward pass."""
+        self._backward = False
         self._ids: set[int] = set()
         self._slots: list[torch.Tensor] = []
         self._holds: list[Unit | None] = [None] * SLOTS
@@ -240,6 +240,15 @@ class FrozenShards:
         """Bytes of page-locked host memory: exactly the shares."""
         return self._pinned
 
+    @contextlib.contextmanager
+    def going_backward(self) -> Iterator[None]:
+        """Within, units are used from the last to the first."""
+        self._backward = True
+        try:
+            yield
+        finally:
+            self._backward = False
+
     def use(self, position: int) -> None:
         """Make the unit at `position` whole before what is launched next, and start on the one after it.
 
@@ -254,7 +263,7 @@ class FrozenShards:
             else:
                 unit.ready.wait()
             unit.ready = None
-        following = position - 1 if self.backward else position + 1
+        following = position - 1 if self._backward else position + 1
         if 0 <= following < len(self.order) and self.order[following].slot is None:
             self._fetch(self.order[following], keep=unit)
 

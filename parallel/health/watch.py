@@ -60,8 +60,8 @@ def collective_timeout_s(timeout_s: float) -> float:
 class Watch:
     """Tells how the run gets on. This one has nobody to tell: a single process fails by itself."""
 
-    line = 0
-    """Set it to this rank's pipeline stage: ranks of one line are expected to be equally far."""
+    def set_line(self, line: int) -> None:
+        """This rank's pipeline stage: ranks of one line are expected to be equally far."""
 
     def progress(self, step: int, phase: str = "training") -> None:
         """The main thread got on to a step; call it as often as you like.
@@ -122,7 +122,7 @@ class RankWatch(Watch):
         self._hosting = env.rank == 0 and not env.agent_store
         self._interval = BEAT_S * max(1.0, env.world_size / CROWD)
         self._silence_s = max(SILENCE_S, 4 * self._interval)
-        self._step, self._phase, self._patience = 0, "starting", 0
+        self._step, self._phase, self._patience, self._line = 0, "starting", 0, 0
         self._failure: Verdict | None = None
         self._secondary_since: float | None = None
         self._closing = False
@@ -143,6 +143,10 @@ class RankWatch(Watch):
         self._minder = StoreMinder(lambda: self._exchanges, self._interval, self._store_silent)
         self._thread = threading.Thread(target=self._run, name="longspan-watch", daemon=True)
         self._thread.start()
+
+    def set_line(self, line: int) -> None:
+        """See `Watch`."""
+        self._line = line
 
     def progress(self, step: int, phase: str = "training") -> None:
         """See `Watch`: four assignments."""
@@ -278,7 +282,7 @@ class RankWatch(Watch):
             waiting=waiting,
             where=where,
             moves=self._moves,
-            line=self.line,
+            line=self._line,
             host=self._peers.host,
             pid=os.getpid(),
             ended=ended,

@@ -6,8 +6,18 @@ Axis order is megatron's, fastest first: tp, cp, dp, pp. A rank's coordinates ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from parallel.errors import ConfigError
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands on each axis, counted from 0."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
 
 
 @dataclass(frozen=True)
@@ -24,12 +34,14 @@ class GridPlan:
         """Number of ranks."""
         return self.tp * self.cp * self.dp * self.pp
 
-    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        """(tp, cp, dp, pp) coordinates of `rank`."""
-        tp = rank % self.tp
-        cp = rank // self.tp % self.cp
-        dp = rank // (self.tp * self.cp) % self.dp
-        return tp, cp, dp, rank // (self.tp * self.cp * self.dp)
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` stands."""
+        return Coordinates(
+            tp=rank % self.tp,
+            cp=rank // self.tp % self.cp,
+            dp=rank // (self.tp * self.cp) % self.dp,
+            pp=rank // (self.tp * self.cp * self.dp),
+        )
 
     def rank(self, tp: int, cp: int, dp: int, pp: int) -> int:
         """Inverse of `coordinates`."""

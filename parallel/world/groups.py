@@ -17,7 +17,7 @@ from parallel.errors import ConfigError
 from parallel.world import cpu_standins
 from parallel.world.agreement import require_alike
 from parallel.world.context_shard import ContextShard
-from parallel.world.grid import GridPlan
+from parallel.world.grid import Coordinates, GridPlan
 from parallel.world.lone_rank import stand_in
 from parallel.world.meeting import open_store
 from parallel.world.rank_env import RankEnv
@@ -54,25 +54,30 @@ class Groups:
     """The other ranks are not there (see `make_groups`)."""
 
     @property
+    def coordinates(self) -> Coordinates:
+        """Where this rank stands."""
+        return self.plan.coordinates(self.env.rank)
+
+    @property
     def data_rank(self) -> int:
         """Index of this rank among the data-parallel replicas."""
-        return self.plan.coordinates(self.env.rank)[2]
+        return self.coordinates.dp
 
     @property
     def stage(self) -> int:
         """This rank's pipeline stage."""
-        return self.plan.coordinates(self.env.rank)[3]
+        return self.coordinates.pp
 
     def stage_rank(self, stage: int) -> int:
         """Global rank of this rank's counterpart on pipeline stage `stage`, modulo their number."""
-        tp, cp, dp, _ = self.plan.coordinates(self.env.rank)
-        return self.plan.rank(tp, cp, dp, stage % self.plan.pp)
+        here = self.coordinates
+        return self.plan.rank(here.tp, here.cp, here.dp, stage % self.plan.pp)
 
     def context_shard(self, tokens: int) -> ContextShard | None:
         """This rank's `tokens` tokens of a sequence under context parallelism; None without it."""
         if self.plan.cp == 1:
             return None
-        return ContextShard(self.collection.cp, self.plan.coordinates(self.env.rank)[1], self.plan.cp, tokens)
+        return ContextShard(self.collection.cp, self.coordinates.cp, self.plan.cp, tokens)
 
     @property
     def is_main(self) -> bool:
@@ -218,12 +223,12 @@ def check_groups(groups: Groups) -> None:
     plan, rank = groups.plan, groups.env.rank
     own = plan.coordinates(rank)
     expected = {
-        "tp": (groups.collection.tp, (0,)),
-        "cp": (groups.collection.cp, (1,)),
-        "pp": (groups.collection.pp, (3,)),
-        "dp": (groups.replicas, (2,)),
-        "dp x cp": (groups.data, (1, 2)),
-        "tp x pp": (groups.model, (0, 3)),
+        "tp": (groups.collection.tp, {"tp"}),
+        "cp": (groups.collection.cp, {"cp"}),
+        "pp": (groups.collection.pp, {"pp"}),
+        "dp": (groups.replicas, {"dp"}),
+        "dp x cp": (groups.data, {"dp", "cp"}),
+        "tp x pp": (groups.model, {"tp", "pp"}),
     }
     for name, (group, free) in expected.items():
         ranks = [
@@ -231,7 +236,7 @@ def check_groups(groups: Groups) -> None:
             for other in range(plan.world_size)
             if all(
                 axis in free or mine == theirs
-                for axis, (mine, theirs) in enumerate(zip(own, plan.coordinates(other), strict=True))
+                for axis, mine, theirs in zip(Coordinates._fields, own, plan.coordinates(other), strict=True)
             )
         ]
         found = dist.get_process_group_ranks(group)

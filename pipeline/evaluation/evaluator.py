@@ -23,7 +23,6 @@ from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
@@ -34,9 +33,7 @@ from pipeline.evaluation.run_retrieval import RetrievalReport, run_retrieval
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import load_trained, mark_trainable
-from pipeline.planning.attention_layout import full_attention
-from pipeline.planning.rope import plan_rope
-from pipeline.planning.run_plan import check_before_spending
+from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 from pipeline.training.state import check_trained
@@ -52,16 +49,18 @@ class Evaluator:
 
     def __init__(
         self,
-        config: RunConfig,
+        plan: RunPlan,
         model: ModelPart,
         groups: Groups,
         tokenizer: TextTokenizer,
         watch: Watch | None = None,
         before_round: Callable[[], None] = lambda: None,
     ) -> None:
+        config = plan.config
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
-        self.config, self.model, self.groups, self.before_round = config, model, groups, before_round
+        self.config, self.spec = config, plan.full_attention
+        self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
         tokens = torch.from_numpy(self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64"))
@@ -74,7 +73,7 @@ class Evaluator:
             label, step: recorded in the report.
             shown: display progress (not inside the training bar: a terminal holds one).
         """
-        settings, spec = self.config.eval, full_attention(self.config.attention)
+        settings = self.config.eval
         lengths = settings.lengths or (self.config.model.context,)
         spread = Shards(
             self.groups.data_rank,
@@ -89,7 +88,7 @@ class Evaluator:
         try:
             with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
                 report = evaluate(
-                    lambda tokens_BS: self.model.token_nll(tokens_BS, spec),
+                    lambda tokens_BS: self.model.token_nll(tokens_BS, self.spec),
                     self.tokens_T,
                     lengths,
                     settings.windows,
@@ -149,6 +148,8 @@ class LoadedState:
     tokenizer: TextTokenizer
     identity: Mapping[str, Any]
     """What tells it from other models: base, positions, checkpoint, dtype."""
+    plan: RunPlan
+    """As its ranks run it."""
 
 
 @contextlib.contextmanager
@@ -162,21 +163,21 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
         ConfigError, CheckpointError, DataError: one sentence each.
     """
     trained_with, config = config, fit_ranks(config, env.world_size)
-    arch, rope = check_before_spending(config, env)
+    plan = plan_run(config, env.world_size)
     if state == "shipped":
-        rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-    base = open_base(config, arch)
+        plan = plan.as_shipped()
+    base = open_base(config, plan.arch)
     try:
-        groups = connect(config, env, base)
+        groups = connect(plan, env, base)
         if state == "trained":
             folder = Path(share_from_main(groups, lambda: str(checkpoint or _newest(config))))
             # Told before the model is loaded; the base's hash is looked at after it.
             check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
         tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
         lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
-        model = build_model(config, arch, rope, lora, groups, base)
+        model = build_model(plan, lora, groups, base)
         base_hash = share_from_main(groups, base.base_hash)
-        identity = {"base": base_hash, "rope": asdict(rope), "vocab": arch.vocab, "dtype": str(model.dtype)}
+        identity = {"base": base_hash, "rope": asdict(plan.rope), "vocab": plan.arch.vocab, "dtype": str(model.dtype)}
         step = 0
         if state == "trained":
             own = {"base_hash": base_hash, "config": config_dict(trained_with)}
@@ -190,8 +191,9 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
             identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
         model.requires_grad_(False)
         label = "after" if state == "trained" else state
-        context = arch.max_positions if state == "shipped" else config.model.context
-        yield LoadedState(label, step, context, arch.max_positions, model, groups, tokenizer, identity)
+        own_context = plan.arch.max_positions
+        context = own_context if state == "shipped" else config.model.context
+        yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan)
     finally:
         destroy_groups()
 
@@ -214,7 +216,7 @@ def evaluate_state(
         ConfigError, CheckpointError, DataError: one sentence each.
     """
     with load_state_of(config, env, state, checkpoint) as loaded:
-        evaluator = Evaluator(config, loaded.model, loaded.groups, loaded.tokenizer)
+        evaluator = Evaluator(loaded.plan, loaded.model, loaded.groups, loaded.tokenizer)
         asked: list[Cell] = []
         if retrieval:
             text_T = evaluator.tokens_T.cpu().numpy()
@@ -226,7 +228,7 @@ def evaluate_state(
             run_retrieval(
                 loaded.model,
                 loaded.groups,
-                full_attention(config.attention),
+                loaded.plan.full_attention,
                 asked,
                 loaded.identity,
                 Path(config.output),

@@ -110,8 +110,7 @@ class LlamaStage(MegatronModule):
             self.output_layer.weight.shared_copy = arch.tied
         self.shards: FrozenShards | None = None
         """As in any `weights.Part`; a whole `ModelPart` may have them."""
-        self.before_output: Callable[[], None] = lambda: None
-        """Called before the output matrix is read (engine zero3 gathers it)."""
+        self._before_output: Callable[[], None] = lambda: None
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -141,6 +140,10 @@ class LlamaStage(MegatronModule):
     def output_weight(self) -> torch.Tensor:
         """This rank's rows of the output matrix, [V, H]; the embedding itself when tied on one stage."""
         return self.output_layer.weight if hasattr(self, "output_layer") else self.embedding.weight
+
+    def call_before_output(self, hook: Callable[[], None]) -> None:
+        """Have `hook` called whenever the output matrix is about to be read (engine zero3 gathers it)."""
+        self._before_output = hook
 
     @property
     def vocab_shard(self) -> VocabShard | None:
@@ -188,7 +191,7 @@ class LlamaStage(MegatronModule):
 
     def _scored(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [L, H] and the labels [T] of the context-parallel shard, of which L tokens are this rank's."""
-        self.before_output()
+        self._before_output()
         return hidden.flatten(0, 1), labels_BS.t().reshape(-1)
 
     def loss_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
@@ -220,5 +223,5 @@ class LlamaStage(MegatronModule):
     def logits(self, tokens_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec) -> torch.Tensor:
         """Logits [B, S, V] of a whole model in the parameters' dtype; for tests and short inputs only."""
         hidden = self(tokens_BS, layout, spec)
-        self.before_output()
+        self._before_output()
         return (hidden @ self.output_weight.t()).transpose(0, 1)

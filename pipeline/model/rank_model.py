@@ -54,7 +54,7 @@ class ModelPart(torch.nn.Module):
         groups: the grid.
         dtype: of the weights.
         recompute: policy of every layer of the whole model (`planning.recompute`), or one word for all.
-        virtual: pipeline chunks a rank.
+        chunks: layers of every pipeline chunk (`RunPlan.chunks`); None: one chunk a stage.
         shards: engine zero3: takes the frozen matrices; None: every rank holds its slice of them.
         kinds: train.trainable, which decides what `shards` takes.
         family: whose classes the layers are of (`spec.FAMILIES`).
@@ -68,7 +68,7 @@ class ModelPart(torch.nn.Module):
         groups: Groups,
         dtype: torch.dtype,
         recompute: Sequence[RecomputePolicy] | str,
-        virtual: int = 1,
+        chunks: Sequence[range] | None = None,
         shards: FrozenShards | None = None,
         kinds: Sequence[str] = (),
         family: str = "local",
@@ -78,8 +78,7 @@ class ModelPart(torch.nn.Module):
         self.arch, self.rope, self.lora, self.groups, self.dtype = arch, rope, lora, groups, dtype
         plan = groups.plan
         self.tp_rank, self.tp_size = groups.collection.tp.rank(), plan.tp
-        self.virtual = virtual
-        layers = plan_stages(arch.layers, plan.pp, virtual)
+        self.chunk_layers = layers = tuple(chunks or plan_stages(arch.layers, plan.pp))
         # Sharded weights are never allocated whole, so the modules are made without memory first.
         home = contextlib.nullcontext() if shards is None else torch.device("meta")
         config = transformer_config(arch, plan, dtype, groups.device, layers, sharded=shards is not None)
@@ -90,7 +89,7 @@ class ModelPart(torch.nn.Module):
                 layers[number],
                 first=number == 0,
                 last=number == len(layers) - 1,
-                virtual=number // plan.pp if virtual > 1 else None,
+                virtual=number // plan.pp if len(layers) > plan.pp else None,
             )
             with home:
                 self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk, policies, family))
@@ -126,7 +125,7 @@ class ModelPart(torch.nn.Module):
             if documents is not None:
                 documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
         layout = SequenceLayout.build(rows, sequence + padding, mask, documents)
-        start = plan.coordinates(self.groups.env.rank)[1] * share
+        start = self.groups.coordinates.cp * share
 
         def local(values: torch.Tensor, filler: int) -> torch.Tensor:
             if padding:
@@ -194,21 +193,9 @@ class ModelPart(torch.nn.Module):
             loss = forward(number, self.stages[0])
             if number == len(placed) - 1:
                 before_last_backward(None)
-            with self._backward():
+            with contextlib.nullcontext() if self.shards is None else self.shards.going_backward():
                 loss.backward()
         return total
-
-    @contextlib.contextmanager
-    def _backward(self) -> Iterator[None]:
-        """Within, layers come from the last to the first."""
-        if self.shards is None:
-            yield
-            return
-        self.shards.backward = True
-        try:
-            yield
-        finally:
-            self.shards.backward = False
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of all frozen weights this rank keeps: parameters, and engine zero3's shares of a unit."""
@@ -278,7 +265,7 @@ class ModelPart(torch.nn.Module):
             scores = relay(self.groups, self.stages, forward, (share // plan.tp, rows, self.arch.hidden), self.dtype)
         everything = torch.zeros(kinds, rows, plan.cp * share, device=self.groups.device)
         if scores is not None:
-            start = plan.coordinates(self.groups.env.rank)[1] * share
+            start = self.groups.coordinates.cp * share
             everything[..., start : start + share] = scores
         # A sum of disjoint parts is a gather, and reaches the stages that have none.
         sum_over(self.groups.collection.cp, everything)

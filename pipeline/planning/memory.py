@@ -6,12 +6,13 @@ figures it was compared with are in docs/RESULTS.md (tests/unit/planning/test_me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.recompute import RecomputePolicy, plan_recompute
+from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
 from pipeline.planning.tile_size import tile_tokens
 
@@ -87,11 +88,16 @@ class MemoryEstimate:
         return processes * sum(self.host.values()) + self.host_once
 
 
-def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> MemoryEstimate:
+def estimate_memory(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy]
+) -> MemoryEstimate:
     """What training takes on `grid`.
 
     A pipeline's first stage is counted: it holds the embedding and as many micro-batches as there are stages, so layer
     inputs do not shrink with pp.
+
+    Args:
+        recompute: policy of every layer of the whole model (`planning.recompute`).
     """
     counts = count_parameters(config, arch)
     width = 4 if config.model.dtype == "fp32" else 2
@@ -108,7 +114,7 @@ def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> Memor
         "frozen norms": counts.norms * width,
         "trained weights": trained * width,
         "gradients": trained * GRADIENT,
-        **_activations(config, arch, grid, layers, width),
+        **_activations(config, arch, grid, recompute[:layers], width),
         "context": CUDA_CONTEXT,
     }
     host = {"process": PROCESS}
@@ -120,13 +126,14 @@ def estimate_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> Memor
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 
 
-def _activations(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int, width: int) -> dict[str, int]:
+def _activations(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int
+) -> dict[str, int]:
     """What a layer keeps for the backward pass, and the most that one layer, or the loss, takes while it is at work."""
     tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
     query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     hidden, ffn, tp = arch.hidden // grid.tp, arch.ffn // grid.tp, grid.tp
     adapted = any(target in ("gate", "up", "down") for target in config.lora.targets)
-    policies = plan_recompute(config.train.recompute, arch.layers)[:layers]
     full = RecomputePolicy.FULL in policies
     # The layer's input, attention's own sum, queries, keys, values, attention's output twice (as its kernel left it and
     # by heads), gate and up; the product of the two if an adapter reads it.

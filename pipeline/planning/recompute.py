@@ -1,6 +1,6 @@
 """What each layer keeps for its backward pass and what it computes again: decided here, before torch is imported.
 
-The memory formula counts by these policies and the layers follow them; nobody else reads `train.recompute`.
+The memory formula counts by these policies and the layers follow them; `RunPlan` alone reads `train.recompute`.
 """
 
 from __future__ import annotations

@@ -1,17 +1,33 @@
-"""What a run makes of a checkpoint and of its ranks, refused before anything slow is imported. No torch."""
+"""The plan of a run, made once: what follows from a configuration, a checkpoint and the number of ranks. No torch.
+
+Making it refuses all that can be refused before anything slow is imported. Preflight, build, evaluation, dry run and
+doctor are given it; none of them works it out again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError
-from parallel.world.grid import check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
-from parallel.world.rank_env import RankEnv
+from parallel.world.grid import (
+    BatchPlan,
+    GridPlan,
+    check_interleaving,
+    check_model_fits,
+    plan_batch,
+    plan_grid,
+    plan_stages,
+)
+from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.rope import RopePlan, described, plan_rope, replaces, served_context
+from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
+from pipeline.planning.balance import advise, busiest_rank
+from pipeline.planning.memory import MemoryEstimate, estimate_memory
+from pipeline.planning.recompute import RecomputePolicy, plan_recompute
+from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -67,16 +83,113 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
     return arch, plan
 
 
-def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, RopePlan]:
-    """Everything that can be refused before torch allocates: grid, batch, files, architecture, RoPE.
+def plan_ranks(config: RunConfig, world: int) -> tuple[GridPlan, BatchPlan]:
+    """How `world` ranks share the work, as far as it does not depend on the model.
 
     Raises:
-        ConfigError, CheckpointError, DataError: one sentence each.
+        ConfigError: axes, batch and ranks do not divide each other.
     """
-    parallel = config.parallel
-    grid = plan_grid(env.world_size, parallel.tp, parallel.cp, parallel.pp)
-    batch = plan_batch(config.train.global_batch, config.train.micro_batch, grid.dp)
+    parallel, train = config.parallel, config.train
+    grid = plan_grid(world, parallel.tp, parallel.cp, parallel.pp)
+    batch = plan_batch(train.global_batch, train.micro_batch, grid.dp)
     check_interleaving(parallel.pp, parallel.virtual, batch.accumulation)
+    return grid, batch
+
+
+def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, ...]:
+    """The layers of every pipeline chunk of a model that tensor parallelism can cut, too.
+
+    Raises:
+        ConfigError: the model has too few heads, MLP channels or layers for the grid, or such as it does not divide.
+    """
+    check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
+    return plan_stages(arch.layers, grid.pp, virtual)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that follows from a configuration, the checkpoint it names and the number of ranks."""
+
+    config: RunConfig
+    arch: LlamaArch
+    """The model that runs, with its added rows."""
+    rope: RopePlan
+    grid: GridPlan
+    batch: BatchPlan
+    chunks: tuple[range, ...]
+    """Layers of every pipeline chunk, in order (`parallel.world.grid.plan_stages`)."""
+    attention: AttentionSpec
+    """What training attends with."""
+    full_attention: AttentionSpec
+    """What evaluation attends with, and training in its last `attention.full_last_steps` steps."""
+    recompute: tuple[RecomputePolicy, ...]
+    """Of every layer of the whole model."""
+
+    @classmethod
+    def of(cls, config: RunConfig, arch: LlamaArch, rope: RopePlan, world: int) -> RunPlan:
+        """The plan for a model that is known: no file is opened.
+
+        Args:
+            arch, rope: from `plan_model`.
+            world: ranks.
+
+        Raises:
+            ConfigError: the ranks do not fit the settings or the model.
+        """
+        grid, batch = plan_ranks(config, world)
+        return cls(
+            config=config,
+            arch=arch,
+            rope=rope,
+            grid=grid,
+            batch=batch,
+            chunks=plan_chunks(arch, grid, config.parallel.virtual),
+            attention=attention_spec(config.attention, config.group),
+            full_attention=full_attention(config.attention),
+            recompute=plan_recompute(config.train.recompute, arch.layers),
+        )
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a training sequence."""
+        return self.config.sequence
+
+    @property
+    def group(self) -> int:
+        """Tokens of an S² group."""
+        return self.attention.group
+
+    def memory(self) -> MemoryEstimate:
+        """What training takes, by formula."""
+        return estimate_memory(self.config, self.arch, self.grid, self.recompute)
+
+    def balance(self) -> tuple[str, ...]:
+        """A sentence for each thing that makes ranks wait for each other."""
+        return advise(self.config, self.arch, self.grid)
+
+    def advice(self) -> tuple[str, ...]:
+        """What would run and may not be meant, one sentence each."""
+        return (*self.balance(), *replacement_warning(self.arch, self.rope))
+
+    def busiest_rank(self) -> int:
+        """The rank that all others wait for."""
+        return busiest_rank(self.arch, self.sequence, self.attention, self.grid)
+
+    def as_shipped(self) -> RunPlan:
+        """The same with the checkpoint's own rotary positions: model.rope is not looked at."""
+        return replace(self, rope=plan_rope(self.arch, RopeSettings(), self.arch.max_positions))
+
+
+def plan_run(config: RunConfig, world: int) -> RunPlan:
+    """The plan of a run, and with it everything that can be refused before torch allocates.
+
+    Args:
+        world: ranks.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one sentence each, of grid, batch, files, architecture or RoPE.
+    """
+    plan_ranks(config, world)  # what needs no file is told first
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(
@@ -87,7 +200,4 @@ def check_before_spending(config: RunConfig, env: RankEnv) -> tuple[LlamaArch, R
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    arch, rope = plan_model(config.model, read_arch(folder))
-    check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
-    plan_stages(arch.layers, parallel.pp, parallel.virtual)
-    return arch, rope
+    return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world)

@@ -25,7 +25,7 @@ from pipeline.hf.weight_files import choose_weights
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
-from pipeline.planning.rope import replacement_warning
+from pipeline.planning.rope import RopePlan, own_plan, replacement_warning
 from pipeline.planning.run_plan import plan_model
 
 
@@ -69,20 +69,22 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
     return Finding("Model", found, "config.json and whole safetensors", problem, advice), arch
 
 
-def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, LlamaArch]:
-    """Vocabulary, biases and RoPE against the checkpoint's sizes; also gives those of the model that trains.
+def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, tuple[LlamaArch, RopePlan]]:
+    """Vocabulary, biases and RoPE against the checkpoint's sizes; also gives the model that trains.
 
     Args:
-        stored: what the checkpoint's config.json says; given back where the settings do not fit it.
+        stored: what the checkpoint's config.json says; the model is as it says where the settings do not fit it, so
+            that the other checks still find what they can.
     """
     needed = f"a context of {settings.context} tokens"
+    own = own_plan(stored, stored.max_positions)
     try:
         arch, rope = plan_model(settings, stored)
     except ConfigError as error:
-        return Finding("Model settings", f"RoPE {settings.rope.type}", needed, str(error)), stored
+        return Finding("Model settings", f"RoPE {settings.rope.type}", needed, str(error)), (stored, own)
     stretched = "" if rope.factor == 1 else f", factor {rope.factor:g}"
     found, advice = f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", replacement_warning(arch, rope)
-    return Finding("Model settings", found, needed, advice=advice), arch
+    return Finding("Model settings", found, needed, advice=advice), (arch, rope)
 
 
 def check_tokenizer(path: Path, rows: int | None) -> Finding:

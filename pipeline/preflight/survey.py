@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import ConfigError
-from parallel.world.grid import GridPlan, check_interleaving, check_model_fits, plan_batch, plan_grid, plan_stages
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.run import RunConfig
 from pipeline.data.discovery import find_texts
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.balance import advise
-from pipeline.planning.memory import MemoryEstimate, estimate_memory
+from pipeline.planning.memory import MemoryEstimate
+from pipeline.planning.rope import RopePlan
+from pipeline.planning.run_plan import RunPlan, plan_ranks
 from pipeline.preflight.files import (
     Finding,
     check_earlier_run,
@@ -153,22 +153,25 @@ def check_shared_memory(free: int | None, processes: int) -> Finding:
     return Finding("/dev/shm", found, gib(need), problem)
 
 
-def check_layout(config: RunConfig, arch: LlamaArch | None, world: int) -> Finding:
-    """Grid, batch and model fit each other and the number of processes."""
-    parallel, train = config.parallel, config.train
+def check_layout(
+    config: RunConfig, model: tuple[LlamaArch, RopePlan] | None, world: int
+) -> tuple[Finding, RunPlan | None]:
+    """Grid, batch and model fit each other and the number of processes; and the plan they give.
+
+    Args:
+        model: what trains; None: nothing is known of it, and there is no plan.
+        world: processes.
+    """
+    parallel = config.parallel
     axes = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp}"
+    needed = f"{world} processes"
     try:
-        grid = plan_grid(world, parallel.tp, parallel.cp, parallel.pp)
-        batch = plan_batch(train.global_batch, train.micro_batch, grid.dp)
-        check_interleaving(parallel.pp, parallel.virtual, batch.accumulation)
-        if arch is not None:
-            check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
-            plan_stages(arch.layers, parallel.pp, parallel.virtual)
+        grid, batch = plan_ranks(config, world)
+        plan = None if model is None else RunPlan.of(config, *model, world)
     except ConfigError as error:
-        return Finding("Layout", axes, f"{world} processes", str(error))
+        return Finding("Layout", axes, needed, str(error)), None
     found = f"{axes} x dp {grid.dp}, {batch.accumulation} micro-batches a step"
-    advice = () if arch is None else advise(config, arch, grid)
-    return Finding("Layout", found, f"{world} processes", advice=advice)
+    return Finding("Layout", found, needed, advice=() if plan is None else plan.balance()), plan
 
 
 @dataclass(frozen=True)
@@ -232,12 +235,12 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         verify: see `check_model`.
     """
     world = launch.processes * launch.nodes
-    model, arch = check_model(Path(config.model.path), verify)
-    files = [model]
-    if arch is not None:
-        settings, arch = check_settings(config.model, arch)
+    finding, stored = check_model(Path(config.model.path), verify)
+    files, model = [finding], None
+    if stored is not None:
+        settings, model = check_settings(config.model, stored)
         files.append(settings)
-    layout = check_layout(config, arch, world)
+    layout, plan = check_layout(config, model, world)
     field = config.data.text_field
     batch = config.train.global_batch
     texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]
@@ -245,25 +248,23 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         longest = max(config.eval.lengths or (config.model.context,))
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
     findings = [check_gpus(machine.gpus, launch.processes), layout]
-    if arch is not None and not layout.problem:
-        parallel = config.parallel
-        grid: GridPlan = plan_grid(world, parallel.tp, parallel.cp, parallel.pp)
-        estimate = estimate_memory(config, arch, grid)
+    if plan is not None:
+        estimate = plan.memory()
         findings.append(check_gpu_memory(machine.gpus, launch.processes, estimate))
         findings.append(check_host_memory(machine.host, machine.host_limit, launch.processes, estimate))
     findings += [check_shared_memory(machine.shared, launch.processes), *files]
     if config.data.tokenizer is not None or Path(config.model.path).is_dir():
-        rows = None if arch is None else arch.vocab
+        rows = None if model is None else model[0].vocab
         findings.append(check_tokenizer(Path(config.data.tokenizer or config.model.path), rows))
     findings += [*texts, check_writable(Path(config.output)), check_earlier_run(config)]
-    if arch is not None and not layout.problem:
+    if plan is not None:
         cache = Path(config.data.cache or Path(config.output) / "data")
         named = [Path(config.data.path), *([Path(config.eval.path)] if config.eval.path is not None else [])]
         good = [path for path, finding in zip(named, texts, strict=True) if not finding.problem]
         findings += check_disk(
             [
                 _space("checkpoints", Path(config.output), checkpoint_bytes(config, estimate)),
-                _space("tokens", cache, token_bytes(good, cache, arch.vocab, field)),
+                _space("tokens", cache, token_bytes(good, cache, plan.arch.vocab, field)),
             ]
         )
     return findings

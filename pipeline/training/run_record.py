@@ -16,9 +16,11 @@ from parallel.world.groups import Groups
 from pipeline.checkpoint.choose import Choice
 from pipeline.config.checks import within
 from pipeline.config.run import RunConfig
+from pipeline.config.yaml_file import dump_config
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
+from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.trainable import kind_of, trained_names
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.versions import versions
@@ -30,7 +32,7 @@ from pipeline.training.trainer import Trainer
 class Run:
     """A composed run."""
 
-    config: RunConfig
+    plan: RunPlan
     groups: Groups
     trainer: Trainer
     tokenizer: TextTokenizer
@@ -40,6 +42,11 @@ class Run:
     """What lies beside the base's weights and the text and is not read, one sentence each; of the main rank."""
     begun: Start | None = None
     """The trained weights it starts with; None: it resumes, or starts with the base's."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What the user asked for."""
+        return self.plan.config
 
     @property
     def output(self) -> Path:
@@ -131,6 +138,13 @@ def starting_line(run: Run) -> str:
         f"of {total:,} parameters " + ", ".join(f"{n:,} {kind}" for kind, n in trained.items()) + f" train; engine "
         f"{config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
+
+
+def record_config(run: Run) -> None:
+    """Write `<output>/config.yaml`: every setting, those that were derived too."""
+    path = run.output / "config.yaml"
+    with optional_file(path):
+        path.write_text(dump_config(run.config))
 
 
 def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None:

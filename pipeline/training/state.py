@@ -24,8 +24,8 @@ def own_pieces(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
     Over all ranks every trained element comes once: of tensors alike on several ranks, one has it (see `owned`), and
     rows that pad the vocabulary are left out.
     """
-    tp, _, _, pp = model.groups.plan.coordinates(model.groups.env.rank)
-    kept = {name: (shape, cut) for name, shape, cut in owned(model, kinds, tp, pp)}
+    here = model.groups.coordinates
+    kept = {name: (shape, cut) for name, shape, cut in owned(model, kinds, here.tp, here.pp)}
     found = []
     for name, start, stop, state in optimizer.own_pieces():
         if name not in kept:

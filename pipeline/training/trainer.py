@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +74,7 @@ class Trainer:
         self._sound = start if parts.guard.consecutive == 0 else 0
         """A checkpoint this process went on from is not put in doubt: whatever ails the next step came after it, and
         reruns that fail at once must not use up the older ones."""
-        self.signals: StopSignals | None = None
-        """A wish to stop: heeded between micro-batches (between steps under pipelining), and saved."""
+        self._signals: StopSignals | None = None
         self._rng = rng_state()
         """At the beginning of the step in progress: an abandoned one is done again."""
 
@@ -217,6 +217,19 @@ class Trainer:
         if wait:
             parts.saver.wait()
 
+    @contextlib.contextmanager
+    def listening(self, signals: StopSignals) -> Iterator[None]:
+        """Within, a signal is a wish to stop: heeded between micro-batches (between steps under pipelining).
+
+        Args:
+            signals: entered by whoever made it, which may be for longer than this.
+        """
+        self._signals = signals
+        try:
+            yield
+        finally:
+            self._signals = None
+
     def heed(self) -> None:
         """Agree with the other ranks on the save under way and on stopping; collective.
 
@@ -224,7 +237,7 @@ class Trainer:
             Stopped: a rank was sent a signal.
             CheckpointError: the save failed.
         """
-        if number := self.parts.saver.settle(0 if self.signals is None else self.signals.number):
+        if number := self.parts.saver.settle(0 if self._signals is None else self._signals.number):
             raise Stopped(number)
 
     def _show(self, progress: TrainProgress) -> None:

@@ -12,13 +12,13 @@ import pytest
 from parallel.errors import ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build
 from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.sampler import epoch_permutation
 from pipeline.train import main
 from tests.numerics.test_training import losses, rows, run_here, write_run
+from tests.support.runs import build_run
 from tests.support.tiny_models import make_tiny
 
 
@@ -55,7 +55,7 @@ def test_named_settings_change_and_the_run_goes_on(tmp_path: Path, capsys: pytes
     assert {change["step"] for change in manifest["changes"]} == {2}
     assert json.loads((run / "run.json").read_text())["changes"] == manifest["changes"]
     # A later resume needs no permission any more, keeps the place and the history, and reads on.
-    again = build(load_config(path, ["train.clip=0", *changed]), RankEnv())
+    again = build_run(load_config(path, ["train.clip=0", *changed]), RankEnv())
     try:
         parts = again.trainer.parts
         order = epoch_permutation(parts.config.train.seed, 0, parts.loader.windows)
@@ -77,7 +77,7 @@ def test_other_data_begin_at_their_beginning(tmp_path: Path, capsys: pytest.Capt
         run_here(path, [f"data.path={other}"])
     capsys.readouterr()
     allowed = [f"data.path={other}", "resume.allow=[data.path]"]
-    run = build(load_config(path, allowed), RankEnv())
+    run = build_run(load_config(path, allowed), RankEnv())
     try:
         parts = run.trainer.parts
         order = epoch_permutation(parts.config.train.seed, 0, parts.loader.windows)

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build
 from pipeline.config.yaml_file import load_config
 from pipeline.reporting.progress import TrainProgress
 from pipeline.train import main
 from pipeline.training.non_finite import TrainingDiverged
 from pipeline.training.state import whole_state
 from tests.numerics.test_training import final, losses, write_run
+from tests.support.runs import build_run
 
 
 def test_a_nan_loss_skips_the_step_and_too_many_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = build(load_config(write_run(tmp_path, "run"), ["train.bad_steps=2", "save.every=1"]), RankEnv())
+    run = build_run(load_config(write_run(tmp_path, "run"), ["train.bad_steps=2", "save.every=1"]), RankEnv())
     trainer, parts = run.trainer, run.trainer.parts
     original, bad = parts.model.train_step, {1, 3, 4}
 

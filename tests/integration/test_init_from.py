@@ -13,7 +13,6 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.yaml_file import load_config
@@ -24,6 +23,7 @@ from pipeline.train import main, train
 from pipeline.training.run_record import Run
 from tests.numerics.test_training import write_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import build_run
 
 KIND = "tinyllama"
 GRIDS = (
@@ -44,7 +44,7 @@ def trained(folder: Path) -> Path:
 
 
 def begun(path: Path, source: Path, output: Path, *more: str) -> Run:
-    return build(load_config(path, [f"output={output}", f"init_from={source}", *more]), RankEnv.read())
+    return build_run(load_config(path, [f"output={output}", f"init_from={source}", *more]), RankEnv.read())
 
 
 def ended(run: Run) -> None:

@@ -12,13 +12,13 @@ import torch
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
-from pipeline.build import build
 from pipeline.config.yaml_file import load_config
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.state import whole_state
 from tests.numerics.movement import tensor_errors
 from tests.numerics.test_training import write_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import build_run
 
 STEPS = 2
 LOSS, UPDATE = 1e-6, 1e-4
@@ -52,7 +52,7 @@ def run_on(path: str, layout: Layout, output: Path, steps: int) -> Seen:
     """Go on for some steps and save them; what is there then, whole, on rank 0, and one more step."""
     env = RankEnv.read()
     overrides = [f"parallel.{axis}={size}" for axis, size in layout.items()]
-    run = build(load_config(Path(path), [*overrides, f"output={output}"]), env)
+    run = build_run(load_config(Path(path), [*overrides, f"output={output}"]), env)
     try:
         trainer, parts, start = run.trainer, run.trainer.parts, run.trainer.step
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_takes_what_it_leaves_open_only(tmp_path: Path, capsys: pyt
     assert ratio(tmp_path / "out", plain) == pytest.approx(2.0, rel=1e-5)
     silent = make_tiny(tmp_path / "silent", "llama2", max_position_embeddings=16384, rope_scaling=LINEAR)
     args = checkpoint(silent, "two", {"type": "auto"}, 65536)
-    assert export_main(args) == 1
+    assert export_main(args) == 2
     assert "error: --original-context: the checkpoint is already scaled" in capsys.readouterr().err
     assert export_main([*args, "--original-context", "4096"]) == 0
     assert ratio(tmp_path / "out", silent) == pytest.approx(16.0, rel=1e-5)

@@ -7,10 +7,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
 from parallel.health.watch import Watch
 from parallel.world.rank_env import RankEnv
 from pipeline.build import connect, open_tokens
@@ -19,6 +20,8 @@ from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model.rank_model import ModelPart
+from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.progress import EvalProgress
 from pipeline.train import main
 from tests.numerics.test_training import losses, run_here, write_run
@@ -144,10 +147,26 @@ def test_tokenizing_for_hours_is_no_hang(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 10)
     config = load_config(write_run(tmp_path, "run"), [])
-    groups, watch = connect(config, RankEnv()), Counting()
+    groups, watch = connect(plan_run(config, 1), RankEnv()), Counting()
     tokenizer = load_tokenizer(Path(config.model.path))
     open_tokens(config, config.data.path, tokenizer, groups, watch)
     assert watch.touched >= 2 * 3, "every source file, hashed and tokenized"
     before = watch.touched
     open_tokens(config, config.data.path, tokenizer, groups, watch)
     assert watch.touched == before, "prepared already"
+
+
+def test_a_folder_that_another_job_took_over_gets_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = write_run(tmp_path, "run"), tmp_path / "run"
+    honest = ModelPart.train_step
+
+    def taken(self: ModelPart, *args: Any, **more: Any) -> Any:
+        (run / ".lock").write_text("{}")
+        return honest(self, *args, **more)
+
+    monkeypatch.setattr(ModelPart, "train_step", taken)
+    with pytest.raises(CheckpointError, match=r"could not be written \(.*\.lock: is no longer this job's"):
+        run_here(path, stop_after=1)
+    assert choose(run / "checkpoints") is None

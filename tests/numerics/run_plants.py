@@ -15,9 +15,10 @@ from pipeline import build
 from pipeline.config.sections import AttentionConfig
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.evaluation import evaluator
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import ModelPart
-from pipeline.planning.attention_layout import attention_spec
+from pipeline.planning.run_plan import RunPlan
 from pipeline.training import trainer
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.trainer import Trainer
@@ -121,9 +122,12 @@ def whole_windows() -> Any:
 
 def eval_shifted() -> Any:
     """Evaluation attends as training does."""
-    return mock.patch.object(
-        evaluator, "full_attention", lambda attention: attention_spec(attention, attention.group_tokens(64))
-    )
+    honest = Evaluator.__init__
+
+    def made(self: Evaluator, plan: RunPlan, *args: Any, **more: Any) -> None:
+        honest(self, replace(plan, full_attention=plan.attention), *args, **more)
+
+    return mock.patch.object(Evaluator, "__init__", made)
 
 
 def eval_dropout() -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.model.attention.backends import select_backend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_bytes
+from tests.support.halos import halo_bytes
 from tests.support.ranks import run_ranks
 from tools.bench.torch_ring import refuses
 

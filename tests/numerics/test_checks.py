@@ -11,11 +11,11 @@ import torch
 from parallel.health.replicas import InvariantViolated, bit_sums
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build
 from pipeline.config.yaml_file import load_config
 from pipeline.training.run_record import Run
 from tests.numerics.test_parallel_parity import Grid, write_config
 from tests.support.ranks import run_ranks
+from tests.support.runs import build_run
 
 
 def _find(run: Run, name: str) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _told(check: Callable[[], None]) -> str:
 
 def _violations(rank: int, world: int, path: str) -> dict[str, str]:
     """Plant every violation that this grid can have, one after another, in a healthy run that has taken two steps."""
-    run = build(load_config(Path(path), ["checks=true"]), RankEnv.read())
+    run = build_run(load_config(Path(path), ["checks=true"]), RankEnv.read())
     try:
         trainer, plan = run.trainer, run.groups.plan
         checks = trainer.parts.checks
@@ -120,7 +120,7 @@ def test_every_planted_violation_is_told_by_all_ranks(tmp_path: Path) -> None:
 
 def test_a_violation_stops_one_process_before_it_saves(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, "untied", Grid()), ["checks=true", f"output={tmp_path / 'run'}"])
-    run = build(config, RankEnv())
+    run = build_run(config, RankEnv())
     trainer = run.trainer
     trainer.step = 1
     trainer.update(0, trainer.gradients(0))
@@ -135,7 +135,7 @@ def test_a_violation_stops_one_process_before_it_saves(tmp_path: Path) -> None:
     run.trainer.parts.loader.close()
     destroy_groups()
     # A resumed run has B factors that are not zero, and may.
-    resumed = build(config, RankEnv())
+    resumed = build_run(config, RankEnv())
     assert resumed.trainer.step == 1
     assert bool(_find(resumed, "model.layers.0.self_attn.q_proj.lora_B.weight").detach().any())
     resumed.trainer.parts.loader.close()

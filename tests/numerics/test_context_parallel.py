@@ -24,7 +24,7 @@ from pipeline.model.attention import sharded
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_bytes, halo_formula
+from tests.support.halos import halo_bytes, halo_formula
 from tests.support.ranks import run_ranks
 
 LAYERS, DIM = 2, 8

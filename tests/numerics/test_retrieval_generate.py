@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build_model, connect, full_attention, open_base
-from pipeline.config.rope import RopeSettings
+from pipeline.build import build_model, connect, open_base
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import load_config
@@ -23,9 +22,8 @@ from pipeline.evaluation.retrieval import score_cases
 from pipeline.model.layers import loss
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import ModelPart
-from pipeline.planning.arch import read_arch
-from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.rope import plan_rope
+from pipeline.planning.attention_layout import AttentionSpec, full_attention
+from pipeline.planning.run_plan import plan_run
 from tests.support.ranks import run_ranks
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
@@ -57,9 +55,9 @@ def write_run(folder: Path) -> Path:
 
 
 def model_of(config: RunConfig, groups: Any) -> ModelPart:
-    arch = read_arch(Path(config.model.path))
-    base = open_base(config, arch)
-    return build_model(config, arch, plan_rope(arch, RopeSettings(), 64), LoraConfig(rank=0), groups, base).eval()
+    plan = plan_run(config, groups.plan.world_size)
+    base = open_base(config, plan.arch)
+    return build_model(plan, LoraConfig(rank=0), groups, base).eval()
 
 
 def prompts() -> torch.Tensor:
@@ -126,7 +124,8 @@ def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[A
     found = []
     for grid in grids:
         config = load_config(Path(path), grid)
-        groups = connect(config, RankEnv.read())
+        env = RankEnv.read()
+        groups = connect(plan_run(config, env.world_size), env)
         model = model_of(config, groups)
         tokens = torch.from_numpy(np.load(Path(path).with_name("cases.npy")))
         labels = torch.full_like(tokens, IGNORE)

@@ -15,7 +15,6 @@ from parallel.errors import ConfigError
 from parallel.world.grid import GridPlan
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
@@ -23,6 +22,7 @@ from pipeline.planning.arch import LlamaArch
 from pipeline.train import train
 from tests.numerics.movement import tensor_errors
 from tests.support.ranks import run_ranks
+from tests.support.runs import build_run
 from tests.support.tiny_models import make_tiny, write_tokenizer
 
 MOVED = 1e-4
@@ -74,7 +74,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 def starting_weights(path: Path) -> dict[str, torch.Tensor]:
     """What trains, before it does."""
-    run = build(load_config(path, [f"output={path.with_suffix('')}-not-trained"]), RankEnv())
+    run = build_run(load_config(path, [f"output={path.with_suffix('')}-not-trained"]), RankEnv())
     try:
         return {name: tensor.clone() for name, tensor in run.trainer.parts.optimizer.masters().items()}
     finally:
@@ -152,7 +152,7 @@ def test_advice_on_the_grid_is_told_when_training_starts(
     def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...]:
         return (f"groups of {config.group}, {arch.heads} heads, cp {plan.cp}.",)
 
-    monkeypatch.setattr("pipeline.train.advise", advise)
+    monkeypatch.setattr("pipeline.planning.run_plan.advise", advise)
     run_here(write_run(tmp_path, "run"), ["train.steps=1", "train.warmup_steps=0"])
     assert "warning: groups of 16, 9 heads, cp 1." in " ".join("".join(capfd.readouterr()).split())
 

@@ -12,12 +12,13 @@ from parallel.axes.zero3 import ALIGN_ELEMENTS, deepspeed_config
 from parallel.errors import ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build, open_base, read_arch
+from pipeline.build import open_base, read_arch
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
 from tests.support.ranks import run_ranks
+from tests.support.runs import build_run
 from tools import dry_run
 
 STEPS = 3
@@ -35,7 +36,7 @@ def _look(rank: int, world: int, path: str) -> dict[str, Any]:
     ]
     config = load_config(Path(path), extra)
     base = open_base(config, read_arch(Path(config.model.path)))
-    run = build(config, RankEnv.read(), base=base)
+    run = build_run(config, RankEnv.read(), base=base)
     parts = run.trainer.parts
     shards = parts.model.shards
     assert shards is not None
@@ -55,7 +56,7 @@ def _look(rank: int, world: int, path: str) -> dict[str, Any]:
         "rates": [],
         "losses": [],
     }
-    evaluator = Evaluator(config, parts.model, run.groups, run.tokenizer)
+    evaluator = Evaluator(run.plan, parts.model, run.groups, run.tokenizer)
     found["perplexity"] = []
     for step in range(STEPS):
         row = run.trainer.gradients(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.errors import CheckpointError, ConfigError
+from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline import build as composition
 from pipeline.checkpoint.compatibility import check_output
+from pipeline.config.parallel import ParallelConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation import evaluator
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.planning.run_plan import check_before_spending
+from pipeline.planning.run_plan import plan_run
 from pipeline.train import train
 from tests.numerics.test_training import write_run
 from tests.support.ranks import run_ranks
+from tests.support.runs import build_run
 
 
 def change(base: Path, how: str) -> None:
@@ -56,7 +60,7 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
 
     monkeypatch.setattr(composition, "ModelPart", never)
     for work in (
-        lambda: composition.build(config, RankEnv()),
+        lambda: build_run(config, RankEnv()),
         lambda: evaluator.evaluate_state(config, RankEnv(), "untrained"),
     ):
         with pytest.raises(CheckpointError) as refused:
@@ -77,7 +81,7 @@ def test_a_backend_this_device_lacks_is_refused_before_anything_long(
     monkeypatch.setattr(composition, "ModelPart", never)
     monkeypatch.setattr(composition, "open_tokens", never)
     with pytest.raises(ConfigError, match=r"attention\.backend: cudnn needs a CUDA device.*use auto or math"):
-        composition.build(config, RankEnv())
+        build_run(config, RankEnv())
 
 
 def test_biases_that_cannot_be_placed_are_refused_before_tokenizing(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_biases_that_cannot_be_placed_are_refused_before_tokenizing(tmp_path: Pa
     described = json.loads((tmp_path / "base" / "config.json").read_text()) | {"mlp_bias": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=r"^model\.path: this checkpoint has biases on o_proj or the MLP"):
-        check_before_spending(config, RankEnv())
+        plan_run(config, 1)
 
 
 def test_ranks_with_other_tokens_or_layers_draw_other_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +97,10 @@ def test_ranks_with_other_tokens_or_layers_draw_other_masks(tmp_path: Path, monk
     streams: list[int] = []
     monkeypatch.setattr(composition, "make_groups", lambda *_, **__: SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(composition, "seed_everything", lambda seed, stream: streams.append(stream))
+    # The tiny model's heads would not divide over the grid; the streams do not ask for them.
+    plan = replace(plan_run(replace(config, parallel=ParallelConfig()), 1), config=config, grid=plan_grid(16, 2, 2, 2))
     for rank in range(16):
-        composition.connect(config, RankEnv(rank, 16, rank, launched=True))
+        composition.connect(plan, RankEnv(rank, 16, rank, launched=True))
     assert streams[0::2] == streams[1::2], "tensor-parallel ranks share a stream"
     assert len(set(streams[0::2])) == 8, "and nobody else does"
 
@@ -109,7 +115,7 @@ def build_and_count(rank: int, world: int, path: str) -> tuple[str, int]:
         return original(self)
 
     HfCheckpoint.base_hash = counted  # type: ignore[method-assign]
-    run = composition.build(load_config(Path(path), []), RankEnv.read())
+    run = build_run(load_config(Path(path), []), RankEnv.read())
     run.trainer.parts.loader.close()
     destroy_groups()
     return run.trainer.parts.manifest["base_hash"], len(computed)
@@ -124,13 +130,13 @@ def test_only_rank_0_reads_all_weights_for_their_hash(tmp_path: Path) -> None:
 def test_model_vocab_adds_rows_and_never_drops_them(tmp_path: Path) -> None:
     path = write_run(tmp_path, "run")
     grown = load_config(path, ["model.vocab=131"])
-    arch, _ = check_before_spending(grown, RankEnv())
+    arch = plan_run(grown, 1).arch
     assert arch.vocab == 131
     # The base is checked against its own rows, and the model is allocated with the new ones.
     base = composition.open_base(grown, arch)
     assert base.facts["model.embed_tokens.weight"].shape[0] == 128
     with pytest.raises(ConfigError, match="model.vocab: 100 rows are fewer than the checkpoint's 128"):
-        check_before_spending(load_config(path, ["model.vocab=100"]), RankEnv())
+        plan_run(load_config(path, ["model.vocab=100"]), 1)
 
 
 def test_other_settings_are_refused_before_the_base_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +150,12 @@ def test_other_settings_are_refused_before_the_base_is_opened(tmp_path: Path, mo
 
     monkeypatch.setattr(composition, "open_base", open_base)
     with pytest.raises(ConfigError, match=r"^Resume: lora\.rank was 4 in the checkpoint and is 2 now"):
-        composition.build(load_config(path, ["lora.rank=2", "train.warmup_steps=0"]), RankEnv())
+        build_run(load_config(path, ["lora.rank=2", "train.warmup_steps=0"]), RankEnv())
     assert not opened
     # As it was begun, with settings spelled out that had been derived, it goes on.
     same = ["train.warmup_steps=0", "data.sequence=64", "train.lr_embed_norm=5e-3"]
     with pytest.raises(CheckpointError, match="opened"):
-        composition.build(load_config(path, same), RankEnv())
+        build_run(load_config(path, same), RankEnv())
     # What a damaged manifest says is not held against anyone: the run itself sets that checkpoint aside.
     (manifest,) = (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json")
     manifest.write_bytes(manifest.read_bytes()[:-20])

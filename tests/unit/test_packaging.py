@@ -124,12 +124,34 @@ def reads_parallel_state(tree: ast.AST) -> Iterator[str]:
             yield f"reads {dotted(node)} at line {node.lineno}"
 
 
+PLANNERS = {"plan_batch", "plan_model", "plan_stages", "plan_recompute", "attention_spec", "estimate_memory"}
+"""What `RunPlan` is made with."""
+
+
+def plans_for_itself(tree: ast.AST) -> Iterator[str]:
+    """What `RunPlan` is made with, imported; `train.recompute` read."""
+    for name, module in imports(tree).items():
+        if name in PLANNERS:
+            yield f"imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and dotted(node).endswith("train.recompute"):
+            yield f"reads {dotted(node)} at line {node.lineno}"
+
+
 Rule = Callable[[ast.AST], Iterator[str]]
 RULES: dict[Rule, tuple[str, ...]] = {
     reads_rank_environment: ("parallel/world/rank_env.py",),
     patches_library: ("parallel/world/cpu_standins.py", "parallel/world/lone_rank.py"),
     reads_parallel_state: ("parallel/world/cpu_standins.py", "parallel/world/groups.py"),
     loads_unsafely: (),
+    plans_for_itself: (
+        "pipeline/planning/run_plan.py",
+        # A model may be made without a run: one chunk a stage, one policy for all layers.
+        "pipeline/model/rank_model.py",
+        "pipeline/model/chunk.py",
+        # A line of its own in the table, though others fail.
+        "pipeline/preflight/files.py",
+    ),
 }
 BREAKING: list[tuple[Rule, str]] = [
     (reads_rank_environment, "import os\nrank = os.environ['RANK']"),
@@ -150,12 +172,16 @@ BREAKING: list[tuple[Rule, str]] = [
     (loads_unsafely, "import torch\ntorch.load('x', weights_only=False)"),
     (loads_unsafely, "AutoModel.from_pretrained('x', trust_remote_code=True)"),
     (loads_unsafely, "import numpy as np\nnp.load('x', allow_pickle=True)"),
+    (plans_for_itself, "from parallel.world.grid import GridPlan, plan_batch"),
+    (plans_for_itself, "from pipeline.planning.run_plan import plan_model"),
+    (plans_for_itself, "policy = run.config.train.recompute"),
 ]
 ALLOWED: list[tuple[Rule, str]] = [
     (reads_rank_environment, "import os\nhome = os.environ['HOME']"),
     (patches_library, "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True"),
     (patches_library, "weight = make()\nweight.sequence_parallel = True"),
     (loads_unsafely, "import torch\ntorch.load('x', weights_only=True)"),
+    (plans_for_itself, "from pipeline.planning.run_plan import plan_run"),
     (loads_unsafely, "AutoModel.from_pretrained('x', trust_remote_code=False)"),
 ]
 

@@ -20,7 +20,7 @@ from parallel.errors import ConfigError, DataError
 from parallel.health.signals import StopSignals
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build, build_model, check_before_spending, connect, full_attention, open_base
+from pipeline.build import build, build_model, connect, open_base
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
@@ -34,6 +34,8 @@ from pipeline.evaluation.tasks import RetrievalSettings
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.rank_model import ModelPart
 from pipeline.planning.arch import read_arch
+from pipeline.planning.attention_layout import full_attention
+from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.progress import TokenProgress, TrainProgress
 from pipeline.reporting.versions import versions
 from pipeline.storage.durable import replace_text
@@ -114,7 +116,7 @@ class Workshop:
             (recipe, seed): configure(study, recipe, seed, places, self.own_context) for recipe, seed in study.order()
         }
         for config in self.configs.values():
-            check_before_spending(config, self.env)
+            plan_run(config, self.env.world_size)
         checkpoint = HfCheckpoint(places.model)
         self.base_hash = checkpoint.base_hash()
         config = next(iter(self.configs.values()))
@@ -257,10 +259,10 @@ class Workshop:
 
     @contextlib.contextmanager
     def _untrained(self, config: RunConfig) -> Iterator[ModelPart]:
-        arch, rope = check_before_spending(config, self.env)
-        base = open_base(config, arch)
-        groups = connect(config, self.env)
-        model = build_model(config, arch, rope, LoraConfig(rank=0), groups, base)
+        plan = plan_run(config, self.env.world_size)
+        base = open_base(config, plan.arch)
+        groups = connect(plan, self.env)
+        model = build_model(plan, LoraConfig(rank=0), groups, base)
         model.requires_grad_(False)
         try:
             yield model
@@ -270,9 +272,8 @@ class Workshop:
     @contextlib.contextmanager
     def _trained(self, config: RunConfig) -> Iterator[tuple[ModelPart, dict[str, Any]]]:
         """The model after training, which goes on from what an earlier process saved."""
-        run = build(config, self.env)
+        run = build(plan_run(config, self.env.world_size), self.env)
         parts, trainer = run.trainer.parts, run.trainer
-        trainer.signals = self.signals
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(parts.model.close)
             cleanup.callback(parts.loader.close)
@@ -284,7 +285,7 @@ class Workshop:
                 if self.left() <= 0 and step < config.train.steps:
                     raise Stopped(signal.SIGALRM)
 
-            with progress:
+            with progress, trainer.listening(self.signals):
                 stopped = trainer.run(None, progress, on_step)
             training = self._facts(config, progress, start, Path(config.output))
             if stopped == signal.SIGALRM:

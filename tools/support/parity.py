@@ -14,6 +14,7 @@ from pipeline.build import build
 from pipeline.config.run import RunConfig
 from pipeline.model.weights.gather import gather
 from pipeline.model.weights.load import trainable
+from pipeline.planning.run_plan import plan_run
 from pipeline.training.reduction import main_grad
 from pipeline.training.run_record import Run
 from pipeline.training.state import whole_state
@@ -81,7 +82,7 @@ def observe(
         after: called after the last update and the gradients that follow it.
     """
     found = Observed()
-    run = build(config, env)
+    run = build(plan_run(config, env.world_size), env)
     try:
         trainer, parts, kinds = run.trainer, run.trainer.parts, config.train.trainable
         frozen = frozen_hash(run)

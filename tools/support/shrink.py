@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError
-from parallel.world.grid import check_model_fits, plan_grid, plan_stages
+from parallel.world.grid import plan_grid
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.planning.arch import ARCHITECTURES, LlamaArch, read_arch
+from pipeline.planning.run_plan import plan_chunks
 from tools.support.shapes import llama2
 
 VOCAB = 131
@@ -67,8 +68,7 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: 
         notes.append(f"model.path {path} is not here: the shape of Llama-2-70B stands in for it.")
     asked = config.parallel
     whole = plan_grid(asked.tp * asked.cp * asked.pp, asked.tp, asked.cp, asked.pp)
-    check_model_fits(whole, arch.heads, arch.kv_heads, arch.ffn)
-    plan_stages(arch.layers, asked.pp, asked.virtual)
+    plan_chunks(arch, whole, asked.virtual)
     parallel, count = _fit(asked, processes, most)
     for axis in ("tp", "cp", "pp"):
         if getattr(parallel, axis) != getattr(asked, axis):

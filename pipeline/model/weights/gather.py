@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from parallel.world.grid import plan_stages
 from pipeline.model.rank_model import ModelPart
 from pipeline.model.weights.load import VOCABULARY_HF
 from pipeline.planning import tensors as names
@@ -26,7 +25,7 @@ def owned(model: ModelPart, kinds: Sequence[str], tp: int, pp: int) -> Iterator[
     A tied copy of the embedding on the last stage is not kept twice; replicated tensors are kept by tp 0.
     """
     plan = model.groups.plan
-    layers = plan_stages(model.arch.layers, plan.pp, model.virtual)
+    layers = model.chunk_layers
     mine = {layer for number in range(pp, len(layers), plan.pp) for layer in layers[number]}
     shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
     trained = trained_names(model.arch, model.lora, kinds)

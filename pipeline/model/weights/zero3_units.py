@@ -73,7 +73,7 @@ def _place(stage: LlamaStage, units: dict[str, list[tuple[Parameter, torch.Size]
     if stage.arch.tied and embedding is not None:
         output = shards.again(embedding)
     if output is not None:
-        stage.before_output = lambda: shards.use(output)
+        stage.call_before_output(lambda: shards.use(output))
     if shards.units:
         shards.allocate()
 

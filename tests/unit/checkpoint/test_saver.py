@@ -85,16 +85,13 @@ def test_a_failed_write_is_an_error_at_the_next_step(
 
 
 def test_a_failed_publication_and_a_lost_lock_are_errors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = CheckpointSaver(tmp_path, single_groups(), 2)
-
     def taken() -> None:
         raise CheckpointError("another job took over.")
 
-    made.still_ours = taken
+    made = CheckpointSaver(tmp_path, single_groups(), 2, still_ours=taken)
     made.start(1, [piece(1.0)], rng_state(), MANIFEST)
     with pytest.raises(CheckpointError, match=r"step-000001: could not be written \(another job took over"):
         made.wait()
-    made.still_ours = lambda: None
     (tmp_path / "a file").write_text("")
     blocked = CheckpointSaver(tmp_path / "a file", single_groups(), 2)
     blocked.start(1, [piece(1.0)], rng_state(), MANIFEST)

@@ -13,6 +13,7 @@ from parallel.world.grid import plan_grid
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import EVEN, advise, attention_work, busiest_rank, imbalance
+from pipeline.planning.run_plan import plan_model
 from pipeline.preflight.survey import check_layout
 from tools.support.shapes import llama2
 
@@ -97,7 +98,8 @@ def test_what_is_said_of_llama2_70b_at_32k(tp: int, cp: int, parts: tuple[str, .
     said = advise(config, LLAMA2_70B, plan)
     assert len(said) == (1 if parts else 0)
     assert all(part in said[0] for part in parts)
-    assert check_layout(config, LLAMA2_70B, tp * cp).advice == said
+    layout, planned = check_layout(config, plan_model(config.model, LLAMA2_70B), tp * cp)
+    assert planned is not None and layout.advice == planned.balance() == said
     if parts and "alternate" in parts[-1]:
         mended = replace(config, attention=replace(config.attention, shifted_heads="alternate"))
         assert not advise(mended, LLAMA2_70B, plan)

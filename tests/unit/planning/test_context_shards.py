@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from parallel.axes.halo_plan import Region, plan_halos
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import (
-    halo_bytes,
-    halo_formula,
     halo_needs,
     halo_plan,
     query_key_pairs,
@@ -21,6 +19,7 @@ from pipeline.planning.context_shards import (
     shard_work,
 )
 from tests.numerics import attention_oracle as oracle
+from tests.support.halos import halo_bytes, halo_formula
 
 Vector = tuple[int, int, int]
 """(row, KV head, token)."""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from parallel.world.grid import plan_grid
+from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.model.layers import loss
 from pipeline.planning import tensors as names
-from pipeline.planning.arch import read_arch
-from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters, estimate_memory
+from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, MemoryEstimate, count_parameters
+from pipeline.planning.run_plan import RunPlan, plan_model
 from pipeline.planning.tile_size import tile_tokens
 from tests.support.tiny_models import KINDS, make_tiny
 from tools.support.shapes import llama2
@@ -20,6 +21,10 @@ from tools.support.shapes import llama2
 LLAMA2_70B = llama2("70b")
 CONFIG = Path(__file__).parents[3] / "launch/configs/llama2_70b_32k.yaml"
 MEGATRON = ["parallel.engine=megatron", "parallel.offload.params=none", "parallel.offload.optimizer=none"]
+
+
+def estimate_of(config: RunConfig, arch: LlamaArch, ranks: int) -> MemoryEstimate:
+    return RunPlan.of(config, *plan_model(config.model, arch), ranks).memory()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,8 +67,7 @@ def test_the_papers_count_for_70b() -> None:
 def test_near_the_peaks_in_results(settings: list[str], layers: int, ranks: int, measured: float) -> None:
     """docs/RESULTS.md, Llama-2-70B at 32k; PyTorch's peaks do not see CUDA's context."""
     config = load_config(CONFIG, settings)
-    grid = plan_grid(ranks, config.parallel.tp, config.parallel.cp, 1)
-    estimate = estimate_memory(config, llama2("70b", layers), grid)
+    estimate = estimate_of(config, llama2("70b", layers), ranks)
     assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.035)
 
 
@@ -75,9 +79,8 @@ def test_sizes_follow_the_models_rules() -> None:
 
 
 def test_zero3_cuts_frozen_weights_over_all_ranks_and_offload_moves_them_to_the_host() -> None:
-    grid = plan_grid(8, 1, 2, 1)
-    away = estimate_memory(load_config(CONFIG), LLAMA2_70B, grid)
-    here = estimate_memory(load_config(CONFIG, MEGATRON[1:] + ["parallel.engine=zero3"]), LLAMA2_70B, grid)
+    away = estimate_of(load_config(CONFIG), LLAMA2_70B, 8)
+    here = estimate_of(load_config(CONFIG, MEGATRON[1:] + ["parallel.engine=zero3"]), LLAMA2_70B, 8)
     counts = count_parameters(load_config(CONFIG), LLAMA2_70B)
     shard = (80 * counts.layer + counts.head) * 2 // 8
     assert away.host["frozen weights, shard"] == here.gpu["frozen weights, shard"] == shard
@@ -89,13 +92,10 @@ def test_zero3_cuts_frozen_weights_over_all_ranks_and_offload_moves_them_to_the_
 
 
 def test_context_parallelism_shrinks_activations_and_pipeline_stages_do_not_shrink_layer_inputs() -> None:
-    one, four = (
-        estimate_memory(load_config(CONFIG, [f"parallel.cp={cp}"]), LLAMA2_70B, plan_grid(8, 1, cp, 1)).gpu
-        for cp in (1, 4)
-    )
+    one, four = (estimate_of(load_config(CONFIG, [f"parallel.cp={cp}"]), LLAMA2_70B, 8).gpu for cp in (1, 4))
     assert one["layer inputs"] == 4 * four["layer inputs"] == 40 * GIB
     # The tiles of the MLP do not shrink.
     assert 3 < one["a layer or the loss at work"] / four["a layer or the loss at work"] <= 4
     stages = load_config(CONFIG, [*MEGATRON, "parallel.pp=8", "parallel.cp=1"])
-    deep = estimate_memory(stages, LLAMA2_70B, plan_grid(8, 1, 1, 8)).gpu
+    deep = estimate_of(stages, LLAMA2_70B, 8).gpu
     assert deep["layer inputs"] == 40 * GIB and deep["frozen weights"] < 17 * GIB

@@ -236,7 +236,7 @@ def test_odd_fields_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
         assert torch.equal(theirs.inv_freq, inverse_frequencies(plan, arch.head_dim)), over
         assert theirs.attention_scaling == plan.attention_factor, over
     total = len(list(itertools.product(*ODD.values())))
-    assert refused < total / 10, f"{refused} of {total}"
+    assert refused < total / 5, f"{refused} of {total}"  # a theta told twice is refused, a sixth of these
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config])

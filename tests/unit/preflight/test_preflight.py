@@ -24,7 +24,8 @@ from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
 from pipeline.planning.arch import read_arch
-from pipeline.planning.memory import GIB, MemoryEstimate, estimate_memory
+from pipeline.planning.memory import GIB, MemoryEstimate
+from pipeline.planning.run_plan import RunPlan, plan_model
 from pipeline.preflight import files, survey
 from pipeline.preflight.survey import Gpu, Launch, Machine, Space
 from tests.support.tiny_models import make_tiny, write_tokenizer
@@ -92,11 +93,12 @@ def test_shared_memory() -> None:
 
 def test_layout() -> None:
     config = load_config(ROOT / "launch/configs/llama2_70b_32k.yaml")
-    whole = survey.check_layout(config, None, 8)
+    whole, plan = survey.check_layout(config, None, 8)
+    assert plan is None, "nothing is known of the model"
     assert not whole.problem and whole.found == "tp 1 x cp 2 x pp 1 x dp 4, 16 micro-batches a step"
-    assert "does not divide the 7 launched processes" in survey.check_layout(config, None, 7).problem
+    assert "does not divide the 7 launched processes" in survey.check_layout(config, None, 7)[0].problem
     odd = replace(config, train=replace(config.train, global_batch=63))
-    assert "train.global_batch: 63 is not a multiple" in survey.check_layout(odd, None, 8).problem
+    assert "train.global_batch: 63 is not a multiple" in survey.check_layout(odd, None, 8)[0].problem
 
 
 def test_model_files(tmp_path: Path) -> None:
@@ -158,11 +160,11 @@ def test_tokenizer(tmp_path: Path) -> None:
 )
 def test_settings_that_do_not_fit_the_checkpoint(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     stored = read_arch(make_tiny(tmp_path / "base", "llama2", max_position_embeddings=64))
-    finding, arch = files.check_settings(ModelConfig("base", 128, vocab=131), stored)
-    assert not finding.problem and arch.vocab == 131
+    finding, (arch, rope) = files.check_settings(ModelConfig("base", 128, vocab=131), stored)
+    assert not finding.problem and arch.vocab == 131 and rope.factor == 2
     assert finding.found == "RoPE linear, factor 2, 131 vocabulary rows"
-    finding, arch = files.check_settings(replace(ModelConfig("base", 128), **change), stored)
-    assert said in finding.problem and arch == stored
+    finding, (arch, rope) = files.check_settings(replace(ModelConfig("base", 128), **change), stored)
+    assert said in finding.problem and arch == stored and rope.factor == 1
     biased = replace(stored, mlp_bias=True)
     assert "has biases on o_proj" in files.check_settings(ModelConfig("base", 128), biased)[0].problem
 
@@ -303,11 +305,11 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
 
 
 def test_the_70b_run_needs_what_its_yaml_says() -> None:
-    from parallel.world.grid import plan_grid
     from tools.support.shapes import llama2
 
     path = ROOT / "launch/configs/llama2_70b_32k.yaml"
-    estimate = estimate_memory(load_config(path), llama2("70b"), plan_grid(8, 1, 2, 1))
+    config = load_config(path)
+    estimate = RunPlan.of(config, *plan_model(config.model, llama2("70b")), 8).memory()
     said = f"About {estimate.gpu_total / GIB:.0f} GiB a GPU, {estimate.host_total(8) / GIB:.0f} GiB of host memory"
     assert said in path.read_text()
 

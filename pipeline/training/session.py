@@ -1,0 +1,214 @@
+"""What one process does of a composed run: say what is about to happen, evaluate, train, stop in good order, record it.
+
+`pipeline.train` composes the run and makes an exit code of the outcome. Evaluation stands above training, which must
+not import it: the evaluator is handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from parallel.health.signals import StopSignals, stop_name
+from parallel.health.watch import Watch
+from pipeline.reporting.metrics import MetricsWriter
+from pipeline.reporting.progress import TrainProgress
+from pipeline.training.non_finite import TrainingDiverged
+from pipeline.training.run_record import Run, record_run, starting_line, starting_warnings
+from pipeline.training.trainer import Stopped
+
+
+class LengthLoss(Protocol):
+    """Mean loss at one context length."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats."""
+
+
+class Report(Protocol):
+    """One evaluation's outcome."""
+
+    @property
+    def perplexity(self) -> Mapping[int, float]:
+        """By context length."""
+
+    @property
+    def lengths(self) -> Sequence[LengthLoss]:
+        """One entry a context length."""
+
+
+class Assessor(Protocol):
+    """What a session asks of an evaluator (`pipeline.evaluation.evaluator.Evaluator`)."""
+
+    def run(self, label: str, step: int, *, shown: bool = True) -> Report:
+        """Evaluate the model as it is; collective."""
+
+    def has(self, label: str, step: int) -> bool:
+        """Whether this evaluation is there, whole; collective."""
+
+
+def follow(run: Run, watch: Watch) -> None:
+    """Let the watch see how far this rank is.
+
+    Layer by layer, whatever schedule drives them, in evaluations and recomputations too: that tells a rank that hangs
+    from one that runs ahead of it.
+    """
+    watch.set_line(run.groups.stage)
+    for stage in run.trainer.parts.model.stages:
+        for layer in stage.decoder.layers:
+            layer.register_forward_pre_hook(lambda *_: watch.touch())
+
+
+class Session:
+    """A process's part of a run, once it is composed.
+
+    Args:
+        run: from `pipeline.build.build`.
+        evaluator: None: the run has no evaluation text.
+        watch: learns that long work gets on.
+        shared: what the evaluation text shares with the training text; empty: nothing was found.
+        took_over: a sentence on the lock that another process left; empty: none did.
+        began: `time.perf_counter()` when the process began with the run.
+
+    Raises:
+        DataError: the metrics of an earlier session are damaged.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        evaluator: Assessor | None,
+        watch: Watch,
+        *,
+        shared: str = "",
+        took_over: str = "",
+        began: float,
+    ) -> None:
+        self._run, self._trainer, self._evaluator, self._watch = run, run.trainer, evaluator, watch
+        self._shared, self._took_over, self._began = shared, took_over, began
+        self._main = run.groups.is_main
+        self._progress = TrainProgress(run.config.train.steps, run.trainer.step, enabled=self._main)
+        self._metrics = MetricsWriter(run.output, run.trainer.step, self._warn) if self._main else None
+
+    def run(self, stop_after: int | None = None) -> int:
+        """Everything up to the end, or to a stop; collective.
+
+        Args:
+            stop_after: stop, saved, once so many optimizer steps are done; None: the configured end.
+
+        Returns:
+            The signal that stopped it, 0 if none did; alike on all ranks.
+
+        Raises:
+            LongspanError: see `Trainer.run`, and what an evaluation finds.
+        """
+        self._introduce()
+        stopped = self._work(stop_after)
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._main:
+            record_run(self._run, time.perf_counter() - self._began, self._shared)
+        return stopped
+
+    def _introduce(self) -> None:
+        """Warnings, then what is about to be trained."""
+        run = self._run
+        doubtful = (*run.warnings, *starting_warnings(run), self._shared)
+        restored = () if run.resumed is None else run.resumed.warnings
+        begun = () if run.begun is None else run.begun.warnings
+        for warning in (*run.config.warnings, *doubtful, *run.plan.advice(), self._took_over, *restored, *begun):
+            if warning:
+                self._warn(warning)
+        if self._main:
+            record_run(run, shared=self._shared)
+            self._say(starting_line(run))
+
+    def _work(self, stop_after: int | None) -> int:
+        """Evaluate, train, evaluate; returns the signal that stopped it."""
+        trainer, stopped = self._trainer, 0
+        env = self._run.groups.env
+        with StopSignals(speaks=self._main and not env.exit_file) as signals, trainer.listening(signals):
+            try:
+                self._start(trainer.end(stop_after))
+                with self._progress:
+                    stopped = trainer.run(self._metrics, self._progress, self._on_step, stop_after, self._watch)
+                if stopped:
+                    self._say(
+                        f"{stop_name(stopped)}: stopped and saved at step {trainer.step}; rerun the same command to go "
+                        "on from there"
+                    )
+                elif trainer.step == self._run.config.train.steps:
+                    self._make_up("after", trainer.step)
+            except Stopped as stop:
+                stopped = stop.number
+                self._say(
+                    f"{stop_name(stopped)}: stopped in an evaluation; nothing trained is lost; rerun the same command "
+                    "to evaluate again"
+                )
+        return stopped
+
+    def _start(self, end: int) -> None:
+        """Evaluate what there is before training, and say where it begins.
+
+        Args:
+            end: steps done when this session is.
+        """
+        run, step = self._run, self._trainer.step
+        if run.resumed is None:
+            if run.begun is not None:
+                self._say(f"begins with the weights of {run.begun.folder} (step {run.begun.step})")
+            self._assess("untrained" if run.begun is None else "initial", 0)
+            return
+        self._say(f"resumed at step {step} from {run.resumed.folder.name}: {run.resumed.reason}")
+        if self._due(step):
+            self._make_up(_label(step), step)
+        if step >= end:
+            self._say(f"nothing left to train: {step} steps of {end} are done")
+
+    def _on_step(self, step: int) -> None:
+        """An evaluation during training, where one is due."""
+        if self._due(step):
+            self._assess(_label(step), step, shown=False)
+
+    def _due(self, step: int) -> bool:
+        config = self._run.config
+        return bool(config.eval.every) and step % config.eval.every == 0 and 0 < step < config.train.steps
+
+    def _assess(self, label: str, step: int, *, shown: bool = True) -> None:
+        """Evaluate, show and write it; a run that has diverged ends here."""
+        if self._evaluator is None:
+            return
+        with self._watch.patient("evaluation"):
+            report = self._evaluator.run(label, step, shown=shown)
+        self._say(f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in report.perplexity.items()))
+        if self._metrics is not None:
+            self._metrics.write_perplexity(step, report.perplexity)
+        if step:
+            context = self._run.config.model.context
+            made_for = {r.length: r.nll for r in report.lengths if r.length <= context}
+            try:
+                self._trainer.parts.guard.check_evaluation(made_for)
+            except TrainingDiverged as error:
+                raise self._trainer.diverged(error) from None
+
+    def _make_up(self, label: str, step: int) -> None:
+        """Evaluate what an earlier process did not come to, or was stopped in, after its step was saved."""
+        if self._evaluator is not None and not self._evaluator.has(label, step):
+            self._assess(label, step)
+
+    def _say(self, sentence: str) -> None:
+        self._progress.say(sentence)
+
+    def _warn(self, sentence: str) -> None:
+        self._say(f"warning: {sentence}")
+
+
+def _label(step: int) -> str:
+    """An evaluation's name, by the steps trained."""
+    return f"step-{step:06d}"
