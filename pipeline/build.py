@@ -28,7 +28,7 @@ from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.attention.backends import select_backend
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
@@ -77,7 +77,7 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     return dtype
 
 
-def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint) -> ModelPart:
+def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint) -> RankModel:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
 
     Raises:
@@ -91,7 +91,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         offload, grid = parallel.offload.params == "cpu", plan.grid
         described = deepspeed_config(dtype, train.micro_batch, plan.batch.accumulation, grid.dp * grid.cp)
         shards = FrozenShards(groups, dtype, offload, described)
-    model = ModelPart(
+    model = RankModel(
         plan.arch,
         plan.rope,
         lora,

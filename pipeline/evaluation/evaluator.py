@@ -31,7 +31,7 @@ from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
 from pipeline.evaluation.run_retrieval import RetrievalReport, run_retrieval
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.lasting import optional_file
@@ -50,7 +50,7 @@ class Evaluator:
     def __init__(
         self,
         plan: RunPlan,
-        model: ModelPart,
+        model: RankModel,
         groups: Groups,
         tokenizer: TextTokenizer,
         watch: Watch | None = None,
@@ -143,7 +143,7 @@ class LoadedState:
     """Tokens it is made for."""
     base_context: int
     """Tokens the base was made for, as its config.json says."""
-    model: ModelPart
+    model: RankModel
     groups: Groups
     tokenizer: TextTokenizer
     identity: Mapping[str, Any]

@@ -18,7 +18,7 @@ from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tails import tail_nll
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import json_number
 
@@ -98,7 +98,7 @@ class Judge:
 
     def __call__(
         self,
-        model: ModelPart,
+        model: RankModel,
         spec: AttentionSpec,
         context: int,
         identity: Mapping[str, Any],

@@ -23,7 +23,7 @@ from pipeline.evaluation.tasks import Cell
 from pipeline.model.layers.loss import IGNORE
 
 TokenScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(tokens, labels: int64 [B, S]) -> (nll fp32 [B, S - 1], hits bool [B, S - 1]): `ModelPart.token_scores`."""
+"""(tokens, labels: int64 [B, S]) -> (nll fp32 [B, S - 1], hits bool [B, S - 1]): `RankModel.token_scores`."""
 
 COLUMNS = 3
 """Figures of a prompt: see `score_cases`."""

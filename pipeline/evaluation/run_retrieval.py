@@ -16,7 +16,7 @@ from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tasks import Cell
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.progress import EvalProgress
 from pipeline.storage.durable import replace_text
@@ -79,7 +79,7 @@ def report_path(output: Path, label: str) -> Path:
 
 
 def run_retrieval(
-    model: ModelPart,
+    model: RankModel,
     groups: Groups,
     spec: AttentionSpec,
     cells: Sequence[Cell],

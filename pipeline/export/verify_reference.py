@@ -2,7 +2,7 @@
 
 Nothing here reads the export or asks transformers: sizes and constants are the trainer's (`LlamaArch` of the base), the
 angles its `rope_tables`, the weights the base's with training applied by hand. That these formulas are those of the
-model that trains (`LlamaStage`) is tested; they are written out in plain torch because an export runs in one process
+model that trains (`LlamaChunk`) is tested; they are written out in plain torch because an export runs in one process
 on a CPU, one layer at a time, and with the sums in the order in which transformers takes them: a deep model amplifies a
 last-place difference a thousandfold on random tokens, so another order would need a tolerance that hides real faults.
 

@@ -31,7 +31,7 @@ from pipeline.planning.rope import RopePlan
 
 @dataclass(frozen=True)
 class Chunk:
-    """Which part of the model a `LlamaStage` is."""
+    """Which part of the model a `LlamaChunk` is."""
 
     layers: range
     """Global indices of its layers."""
@@ -43,7 +43,7 @@ class Chunk:
     """Its number among the chunks of its pipeline rank, under interleaving."""
 
 
-class LlamaStage(MegatronModule):
+class LlamaChunk(MegatronModule):
     """A Llama-class causal language model on megatron-core layers, or a pipeline chunk and tensor-parallel slice of it.
 
     Weights are allocated uninitialized; `load.load_base` and `load.init_adapters` fill them.
@@ -109,7 +109,7 @@ class LlamaStage(MegatronModule):
             # the gradient norm counts it once.
             self.output_layer.weight.shared_copy = arch.tied
         self.shards: FrozenShards | None = None
-        """As in any `weights.Part`; a whole `ModelPart` may have them."""
+        """As in any `weights.Part`; a whole `RankModel` may have them."""
         self._before_output: Callable[[], None] = lambda: None
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 

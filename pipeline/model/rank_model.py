@@ -20,7 +20,7 @@ from parallel.world.groups import Groups
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.attention.layer import AttentionContext
-from pipeline.model.chunk import Chunk, LlamaStage
+from pipeline.model.chunk import Chunk, LlamaChunk
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.megatron_config import transformer_config
@@ -43,14 +43,14 @@ class LocalBatch:
     """Of the whole padded sequences."""
 
 
-class ModelPart(torch.nn.Module):
+class RankModel(torch.nn.Module):
     """One rank's share of a Llama-class model on the grid of `groups`.
 
     Every rank of a replica is given the same whole micro-batches and cuts out its own tokens; sequences are padded on
     the right to shards of equal length.
 
     Args:
-        arch, rope, lora: see `LlamaStage`.
+        arch, rope, lora: see `LlamaChunk`.
         groups: the grid.
         dtype: of the weights.
         recompute: policy of every layer of the whole model (`planning.recompute`), or one word for all.
@@ -92,23 +92,23 @@ class ModelPart(torch.nn.Module):
                 virtual=number // plan.pp if len(layers) > plan.pp else None,
             )
             with home:
-                self.chunks.append(LlamaStage(arch, rope, lora, config, groups.collection, chunk, policies, family))
+                self.chunks.append(LlamaChunk(arch, rope, lora, config, groups.collection, chunk, policies, family))
         if shards is not None:
             (stage,) = self.stages
             shard_stage(stage, kinds, shards)
 
     @property
-    def stages(self) -> list[LlamaStage]:
+    def stages(self) -> list[LlamaChunk]:
         """The chunks, typed."""
-        return [cast(LlamaStage, chunk) for chunk in self.chunks]
+        return [cast(LlamaChunk, chunk) for chunk in self.chunks]
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """See `LlamaStage.canonical_parameters`; in model order."""
+        """See `LlamaChunk.canonical_parameters`; in model order."""
         for stage in self.stages:
             yield from stage.canonical_parameters()
 
     def frozen_matrices(self) -> Iterator[tuple[str, FrozenWeight]]:
-        """See `LlamaStage.frozen_matrices`; in model order."""
+        """See `LlamaChunk.frozen_matrices`; in model order."""
         for stage in self.stages:
             yield from stage.frozen_matrices()
 
@@ -136,7 +136,7 @@ class ModelPart(torch.nn.Module):
 
         return LocalBatch(local(batch.tokens, 0), local(batch.labels, IGNORE), layout)
 
-    def _context(self, stage: LlamaStage, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
+    def _context(self, stage: LlamaChunk, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
         return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
 
     def train_step(
@@ -166,7 +166,7 @@ class ModelPart(torch.nn.Module):
         placed = [self.place(batch) for batch in batches]
         contexts = [{id(stage): self._context(stage, batch.layout, spec) for stage in self.stages} for batch in placed]
 
-        def forward(number: int, stage: LlamaStage) -> torch.Tensor:
+        def forward(number: int, stage: LlamaChunk) -> torch.Tensor:
             batch = placed[number]
             hidden = stage.hidden(batch.tokens, contexts[number][id(stage)])
             if not stage.chunk.last:
@@ -221,7 +221,7 @@ class ModelPart(torch.nn.Module):
         Collective over the ranks of a replica, which are given the same tokens.
         """
         labels = functional.pad(tokens_BS[:, 1:], (0, 1), value=IGNORE)
-        return self._score(tokens_BS, labels, spec, 1, lambda *given: LlamaStage.losses_of(*given).unsqueeze(0))[0]
+        return self._score(tokens_BS, labels, spec, 1, lambda *given: LlamaChunk.losses_of(*given).unsqueeze(0))[0]
 
     @torch.no_grad()
     def token_scores(
@@ -239,7 +239,7 @@ class ModelPart(torch.nn.Module):
             fp32 [B, S - 1] negative log-likelihoods in nats, 0 where nothing is scored; bool [B, S - 1] whether the
             label is the arg max over the vocabulary (the smallest id among equals), as greedy `generate` picks.
         """
-        nll, hits = self._score(tokens_BS, labels_BS, spec, 2, LlamaStage.scores_of)
+        nll, hits = self._score(tokens_BS, labels_BS, spec, 2, LlamaChunk.scores_of)
         return nll, hits > 0.5
 
     def _score(
@@ -248,13 +248,13 @@ class ModelPart(torch.nn.Module):
         labels_BS: torch.Tensor,
         spec: AttentionSpec,
         kinds: int,
-        of: Callable[[LlamaStage, torch.Tensor, torch.Tensor], torch.Tensor],
+        of: Callable[[LlamaChunk, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """fp32 [kinds, B, S - 1], from the [kinds, B, L] that `of` makes of last stage, hidden states and labels."""
         batch = self.place(Batch(tokens_BS.cpu(), labels_BS.cpu(), None))
         plan = self.groups.plan
 
-        def forward(stage: LlamaStage) -> torch.Tensor:
+        def forward(stage: LlamaChunk) -> torch.Tensor:
             hidden = stage.hidden(batch.tokens, self._context(stage, batch.layout, spec))
             return of(stage, hidden, batch.labels) if stage.chunk.last else hidden
 

@@ -9,7 +9,7 @@ import torch
 
 from parallel.health.replicas import Checked, Replicas, agree, bit_sums
 from parallel.world.groups import Groups
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning import tensors as names
 from pipeline.training.optimizer import TrainableAdamW
 
@@ -114,7 +114,7 @@ class RunChecks:
         )
 
 
-def run_checks(groups: Groups, model: ModelPart, optimizer: TrainableAdamW) -> RunChecks:
+def run_checks(groups: Groups, model: RankModel, optimizer: TrainableAdamW) -> RunChecks:
     """Take note of the frozen weights as they are now; make it before the first step."""
     tied = model.arch.tied and groups.plan.pp > 1
     checked = []

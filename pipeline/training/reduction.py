@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 from parallel.world.collectives import sum_over
 from parallel.world.groups import Groups
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.training.optimizer import TrainableAdamW
 
 
@@ -23,7 +23,7 @@ class GradientReduction:
         model: this rank's part, its trainable parameters marked.
     """
 
-    def __init__(self, groups: Groups, model: ModelPart) -> None:
+    def __init__(self, groups: Groups, model: RankModel) -> None:
         self.groups = groups
         self._tied = model.arch.tied and groups.plan.pp > 1 and groups.stage in (0, groups.plan.pp - 1)
         for name, parameter in model.canonical_parameters():

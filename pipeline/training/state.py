@@ -11,14 +11,14 @@ from parallel.errors import CheckpointError
 from pipeline.checkpoint.manifest import MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import StatePiece
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.gather import gather, owned
 from pipeline.planning import tensors as names
 from pipeline.planning.trainable import trained_names
 from pipeline.training.optimizer import MOMENTS, STEP, TrainableAdamW
 
 
-def own_pieces(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW) -> list[StatePiece]:
+def own_pieces(model: RankModel, kinds: Sequence[str], optimizer: TrainableAdamW) -> list[StatePiece]:
     """What this rank keeps for a checkpoint: its optimizer's slices of its tensors, live; not collective.
 
     Over all ranks every trained element comes once: of tensors alike on several ranks, one has it (see `owned`), and
@@ -38,7 +38,7 @@ def own_pieces(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
     return found
 
 
-def load_state(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW, reader: CheckpointReader) -> None:
+def load_state(model: RankModel, kinds: Sequence[str], optimizer: TrainableAdamW, reader: CheckpointReader) -> None:
     """Restore this rank's share of a checkpoint written on any layout; collective when the optimizer is sharded.
 
     Raises:
@@ -63,7 +63,7 @@ def load_state(model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
 
 
 def load_weights(
-    model: ModelPart, optimizer: TrainableAdamW, taken: Collection[str], weights: Callable[..., torch.Tensor]
+    model: RankModel, optimizer: TrainableAdamW, taken: Collection[str], weights: Callable[..., torch.Tensor]
 ) -> None:
     """Begin with given weights, zero moments and no update done; collective when the optimizer is sharded.
 
@@ -90,7 +90,7 @@ def load_weights(
     optimizer.load_pieces(read, 0)
 
 
-def check_trained(model: ModelPart, kinds: Sequence[str], reader: CheckpointReader) -> None:
+def check_trained(model: RankModel, kinds: Sequence[str], reader: CheckpointReader) -> None:
     """Refuse a checkpoint that holds other tensors than those that train here, or of other shapes.
 
     Raises:
@@ -113,7 +113,7 @@ def check_trained(model: ModelPart, kinds: Sequence[str], reader: CheckpointRead
 
 
 def whole_state(
-    model: ModelPart, kinds: Sequence[str], optimizer: TrainableAdamW
+    model: RankModel, kinds: Sequence[str], optimizer: TrainableAdamW
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """fp32 masters and optimizer state of all ranks, whole, on rank 0; collective. To compare runs, not to save."""
     # Of the replicas the first one has everything; it is the one that gather asks.

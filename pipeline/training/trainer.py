@@ -22,7 +22,7 @@ from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.run import RunConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.model.layers.loss import IGNORE
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
 from pipeline.reporting.progress import TrainProgress
@@ -41,7 +41,7 @@ class TrainerParts:
 
     config: RunConfig
     groups: Groups
-    model: ModelPart
+    model: RankModel
     optimizer: TrainableAdamW
     reduction: GradientReduction
     loader: TrainLoader

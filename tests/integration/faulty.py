@@ -55,10 +55,10 @@ FAULTS = {function.__name__: function for function in (user_error, bug, kill, fr
 def real(fault: str, rank: int, step: int, arguments: list[str]) -> int:
     """The trainer, with the fault in this rank's model."""
     from pipeline import train
-    from pipeline.model.rank_model import ModelPart
+    from pipeline.model.rank_model import RankModel
 
     env = RankEnv.read()
-    inner, steps = ModelPart.train_step, 0
+    inner, steps = RankModel.train_step, 0
 
     def train_step(*args: object, **kwargs: object) -> object:
         nonlocal steps
@@ -67,7 +67,7 @@ def real(fault: str, rank: int, step: int, arguments: list[str]) -> int:
             fail(fault)
         return inner(*args, **kwargs)  # type: ignore[arg-type]
 
-    ModelPart.train_step = train_step  # type: ignore[assignment, method-assign]
+    RankModel.train_step = train_step  # type: ignore[assignment, method-assign]
     return train.main(arguments)
 
 

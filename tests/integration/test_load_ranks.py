@@ -15,7 +15,7 @@ from parallel.world.rng import seed_everything
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
@@ -40,7 +40,7 @@ def load_and_score(rank: int, world: int, folder: str, tokens: torch.Tensor) -> 
         stored = read_arch(base)
         arch = replace(stored, vocab=stored.vocab + added)
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-        part = ModelPart(arch, rope, LoraConfig(rank=0), groups, torch.float32, "none")
+        part = RankModel(arch, rope, LoraConfig(rank=0), groups, torch.float32, "none")
         checkpoint = HfCheckpoint(base)
         load_base(part, checkpoint)
         expected = 0

@@ -20,7 +20,7 @@ from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.yaml_file import load_config
 from pipeline.data import prepare
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.progress import EvalProgress
 from pipeline.train import main
@@ -160,13 +160,13 @@ def test_a_folder_that_another_job_took_over_gets_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, run = write_run(tmp_path, "run"), tmp_path / "run"
-    honest = ModelPart.train_step
+    honest = RankModel.train_step
 
-    def taken(self: ModelPart, *args: Any, **more: Any) -> Any:
+    def taken(self: RankModel, *args: Any, **more: Any) -> Any:
         (run / ".lock").write_text("{}")
         return honest(self, *args, **more)
 
-    monkeypatch.setattr(ModelPart, "train_step", taken)
+    monkeypatch.setattr(RankModel, "train_step", taken)
     with pytest.raises(CheckpointError, match=r"could not be written \(.*\.lock: is no longer this job's"):
         run_here(path, stop_after=1)
     assert choose(run / "checkpoints") is None

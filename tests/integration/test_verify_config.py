@@ -21,7 +21,7 @@ from pipeline.export.verify import sample_positions, sample_tokens, verify
 from pipeline.export.verify_logits import trained_weights
 from pipeline.export.verify_reference import own_logits
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.chunk import LlamaStage
+from pipeline.model.chunk import LlamaChunk
 from pipeline.model.megatron_config import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base, load_trained, mark_trainable
 from pipeline.planning.arch import read_arch
@@ -45,7 +45,7 @@ ROPES: dict[str, RopeSettings] = {
 def stage_logits(model: TrainedModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Logits of the model that trains, at positions 0, 1, 2 ..."""
     config = transformer_config(model.arch, plan_grid(1, 1, 1, 1), torch.float32, torch.device("cpu"))
-    stage = LlamaStage(model.arch, model.rope, model.lora, config, single_groups().collection)
+    stage = LlamaChunk(model.arch, model.rope, model.lora, config, single_groups().collection)
     load_base(stage, HfCheckpoint(model.base))
     init_adapters(stage, 0)
     mark_trainable(stage, ("lora", "embed", "norm"))
@@ -55,7 +55,7 @@ def stage_logits(model: TrainedModel, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_is_the_model_that_trains(tmp_path: Path, kind: str) -> None:
-    """`own_logits` against `LlamaStage`, over the whole new context and for every RoPE; LoRA on every product."""
+    """`own_logits` against `LlamaChunk`, over the whole new context and for every RoPE; LoRA on every product."""
     base = make_tiny(tmp_path, kind)
     tokens = sample_tokens(read_arch(base).vocab, CONTEXT)[:1]
     positions = [torch.arange(CONTEXT)]

@@ -11,7 +11,7 @@ import megatron.core.tensor_parallel.random as megatron_random
 import torch
 
 from pipeline.model.layers.lora import AdapterSet
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 
 Masks = list[list[tuple[tuple[str, ...], torch.Tensor]]]
 """By training step: (targets that share it, bool [S, B, I], this rank's part) in the order of the forwards."""
@@ -24,7 +24,7 @@ def recorded() -> Iterator[Masks]:
     """Record what LoRA's inputs lose in training forwards; recomputations are the product's business."""
     found: Masks = []
     inside = False
-    drop, train_step = AdapterSet._drop, ModelPart.train_step
+    drop, train_step = AdapterSet._drop, RankModel.train_step
 
     def watched_drop(self: AdapterSet, x: torch.Tensor) -> torch.Tensor:
         out = drop(self, x)
@@ -33,7 +33,7 @@ def recorded() -> Iterator[Masks]:
             found[-1].append((self.names, (out != 0) | (x == 0)))
         return out
 
-    def watched_step(self: ModelPart, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def watched_step(self: RankModel, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal inside
         found.append([])
         inside = True
@@ -44,7 +44,7 @@ def recorded() -> Iterator[Masks]:
 
     with (
         mock.patch.object(AdapterSet, "_drop", watched_drop),
-        mock.patch.object(ModelPart, "train_step", watched_step),
+        mock.patch.object(RankModel, "train_step", watched_step),
     ):
         yield found
 

@@ -17,7 +17,7 @@ from pipeline.data.loader import Batch, TrainLoader
 from pipeline.evaluation import evaluator
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.model.layers.loss import IGNORE
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training import trainer
 from pipeline.training.optimizer import TrainableAdamW
@@ -64,12 +64,12 @@ def _schedule(**other: Any) -> Plant:
 
 
 def _train_step(change: Callable[..., torch.Tensor]) -> Plant:
-    honest = ModelPart.train_step
+    honest = RankModel.train_step
 
-    def step(self: ModelPart, batches: Sequence[Batch], spec: Any, scale: float, **hooks: Any) -> torch.Tensor:
+    def step(self: RankModel, batches: Sequence[Batch], spec: Any, scale: float, **hooks: Any) -> torch.Tensor:
         return change(lambda some, factor: honest(self, some, spec, factor, **hooks), batches, scale)
 
-    return lambda: mock.patch.object(ModelPart, "train_step", step)
+    return lambda: mock.patch.object(RankModel, "train_step", step)
 
 
 def _mean_over_all(run: Callable[..., torch.Tensor], batches: Sequence[Batch], scale: float) -> torch.Tensor:
@@ -90,8 +90,8 @@ def full_steps_late() -> Any:
 
 def unmasked_attention() -> Any:
     """Attention crosses the documents; labels do not."""
-    honest = ModelPart.place
-    return mock.patch.object(ModelPart, "place", lambda self, batch: honest(self, replace(batch, document_ids=None)))
+    honest = RankModel.place
+    return mock.patch.object(RankModel, "place", lambda self, batch: honest(self, replace(batch, document_ids=None)))
 
 
 def unmasked_labels() -> Any:
@@ -132,7 +132,7 @@ def eval_shifted() -> Any:
 
 def eval_dropout() -> Any:
     """Evaluation leaves the model in its training mode."""
-    return mock.patch.object(ModelPart, "eval", lambda self: self.train())
+    return mock.patch.object(RankModel, "eval", lambda self: self.train())
 
 
 def other_mask() -> Any:

@@ -14,7 +14,7 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import linear, mlp
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
@@ -48,7 +48,7 @@ def _both(rank: int, world: int, folder: str, alone: bool = False) -> tuple[floa
     for family in FAMILIES:
         seed_everything(0)
         rope, lora = plan_rope(arch, RopeSettings(), 64), LoraConfig(rank=2, targets=("q", "v", "o", "down"))
-        model = ModelPart(arch, rope, lora, groups, torch.float32, "full", family=family)
+        model = RankModel(arch, rope, lora, groups, torch.float32, "full", family=family)
         generator = torch.Generator().manual_seed(1 + rank)
         with torch.no_grad():
             for name, parameter in model.canonical_parameters():
@@ -84,7 +84,7 @@ def test_only_the_norm_is_ours_in_megatrons_family(tmp_path: Path) -> None:
     for family in FAMILIES:
         for lora in (LoraConfig(rank=0), LoraConfig(rank=2)):
             rope = plan_rope(arch, RopeSettings(), 64)
-            model = ModelPart(arch, rope, lora, single_groups(), torch.float32, "none", family=family)
+            model = RankModel(arch, rope, lora, single_groups(), torch.float32, "none", family=family)
             frozen = {name for name, _ in model.frozen_matrices()}
             assert len(frozen) == 4 * arch.layers and frozen < {name for name, _ in model.canonical_parameters()}
             made.setdefault(family, set()).update(type(module).__name__ for module in model.modules())

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.sections import LoraConfig
-from pipeline.model.chunk import LlamaStage
+from pipeline.model.chunk import LlamaChunk
 from pipeline.model.layers.loss import IGNORE
 from pipeline.model.weights.load import mark_trainable, trainable
 from pipeline.planning.attention_layout import SequenceLayout
@@ -20,7 +20,7 @@ from tests.support.tiny_models import make_tiny
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def randomize_b(stage: LlamaStage) -> None:
+def randomize_b(stage: LlamaChunk) -> None:
     """B starts at zero, where A has no gradient: give it values."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def randomize_b(stage: LlamaStage) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def peft_twin(folder: Path, stage: LlamaStage, lora: LoraConfig) -> torch.nn.Module:
+def peft_twin(folder: Path, stage: LlamaChunk, lora: LoraConfig) -> torch.nn.Module:
     """transformers + PEFT with the stage's adapters, embedding and norms trainable."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(

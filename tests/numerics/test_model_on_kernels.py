@@ -16,7 +16,7 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import lora, norm, rotary, swiglu
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
@@ -51,7 +51,7 @@ def _on(kernels: Any) -> Iterator[None]:
         yield
 
 
-def _gradients(model: ModelPart, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def _gradients(model: RankModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss = model.train().train_step([Batch(tokens, tokens, None)], AttentionSpec("s2", 16), 1 / tokens.numel())
     return {"loss": loss, **{name: p.grad for name, p in model.canonical_parameters() if p.grad is not None}}
@@ -68,7 +68,7 @@ def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
     for like, recompute, targets, rank, trained, wanted in CASES:
         dtype, tolerance = dtypes[like]
         adapters = LoraConfig(rank=rank, targets=targets)
-        model = ModelPart(arch, plan_rope(arch, RopeSettings(), 64), adapters, groups, dtype, recompute)
+        model = RankModel(arch, plan_rope(arch, RopeSettings(), 64), adapters, groups, dtype, recompute)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.canonical_parameters():

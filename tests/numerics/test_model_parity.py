@@ -13,9 +13,9 @@ from parallel.world.grid import plan_grid
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.chunk import LlamaStage
+from pipeline.model.chunk import LlamaChunk
 from pipeline.model.megatron_config import transformer_config
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
@@ -29,11 +29,11 @@ CPU = torch.device("cpu")
 
 def stage_of(
     folder: Path, settings: RopeSettings | None = None, context: int | None = None, lora: LoraConfig | None = None
-) -> LlamaStage:
+) -> LlamaChunk:
     arch = read_arch(folder)
     rope = plan_rope(arch, settings or RopeSettings(), context or arch.max_positions)
     config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU)
-    stage = LlamaStage(arch, rope, lora or LoraConfig(rank=0), config, single_groups().collection)
+    stage = LlamaChunk(arch, rope, lora or LoraConfig(rank=0), config, single_groups().collection)
     load_base(stage, HfCheckpoint(folder))
     init_adapters(stage, 0)
     return stage.eval()
@@ -96,7 +96,7 @@ def test_stretched_logits_equal_transformers(rope: dict, tmp_path: Path) -> None
 def test_token_nll_is_the_logits_nll(tmp_path: Path) -> None:
     make_tiny(tmp_path, "smollm2")
     stage = stage_of(tmp_path)
-    model = ModelPart(stage.arch, stage.rope, LoraConfig(rank=0), single_groups(), torch.float32, "none")
+    model = RankModel(stage.arch, stage.rope, LoraConfig(rank=0), single_groups(), torch.float32, "none")
     load_base(model, HfCheckpoint(tmp_path))
     tokens = torch.randint(0, stage.arch.vocab, (2, 33), generator=torch.Generator().manual_seed(3))
     logits = stage.logits(tokens, SequenceLayout.dense(2, 33), FULL)

@@ -21,7 +21,7 @@ from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.retrieval import score_cases
 from pipeline.model.layers import loss
 from pipeline.model.layers.loss import IGNORE
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec, full_attention
 from pipeline.planning.run_plan import plan_run
 from tests.support.ranks import run_ranks
@@ -54,7 +54,7 @@ def write_run(folder: Path) -> Path:
     return path
 
 
-def model_of(config: RunConfig, groups: Any) -> ModelPart:
+def model_of(config: RunConfig, groups: Any) -> RankModel:
     plan = plan_run(config, groups.plan.world_size)
     base = open_base(config, plan.arch)
     return build_model(plan, LoraConfig(rank=0), groups, base).eval()

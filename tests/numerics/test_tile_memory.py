@@ -18,7 +18,7 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers import loss
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.attention_layout import AttentionSpec
@@ -58,7 +58,7 @@ def test_no_tensor_holds_every_tokens_hidden_state(monkeypatch: pytest.MonkeyPat
     groups = make_groups(plan_grid(RANKS, RANKS, 1, 1), env, fake=True)
     seed_everything(0)
     rope = plan_rope(arch, RopeSettings(), TOKENS)
-    model = ModelPart(arch, rope, LoraConfig(rank=2), groups, torch.float32, "full").train()
+    model = RankModel(arch, rope, LoraConfig(rank=2), groups, torch.float32, "full").train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)

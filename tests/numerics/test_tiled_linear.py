@@ -26,7 +26,7 @@ from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import recipe_of
 from pipeline.model.layers.recomputation import recomputing
 from pipeline.model.layers.residual import last_residual_add, residual_add
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.arch import read_arch
@@ -82,10 +82,10 @@ def test_gradients_equal_to_the_bit_whatever_the_skipped_values(groups: Groups) 
     assert all(bool(a.isfinite().all()) and bool(a.any()) for a in found)
 
 
-def _model(folder: Path, groups: Groups, targets: tuple[str, ...], recompute: str = "full") -> ModelPart:
+def _model(folder: Path, groups: Groups, targets: tuple[str, ...], recompute: str = "full") -> RankModel:
     arch = read_arch(make_tiny(folder, "llama2"))
     rope = plan_rope(arch, RopeSettings(), 64)
-    model = ModelPart(arch, rope, LoraConfig(rank=2, targets=targets), groups, torch.float32, recompute)
+    model = RankModel(arch, rope, LoraConfig(rank=2, targets=targets), groups, torch.float32, recompute)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -58,7 +58,7 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was allocated")
 
-    monkeypatch.setattr(composition, "ModelPart", never)
+    monkeypatch.setattr(composition, "RankModel", never)
     for work in (
         lambda: build_run(config, RankEnv()),
         lambda: evaluator.evaluate_state(config, RankEnv(), "untrained"),
@@ -78,7 +78,7 @@ def test_a_backend_this_device_lacks_is_refused_before_anything_long(
         raise AssertionError("text was tokenized, or the model allocated")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(composition, "ModelPart", never)
+    monkeypatch.setattr(composition, "RankModel", never)
     monkeypatch.setattr(composition, "open_tokens", never)
     with pytest.raises(ConfigError, match=r"attention\.backend: cudnn needs a CUDA device.*use auto or math"):
         build_run(config, RankEnv())

@@ -37,7 +37,7 @@ from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
@@ -99,7 +99,7 @@ def load_rank(base: Path) -> dict[str, Any]:
     groups = make_groups(plan_grid(TP, TP, 1, 1), RankEnv(rank=3, world_size=TP, local_rank=0), fake=True)
     try:
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-        part = ModelPart(arch, rope, LoraConfig(rank=0), groups, torch.bfloat16, "full")
+        part = RankModel(arch, rope, LoraConfig(rank=0), groups, torch.bfloat16, "full")
         held = sum(p.numel() * p.element_size() for p in part.parameters())
         checkpoint = HfCheckpoint(base)
         load_base(part, checkpoint)

@@ -39,7 +39,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
 from pipeline.planning import tile_size
@@ -56,13 +56,13 @@ from tools.support.shapes import SIZES, llama2
 MODELS = {f"llama2-{size}": size for size in SIZES}
 
 
-def build_part(args: argparse.Namespace, groups: Groups, family: str) -> ModelPart:
+def build_part(args: argparse.Namespace, groups: Groups, family: str) -> RankModel:
     """The rank's part with random weights: LoRA r 8 on q, k, v, o, embedding and norms train."""
     arch = llama2(MODELS[args.model], args.layers)
     plan = groups.plan
     check_model_fits(plan, arch.heads, arch.kv_heads, arch.ffn)
     rope = plan_rope(arch, RopeSettings(type="linear"), max(args.sequence, arch.max_positions))
-    model = ModelPart(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute, family=family)
+    model = RankModel(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute, family=family)
     with torch.no_grad():
         for name, parameter in model.canonical_parameters():
             if name.endswith("layernorm.weight"):

@@ -32,7 +32,7 @@ from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.results import ResultFile
 from pipeline.evaluation.tasks import RetrievalSettings
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import full_attention
 from pipeline.planning.run_plan import plan_run
@@ -258,7 +258,7 @@ class Workshop:
         replace_text(path, json.dumps(data, indent=1) + "\n")
 
     @contextlib.contextmanager
-    def _untrained(self, config: RunConfig) -> Iterator[ModelPart]:
+    def _untrained(self, config: RunConfig) -> Iterator[RankModel]:
         plan = plan_run(config, self.env.world_size)
         base = open_base(config, plan.arch)
         groups = connect(plan, self.env)
@@ -270,7 +270,7 @@ class Workshop:
             model.close()
 
     @contextlib.contextmanager
-    def _trained(self, config: RunConfig) -> Iterator[tuple[ModelPart, dict[str, Any]]]:
+    def _trained(self, config: RunConfig) -> Iterator[tuple[RankModel, dict[str, Any]]]:
         """The model after training, which goes on from what an earlier process saved."""
         run = build(plan_run(config, self.env.world_size), self.env)
         parts, trainer = run.trainer.parts, run.trainer

@@ -91,7 +91,7 @@ class LongAttention(SelfAttention):
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, H] -> ([S, B, H], bias or None)."""
-        assert packed_seq_params is not None, "LlamaStage passes the AttentionContext here"
+        assert packed_seq_params is not None, "LlamaChunk passes the AttentionContext here"
         context = packed_seq_params
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         query = apply_rope(query, context.cos, context.sin, self.fused_rope)

@@ -222,7 +222,7 @@ class AdaptedLinear(torch.nn.Module):
     """A parallel linear of any family with low-rank adapters beside it.
 
     The adapters see the linear's input and add to its output; nothing of the linear is overridden. Its parameters go by
-    the names they have without adapters (`LlamaStage.canonical_parameters`).
+    the names they have without adapters (`LlamaChunk.canonical_parameters`).
     """
 
     def __init__(self, base: torch.nn.Module, adapters: AdapterSet) -> None:

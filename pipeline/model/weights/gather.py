@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import VOCABULARY_HF
 from pipeline.planning import tensors as names
 from pipeline.planning.trainable import trained_names
@@ -19,7 +19,7 @@ Slice = tuple[int, int, int] | None
 """(dim, start, stop) of a whole tensor; None: all of it."""
 
 
-def owned(model: ModelPart, kinds: Sequence[str], tp: int, pp: int) -> Iterator[tuple[str, tuple[int, ...], Slice]]:
+def owned(model: RankModel, kinds: Sequence[str], tp: int, pp: int) -> Iterator[tuple[str, tuple[int, ...], Slice]]:
     """(name, whole shape, slice) of every trained tensor that ranks (tp, pp) keep for the checkpoint, in a fixed order.
 
     A tied copy of the embedding on the last stage is not kept twice; replicated tensors are kept by tp 0.
@@ -39,7 +39,7 @@ def owned(model: ModelPart, kinds: Sequence[str], tp: int, pp: int) -> Iterator[
             yield name, shape, cut
 
 
-def gather(model: ModelPart, kinds: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gather(model: RankModel, kinds: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole tensors on rank 0 (CPU), nothing elsewhere; collective.
 
     Args:

@@ -21,7 +21,7 @@ from pipeline.planning.trainable import kind_of, trains
 
 
 class Part(Protocol):
-    """A model, or what one rank holds of it: `LlamaStage` and `ModelPart`."""
+    """A model, or what one rank holds of it: `LlamaChunk` and `RankModel`."""
 
     arch: LlamaArch
     lora: LoraConfig

@@ -13,11 +13,11 @@ import torch
 from torch.nn import Parameter
 
 from parallel.axes.zero3 import FrozenShards
-from pipeline.model.chunk import LlamaStage
+from pipeline.model.chunk import LlamaChunk
 from pipeline.planning.trainable import trains
 
 
-def shard_stage(stage: LlamaStage, kinds: Sequence[str], shards: FrozenShards) -> None:
+def shard_stage(stage: LlamaChunk, kinds: Sequence[str], shards: FrozenShards) -> None:
     """Give a stage built on the meta device its memory: whole for what trains, shares for frozen matrices.
 
     Weights are zero yet; `load.load_base` and `load.init_adapters` fill them.
@@ -47,7 +47,7 @@ def _unit_of(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("decoder.layers.") else name
 
 
-def _replace(stage: LlamaStage, old: Parameter, new: Parameter) -> None:
+def _replace(stage: LlamaChunk, old: Parameter, new: Parameter) -> None:
     """Put `new` wherever `old` sits in the module tree."""
     for module in stage.modules():
         for name, parameter in list(module._parameters.items()):
@@ -55,7 +55,7 @@ def _replace(stage: LlamaStage, old: Parameter, new: Parameter) -> None:
                 setattr(module, name, new)
 
 
-def _place(stage: LlamaStage, units: dict[str, list[tuple[Parameter, torch.Size]]], shards: FrozenShards) -> None:
+def _place(stage: LlamaChunk, units: dict[str, list[tuple[Parameter, torch.Size]]], shards: FrozenShards) -> None:
     """Register the units in the order of the forward pass, and what makes each whole in time."""
 
     def add(name: str) -> int | None:

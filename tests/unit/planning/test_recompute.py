@@ -11,7 +11,7 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.layers.recomputation import recomputing
-from pipeline.model.rank_model import ModelPart
+from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
@@ -36,7 +36,7 @@ def test_layers_follow_their_own_policies_and_gradients_stay(tmp_path: Path) -> 
     mixes = {"none": (NONE, NONE), "mix": (NONE, FULL), "other": (FULL, NONE), "full": (FULL, FULL)}
     found, kept = {}, {}
     for label, policies in mixes.items():
-        model = ModelPart(
+        model = RankModel(
             arch, plan_rope(arch, RopeSettings(), 64), LoraConfig(rank=2), single_groups(), torch.float32, policies
         )
         generator = torch.Generator().manual_seed(1)
