@@ -12,7 +12,7 @@ from parallel.errors import DataError
 from pipeline.data.shards import TokenShards
 
 IGNORE = -100
-"""Label without loss: torch's convention, pipeline.model.layers.loss.IGNORE, repeated to stay torch-free."""
+"""Label of a token that is not scored: torch's own default of `cross_entropy`."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.data.packing import IGNORE
 from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.results import CellResult, ResultFile, cell_key
 from pipeline.evaluation.tasks import Cell
-from pipeline.model.layers.loss import IGNORE
 
 TokenScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(tokens, labels: int64 [B, S]) -> (nll fp32 [B, S - 1], hits bool [B, S - 1]): `RankModel.token_scores`."""

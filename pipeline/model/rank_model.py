@@ -19,10 +19,10 @@ from parallel.world.grid import plan_stages
 from parallel.world.groups import Groups
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
+from pipeline.data.packing import IGNORE
 from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.chunk import Chunk, LlamaChunk
 from pipeline.model.layers.frozen_weight import FrozenWeight
-from pipeline.model.layers.loss import IGNORE
 from pipeline.model.megatron_config import transformer_config
 from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch

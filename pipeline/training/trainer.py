@@ -21,7 +21,7 @@ from pipeline.checkpoint.compatibility import DataStart, data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.run import RunConfig
 from pipeline.data.loader import TrainLoader
-from pipeline.model.layers.loss import IGNORE
+from pipeline.data.packing import IGNORE
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib

@@ -14,9 +14,9 @@ import torch
 from pipeline import build
 from pipeline.config.sections import AttentionConfig
 from pipeline.data.loader import Batch, TrainLoader
+from pipeline.data.packing import IGNORE
 from pipeline.evaluation import evaluator
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training import trainer

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.sections import LoraConfig
+from pipeline.data.packing import IGNORE
 from pipeline.model.chunk import LlamaChunk
-from pipeline.model.layers.loss import IGNORE
 from pipeline.model.weights.load import mark_trainable, trainable
 from pipeline.planning.attention_layout import SequenceLayout
 from tests.numerics.test_model_parity import FULL, stage_of

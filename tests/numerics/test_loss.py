@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.data.packing import IGNORE
 from pipeline.model.layers import loss as loss_module
-from pipeline.model.layers.loss import IGNORE, sum_cross_entropy, token_losses
+from pipeline.model.layers.loss import sum_cross_entropy, token_losses
 
 
 @pytest.mark.parametrize("tokens", [1, 129, 700])

@@ -17,10 +17,10 @@ from pipeline.build import build_model, connect, open_base
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import load_config
+from pipeline.data.packing import IGNORE
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.retrieval import score_cases
 from pipeline.model.layers import loss
-from pipeline.model.layers.loss import IGNORE
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec, full_attention
 from pipeline.planning.run_plan import plan_run

@@ -22,9 +22,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.axes.tensor import TokenTiles
-
-IGNORE = -100
-"""Label of a token that is not scored (PyTorch's convention)."""
+from pipeline.data.packing import IGNORE
 
 CHUNK_LOGITS = 1 << 25
 """Logits held at once (fp32: 128 MiB), which sets the chunk's tokens for a vocabulary."""

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import DataError
-from pipeline.data import packing
 from pipeline.data.packing import IGNORE, PackedDataset, document_ids
-from pipeline.model.layers import loss
 from tests.support.data_helpers import make_shards, stream_of
 
 documents_ = st.lists(st.lists(st.integers(3, 258), max_size=12), min_size=1, max_size=12)
@@ -85,5 +84,5 @@ def test_fingerprint_is_of_content_and_window(tmp_path: Path) -> None:
     assert len({*prints, PackedDataset(one, 3).fingerprint}) == 4
 
 
-def test_ignore_is_that_of_the_loss() -> None:
-    assert packing.IGNORE == loss.IGNORE
+def test_ignore_is_torchs_own() -> None:
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
