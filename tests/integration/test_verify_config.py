@@ -26,7 +26,7 @@ from pipeline.model.megatron_config import transformer_config
 from pipeline.model.weights.load import init_adapters, load_base, load_trained, mark_trainable
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
-from pipeline.planning.rope import plan_rope
+from pipeline.planning.rope import hf_rope_fields, plan_rope
 from tests.integration.test_import_export import CONTEXT, trained_model
 from tests.support.single import single_groups
 from tests.support.tiny_models import KINDS, make_tiny
@@ -159,7 +159,6 @@ def test_a_writer_that_writes_another_factor_is_caught(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a check against the writer's own output cannot see; by the angles, and by the logits alone."""
-    from pipeline.model.layers import rotary as rope
 
     def wrong(plan: Any, arch: Any, context: int) -> dict[str, Any]:
         fields = right(plan, arch, context)
@@ -167,7 +166,7 @@ def test_a_writer_that_writes_another_factor_is_caught(
             fields[name]["factor"] /= 2
         return fields
 
-    right = rope.hf_rope_fields
+    right = hf_rope_fields
     monkeypatch.setattr("pipeline.export.trained_model.hf_rope_fields", wrong)
     model = trained_model(make_tiny(tmp_path / "base", "llama2"))
     export(model, tmp_path / "out", form)

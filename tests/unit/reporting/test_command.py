@@ -38,9 +38,11 @@ MISSING: dict[str, list[str]] = {
     "tools.preflight": ["--config", GONE],
     "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
     "tools.report": ["--run", GONE],
+    "tools.study.__main__": ["--model", GONE, "--text", GONE],
     "tools.tiny_run": ["--config", GONE],
 }
 ELSEWHERE = {
+    "tools.pages",
     "tools.torchrun",
     *(f"tools.bench.{name}" for name in "attention context convert save step survive".split()),
 }
