@@ -15,7 +15,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from parallel.errors import ConfigError
-from parallel.world import collectives
 from parallel.world.agreement import difference, require_alike
 from pipeline.config.yaml_file import defaults, load_config
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -116,11 +115,11 @@ def test_the_programs_source_is_compared(tmp_path: Path, monkeypatch: pytest.Mon
     before = facts_of.source_digest()
     facts_of.source_digest.cache_clear()
     copy = tmp_path / "parallel"
-    shutil.copytree(Path(collectives.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(facts_of.parallel.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(facts_of.parallel, "__path__", [str(copy)])
     try:
         assert facts_of.source_digest() == before, "another place, the same program"
-        with (copy / "rng.py").open("a") as file:
+        with (copy / "world/rng.py").open("a") as file:
             file.write("\nSALT = 1\n")
         facts_of.source_digest.cache_clear()
         assert facts_of.source_digest() != before
