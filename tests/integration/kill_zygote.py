@@ -71,9 +71,10 @@ class Pair:
             self._left[rank] = pid
 
     def kill(self, victims: tuple[int, ...]) -> None:
-        """SIGKILL to some ranks, at once."""
-        for rank in victims:
-            os.kill(self._left[rank], signal.SIGKILL)  # not reaped yet: the id is still its own
+        """SIGKILL to some ranks, at once: all are stopped first, so that none sees another's end and ends by itself."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for rank in victims:
+                os.kill(self._left[rank], number)  # not reaped yet: the id is still its own
 
     def wait(self, limit_s: float) -> dict[int, int]:
         """Exit codes once both have ended; TimeoutError if one does not."""

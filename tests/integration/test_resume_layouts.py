@@ -11,8 +11,8 @@ import torch
 
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline import build as composition
 from pipeline.config.yaml_file import load_config
+from pipeline.training import restore
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.state import whole_state
 from tests.numerics.movement import tensor_errors
@@ -118,7 +118,7 @@ def test_state_that_is_lost_shows(lost: str, tmp_path: Path) -> None:
     """The comparison above can fail: a resume that loses a part of the state is seen, each where it should be."""
     path = str(write_run(tmp_path, "run", kind="llama2"))
     saved = run_on(path, {}, tmp_path / "one", STEPS)
-    honest = composition.load_state
+    honest = restore.load_state
 
     def losing(model: Any, kinds: Any, optimizer: TrainableAdamW, reader: Any) -> None:
         before = optimizer.masters() if lost == "masters" else {}
@@ -132,7 +132,7 @@ def test_state_that_is_lost_shows(lost: str, tmp_path: Path) -> None:
             else:
                 slot.master.copy_(before[slot.trained.name])
 
-    with mock.patch.object(composition, "load_state", losing):
+    with mock.patch.object(restore, "load_state", losing):
         same, loss, update = differences(run_on(path, {}, tmp_path / "one", 0), saved)
     print(f"\n{lost}: same {same}, loss {loss:.1e}, update {update:.1e}")
     assert same == (lost == "count") and update > 100 * UPDATE
