@@ -11,7 +11,7 @@ from rich.table import Table
 
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport, exponential
-from pipeline.evaluation.results import by_length, lost_and_won, standard_error
+from pipeline.evaluation.results import by_length, lost_and_won, paired_difference, relative, standard_error
 from pipeline.evaluation.run_retrieval import RetrievalReport
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
@@ -58,23 +58,13 @@ def read_evaluated(folders: Sequence[Path]) -> list[Evaluated]:
     return found
 
 
-def paired_difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    """Mean difference of two models' losses on the same windows, nats, and its standard error (None: one window)."""
-    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
-    return sum(differences) / len(differences), standard_error(differences)
-
-
 def against(mine: EvalReport, base: EvalReport, length: int) -> str:
     """Perplexity against the base's on the same windows, `+1.2% ± 0.3`; empty where they cannot be compared."""
     results = [{r.length: r for r in report.lengths}.get(length) for report in (mine, base)]
     own, theirs = results
     if own is None or theirs is None or not own.window_nll or len(own.window_nll) != len(theirs.window_nll):
         return ""
-    mean, error = paired_difference(own.window_nll, theirs.window_nll)
-    if not math.isfinite(mean):
-        return ""
-    ratio = exponential(mean)
-    return f"{ratio - 1:+.1%}" + ("" if error is None else f" ± {100 * ratio * error:.1f}")
+    return relative(own.window_nll, theirs.window_nll)
 
 
 def base_of(one: Evaluated, everything: Sequence[Evaluated]) -> Evaluated | None:

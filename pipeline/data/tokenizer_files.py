@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
+from pipeline.storage.lfs import is_pointer
 
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _AGAIN = "copy the model's again"
-_LFS = b"version https://git-lfs.github.com"
 
 
 def read_bytes(file: Path) -> bytes:
@@ -24,7 +24,7 @@ def read_bytes(file: Path) -> bytes:
         data = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}.") from error
-    if data.startswith(_LFS):
+    if is_pointer(data):
         raise DataError(f"{file}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder.")
     return data
 

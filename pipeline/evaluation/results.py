@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import DataError
+from pipeline.evaluation.perplexity import exponential
 from pipeline.evaluation.tasks import Cell
 from pipeline.reporting.metrics import json_number
 from pipeline.storage.durable import replace_text
@@ -140,6 +141,21 @@ def standard_error(scores: Sequence[float]) -> float | None:
         return None
     mean = sum(scores) / len(scores)
     return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
+
+
+def paired_difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    """Mean difference of two models' losses on the same windows, nats, and its standard error (None: one window)."""
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+    return sum(differences) / len(differences), standard_error(differences)
+
+
+def relative(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """Perplexity against the other model's on the same windows, e.g. `-3.1% ± 0.4`; empty where it is not finite."""
+    mean, error = paired_difference(mine, theirs)
+    if not math.isfinite(mean):
+        return ""
+    ratio = exponential(mean)
+    return f"{ratio - 1:+.1%}" + ("" if error is None else f" ± {100 * ratio * error:.1f}")
 
 
 def lost_and_won(cells: Sequence[CellResult], base: Sequence[CellResult], base_context: int) -> list[str]:

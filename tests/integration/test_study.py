@@ -16,6 +16,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.run import RunConfig
 from pipeline.evaluation.perplexity import EvalReport
+from pipeline.evaluation.results import paired_difference
 from pipeline.evaluation.tails import tail_nll, tail_spans
 from pipeline.train import train
 from pipeline.training.trainer import Trainer
@@ -23,7 +24,6 @@ from tests.support.tiny_models import make_tiny
 from tools.evaluate import main as evaluate
 from tools.study.__main__ import main
 from tools.study.plan import Places, Recipe, configure, read_study, train_key
-from tools.study.table import paired
 
 STUDY = """
 stretch: 2
@@ -190,7 +190,7 @@ def test_tails_see_what_they_may() -> None:
 
 
 def test_differences_are_paired() -> None:
-    mean, error = paired([3.0, 5.0, 10.0], [2.0, 4.5, 9.0])
+    mean, error = paired_difference([3.0, 5.0, 10.0], [2.0, 4.5, 9.0])
     assert mean == pytest.approx(2.5 / 3)
     assert error == pytest.approx(math.sqrt(((1 / 6) ** 2 * 2 + (1 / 3) ** 2) / 2 / 3))
-    assert paired([1.0], [3.0]) == (-2.0, None)
+    assert paired_difference([1.0], [3.0]) == (-2.0, None)

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from pipeline.evaluation.judge import Judgement
-from pipeline.evaluation.perplexity import exponential
-from pipeline.evaluation.results import by_length
+from pipeline.evaluation.results import by_length, relative
 from tools.study.run import Outcome
-
-
-def paired(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    """Mean difference of two models' losses on the same windows, and its standard error (None: a single window)."""
-    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
-    mean = sum(differences) / len(differences)
-    if len(differences) < 2:
-        return mean, None
-    spread = math.sqrt(sum((value - mean) ** 2 for value in differences) / (len(differences) - 1))
-    return mean, spread / math.sqrt(len(differences))
-
-
-def percent(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Perplexity against the other model's on the same windows, e.g. `-3.1% ± 0.4`."""
-    mean, error = paired(mine, theirs)
-    if not math.isfinite(mean):
-        return "n/a"
-    text = f"{exponential(mean) - 1:+.1%}"
-    return text if error is None else f"{text} ± {100 * exponential(mean) * error:.1f}"
 
 
 def _mean(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -84,9 +63,9 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
             for length in lengths:
                 if length <= own.tail_context:
                     mine = _over_seeds(runs, lambda judged, length=length: _windows(judged, length))  # type: ignore[misc]
-                    cells.append(percent(mine, _windows(own, length)))
+                    cells.append(relative(mine, _windows(own, length)) or "n/a")
             if own.tail_nll:
-                cells.append(percent(_over_seeds(runs, lambda judged: judged.tail_nll), own.tail_nll))
+                cells.append(relative(_over_seeds(runs, lambda judged: judged.tail_nll), own.tail_nll) or "n/a")
         for task in tasks:
             every = [cell for run in runs for cell in run.judgement.cells if cell.task == task]
             given = by_length(every, begun=True)

@@ -68,14 +68,13 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
                 _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
                 continue
             whole = _assemble(name, [_cut(checkpoint, source, part) for source in sources], part.arch)
-            if name in matrices:
-                if whole.shape != matrices[name].shape:
-                    raise _misshaped(sources[0], whole, parameter)
-                matrices[name].write(whole)
-                continue
-            if whole.shape != parameter.shape:
+            matrix = matrices.get(name)
+            if whole.shape != (parameter if matrix is None else matrix).shape:
                 raise _misshaped(sources[0], whole, parameter)
-            parameter.copy_(whole)
+            if matrix is None:
+                parameter.copy_(whole)
+            else:
+                matrix.write(whole)
         if part.shards is not None:
             _fill_shares(part, part.shards, checkpoint)
 
