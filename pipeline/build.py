@@ -27,6 +27,7 @@ from pipeline.data.readings import told_differences
 from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.weight_source import WeightSource
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
@@ -77,7 +78,7 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     return dtype
 
 
-def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint) -> RankModel:
+def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSource) -> RankModel:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
 
     Raises:
@@ -107,7 +108,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
     return model
 
 
-def connect(plan: RunPlan, env: RankEnv, base: HfCheckpoint | None = None, fake: bool = False) -> Groups:
+def connect(plan: RunPlan, env: RankEnv, base: WeightSource | None = None, fake: bool = False) -> Groups:
     """Join the other ranks (or, `fake`, pretend to: see `make_groups`) and seed.
 
     Args:
@@ -153,7 +154,7 @@ def open_tokens(
 def build(
     plan: RunPlan,
     env: RankEnv,
-    base: HfCheckpoint | None = None,
+    base: WeightSource | None = None,
     fake: bool = False,
     watch: Watch | None = None,
     still_ours: Callable[[], None] | None = None,
@@ -249,7 +250,7 @@ def build(
     return Run(plan, groups, Trainer(parts, start), tokenizer, choice, _passed_over(config, base, groups), begun)
 
 
-def _passed_over(config: RunConfig, base: HfCheckpoint, groups: Groups) -> tuple[str, ...]:
+def _passed_over(config: RunConfig, base: WeightSource, groups: Groups) -> tuple[str, ...]:
     """See `Run.warnings`."""
     if not groups.is_main:
         return ()
@@ -257,7 +258,7 @@ def _passed_over(config: RunConfig, base: HfCheckpoint, groups: Groups) -> tuple
     return (*base.warnings, *(line for path in texts for line in left_out(path, config.data.text_field)))
 
 
-def begin_from(parts: TrainerParts, base: HfCheckpoint) -> Start:
+def begin_from(parts: TrainerParts, base: WeightSource) -> Start:
     """Take the trained weights that `init_from` names; collective.
 
     Raises:

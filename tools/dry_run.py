@@ -34,12 +34,13 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
+from pipeline.hf.weight_source import WeightSource
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import command
+from pipeline.storage.safetensors import TensorFact
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
@@ -49,13 +50,15 @@ CPU_BYTES = 4 * GIB
 """The most a rank may need, in fp32, where there is no GPU."""
 
 
-class RandomBase(HfCheckpoint):
-    """Weights of a shape that nobody has to download: normal, deviation 0.02; norms one; on the GPU if there is one."""
+class RandomBase:
+    """A `WeightSource` that nobody has to download: normal, deviation 0.02; norms one; on the GPU if there is one."""
+
+    files: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, arch: LlamaArch, dtype: torch.dtype = torch.bfloat16) -> None:
         self.folder = Path("random")
         self.facts = {name: TensorFact(shape, dtype) for name, shape in names.hf_tensor_shapes(arch).items()}
-        self.files = ()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _make(self, name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -76,6 +79,15 @@ class RandomBase(HfCheckpoint):
         """Fresh values of that block's shape."""
         first, last = columns or (0, self.facts[name].shape[1])
         return self._make(name, (rows[1] - rows[0], last - first))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.facts)
+
+    def mean_row(self, name: str) -> torch.Tensor:
+        """What the mean of many such rows is near: zero."""
+        return torch.zeros(self.facts[name].shape[1])
 
     def base_hash(self) -> str:
         """Not a hash: nothing can be resumed from this."""
@@ -100,7 +112,7 @@ def _stand_in_model(path: Path, folder: Path) -> None:
 
 def prepare(
     config: RunConfig, folder: Path, nproc: int, steps: int
-) -> tuple[RunConfig, HfCheckpoint | None, list[str]]:
+) -> tuple[RunConfig, WeightSource | None, list[str]]:
     """The run to measure, its stand-in weights if the real ones are not here, and notes on what differs."""
     notes = ["one micro-batch a step: accumulation only adds more of the same"]
     parallel = config.parallel
@@ -114,7 +126,7 @@ def prepare(
         output=str(folder / "run"),
         attention=replace(config.attention, full_last_steps=0),
     )
-    base: HfCheckpoint | None = None
+    base: WeightSource | None = None
     path = Path(config.model.path)
     weights = list(path.glob("*.safetensors")) if path.is_dir() else []
     if not weights:
@@ -157,7 +169,7 @@ def refuse_without_gpu(plan: RunPlan) -> None:
 
 
 def measure(
-    plan: RunPlan, base: HfCheckpoint | None, env: RankEnv, warmup: int, profile: bool = False
+    plan: RunPlan, base: WeightSource | None, env: RankEnv, warmup: int, profile: bool = False
 ) -> dict[str, Any]:
     """Take the steps; figures of this rank, which is alone unless torchrun started it.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.weight_source import WeightSource
 
 VOCABULARY_HF = ("model.embed_tokens.weight", "lm_head.weight")
 """Matrices whose rows are tokens."""
 
 
-def read_rows(checkpoint: HfCheckpoint, name: str, start: int, stop: int) -> torch.Tensor:
+def read_rows(checkpoint: WeightSource, name: str, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a vocabulary matrix in its stored dtype, those beyond the stored ones the mean of all.
 
     Only the rows asked for are read, unless a new one is among them.
@@ -31,7 +31,7 @@ def read_rows(checkpoint: HfCheckpoint, name: str, start: int, stop: int) -> tor
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def grown_tensor(checkpoint: HfCheckpoint, name: str, rows: int) -> torch.Tensor:
+def grown_tensor(checkpoint: WeightSource, name: str, rows: int) -> torch.Tensor:
     """A whole tensor; of a vocabulary matrix `rows` rows."""
     if name in VOCABULARY_HF and rows != checkpoint.facts[name].shape[0]:
         return read_rows(checkpoint, name, 0, rows)

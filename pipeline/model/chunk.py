@@ -213,12 +213,6 @@ class LlamaChunk(MegatronModule):
         scores = token_scores(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
         return scores.view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
 
-    def loss_sum(
-        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec
-    ) -> torch.Tensor:
-        """`loss_of` of a whole model on whole sequences."""
-        return self.loss_of(self(tokens_BS, layout, spec), labels_BS)
-
     @torch.no_grad()
     def logits(self, tokens_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec) -> torch.Tensor:
         """Logits [B, S, V] of a whole model in the parameters' dtype; for tests and short inputs only."""

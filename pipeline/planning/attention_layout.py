@@ -101,14 +101,6 @@ def head_plan(
     return HeadPlan(tuple(_blocks(heads, ratio, is_shifted)), tuple(_blocks(heads, ratio, lambda head: False)))
 
 
-def head_blocks(
-    first_query_head: int, local_query_heads: int, total_query_heads: int, total_kv_heads: int, rule: str
-) -> list[HeadBlock]:
-    """The S² blocks of `head_plan`, as a list."""
-    plan = head_plan(first_query_head, local_query_heads, total_query_heads, total_kv_heads, rule)
-    return list(plan.blocks)
-
-
 def _blocks(heads: range, ratio: int, is_shifted: Callable[[int], bool]) -> Iterator[HeadBlock]:
     first_kv = heads.start // ratio
     # Heads of one KV group with one shift stay together; a whole group may then join its equally shifted neighbours.

@@ -22,8 +22,8 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.export.adapter_notes import CONFIG, read_note
 from pipeline.export.adapter_read import load_adapter
-from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
+from pipeline.hf.weight_source import WeightSource
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, plan_rope
@@ -182,7 +182,7 @@ def _same_base(folder: Path, found: Any, own: str) -> None:
         )
 
 
-def check_fits(source: Source, config: RunConfig, arch: LlamaArch, lora: LoraConfig, base: HfCheckpoint) -> set[str]:
+def check_fits(source: Source, config: RunConfig, arch: LlamaArch, lora: LoraConfig, base: WeightSource) -> set[str]:
     """Refuse weights for which the run has no place; returns the names of those it takes.
 
     Raises:
@@ -226,7 +226,7 @@ def check_fits(source: Source, config: RunConfig, arch: LlamaArch, lora: LoraCon
     return taken
 
 
-def _is_base(source: Source, name: str, shape: tuple[int, ...], base: HfCheckpoint, arch: LlamaArch) -> bool:
+def _is_base(source: Source, name: str, shape: tuple[int, ...], base: WeightSource, arch: LlamaArch) -> bool:
     """Whether a tensor that is not to train is the base's: PEFT keeps the output weights beside a grown embedding."""
     if name not in VOCABULARY_HF or name not in base.facts:
         return False

@@ -133,18 +133,6 @@ class TrainableAdamW:
         steps = torch.zeros((), dtype=torch.float32, device=home)
         return _Slot(trained, piece, master, gradient, first, second, steps, self._offload)
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of this rank's moments and master copies (a parameter that is its own master adds none)."""
-        tensors = [t for slot in self._slots for t in (slot.exp_avg, slot.exp_avg_sq)]
-        tensors += [slot.master for slot in self._slots if slot.has_copy]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the flat fp32 gradient buffer."""
-        return self._gradients.flat.numel() * self._gradients.flat.element_size()
-
     def zero_grad(self) -> None:
         """Forget the gradients summed so far and begin a step.
 
@@ -152,10 +140,6 @@ class TrainableAdamW:
             RuntimeError: sums over the ranks were started and not finished.
         """
         self._gradients.zero()
-
-    def flat_gradients(self) -> list[torch.Tensor]:
-        """Views of the whole flat fp32 gradient buffer, in order."""
-        return list(self._gradients.flat.split(self._bucket_elements))
 
     def arm_reduce(self, parameters: Iterable[Parameter] | None = None) -> None:
         """Before the last micro-batch's backward: sums over the replicas may start as its gradients arrive.

@@ -16,7 +16,7 @@ import pipeline
 from parallel.errors import CheckpointError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict
-from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.weight_source import WeightSource
 from pipeline.reporting.versions import versions
 
 OWN_PATHS = ("model.path", "data.path", "data.tokenizer", "data.cache", "eval.path")
@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "megatron-core", "deepspeed", "transformers", "numpy")
 DIGEST_LETTERS = 12
 
 
-def rank_facts(config: RunConfig, base: HfCheckpoint) -> dict[str, str]:
+def rank_facts(config: RunConfig, base: WeightSource) -> dict[str, str]:
     """Name -> value, in the order a refusal names them.
 
     Args:
@@ -66,7 +66,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:DIGEST_LETTERS]
 
 
-def _base_facts(base: HfCheckpoint) -> dict[str, str]:
+def _base_facts(base: WeightSource) -> dict[str, str]:
     """What tells one base from another in a moment: shapes, dtypes, and the middle row of every tensor.
 
     Raises:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from parallel.axes import data
 from parallel.axes.data import GradientReducer
 from pipeline.training.optimizer import TrainableAdamW
+from tests.support.optimizer_state import state_bytes
 
 VOCAB, HIDDEN, MICRO, STEPS = 37, 10, 3, 3
 RATES = {"lora": 1e-2, "other": 3e-3}
@@ -100,7 +101,7 @@ def compare(group: dist.ProcessGroup, dtype: torch.dtype, overlap: bool = True) 
         "equal": equal and shapes,
         "gradients": gradients(model),
         "state": state,
-        "bytes": (optimizer.state_bytes, oracle.state_bytes),
+        "bytes": (state_bytes(optimizer), state_bytes(oracle)),
         "first only": len(optimizer.masters(False)) + len(optimizer.state_dict(False)),
     }
 

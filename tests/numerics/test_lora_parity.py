@@ -70,7 +70,7 @@ def test_loss_and_gradients_equal_peft(kind: str, targets: tuple[str, ...], rslo
     tokens = torch.randint(0, stage.arch.vocab, (2, 41), generator=torch.Generator().manual_seed(0))
     labels = torch.cat([tokens[:, 1:], torch.full((2, 1), IGNORE)], dim=1)
 
-    found = stage.loss_sum(tokens, labels, SequenceLayout.dense(2, 41), FULL)
+    found = stage.loss_of(stage(tokens, SequenceLayout.dense(2, 41), FULL), labels)
     found.backward()
     expected = twin(tokens, labels=tokens).loss * (labels != IGNORE).sum()
     expected.backward()
@@ -96,7 +96,7 @@ def test_frozen_weights_get_no_gradient_and_step_zero_is_the_base(tmp_path: Path
     tokens = torch.randint(0, stage.arch.vocab, (1, 23), generator=torch.Generator().manual_seed(0))
     layout = SequenceLayout.dense(1, 23)
     assert torch.equal(stage.eval().logits(tokens, layout, FULL), plain.logits(tokens, layout, FULL))
-    stage.train().loss_sum(tokens, tokens, layout, FULL).backward()
+    stage.loss_of(stage.train()(tokens, layout, FULL), tokens).backward()
     for name, parameter in stage.named_parameters():
         trains = ".adapters." in name or "layernorm" in name
         assert (parameter.grad is not None) == trains, name

@@ -17,6 +17,7 @@ from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
+from tests.support.optimizer_state import state_bytes
 from tests.support.ranks import run_ranks
 from tests.support.runs import build_run
 from tools import dry_run
@@ -48,7 +49,7 @@ def _look(rank: int, world: int, path: str) -> dict[str, Any]:
         "elements": [sum(shape.numel() for shape in unit.shapes) for unit in shards.units],
         "empty before": all(p.numel() == 0 for p in sharded.values()),
         "frozen state": [name for name, p in named.items() if not p.requires_grad and hasattr(p, "main_grad")],
-        "state": parts.optimizer.state_bytes,
+        "state": state_bytes(parts.optimizer),
         "trained": sum(p.numel() for p in named.values() if p.requires_grad),
         "devices": sorted({slot.master.device.type for slot in parts.optimizer._slots}),
         "read": base.bytes_read,

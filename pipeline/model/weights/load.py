@@ -10,8 +10,8 @@ import torch
 from parallel.axes.zero3 import FrozenShards
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LoraConfig
-from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
+from pipeline.hf.weight_source import WeightSource
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.layers.lora import initial_a
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
@@ -41,7 +41,7 @@ VOCABULARY = ("embedding.weight", "output_layer.weight")
 """Parameters whose rows are tokens, padded to a multiple of tp."""
 
 
-def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
+def _cut(checkpoint: WeightSource, hf_name: str, part: Part) -> torch.Tensor:
     """This rank's slice of a stored tensor; only its bytes are read."""
     if hf_name in VOCABULARY_HF:
         return read_rows(checkpoint, hf_name, *names.vocab_range(part.arch, part.tp_rank, part.tp_size))
@@ -49,7 +49,7 @@ def _cut(checkpoint: HfCheckpoint, hf_name: str, part: Part) -> torch.Tensor:
     return checkpoint.tensor(hf_name) if found is None else checkpoint.slice(hf_name, *found)
 
 
-def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
+def load_base(part: Part, checkpoint: WeightSource) -> None:
     """Fill every parameter but the adapters from a Hugging Face checkpoint, casting to the parameter's dtype.
 
     Each rank reads its own layers and slices. Vocabulary rows that only pad it to a multiple of tp are zero; those the
@@ -79,7 +79,7 @@ def load_base(part: Part, checkpoint: HfCheckpoint) -> None:
             _fill_shares(part, part.shards, checkpoint)
 
 
-def _fill_shares(part: Part, shards: FrozenShards, checkpoint: HfCheckpoint) -> None:
+def _fill_shares(part: Part, shards: FrozenShards, checkpoint: WeightSource) -> None:
     """Read this rank's stretch of every sharded matrix, and no other row, into its share."""
     known = {id(parameter): name for name, parameter in part.canonical_parameters()}
     matrices = dict(part.frozen_matrices())

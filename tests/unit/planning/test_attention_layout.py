@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from pipeline.planning.attention_layout import (
     HeadBlock,
     HeadPlan,
     SequenceLayout,
-    head_blocks,
     head_plan,
     segments,
 )
@@ -57,6 +58,9 @@ def test_spec_names_are_checked() -> None:
 
 
 def test_head_blocks_by_hand() -> None:
+    def head_blocks(*heads: Any) -> list[HeadBlock]:
+        return list(head_plan(*heads).blocks)
+
     # Llama-2-70B: 64 heads over 8 KV heads split cleanly into two calls.
     assert head_blocks(0, 64, 64, 8, "upper_half") == [HeadBlock(0, 32, 0, 4, False), HeadBlock(32, 64, 4, 8, True)]
     # Its TP 8 ranks hold one KV group each: one call, shifted on the upper four.
@@ -103,7 +107,7 @@ def head_slices(draw: st.DrawFn) -> tuple[int, int, int, int]:
 def test_blocks_cover_each_head_once_with_its_global_shift(case: tuple[int, int, int, int], rule: str) -> None:
     first, local, heads, kv_heads = case
     ratio = heads // kv_heads
-    blocks = head_blocks(*case, rule)
+    blocks = head_plan(*case, rule).blocks
     seen = []
     for block in blocks:
         queries = range(block.q_start, block.q_stop)
