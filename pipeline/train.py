@@ -20,7 +20,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.run_plan import plan_run
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it imports torch
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the trainer."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("pipeline.train"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(

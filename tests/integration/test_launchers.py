@@ -94,73 +94,30 @@ def test_preflight_refuses_this_machine_before_anything_starts(name: str) -> Non
     assert "torch.distributed" not in done.stderr and "Preflight" in done.stdout
 
 
-def test_one_machine_is_checked_then_trained_on_and_the_exit_code_passes_through(calls: Path) -> None:
+def test_the_settings_and_the_exit_code_pass_through(calls: Path) -> None:
     python = os.environ["STAND_IN"]
     sets = ["--set", "train.lr=1e-5", "--set", "data.path=my text"]
     assert launch("run_70b_32k", *sets, LONGSPAN_PYTHON=python).returncode == 0
     common = "--config launch/configs/llama2_70b_32k.yaml --set train.lr=1e-5 --set data.path=my text"
-    assert calls.read_text().splitlines() == [
-        f"-W ignore -m tools.preflight {common} --nproc 8 --nnodes 1",
-        f"-W ignore -m tools.torchrun --standalone --nproc-per-node 8 -m pipeline.train {common}",
-    ]
-    failed = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="pipeline.train", FAIL_CODE="7")
+    assert calls.read_text().splitlines() == [f"-W ignore -m tools.launch {common} --nproc 8"]
+    failed = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="tools.launch", FAIL_CODE="7")
     assert failed.returncode == 7
-    calls.unlink()
-    refused = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="tools.preflight", FAIL_CODE="2")
-    assert refused.returncode == 2 and len(calls.read_text().splitlines()) == 1
 
 
-def test_several_machines(calls: Path, tmp_path: Path) -> None:
+def test_a_yaml_of_ones_own(calls: Path, tmp_path: Path) -> None:
     python = os.environ["STAND_IN"]
-    done = launch("run_13b_64k", LONGSPAN_PYTHON=python, NNODES="2", NODE_RANK="1", MASTER_ADDR="head")
-    assert done.returncode == 0
-    check, start = calls.read_text().splitlines()
-    assert check.endswith("--nproc 8 --nnodes 2")
-    assert "--nnodes 2 --node-rank 1 --master-addr head --master-port 29500 --nproc-per-node 8" in start
-    calls.unlink()
-
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
-    scontrol.chmod(0o755)
-    slurm = {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n4,n5,n6"}
-    slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    assert launch("run_13b_64k", LONGSPAN_PYTHON=python, **slurm).returncode == 0
-    assert "--nnodes 3 --node-rank 2 --master-addr n4 --master-port 29500" in calls.read_text().splitlines()[1]
-    calls.unlink()
-
-    step = {"SLURM_STEP_NODELIST": "n5,n6", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"}
-    assert launch("run_13b_64k", LONGSPAN_PYTHON=python, **slurm | step).returncode == 0
-    assert "--nnodes 2 --node-rank 1 --master-addr n5 --master-port 29500" in calls.read_text().splitlines()[1]
-    calls.unlink()
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"NNODES": "2"}, "NODE_RANK is not set"),
-        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"NNODES": "abc"}, "NNODES must be a number of machines, 1 or more, got 'abc'"),
-        ({"NNODES": "0"}, "NNODES must be a number of machines, 1 or more, got '0'"),
-        ({"NNODES": "1:4"}, "NNODES must be a number of machines, 1 or more, got '1:4'"),
-        ({"NNODES": "2", "NODE_RANK": "5", "MASTER_ADDR": "head"}, "below NNODES, which is 2; got '5'"),
-        ({"NNODES": "2", "NODE_RANK": "x", "MASTER_ADDR": "head"}, "below NNODES, which is 2; got 'x'"),
-        ({"NODE_RANK": "1", "MASTER_ADDR": "head"}, "below NNODES, which is 1; got '1'"),
-        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "use srun --ntasks-per-node=1"),
-        ({"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}, "use srun --ntasks-per-node=1"),
-        (
-            {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n4,n5"},
-            "the job has 2 machines and this is one of them; start it with srun",
-        ),
-        (
-            {"SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n4,n5"},
-            "no scontrol here to ask for machine 0 of n4,n5; set MASTER_ADDR",
-        ),
-    ],
-)
-def test_machines_that_cannot_meet(variables: dict[str, str], said: str, calls: Path) -> None:
-    done = launch("run_13b_64k", LONGSPAN_PYTHON=os.environ["STAND_IN"], **variables)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not calls.exists()
+    (tmp_path / "mine.yaml").touch()
+    assert launch("run", "mine.yaml", "--nproc", "2", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
+    assert launch("run", "launch/configs/tiny_gpu.yaml", "--tiny", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
+    assert calls.read_text().splitlines() == [
+        f"-W ignore -m tools.launch --config {tmp_path}/mine.yaml --nproc 2",
+        "-W ignore -m tools.tiny_run --config launch/configs/tiny_gpu.yaml",
+    ]
+    assert "launch/run.sh CONFIG.yaml [--dry-run" in launch("run", "--help").stdout
+    nothing = launch("run", "--nproc", "2", LONGSPAN_PYTHON=python)
+    assert nothing.returncode == 2 and nothing.stderr == (
+        "run: the first argument is the YAML of a run; --help says more.\n"
+    )
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "run_tiny"])
@@ -186,7 +143,7 @@ def test_python_and_folders_are_seen_from_where_the_user_stands(calls: Path, tmp
     (here / "bin").mkdir(parents=True)
     (here / "bin/py").symlink_to(os.environ["STAND_IN"])
     assert launch("run_70b_32k", cwd=here, LONGSPAN_PYTHON="bin/py").returncode == 0
-    assert len(calls.read_text().splitlines()) == 2
+    assert len(calls.read_text().splitlines()) == 1
     calls.unlink()
 
     for part in ("train", "val"):

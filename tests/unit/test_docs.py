@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.yaml_file import load_config
+from tools.console.table import BENCHES, there
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -65,9 +66,19 @@ def constants(module: str) -> set[str]:
     return found
 
 
+PROGRAMS = {program.name: program.module for program in there()}
+PROGRAMS |= {f"bench {program.name}": program.module for program in there(BENCHES)}
+
+
 def unknown_options(text: str) -> Iterator[str]:
     """Options on a line with a command of ours that the command does not know."""
     for line in text.replace("\\\n", " ").splitlines():
+        for name, rest in re.findall(r"(?:^ {4}|`|; )longspan ((?:bench )?[a-z][a-z-]*)([^#`;]*)", line):
+            if name not in PROGRAMS:
+                yield f"longspan {name}"
+                continue
+            known = constants(PROGRAMS[name])
+            yield from (f"longspan {name} {option}" for option in _OPTION.findall(rest) if option not in known)
         for module, rest in re.findall(r"(?:-m |`)((?:tools|pipeline)\.[a-z_.]+)([^#`]*?)(?=-m |`|#|$)", line):
             if module == "tools.torchrun":
                 continue  # takes torchrun's
@@ -98,6 +109,8 @@ def test_each_check_sees_what_is_missing() -> None:
         "python -m tools.bench.step --tp 8 --plain   # --nothing\n    python -m tools.merge_lora --factor 4 --format x"
     )
     assert [*unknown_options(line)] == ["tools.bench.step --plain", "tools.merge_lora --format"]
+    line = "`longspan train --nproc 8 --fast`, `longspan trian`\n    longspan bench step --no-such 8  # --nothing"
+    assert [*unknown_options(line)] == ["longspan train --fast", "longspan trian", "longspan bench step --no-such"]
 
 
 def test_sources_name_no_page_that_is_not_there() -> None:
