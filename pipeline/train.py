@@ -48,6 +48,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     """
     # Heavy imports wait until the configuration is known to be good.
     from parallel.health.signals import INTERRUPT_CODE, exit_code
+    from parallel.health.stacks import FOLDER, StackWriter
     from parallel.health.watch import Watch
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
@@ -68,6 +69,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         with watch.patient("loading"):
             plan = plan_run(config, env.world_size)
             run = build(plan, env, watch=watch, still_ours=None if lock is None else lock.check)
+        watch.stacks = StackWriter(Path(config.output) / FOLDER, env.rank)
         parts = run.trainer.parts
         cleanup.callback(parts.saver.close)
         cleanup.callback(parts.loader.close)

@@ -1,4 +1,4 @@
-"""Write the shipped YAML files and the demo's text into a folder, to start from: `longspan init [FOLDER]`.
+"""Write the shipped YAML files, cluster jobs and the demo's text into a folder: `longspan init [FOLDER]`.
 
 They lie there under launch/, where the YAML files and the documentation look for them. Files that are there already
 are kept.
@@ -17,7 +17,7 @@ from pipeline.config.paths import user_path
 from pipeline.reporting.command import command, program
 
 SHIPPED = Path(__file__).parents[1] / "launch"
-PARTS = ("configs", "demo")
+PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "skypilot.yaml")
 
 
 def write(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -31,7 +31,8 @@ def write(folder: Path) -> tuple[list[Path], list[Path]]:
     if target.exists() and target.samefile(SHIPPED):
         raise ConfigError(f"{folder}: is the repository, which has them; give another folder.")
     written, kept = [], []
-    for source in sorted(path for part in PARTS for path in (SHIPPED / part).rglob("*") if path.is_file()):
+    parts = [SHIPPED / part for part in PARTS]
+    for source in sorted(path for part in parts for path in (part, *part.rglob("*")) if path.is_file()):
         path = target / source.relative_to(SHIPPED)
         if path.exists():
             if path.read_bytes() != source.read_bytes():

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 from pipeline.config.yaml_file import load_config
+from tools.launch import parse as launcher_parse
+from tools.launch import read_machines
 from tools.support.local_ranks import RankFailed
 from tools.tiny_run import PROCESSES, STOP, compare_losses, main, train
 
@@ -206,3 +212,86 @@ def test_a_tiny_run_that_cannot_work_is_told(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "run.yaml").write_text("model: {path: nowhere, context: 64}\ndata: {path: x}\noutput: y\n")
     with pytest.raises(RankFailed, match=r"train: missing in .*run\.yaml"):
         train(tmp_path / "run.yaml", 1, tmp_path / "run.log", 120)
+
+
+SRUN = """#!{bash}
+# Starts what it is told to, in place.
+exec "$@"
+"""
+RANKS = """#!{bash}
+# A run that saves for half a second after the signal, and leaves with 75.
+echo "longspan $*" >> {log}
+[[ ${{LEAVE:-}} ]] && exit "$LEAVE"
+trap 'sleep 0.5; echo saved >> {log}; exit 75' TERM
+echo up >> {log}
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """srun, scontrol and longspan that write down how they are called; the environment of a job, and the file."""
+    bash = subprocess.run(["bash", "-c", "command -v bash"], capture_output=True, text=True).stdout.strip()
+    log = tmp_path / "log"
+    log.touch()
+    for name, text in (("srun", SRUN), ("longspan", RANKS), ("scontrol", '#!{bash}\necho "scontrol $*" >> {log}\n')):
+        (tmp_path / name).write_text(text.format(bash=bash, log=log))
+        (tmp_path / name).chmod(0o755)
+    found = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
+    return os.environ | found, log
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True)])
+def test_the_batch_script_requeues_a_run_that_was_stopped(
+    code: int, again: bool, slurm: tuple[dict[str, str], Path]
+) -> None:
+    environment, log = slurm
+    words = ["bash", str(ROOT / "launch/slurm.sbatch"), "my run.yaml", "--set", "train.lr=1e-5"]
+    assert subprocess.run(words, env=environment | {"LEAVE": str(code)}).returncode == code
+    called = "longspan train --config my run.yaml --nproc 4 --set save.signal_exit_code=75 --set train.lr=1e-5"
+    assert log.read_text().splitlines() == [called] + ["scontrol requeue 7"] * again
+
+
+def test_preemption_of_the_batch_script_waits_for_the_ranks(slurm: tuple[dict[str, str], Path]) -> None:
+    """Slurm sends SIGTERM to the shell and to the ranks."""
+    environment, log = slurm
+    job = subprocess.Popen(["bash", str(ROOT / "launch/slurm.sbatch"), "run.yaml"], env=environment)
+    until = time.monotonic() + 30
+    while "up" not in log.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    job.terminate()
+    (ranks,) = psutil.Process(job.pid).children()
+    ranks.terminate()
+    assert job.wait(30) == 75
+    assert log.read_text().splitlines()[-2:] == ["saved", "scontrol requeue 7"]
+
+
+def test_the_manifests_start_what_the_command_takes() -> None:
+    """Kubernetes' and SkyPilot's; a word that the command does not know ends `parse`."""
+    service, job = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    program, name, *words = container["command"]
+    args = launcher_parse(words)
+    assert (program, name, args.nproc) == ("longspan", "train", container["resources"]["limits"]["nvidia.com/gpu"])
+    environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
+    machines = read_machines(environment)
+    assert machines.count == job["spec"]["completions"] == job["spec"]["parallelism"] and machines.rank == 1
+    # What makes the name of machine 0 known to the others.
+    assert machines.head == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    # Kubernetes takes a limit by index with this policy only.
+    assert job["spec"]["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
+    places = {mount["name"] for mount in container["volumeMounts"]}
+    assert places == {volume["name"] for volume in pod["volumes"]}
+
+    sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    program, name, *words = shlex.split(sky["run"])
+    args = launcher_parse(words)
+    assert (program, name) == ("longspan", "train") and f"{args.nproc}" == sky["resources"]["accelerators"].split(":")[
+        1
+    ]
+    (place,) = sky["file_mounts"]
+    assert args.set == [f"output={place}/run"]
