@@ -54,10 +54,12 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from pipeline.build import build
     from pipeline.data.overlap import shared_text
     from pipeline.evaluation.evaluator import Evaluator, forget_later
+    from pipeline.reporting.trackers import check_installed
     from pipeline.training.lock import locked
     from pipeline.training.run_record import record_config
     from pipeline.training.session import Session, follow
 
+    check_installed(config.report_to)
     watch = watch or Watch()
     began = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
