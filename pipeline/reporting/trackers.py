@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from parallel.errors import ConfigError
 from pipeline.reporting.lasting import Warn
-from pipeline.storage.durable import replace_text
 
 PROJECT = "longspan"
 """Of W&B and trackio, and MLflow's experiment, unless the library's own variable (WANDB_PROJECT, ...) names another."""
@@ -125,7 +124,10 @@ class Prometheus:
         for name, value in self._newest.items():
             metric = "longspan_" + "".join(letter if letter.isalnum() else "_" for letter in name)
             lines += [f"# TYPE {metric} gauge", f"{metric}{self._label} {_prometheus_number(value)}"]
-        replace_text(self._path, "\n".join(lines) + "\n")
+        # Whole at every moment, for the collector; not on the disk at once, for nobody resumes from it.
+        temporary = self._path.with_name(f".{PROMETHEUS_FILE}.tmp")
+        temporary.write_text("\n".join(lines) + "\n")
+        temporary.replace(self._path)
 
     def close(self) -> None:
         """See `Tracker`; the file stays."""
