@@ -133,4 +133,4 @@ retry "$venv/bin/python" -m pip install --progress-bar off --quiet --constraint 
 "$venv/bin/python" -m pip check
 "$venv/bin/python" -c 'import torch, transformers, pipeline.config.run; print("setup: torch", torch.__version__, "ready")'
 echo "$wanted" >"$stamp"
-echo "setup: done; $venv/bin/python -m pipeline.train --help, or launch/test.sh"
+echo "setup: done; source $venv/bin/activate, then longspan --help; or launch/test.sh"

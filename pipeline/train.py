@@ -20,7 +20,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.run_plan import plan_run
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it imports torch
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the trainer."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("pipeline.train"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(
@@ -48,15 +48,18 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     """
     # Heavy imports wait until the configuration is known to be good.
     from parallel.health.signals import INTERRUPT_CODE, exit_code
+    from parallel.health.stacks import FOLDER, StackWriter
     from parallel.health.watch import Watch
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
     from pipeline.data.overlap import shared_text
     from pipeline.evaluation.evaluator import Evaluator, forget_later
+    from pipeline.reporting.trackers import check_installed
     from pipeline.training.lock import locked
     from pipeline.training.run_record import record_config
     from pipeline.training.session import Session, follow
 
+    check_installed(config.report_to)
     watch = watch or Watch()
     began = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
@@ -68,6 +71,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         with watch.patient("loading"):
             plan = plan_run(config, env.world_size)
             run = build(plan, env, watch=watch, still_ours=None if lock is None else lock.check)
+        watch.stacks = StackWriter(Path(config.output) / FOLDER, env.rank)
         parts = run.trainer.parts
         cleanup.callback(parts.saver.close)
         cleanup.callback(parts.loader.close)

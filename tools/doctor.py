@@ -24,7 +24,7 @@ from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from tools.support.local_ranks import RankFailed, run_local
 from tools.support.shrink import Shrunk, shrink
 
@@ -145,7 +145,7 @@ def show(report: Report, console: Console, seconds: float) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("tools.doctor"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(

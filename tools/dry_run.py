@@ -39,7 +39,7 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
 from pipeline.planning.run_plan import RunPlan, plan_run
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from pipeline.storage.safetensors import TensorFact
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2
@@ -226,7 +226,7 @@ def measure(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.dry_run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("tools.dry_run"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")

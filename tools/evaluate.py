@@ -22,7 +22,7 @@ from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, TrainC
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.planning.arch import read_arch
-from pipeline.reporting.command import command, say
+from pipeline.reporting.command import command, program, say
 
 TASKS = ("perplexity", "passkey", "needle")
 PICTURE = "evaluations.png"
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     description, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate",
+        prog=program("tools.evaluate"),
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,

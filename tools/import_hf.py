@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.config.paths import user_path
+from pipeline.config.paths import model_path, user_path
 from pipeline.config.rope import RopeSettings
 from pipeline.export.formats import refuse_overlap, source_files
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -285,7 +285,7 @@ def _drop_invented_tokens(folder: Path, rows: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Make a clean Hugging Face folder from another one or a GGUF file.")
-    parser.add_argument("source", type=user_path, help="Hugging Face folder or .gguf file")
+    parser.add_argument("source", type=model_path, help="Hugging Face folder, name of the Hub, or .gguf file")
     parser.add_argument("output", type=user_path, help="folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="keep")
     parser.add_argument("--pad-token", help='add this padding token and its embedding row, e.g. "[PAD]"')

@@ -28,7 +28,7 @@ from pipeline.checkpoint.compatibility import flatten
 from pipeline.checkpoint.manifest import FIELDS, MANIFEST, Manifest, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.paths import user_path
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 
 
 def find(path: Path) -> Path:
@@ -133,7 +133,7 @@ def difference(one: CheckpointReader, other: CheckpointReader) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.inspect_checkpoint",
+        prog=program("tools.inspect_checkpoint"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -21,7 +21,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.yaml_file import load_config
 from pipeline.preflight.files import Finding
 from pipeline.preflight.survey import Launch, survey
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from tools.support.machine import read_machine
 
 
@@ -54,7 +54,7 @@ def show(findings: Sequence[Finding], console: Console) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.preflight", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("tools.preflight"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, metavar="N", help="processes on this machine (default 8)")

@@ -25,7 +25,7 @@ import yaml
 from parallel.errors import DataError
 from pipeline.config.paths import user_path
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
@@ -325,7 +325,7 @@ def write_report(run: Path, output: Path) -> Path:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Write a run's report.")
+    parser = argparse.ArgumentParser(prog=program("tools.report"), description="Write a run's report.")
     parser.add_argument("--run", type=user_path, required=True, help="output folder of a run")
     parser.add_argument("--output", type=user_path, help="where the report goes; <run>/report if not given")
     args = parser.parse_args(argv)

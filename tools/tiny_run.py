@@ -26,7 +26,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import EvalConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from tools.support.local_ranks import ROOT, RankFailed
 from tools.support.shrink import Shrunk, shrink
 
@@ -158,7 +158,7 @@ def run_tiny(config: RunConfig, folder: Path, processes: int | None, timeout_s: 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.tiny_run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("tools.tiny_run"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, metavar="N", help=f"CPU processes (default: at most {PROCESSES})")

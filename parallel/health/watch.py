@@ -39,6 +39,7 @@ from parallel.health.liveness import (
     main_thread_stands,
 )
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, end_at_once, tell
+from parallel.health.stacks import StackWriter, with_stacks
 from parallel.health.watch_store import STORE_S, StoreMinder, meet
 from parallel.world.meeting import LOST
 from parallel.world.rank_env import RankEnv
@@ -59,6 +60,8 @@ def collective_timeout_s(timeout_s: float) -> float:
 
 class Watch:
     """Tells how the run gets on. This one has nobody to tell: a single process fails by itself."""
+
+    stacks: StackWriter | None = None  # set as soon as the output folder is this run's
 
     def set_line(self, line: int) -> None:
         """This rank's pipeline stage: ranks of one line are expected to be equally far."""
@@ -348,6 +351,7 @@ class RankWatch(Watch):
     def _end(self, verdict: Verdict, lost: bool) -> NoReturn:
         """Print the verdict on one rank, the lowest that lives, and leave on all."""
         self._peers.wake_stopped()
+        verdict = with_stacks(verdict, self.stacks)
         if not lost:
             # Should the store be lost now, its host has told the verdict and left.
             with contextlib.suppress(*LOST):

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "train.recompute",
     "train.bad_steps",
     "checks",
+    "report_to",
     "attention.backend",
     "attention.full_last_steps",
     "data.cache",

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 from parallel.errors import ConfigError
+from pipeline.config.hub import DATASET, MODEL, local_folder
 
 EXPANDED = "expanded"
 PathText = Annotated[str, EXPANDED]
 """A setting of the configuration that is a path: `yaml_file` expands it."""
+ModelText = Annotated[str, EXPANDED, MODEL]
+DatasetText = Annotated[str, EXPANDED, DATASET]
+"""Paths, or names of the Hugging Face Hub: `yaml_file` puts the folder they were downloaded to in their place."""
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w*)\})")
 
 
@@ -45,5 +49,13 @@ def user_path(text: str) -> Path:
     """An `argparse` type: a path argument, expanded."""
     try:
         return Path(expand(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def model_path(text: str) -> Path:
+    """An `argparse` type: a Hugging Face folder, expanded, or a name of the Hub that was downloaded."""
+    try:
+        return Path(local_folder(expand(text), MODEL))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

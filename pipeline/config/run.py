@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from parallel.errors import ConfigError
-from pipeline.config.checks import not_empty, within
+from pipeline.config.checks import not_empty, one_of, within
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import PathText
 from pipeline.config.resume import ResumeConfig
@@ -18,6 +18,9 @@ from pipeline.config.sections import (
     SaveConfig,
     TrainConfig,
 )
+
+REPORT_TO = ("wandb", "mlflow", "trackio", "prometheus")
+"""What `pipeline.reporting.trackers` knows."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,17 @@ class RunConfig:
     init_from: PathText | None = None
     """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None:
     the base's. Not looked at once the run has a checkpoint of its own."""
+    report_to: tuple[str, ...] = ()
+    """Where metrics go beside metrics.jsonl and TensorBoard: wandb | mlflow | trackio (each by its own library and its
+    environment variables) | prometheus (a text file in the output)."""
     checks: bool = False
     """Run-time invariants: replicas in sync, frozen weights unchanged, LoRA-B zero at step 0; costs a little a step."""
 
     def __post_init__(self) -> None:
         not_empty("output", self.output)
         not_empty("init_from", self.init_from)
+        for name in self.report_to:
+            one_of("report_to", name, REPORT_TO)
         self._check_lengths()
         self._check_training()
 

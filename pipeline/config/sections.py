@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 
 from parallel.errors import ConfigError
 from pipeline.config.checks import at_least, between, not_empty, one_of
-from pipeline.config.paths import PathText
+from pipeline.config.paths import DatasetText, ModelText, PathText
 from pipeline.config.rope import RopeSettings
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -25,8 +25,9 @@ S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "
 class ModelConfig:
     """Which checkpoint, and the context it is extended to."""
 
-    path: PathText
-    """Hugging Face checkpoint folder (config.json, *.safetensors, tokenizer files)."""
+    path: ModelText
+    """Hugging Face checkpoint folder (config.json, *.safetensors, tokenizer files), or the Hub's name of one that was
+    downloaded (org/name, org/name@revision)."""
     context: int
     """Target context, tokens: what rope scaling is set for and the default sequence length of training."""
     dtype: str = "auto"
@@ -129,9 +130,9 @@ class LoraConfig:
 class DataConfig:
     """Training text."""
 
-    path: PathText
+    path: DatasetText
     """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a
-    folder written by tools.prepare_data."""
+    folder written by tools.prepare_data; or the Hub's name of such a data set that was downloaded."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None
@@ -219,7 +220,7 @@ class TrainConfig:
 class EvalConfig:
     """Perplexity with full attention, before, during and after training."""
 
-    path: PathText | None = None
+    path: DatasetText | None = None
     """Held-out text (same forms as data.path); None switches evaluation off."""
     every: int = 0
     """Optimizer steps between evaluations; 0: only before and after training."""

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
+from pipeline.config.hub import local_folder
 from pipeline.config.paths import EXPANDED, expand
 from pipeline.config.run import RunConfig
 
@@ -110,9 +111,9 @@ def _value(hint: Any, value: Any, path: str, where: str) -> Any:
         return _section(typing.cast(type, hint), {} if value is None else value, path, where)
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
-        inner, mark = typing.get_args(hint)
+        inner, *marks = typing.get_args(hint)
         text = _value(inner, value, path, where)
-        return _path(text, path, where) if mark == EXPANDED else text
+        return _path(text, path, where, marks[1:]) if EXPANDED in marks else text
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in typing.get_args(hint):
             return None
@@ -123,10 +124,13 @@ def _value(hint: Any, value: Any, path: str, where: str) -> Any:
     return _scalar(hint, value, path, where)
 
 
-def _path(text: str, path: str, where: str) -> str:
-    """A path of this machine."""
+def _path(text: str, path: str, where: str, kinds: Iterable[str]) -> str:
+    """A path of this machine, where `kinds` names one, of what the Hub's name of it stands for."""
     try:
-        return expand(text)
+        text = expand(text)
+        for kind in kinds:
+            text = local_folder(text, kind)
+        return text
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).rstrip('.')} (in {where}).") from None
 

@@ -19,6 +19,7 @@ from parallel.world.grid import (
     plan_grid,
     plan_stages,
 )
+from pipeline.config.hub import DATASET, MODEL, not_there
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
@@ -194,10 +195,11 @@ def plan_run(config: RunConfig, world: int) -> RunPlan:
     if not folder.is_dir():
         raise ConfigError(
             f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes "
-            "one from a GGUF file)."
+            f"one from a GGUF file){not_there(config.model.path, MODEL)}."
         )
     if not Path(config.data.path).exists():
-        raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
+        hub = not_there(config.data.path, DATASET)
+        raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards{hub}.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
     return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world)

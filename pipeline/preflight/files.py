@@ -13,6 +13,7 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.compatibility import check_output
+from pipeline.config.hub import MODEL, not_there
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.data.discovery import find_texts
@@ -59,7 +60,8 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
     try:
         if not folder.is_dir():
             raise ConfigError(
-                f"model.path: {folder} is not a folder; download the checkpoint there, or point model.path at it."
+                f"model.path: {folder} is not a folder; download the checkpoint there, or point model.path at it"
+                f"{not_there(str(folder), MODEL)}."
             )
         arch = read_arch(folder)
         found = f"{folder}, {gib(verify(folder))}"

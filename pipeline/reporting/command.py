@@ -100,10 +100,24 @@ def _output_closed() -> bool:
     return True
 
 
+DISPATCHER = "longspan"
+"""Its first word; the second is the command."""
+
+
+def program(module: str) -> str:
+    """How the user called this command, for its usage line."""
+    called = sys.argv[0] if sys.argv else ""
+    return called if called.startswith(f"{DISPATCHER} ") else f"python -m {module}"
+
+
 def starting() -> None:
     """Called by the packages that hold commands, when `python -m` imports them: before seconds of other imports."""
-    if sys.argv[:1] != ["-m"]:
-        return
+    if sys.argv[:1] == ["-m"]:
+        begin()
+
+
+def begin() -> None:
+    """What every command needs before it imports anything heavy."""
     sys.excepthook = _quiet
     try:
         pwd.getpwuid(os.getuid())

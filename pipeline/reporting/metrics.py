@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from parallel.errors import DataError
 from pipeline.reporting.lasting import Warn, reason, to_stderr
+from pipeline.reporting.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -88,12 +89,16 @@ class MetricsWriter:
         folder: the run's output folder; made if missing.
         resume_step: optimizer steps already done; 0 starts over.
         warn: shows a sentence.
+        trackers: get every step too; closed with this.
 
     Raises:
         DataError: the existing file has a damaged line before its last.
     """
 
-    def __init__(self, folder: Path, resume_step: int, warn: Warn = to_stderr) -> None:
+    def __init__(
+        self, folder: Path, resume_step: int, warn: Warn = to_stderr, trackers: Trackers | None = None
+    ) -> None:
+        self._trackers = trackers
         self.path, self._warn, self._told = folder / METRICS_FILE, warn, False
         self._handle: int | None = None
         self._size = 0
@@ -170,6 +175,11 @@ class MetricsWriter:
                     board.add_scalar(f"train/{field}", value, ordered["step"])
 
         self._draw(points)
+        self._track({f"train/{field}": value for field, value in ordered.items() if field != "step"}, ordered["step"])
+
+    def _track(self, values: Mapping[str, Any], step: int) -> None:
+        if self._trackers is not None:
+            self._trackers.log(values, step)
 
     def write_perplexity(self, step: int, by_length: Mapping[int, float]) -> None:
         """Add an evaluation's perplexities (by context length, tokens) to TensorBoard."""
@@ -180,6 +190,7 @@ class MetricsWriter:
             board.flush()
 
         self._draw(points)
+        self._track({f"perplexity/{length}": value for length, value in by_length.items()}, step)
 
     def close(self) -> None:
         """Flush and close both; safe to call twice."""
@@ -192,6 +203,8 @@ class MetricsWriter:
             os.close(self._handle)
             self._handle = None
         self._draw(SummaryWriter.close)
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> Self:
         return self

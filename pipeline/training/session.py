@@ -12,8 +12,10 @@ from typing import Protocol
 
 from parallel.health.signals import StopSignals, stop_name
 from parallel.health.watch import Watch
+from pipeline.config.yaml_file import config_dict
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.progress import TrainProgress
+from pipeline.reporting.trackers import Trackers
 from pipeline.training.non_finite import TrainingDiverged
 from pipeline.training.run_record import Run, record_run, starting_line, starting_warnings
 from pipeline.training.trainer import Stopped
@@ -94,7 +96,11 @@ class Session:
         self._shared, self._took_over, self._began = shared, took_over, began
         self._main = run.groups.is_main
         self._progress = TrainProgress(run.config.train.steps, run.trainer.step, enabled=self._main)
-        self._metrics = MetricsWriter(run.output, run.trainer.step, self._warn) if self._main else None
+        self._metrics = None
+        if self._main:
+            names = run.config.report_to
+            trackers = Trackers(names, run.output, config_dict(run.config), self._warn) if names else None
+            self._metrics = MetricsWriter(run.output, run.trainer.step, self._warn, trackers)
 
     def run(self, stop_after: int | None = None) -> int:
         """Everything up to the end, or to a stop; collective.

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from parallel.health.liveness import SILENCE_S, Beat, Peers, machine
+from parallel.health.stacks import pending
 from parallel.health.watch import Watch, collective_timeout_s, watch_ranks
 from parallel.world.rank_env import RankEnv
 from tests.numerics.test_training import write_run
@@ -143,7 +144,21 @@ def test_the_trainer_ends_with_the_cause(fault: str, parts: tuple[str, ...], mar
 def test_the_trainer_names_a_rank_that_hangs(grid: tuple[str, ...], mark: str, tmp_path: Path) -> None:
     settings = [word for setting in ("parallel.timeout_s=10", *grid) for word in ("--set", setting)]
     ended = run(mark, "hang", 1, 2, "--config", write_run(tmp_path, "mark"), *settings)
-    only_message(ended, "rank 1 hangs at step 2: no progress for ", "faulty.py:", " in hang;", "parallel.timeout_s")
+    folder = tmp_path / "mark/hang"
+    only_message(
+        ended,
+        "rank 1 hangs at step 2: no progress for ",
+        "faulty.py:",
+        " in hang;",
+        "parallel.timeout_s",
+        # torch records no point-to-point message of gloo's.
+        "" if grid else "; rank 0 waits in gloo:",
+        f"the Python stacks and last collectives of every rank are in {folder}",
+    )
+    late, waiting = ((folder / f"rank-{rank}.txt").read_text() for rank in (1, 0))
+    assert " in hang\n" in late and " in hang\n" not in waiting
+    trace = (folder / "rank-0-gloo.json").read_text()
+    assert grid or f"rank 0 waits in {pending(trace)};" in ended.told[0]
 
 
 def test_an_unexpected_error_is_told_with_its_traceback(mark: str) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 from pipeline.config.yaml_file import load_config
+from tools.launch import parse as launcher_parse
+from tools.launch import read_machines
 from tools.support.local_ranks import RankFailed
 from tools.tiny_run import PROCESSES, STOP, compare_losses, main, train
 
@@ -94,73 +100,30 @@ def test_preflight_refuses_this_machine_before_anything_starts(name: str) -> Non
     assert "torch.distributed" not in done.stderr and "Preflight" in done.stdout
 
 
-def test_one_machine_is_checked_then_trained_on_and_the_exit_code_passes_through(calls: Path) -> None:
+def test_the_settings_and_the_exit_code_pass_through(calls: Path) -> None:
     python = os.environ["STAND_IN"]
     sets = ["--set", "train.lr=1e-5", "--set", "data.path=my text"]
     assert launch("run_70b_32k", *sets, LONGSPAN_PYTHON=python).returncode == 0
     common = "--config launch/configs/llama2_70b_32k.yaml --set train.lr=1e-5 --set data.path=my text"
-    assert calls.read_text().splitlines() == [
-        f"-W ignore -m tools.preflight {common} --nproc 8 --nnodes 1",
-        f"-W ignore -m tools.torchrun --standalone --nproc-per-node 8 -m pipeline.train {common}",
-    ]
-    failed = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="pipeline.train", FAIL_CODE="7")
+    assert calls.read_text().splitlines() == [f"-W ignore -m tools.launch {common} --nproc 8"]
+    failed = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="tools.launch", FAIL_CODE="7")
     assert failed.returncode == 7
-    calls.unlink()
-    refused = launch("run_70b_32k", LONGSPAN_PYTHON=python, FAIL_AT="tools.preflight", FAIL_CODE="2")
-    assert refused.returncode == 2 and len(calls.read_text().splitlines()) == 1
 
 
-def test_several_machines(calls: Path, tmp_path: Path) -> None:
+def test_a_yaml_of_ones_own(calls: Path, tmp_path: Path) -> None:
     python = os.environ["STAND_IN"]
-    done = launch("run_13b_64k", LONGSPAN_PYTHON=python, NNODES="2", NODE_RANK="1", MASTER_ADDR="head")
-    assert done.returncode == 0
-    check, start = calls.read_text().splitlines()
-    assert check.endswith("--nproc 8 --nnodes 2")
-    assert "--nnodes 2 --node-rank 1 --master-addr head --master-port 29500 --nproc-per-node 8" in start
-    calls.unlink()
-
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
-    scontrol.chmod(0o755)
-    slurm = {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n4,n5,n6"}
-    slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    assert launch("run_13b_64k", LONGSPAN_PYTHON=python, **slurm).returncode == 0
-    assert "--nnodes 3 --node-rank 2 --master-addr n4 --master-port 29500" in calls.read_text().splitlines()[1]
-    calls.unlink()
-
-    step = {"SLURM_STEP_NODELIST": "n5,n6", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"}
-    assert launch("run_13b_64k", LONGSPAN_PYTHON=python, **slurm | step).returncode == 0
-    assert "--nnodes 2 --node-rank 1 --master-addr n5 --master-port 29500" in calls.read_text().splitlines()[1]
-    calls.unlink()
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"NNODES": "2"}, "NODE_RANK is not set"),
-        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"NNODES": "abc"}, "NNODES must be a number of machines, 1 or more, got 'abc'"),
-        ({"NNODES": "0"}, "NNODES must be a number of machines, 1 or more, got '0'"),
-        ({"NNODES": "1:4"}, "NNODES must be a number of machines, 1 or more, got '1:4'"),
-        ({"NNODES": "2", "NODE_RANK": "5", "MASTER_ADDR": "head"}, "below NNODES, which is 2; got '5'"),
-        ({"NNODES": "2", "NODE_RANK": "x", "MASTER_ADDR": "head"}, "below NNODES, which is 2; got 'x'"),
-        ({"NODE_RANK": "1", "MASTER_ADDR": "head"}, "below NNODES, which is 1; got '1'"),
-        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "use srun --ntasks-per-node=1"),
-        ({"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}, "use srun --ntasks-per-node=1"),
-        (
-            {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n4,n5"},
-            "the job has 2 machines and this is one of them; start it with srun",
-        ),
-        (
-            {"SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n4,n5"},
-            "no scontrol here to ask for machine 0 of n4,n5; set MASTER_ADDR",
-        ),
-    ],
-)
-def test_machines_that_cannot_meet(variables: dict[str, str], said: str, calls: Path) -> None:
-    done = launch("run_13b_64k", LONGSPAN_PYTHON=os.environ["STAND_IN"], **variables)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not calls.exists()
+    (tmp_path / "mine.yaml").touch()
+    assert launch("run", "mine.yaml", "--nproc", "2", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
+    assert launch("run", "launch/configs/tiny_gpu.yaml", "--tiny", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
+    assert calls.read_text().splitlines() == [
+        f"-W ignore -m tools.launch --config {tmp_path}/mine.yaml --nproc 2",
+        "-W ignore -m tools.tiny_run --config launch/configs/tiny_gpu.yaml",
+    ]
+    assert "launch/run.sh CONFIG.yaml [--dry-run" in launch("run", "--help").stdout
+    nothing = launch("run", "--nproc", "2", LONGSPAN_PYTHON=python)
+    assert nothing.returncode == 2 and nothing.stderr == (
+        "run: the first argument is the YAML of a run; --help says more.\n"
+    )
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "run_tiny"])
@@ -186,7 +149,7 @@ def test_python_and_folders_are_seen_from_where_the_user_stands(calls: Path, tmp
     (here / "bin").mkdir(parents=True)
     (here / "bin/py").symlink_to(os.environ["STAND_IN"])
     assert launch("run_70b_32k", cwd=here, LONGSPAN_PYTHON="bin/py").returncode == 0
-    assert len(calls.read_text().splitlines()) == 2
+    assert len(calls.read_text().splitlines()) == 1
     calls.unlink()
 
     for part in ("train", "val"):
@@ -249,3 +212,85 @@ def test_a_tiny_run_that_cannot_work_is_told(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "run.yaml").write_text("model: {path: nowhere, context: 64}\ndata: {path: x}\noutput: y\n")
     with pytest.raises(RankFailed, match=r"train: missing in .*run\.yaml"):
         train(tmp_path / "run.yaml", 1, tmp_path / "run.log", 120)
+
+
+SRUN = """#!{bash}
+# Starts what it is told to, in place.
+exec "$@"
+"""
+RANKS = """#!{bash}
+# A run that saves for half a second after the signal, and leaves with 75.
+echo "longspan $*" >> {log}
+[[ ${{LEAVE:-}} ]] && exit "$LEAVE"
+trap 'sleep 0.5; echo saved >> {log}; exit 75' TERM
+echo up >> {log}
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """srun, scontrol and longspan that write down how they are called; the environment of a job, and the file."""
+    bash = subprocess.run(["bash", "-c", "command -v bash"], capture_output=True, text=True).stdout.strip()
+    log = tmp_path / "log"
+    log.touch()
+    for name, text in (("srun", SRUN), ("longspan", RANKS), ("scontrol", '#!{bash}\necho "scontrol $*" >> {log}\n')):
+        (tmp_path / name).write_text(text.format(bash=bash, log=log))
+        (tmp_path / name).chmod(0o755)
+    found = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
+    return os.environ | found, log
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True)])
+def test_the_batch_script_requeues_a_run_that_was_stopped(
+    code: int, again: bool, slurm: tuple[dict[str, str], Path]
+) -> None:
+    environment, log = slurm
+    words = ["bash", str(ROOT / "launch/slurm.sbatch"), "my run.yaml", "--set", "train.lr=1e-5"]
+    assert subprocess.run(words, env=environment | {"LEAVE": str(code)}).returncode == code
+    called = "longspan train --config my run.yaml --nproc 4 --set save.signal_exit_code=75 --set train.lr=1e-5"
+    assert log.read_text().splitlines() == [called] + ["scontrol requeue 7"] * again
+
+
+def test_preemption_of_the_batch_script_waits_for_the_ranks(slurm: tuple[dict[str, str], Path]) -> None:
+    """Slurm sends SIGTERM to the shell and to the ranks."""
+    environment, log = slurm
+    job = subprocess.Popen(["bash", str(ROOT / "launch/slurm.sbatch"), "run.yaml"], env=environment)
+    until = time.monotonic() + 30
+    while "up" not in log.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    job.terminate()
+    (ranks,) = psutil.Process(job.pid).children()
+    ranks.terminate()
+    assert job.wait(30) == 75
+    assert log.read_text().splitlines()[-2:] == ["saved", "scontrol requeue 7"]
+
+
+def test_the_manifests_start_what_the_command_takes() -> None:
+    """Kubernetes' and SkyPilot's; a word that the command does not know ends `parse`."""
+    service, job = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    program, name, *words = container["command"]
+    args = launcher_parse(words)
+    assert (program, name, args.nproc) == ("longspan", "train", container["resources"]["limits"]["nvidia.com/gpu"])
+    environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
+    machines = read_machines(environment)
+    assert machines.count == job["spec"]["completions"] == job["spec"]["parallelism"] and machines.rank == 1
+    # What makes the name of machine 0 known to the others.
+    assert machines.head == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    # Kubernetes takes a limit by index with this policy only.
+    assert job["spec"]["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
+    places = {mount["name"] for mount in container["volumeMounts"]}
+    assert places == {volume["name"] for volume in pod["volumes"]}
+
+    sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    program, name, *words = shlex.split(sky["run"])
+    args = launcher_parse(words)
+    assert (program, name) == ("longspan", "train")
+    assert f"{args.nproc}" == sky["resources"]["accelerators"].split(":")[1]
+    (place,) = sky["file_mounts"]
+    assert args.set == [f"output={place}/run"]

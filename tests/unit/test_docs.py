@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.yaml_file import load_config
+from tools.console.table import BENCHES, there
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -65,9 +70,19 @@ def constants(module: str) -> set[str]:
     return found
 
 
+PROGRAMS = {program.name: program.module for program in there()}
+PROGRAMS |= {f"bench {program.name}": program.module for program in there(BENCHES)}
+
+
 def unknown_options(text: str) -> Iterator[str]:
     """Options on a line with a command of ours that the command does not know."""
     for line in text.replace("\\\n", " ").splitlines():
+        for name, rest in re.findall(r"(?:^ {4}|`|; )longspan ((?:bench )?[a-z][a-z-]*)([^#`;]*)", line):
+            if name not in PROGRAMS:
+                yield f"longspan {name}"
+                continue
+            known = constants(PROGRAMS[name])
+            yield from (f"longspan {name} {option}" for option in _OPTION.findall(rest) if option not in known)
         for module, rest in re.findall(r"(?:-m |`)((?:tools|pipeline)\.[a-z_.]+)([^#`]*?)(?=-m |`|#|$)", line):
             if module == "tools.torchrun":
                 continue  # takes torchrun's
@@ -79,6 +94,35 @@ def unknown_options(text: str) -> Iterator[str]:
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text()
     assert not [*missing_paths(text, page.parent), *missing_modules(text), *unknown_options(text)]
+
+
+def build_pages(docs: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """`mkdocs build --strict` of a folder with this repository's settings."""
+    settings = (ROOT / "mkdocs.yml").read_text() + f"docs_dir: {docs}\n"
+    (site.parent / "mkdocs.yml").write_text(settings)
+    words = ["-m", "mkdocs", "build", "--strict", "--config-file", str(site.parent / "mkdocs.yml")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(
+        [sys.executable, *words, "--site-dir", str(site)], env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_pages_build_strictly(tmp_path: Path) -> None:
+    built = build_pages(ROOT / "docs", tmp_path / "site")
+    assert built.returncode == 0, built.stderr
+    # No reader's browser is sent to another place for fonts or scripts.
+    loaded = re.findall(r"""<(?:script|link)[^>]*(?:src|href)=["']?(https?://[^"' >]+)""", html(tmp_path / "site"))
+    assert [address for address in loaded if "longspan" not in address] == []
+    docs = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs", docs)
+    (docs / "WISHES.md").write_text("See [nothing](NOWHERE.md).\n")
+    broken = build_pages(docs, tmp_path / "site")
+    assert broken.returncode == 1 and "NOWHERE.md" in broken.stderr
+
+
+def html(site: Path) -> str:
+    """All pages of a built site."""
+    return "".join(path.read_text() for path in site.rglob("*.html"))
 
 
 def test_each_check_sees_what_is_missing() -> None:
@@ -98,6 +142,8 @@ def test_each_check_sees_what_is_missing() -> None:
         "python -m tools.bench.step --tp 8 --plain   # --nothing\n    python -m tools.merge_lora --factor 4 --format x"
     )
     assert [*unknown_options(line)] == ["tools.bench.step --plain", "tools.merge_lora --format"]
+    line = "`longspan train --nproc 8 --fast`, `longspan trian`\n    longspan bench step --no-such 8  # --nothing"
+    assert [*unknown_options(line)] == ["longspan train --fast", "longspan trian", "longspan bench step --no-such"]
 
 
 def test_sources_name_no_page_that_is_not_there() -> None:

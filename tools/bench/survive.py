@@ -40,7 +40,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, ModelConfig, SaveConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from tools.support.command_line import add_integers, console_of
 from tools.support.local_ranks import ROOT, RankFailed
@@ -315,7 +315,7 @@ def plan(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, tuple[str, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.survive", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("tools.bench.survive"), description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="ranks, a GPU each; even")
     parser.add_argument("--output", type=user_path, required=True, help="a new folder for everything")
     parser.add_argument("--cpu", action="store_true", help="CPU processes, fp32")

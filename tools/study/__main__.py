@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.paths import user_path
-from pipeline.reporting.command import command
+from pipeline.reporting.command import command, program
 from tools.study.plan import Places, read_study
 
 DEFAULT = Path(__file__).with_name("recipes.yaml")
@@ -20,7 +20,7 @@ DEFAULT = Path(__file__).with_name("recipes.yaml")
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.study", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("tools.study"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--study", type=user_path, default=DEFAULT, help="YAML of recipes (default: %(default)s)")
     parser.add_argument(
         "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"

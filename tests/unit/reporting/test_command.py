@@ -32,8 +32,10 @@ MISSING: dict[str, list[str]] = {
     "tools.evaluate": ["--config", GONE, "--state", "trained"],
     "tools.export_hf": ["--run", GONE, "--output", GONE],
     "tools.fetch_demo": ["--cache", "/proc/at-all"],
+    "tools.generate": ["--model", GONE, "--prompt", "x"],
     "tools.import_hf": [GONE, "/nowhere/out"],
     "tools.inspect_checkpoint": [GONE],
+    "tools.launch": ["--config", GONE],
     "tools.merge_lora": ["--adapter", GONE, "--base", GONE, "--context", "64", "--output", "/nowhere/out"],
     "tools.preflight": ["--config", GONE],
     "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
@@ -42,6 +44,7 @@ MISSING: dict[str, list[str]] = {
     "tools.tiny_run": ["--config", GONE],
 }
 ELSEWHERE = {
+    "tools.init",
     "tools.pages",
     "tools.torchrun",
     *(f"tools.bench.{name}" for name in "attention context convert save step survive".split()),

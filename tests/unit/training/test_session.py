@@ -126,6 +126,7 @@ def run_session(
         train=SimpleNamespace(steps=6),
         eval=SimpleNamespace(every=2),
         model=SimpleNamespace(context=64),
+        report_to=(),
         warnings=("asked",),
     )
     run: Any = SimpleNamespace(

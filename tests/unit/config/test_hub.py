@@ -1,0 +1,89 @@
+"""Names of the Hub against a cache as huggingface_hub itself lays it out; nothing goes to a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import ConfigError
+from pipeline.config.hub import DATASET, MODEL, download_command, local_folder
+from pipeline.config.yaml_file import load_config
+from pipeline.preflight.files import check_model
+
+COMMIT, OLDER = "c" * 40, "d" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with the model org/small (revisions main and v1) and the data set org/books; a folder to stand in."""
+    import huggingface_hub.constants
+
+    home = tmp_path / "cache"
+    for repo, revisions in (
+        ("models--org--small", {"main": COMMIT, "v1": OLDER}),
+        ("datasets--org--books", {"main": COMMIT}),
+    ):
+        for revision, commit in revisions.items():
+            (home / repo / "refs").mkdir(parents=True, exist_ok=True)
+            (home / repo / "refs" / revision).write_text(commit)
+            (home / repo / "snapshots" / commit).mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return home
+
+
+def test_a_name_is_the_folder_it_was_downloaded_to(cache: Path) -> None:
+    snapshots = cache / "models--org--small/snapshots"
+    assert local_folder("org/small", MODEL) == local_folder("hf://org/small", MODEL) == str(snapshots / COMMIT)
+    assert local_folder("org/small@v1", MODEL) == str(snapshots / OLDER)
+    assert local_folder("hf://org/books", DATASET) == str(cache / "datasets--org--books/snapshots" / COMMIT)
+
+
+def test_a_folder_comes_before_a_name_of_the_hub(cache: Path) -> None:
+    Path("org/small").mkdir(parents=True)
+    assert local_folder("org/small", MODEL) == "org/small"
+    assert local_folder("hf://org/small", MODEL).startswith(str(cache))
+    # What cannot be a name never asks the cache.
+    assert [local_folder(text, MODEL) for text in ("/a/b", "./a/b", "a", "a/b/c")] == ["/a/b", "./a/b", "a", "a/b/c"]
+
+
+def test_what_was_not_downloaded_is_told_with_the_command(cache: Path) -> None:
+    assert local_folder("data/books", DATASET) == "data/books", "which may be a folder to come"
+    with pytest.raises(ConfigError) as error:
+        local_folder("hf://org/other@v2", DATASET)
+    command = "hf download org/other --repo-type dataset --revision v2"
+    assert str(error.value) == f"hf://org/other@v2: was not downloaded to this machine; run: {command}."
+    with pytest.raises(ConfigError, match=r"hf://small: is no name of the Hub; write hf://org/name"):
+        local_folder("hf://small", MODEL)
+    problem = check_model(Path("org/other"), lambda folder: 0)[0].problem
+    assert problem.endswith("(if it is a name of the Hugging Face Hub: hf download org/other).")
+    assert "hf download" not in check_model(Path("/models/x/y"), lambda folder: 0)[0].problem
+
+
+def test_the_command_is_one_that_the_hubs_program_takes() -> None:
+    """Its parser, which refuses an option that it does not know before it asks the network."""
+    words = download_command("org/other@v2", DATASET).split()
+    program = Path(sys.executable).with_name(words[0])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([program, *words[1:], "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run([program, *words[1:], "--no-such-option"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2
+
+
+def test_settings_take_names(cache: Path) -> None:
+    Path("run.yaml").write_text(
+        "model: {path: org/small, context: 64}\ndata: {path: hf://org/books}\n"
+        "train: {steps: 1, global_batch: 1}\noutput: org/small\n"
+    )
+    config = load_config(Path("run.yaml"))
+    assert config.model.path.endswith(COMMIT) and config.data.path.endswith(COMMIT)
+    assert config.output == "org/small", "a path that is written is never one of the Hub's"
+    with pytest.raises(ConfigError, match=r"^data\.path: hf://org/none: was not downloaded .* \(in run\.yaml"):
+        load_config(Path("run.yaml"), ["data.path=hf://org/none"])

@@ -1,0 +1,73 @@
+"""Stacks and collectives of this process, which has a group of its own; what a recorder's JSON says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from parallel.health.liveness import Verdict
+from parallel.health.stacks import StackWriter, pending, with_stacks
+
+
+def entry(name: str, retired: bool, number: int, group: list[str], p2p: bool = False) -> dict[str, object]:
+    """As torch 2.11 writes it."""
+    return {
+        "profiling_name": name,
+        "retired": retired,
+        "is_p2p": p2p,
+        "collective_seq_id": number,
+        "p2p_seq_id": number + 100,
+        "process_group": group,
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([], ""),
+        ([entry("nccl:all_reduce", True, 1, ["0", "default_pg"])], ""),
+        (
+            [
+                entry("nccl:all_reduce", True, 1, ["0", "default_pg"]),
+                entry("nccl:all_gather", False, 2, ["3", "tp"]),
+                entry("nccl:broadcast", False, 3, ["0", "default_pg"]),
+            ],
+            "nccl:all_gather (number 2 of process group 3 tp)",
+        ),
+        ([entry("nccl:recv 0<-1", False, 4, ["5", ""], p2p=True)], "nccl:recv 0<-1 (number 104 of process group 5)"),
+    ],
+)
+def test_pending(entries: list[dict[str, object]], said: str) -> None:
+    assert pending(json.dumps({"version": "2.10", "entries": entries})) == said
+
+
+def test_every_thread_is_written(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def stands_here() -> None:
+        over.wait(60)
+
+    thread = threading.Thread(target=stands_here)
+    thread.start()
+    try:
+        told = StackWriter(tmp_path / "run/hang", 3).write()
+    finally:
+        over.set()
+        thread.join()
+    text = (tmp_path / "run/hang/rank-3.txt").read_text()
+    assert " in stands_here\n" in text and " in test_every_thread_is_written\n" in text
+    assert told.endswith(f"the Python stacks and last collectives of every rank are in {tmp_path / 'run/hang'}")
+
+
+def test_a_folder_that_cannot_be_made_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    verdict = Verdict(1, "rank 1 hangs")
+    assert with_stacks(verdict, StackWriter(tmp_path / "file/hang", 0)) == verdict
+
+
+@pytest.mark.parametrize("verdict", [Verdict(0, "The text is missing.", 2), Verdict(0, "bug", 1, "Traceback ...")])
+def test_who_has_told_why_needs_no_stacks(verdict: Verdict, tmp_path: Path) -> None:
+    assert with_stacks(verdict, StackWriter(tmp_path / "hang", 0)) == verdict and not (tmp_path / "hang").exists()

@@ -1,0 +1,225 @@
+"""Continue a prompt, for a quick look: `longspan generate --run runs/7b-32k --prompt-file book.txt`
+
+Takes an exported or any other Hugging Face folder (--model), or what was trained, merged in memory: a run's newest
+checkpoint, one checkpoint or an adapter. transformers computes, with full attention, a KV cache, and a prompt that
+passes in chunks, so that a long one needs the memory of its cache and of one chunk. Text goes to standard output,
+figures to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.errors import ConfigError, DataError
+from pipeline.config.paths import model_path, user_path
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.planning.arch import read_arch
+from pipeline.reporting.command import command, program
+from tools.support.sources import load_source
+
+if TYPE_CHECKING:  # it imports torch
+    from pipeline.export.trained_model import TrainedModel
+
+CHUNK = 4096
+"""Tokens of a prompt that pass through the model at a time."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can generate."""
+
+    model: Any
+    """transformers' model, in evaluation mode."""
+    tokenizer: TextTokenizer
+    context: int
+    """Tokens it is made for."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What came of one prompt."""
+
+    tokens: list[int]
+    """Ids of what follows the prompt; the end-of-text token is left out."""
+    prefill_s: float
+    """Seconds until the first new token was known."""
+    decode_s: float
+    """Seconds for the others."""
+
+
+def _placement(cpu: bool) -> dict[str, Any]:
+    """transformers' arguments that say where the weights go: over all GPUs at hand, or into host memory."""
+    import torch
+
+    if cpu or not torch.cuda.is_available():
+        return {"dtype": torch.float32}
+    return {"dtype": torch.bfloat16, "device_map": "auto"}
+
+
+def load_folder(folder: Path, cpu: bool = False) -> Loaded:
+    """A Hugging Face folder.
+
+    Raises:
+        ConfigError, DataError: it is no model of the supported ones, or has no tokenizer.
+    """
+    context = read_arch(folder).max_positions
+    tokenizer = load_tokenizer(folder)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, **_placement(cpu))
+    return Loaded(model.eval(), tokenizer, context)
+
+
+def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
+    """What was trained, its adapters merged in memory as an export merges them.
+
+    Raises:
+        CheckpointError, DataError: a file is damaged, or there is no tokenizer.
+    """
+    import torch
+    from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipeline.export.trained_model import extended_config
+    from pipeline.hf.checkpoint import HfCheckpoint
+    from pipeline.hf.companions import has_tokenizer
+    from pipeline.planning import tensors as names
+
+    own = trained.tokenizer is not None and has_tokenizer(trained.tokenizer)
+    tokenizer = load_tokenizer(trained.tokenizer if own and trained.tokenizer is not None else trained.base)
+    checkpoint = HfCheckpoint(trained.base)
+    dtype = _placement(cpu)["dtype"]
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**extended_config(trained)), dtype=dtype)
+    shapes = names.hf_tensor_shapes(trained.arch)
+    weights = {name: trained.merged(name, trained.base_tensor(checkpoint, name)).to(dtype) for name in shapes}
+    model.load_state_dict(weights, strict=False, assign=True)  # a tied output matrix has no tensor of its own
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not left, f"hf_tensor_shapes names every tensor, but for {left}"
+    if not cpu and torch.cuda.is_available():
+        model = dispatch_model(model, infer_auto_device_map(model, no_split_module_classes=model._no_split_modules))
+    return Loaded(model.eval(), tokenizer, trained.context)
+
+
+def prompt_ids(loaded: Loaded, text: str, new: int) -> list[int]:
+    """Ids of a prompt, as the start of a document.
+
+    Raises:
+        DataError: it is empty, or with `new` tokens longer than the model's context.
+    """
+    ids = [*loaded.tokenizer.prompt_start, *loaded.tokenizer.encode(text)]
+    if not ids:
+        raise DataError("The prompt is empty; give some text.")
+    if len(ids) + new > loaded.context:
+        raise DataError(
+            f"The prompt has {len(ids)} tokens, and with {new} new ones the model's context of {loaded.context} is "
+            "exceeded; shorten it, or lower --max-new."
+        )
+    return ids
+
+
+def continue_prompt(
+    loaded: Loaded, prompt: Sequence[int], new: int, chunk: int, temperature: float = 0.0, seed: int = 0
+) -> Continuation:
+    """Up to `new` tokens after a prompt; fewer where the model ends the text.
+
+    Args:
+        chunk: tokens of the prompt computed at a time.
+        temperature: 0: the likeliest token each time.
+        seed: of sampling.
+    """
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList, set_seed
+
+    set_seed(seed)
+    times: list[float] = []
+
+    def note(ids: Any, scores: Any) -> Any:
+        """Called with the scores of every token to come."""
+        if scores.is_cuda:
+            torch.cuda.synchronize(scores.device)
+        times.append(time.perf_counter())
+        return scores
+
+    settings = GenerationConfig(
+        max_new_tokens=new,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        prefill_chunk_size=chunk,
+        eos_token_id=loaded.tokenizer.eos_id,
+        pad_token_id=loaded.tokenizer.eos_id,
+        bos_token_id=loaded.tokenizer.bos_id,
+    )
+    ids = torch.tensor([list(prompt)], device=loaded.model.device)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        whole = loaded.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([note]),
+        )
+    tokens = whole[0, len(prompt) :].tolist()
+    if tokens and tokens[-1] == loaded.tokenizer.eos_id:
+        tokens.pop()
+    return Continuation(tokens, times[0] - began, times[-1] - times[0])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("tools.generate"), description="Continue a prompt with a model or with what was trained."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=model_path, help="Hugging Face folder, or name of the Hub")
+    source.add_argument("--run", type=user_path, help="output folder of a run; its newest checkpoint is taken")
+    source.add_argument("--checkpoint", type=user_path, help="one checkpoint folder")
+    source.add_argument("--adapter", type=user_path, help="a PEFT adapter, or LongLoRA's two files")
+    parser.add_argument("--base", type=user_path, help="where the base model lies, if it moved since training")
+    parser.add_argument("--context", type=int, help="tokens of the model, where the --adapter's files do not tell")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text to continue")
+    text.add_argument("--prompt-file", type=user_path, help="a file of it")
+    parser.add_argument("--max-new", type=int, default=64, metavar="N", help="new tokens at most (default 64)")
+    parser.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help=f"tokens at a time (default {CHUNK})")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: though there is a GPU")
+    # What `load_source` reads, for adapters of other programs; export has the options.
+    parser.set_defaults(rope=None, factor=None, theta=None, original_context=None)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one sentence."""
+    args = parse(argv)
+    for name in ("max_new", "chunk"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}.")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature: must be 0 or more, got {args.temperature}.")
+    try:
+        text = args.prompt if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{args.prompt_file}: is not UTF-8 text; give a text file.") from None
+    cpu = args.device == "cpu"
+    loaded = load_folder(args.model, cpu) if args.model is not None else load_trained(load_source(args)[0], cpu)
+    prompt = prompt_ids(loaded, text, args.max_new)
+    done = continue_prompt(loaded, prompt, args.max_new, args.chunk, args.temperature, args.seed)
+    print(loaded.tokenizer.decode(done.tokens))
+    others = len(done.tokens) - 1
+    rate = f", then {others / done.decode_s:.1f} tokens/s" if others > 0 and done.decode_s > 0 else ""
+    print(f"{len(prompt)} tokens read in {done.prefill_s:.2f} s, {len(done.tokens)} written{rate}.", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
