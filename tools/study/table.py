@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from pipeline.evaluation.judge import Judgement
@@ -10,9 +11,9 @@ from tools.study.run import Outcome
 
 
 def _mean(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """Mean over seeds; with several, their range."""
+    """Mean over seeds; with several, ± their standard deviation."""
     mean = sum(values) / len(values)
-    return show(mean) if len(values) == 1 else f"{show(mean)} ({show(min(values))}–{show(max(values))})"
+    return show(mean) if len(values) == 1 else f"{show(mean)} ± {show(statistics.stdev(values))}"
 
 
 def _windows(judgement: Judgement, length: int) -> tuple[float, ...]:
