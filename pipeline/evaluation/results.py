@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import DataError
-from pipeline.evaluation.perplexity import exponential
+from pipeline.evaluation.perplexity import EvalReport, exponential
 from pipeline.evaluation.tasks import Cell
 from pipeline.reporting.metrics import json_number
 from pipeline.storage.durable import replace_text
@@ -127,6 +127,14 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free space there.") from None
 
 
+def by_task(cells: Iterable[CellResult]) -> dict[str, list[CellResult]]:
+    """The cells of each task, in order."""
+    found: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(cell.task, []).append(cell)
+    return found
+
+
 def by_length(cells: Iterable[CellResult], begun: bool = False) -> dict[int, tuple[float, int]]:
     """Mean score (with `begun`, of answers whose first token is given) and prompts of each length, over its depths."""
     scores: dict[int, list[float]] = {}
@@ -179,4 +187,30 @@ def lost_and_won(cells: Sequence[CellResult], base: Sequence[CellResult], base_c
                     f"{task} at {length} tokens: {mine:.0%} where the base has {before:.0%} ({count} prompts): "
                     "retrieval that the base had is lost."
                 )
+    return said
+
+
+NOTICED = 0.01
+"""Of perplexity: what nobody would mind is not said."""
+
+
+def reads_worse(mine: EvalReport, base: EvalReport, base_context: int) -> list[str]:
+    """Sentences on lengths that the base itself serves and the model reads worse: by more than chance, and `NOTICED`.
+
+    Args:
+        mine, base: of the same windows.
+        base_context: tokens the base was made for.
+    """
+    said = []
+    results = {result.length: result for result in base.lengths}
+    for own in mine.lengths:
+        theirs = results.get(own.length)
+        if theirs is None or own.length > base_context or len(own.window_nll) != len(theirs.window_nll):
+            continue
+        if not own.window_nll:
+            continue
+        mean, error = paired_difference(own.window_nll, theirs.window_nll)
+        if mean > max(2 * (error or 0.0), math.log(1 + NOTICED)):
+            doubt = "" if error is not None else " (one window: it may be chance)"
+            said.append(f"reads {own.length} tokens {exponential(mean) - 1:.1%} worse than the base does{doubt}.")
     return said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,9 @@ def run_retrieval(
     step: int,
     context: int,
     base_context: int,
+    shown: bool = True,
+    kept: bool = True,
+    before_round: Callable[[], None] = lambda: None,
 ) -> RetrievalReport:
     """Evaluate and, on rank 0, write the report; collective. Cells found by an earlier process are not computed again.
 
@@ -99,12 +102,15 @@ def run_retrieval(
         identity: of the model, see `evaluate_retrieval`.
         output: the run's folder.
         label, step, context, base_context: see `RetrievalReport`.
+        shown: display progress.
+        kept: finished cells are kept for a process that goes on; False: `identity` does not tell all models apart.
+        before_round: see `Shards`.
 
     Raises:
         DataError: the results cannot be read or written.
     """
     path = report_path(output, label)
-    cache = path.with_name(f".{path.name}.cells")
+    cache = path.with_name(f".{path.name}.cells") if kept else None
     text = share_from_main(groups, lambda: ResultFile.text_of(cache))
     known = ResultFile(cache if groups.is_main else None, text)
     shards = Shards(
@@ -112,12 +118,13 @@ def run_retrieval(
         groups.plan.dp,
         lambda table: sum_over(groups.replicas, table),
         lockstep=model.shards is not None,
+        before_round=before_round,
     )
     mode = model.training
     model.eval()
     windows = sum(len(cell.cases) for cell in cells)
     try:
-        with EvalProgress(windows, f"retrieval, {label}", enabled=groups.is_main) as progress:
+        with EvalProgress(windows, f"retrieval, {label}", enabled=shown and groups.is_main) as progress:
 
             def count(done: int) -> None:
                 for _ in range(done):
