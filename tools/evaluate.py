@@ -147,10 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     everything = read_evaluated(folders)
     console = Console()
+    for sentence in sentences(everything):  # what was lost comes first
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for table in tables(everything):
         console.print(table)
-    for sentence in sentences(everything):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     if any(one.retrieval for one in everything):
         from tools.retrieval_plots import page
 

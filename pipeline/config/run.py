@@ -76,10 +76,6 @@ class RunConfig:
                 "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
                 "parallel.cp to 1."
             )
-        if "dense_gap" in self.eval.tasks and self.attention.kind == "full":
-            raise ConfigError(
-                "eval.tasks: dense_gap compares S² with full attention, and attention.kind is full; remove it."
-            )
         for length in self.eval.lengths or (self.model.context,):
             if self.eval.stride is not None and self.eval.stride > length:
                 raise ConfigError(f"eval.stride: {self.eval.stride} exceeds the evaluation length {length}.")

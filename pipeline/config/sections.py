@@ -19,8 +19,8 @@ TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
 RECOMPUTE = ("full", "none")
 EVAL_TASKS = ("passkey", "needle", "dense_gap")
 """What an evaluation during training may measure besides perplexity."""
-S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "full_last_steps")
-"""Settings of `attention` that only kind s2 looks at."""
+S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap")
+"""Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class AttentionConfig:
     group_fraction: float = 0.25
     """G as a fraction of the training sequence length (the paper: 1/4); used when group_size is None."""
     shifted_heads: str = "upper_half"
-    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups)."""
+    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups) | none, all (for studies)."""
     backend: str = "auto"
     """auto | cudnn | flash | flash_attn | math."""
     legacy_wrap: bool = False
@@ -66,7 +66,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         one_of("attention.kind", self.kind, ("s2", "full"))
-        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate"))
+        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all"))
         one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
         at_least("attention.full_last_steps", self.full_last_steps, 0)
         if self.group_size is not None:
@@ -232,8 +232,9 @@ class EvalConfig:
     stride: int | None = None
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
     tasks: tuple[str, ...] = ()
-    """Measured besides perplexity: passkey | needle (retrieval) | dense_gap (S² against full attention). With any, the
-    base is measured too, at the lengths it was made for, and the run's last lines say what was lost."""
+    """Measured besides perplexity: passkey | needle (retrieval) | dense_gap (S² against full attention; nothing with
+    attention.kind: full). With any, the base is measured too, at the lengths it was made for, and the run's last lines
+    say what was lost."""
     retrieval_lengths: tuple[int, ...] = ()
     """Windows of passkey and needle, tokens; empty uses lengths."""
     depths: int = 5

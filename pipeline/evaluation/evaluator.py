@@ -126,7 +126,8 @@ class Evaluator:
         asked = self.config.eval
         lengths = asked.lengths or (self.config.model.context,)
         report = self.run(label, step, shown=shown, lengths=within_context(lengths, within))
-        gap = self._gap(label, step) if "dense_gap" in asked.tasks and within is None else None
+        sparse = "dense_gap" in asked.tasks and self.config.attention.kind != "full"
+        gap = self._gap(label, step) if sparse and within is None else None
         grids = self._grids(within_context(asked.retrieval_lengths or lengths, within))
         if not grids:
             return Assessment(report, gap)

@@ -116,7 +116,7 @@ def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
     ("change", "told"),
     [
         ("eval.tasks=[passkeys]", "is not one of passkey, needle, dense_gap"),
-        ("attention={kind: full}", "eval.tasks: dense_gap compares S² with full attention, and attention.kind is full"),
+        ("eval.path=null", "eval.tasks: there is no held-out text to evaluate on"),
         ("eval.depths=0", "eval.depths: must be at least 1"),
     ],
 )
