@@ -57,7 +57,7 @@ half=$(python -c "import sys, pathlib; from pipeline.config.yaml_file import loa
 print(load_config(pathlib.Path(sys.argv[1])).train.steps // 2)" "$config")
 # The untrained, stretched model at every length would cost a CPU minutes more: there it is judged at the shortest.
 first=()
-if [[ $device == cpu ]]; then first=(--set "eval.lengths=[2048]" --set "eval.retrieval_lengths=[2048]"); fi
+if [[ $device == cpu ]]; then first=(--set "eval.lengths=[2048]"); fi
 python -m pipeline.train "${common[@]}" ${first[@]+"${first[@]}"} --stop-after "$half"
 step "4/7 the same command resumes"
 python -m pipeline.train "${common[@]}"

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport
-from pipeline.evaluation.results import by_length, lost_and_won, reads_worse, relative, standard_error
-from pipeline.evaluation.run_retrieval import RetrievalReport
+from pipeline.evaluation.results import RetrievalReport, by_length, lost_and_won, reads_worse, relative, standard_error
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 

@@ -28,8 +28,7 @@ from pipeline.config.paths import user_path
 from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import by_length, by_task
-from pipeline.evaluation.run_retrieval import RetrievalReport
+from pipeline.evaluation.results import RetrievalReport, by_length, by_task
 from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration

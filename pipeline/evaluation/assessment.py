@@ -10,8 +10,7 @@ from parallel.errors import DataError
 from pipeline.config.sections import EvalConfig
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import by_length, by_task, lost_and_won, reads_worse
-from pipeline.evaluation.run_retrieval import RetrievalReport, report_path
+from pipeline.evaluation.results import RetrievalReport, by_length, by_task, lost_and_won, reads_worse, report_path
 from pipeline.evaluation.tasks import RetrievalSettings
 
 

@@ -31,7 +31,8 @@ from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grid
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.perplexity import EvalReport, Shards, TokenNll, cut_windows, evaluate
-from pipeline.evaluation.run_retrieval import RetrievalReport, report_path, run_retrieval
+from pipeline.evaluation.results import RetrievalReport, report_path
+from pipeline.evaluation.run_retrieval import run_retrieval
 from pipeline.evaluation.tasks import TASKS, Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable

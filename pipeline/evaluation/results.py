@@ -1,4 +1,4 @@
-"""What was found in each cell of a retrieval grid, kept in a JSON file as it is found: nothing is done twice."""
+"""What retrieval found: cell by cell in a JSON file, so that nothing is done twice; one report a model; in words."""
 
 from __future__ import annotations
 
@@ -214,3 +214,76 @@ def reads_worse(mine: EvalReport, base: EvalReport, base_context: int) -> list[s
             doubt = "" if error is not None else " (one window: it may be chance)"
             said.append(f"reads {own.length} tokens {exponential(mean) - 1:.1%} worse than the base does{doubt}.")
     return said
+
+
+@dataclass(frozen=True)
+class RetrievalReport:
+    """What one model retrieves."""
+
+    label: str
+    """As in `EvalReport`."""
+    step: int
+    """Optimizer steps the model was trained for."""
+    context: int
+    """Tokens the model is made for."""
+    base_context: int
+    """Tokens the base was made for, as its config.json says."""
+    cells: tuple[CellResult, ...]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        data = {
+            "label": self.label,
+            "step": self.step,
+            "context": self.context,
+            "base_context": self.base_context,
+            "cells": [cell.to_json() for cell in self.cells],
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space there.") from None
+
+    @classmethod
+    def read(cls, path: Path) -> RetrievalReport:
+        """Read what `write` wrote.
+
+        Raises:
+            DataError: the file is missing or is not such a report.
+        """
+        try:
+            data = json.loads(path.read_text())
+            cells = tuple(CellResult.from_json(entry) for entry in data["cells"])
+            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
+            return cls(str(data["label"]), step, context, base_context, cells)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: is not a retrieval report ({type(error).__name__}: {error}); evaluate again."
+            ) from None
+
+
+def report_path(output: Path, label: str) -> Path:
+    """Where the report of a label lies."""
+    return output / f"retrieval-{label}.json"
+
+
+def effective_length(scores: Mapping[int, float], threshold: float) -> int:
+    """The longest length up to which every score is at least `threshold`, as RULER (arXiv 2404.06654) reads its table.
+
+    Args:
+        scores: by length.
+
+    Returns:
+        0: not even the shortest.
+    """
+    longest = 0
+    for length in sorted(scores):
+        if not scores[length] >= threshold or math.isnan(scores[length]):
+            break
+        longest = length
+    return longest
