@@ -24,7 +24,7 @@ from pipeline.evaluation.grid import fit_ranks
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, say
 
-TASKS = ("perplexity", "passkey", "needle")
+TASKS = ("perplexity", "longppl", "passkey", "needle")
 PICTURE = "evaluations.png"
 
 
@@ -58,6 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--depths", type=int, metavar="N", help="from 0 to 100%% (default: eval.depths)")
     parser.add_argument("--digits", type=int, default=5, help="of the key (default: %(default)s)")
     parser.add_argument("--filler", choices=("grass", "text"), help="of passkey: LongLoRA's sentences, or the text")
+    parser.add_argument("--short", type=int, default=4096, metavar="N", help="short context of longppl, tokens")
+    parser.add_argument("--keys", type=user_path, metavar="JSON", help="longppl: key tokens of this longppl-*.json")
     parser.add_argument("--seed", type=int, default=0, help="of keys and filler (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.compare is None and args.state is None and args.model is None:
@@ -109,12 +111,15 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
     for task in tasks:
         if task not in TASKS:
             raise ConfigError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}.")
+    longest = max(config.eval.lengths or (config.model.context,))
+    if "longppl" in tasks and args.keys is None and not 2 <= args.short < longest:
+        raise ConfigError(f"--short: {args.short} tokens are no less than the windows' {longest}; give fewer.")
     # Torch and megatron load only once the configuration is known to be good.
     from pipeline.evaluation.assessment import retrieval_grids
-    from pipeline.evaluation.evaluator import evaluate_state
+    from pipeline.evaluation.evaluator import LongPplAsked, evaluate_state
 
     lengths = tuple(args.lengths or ()) or config.eval.retrieval_lengths or config.eval.lengths
-    asked = [task for task in tasks if task != "perplexity"]
+    asked = [task for task in tasks if task not in ("perplexity", "longppl")]
     grids = retrieval_grids(
         config.eval, asked, lengths or (config.model.context,), args.digits, args.seed, args.filler or "grass"
     )
@@ -127,7 +132,8 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
             )
         for warning in config.warnings:
             say(f"warning: {warning}")
-    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids)
+    long_ppl = LongPplAsked(args.short, args.keys) if "longppl" in tasks else None
+    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids, long_ppl)
 
 
 @command
@@ -145,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
     from tools.compare_evaluations import read_evaluated, sentences, tables
 
+    if args.compare is None and args.tasks.strip() == "longppl":
+        return 0  # said already
     everything = read_evaluated(folders)
     console = Console()
     for sentence in sentences(everything):  # what was lost comes first

@@ -30,6 +30,7 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grids, verdict, within_context
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.grid import fit_ranks
+from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
 from pipeline.evaluation.perplexity import EvalReport, Shards, TokenNll, cut_windows, evaluate
 from pipeline.evaluation.results import RetrievalReport, report_path
 from pipeline.evaluation.run_retrieval import run_retrieval
@@ -165,6 +166,25 @@ class Evaluator:
                 gap.write(path)
         return gap
 
+    def measure_long_ppl(self, label: str, step: int, short: int, keys: LongPpl | None) -> LongPpl:
+        """LongPPL of the longest windows, written as `<output>/longppl-<label>.json`; see `long_ppl`."""
+        asked = self.config.eval
+        windows = cut_windows(self.tokens_T, max(asked.lengths or (self.config.model.context,)), asked.windows)
+        mode = self.model.training
+        self.model.eval()
+        try:
+            found = measure_long_ppl(
+                self._nll(self.spec), windows, short, keys, label=label, step=step, shards=self._spread()
+            )
+        finally:
+            self.model.train(mode)
+        if self.groups.is_main:
+            path = long_ppl_path(Path(self.config.output), label)
+            with optional_file(path):
+                found.write(path)
+            print(found.told, flush=True)
+        return found
+
     def _grids(self, lengths: Sequence[int]) -> list[RetrievalSettings]:
         names = [task for task in self.config.eval.tasks if task in TASKS]
         return retrieval_grids(self.config.eval, names, lengths) if lengths else []
@@ -205,12 +225,23 @@ class Evaluator:
         return eval_path(Path(self.config.output), label)
 
 
+@dataclass(frozen=True)
+class LongPplAsked:
+    """How LongPPL is to be measured."""
+
+    short: int
+    """Tokens of the short context."""
+    keys: Path | None
+    """A report whose key tokens are taken; None: the model's own."""
+
+
 def forget_later(output: Path, step: int) -> None:
     """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
-    readers: dict[str, Callable[[Path], EvalReport | RetrievalReport | DenseGap]] = {
+    readers: dict[str, Callable[[Path], EvalReport | RetrievalReport | DenseGap | LongPpl]] = {
         "eval": EvalReport.read,
         "retrieval": RetrievalReport.read,
         "gap": DenseGap.read,
+        "longppl": LongPpl.read,
     }
     for kind, read in readers.items():
         for path in output.glob(f"{kind}-*.json"):
@@ -293,12 +324,14 @@ def evaluate_state(
     checkpoint: Path | None = None,
     perplexity: bool = True,
     retrieval: Sequence[RetrievalSettings] = (),
+    long_ppl: LongPplAsked | None = None,
 ) -> LoadedState:
     """Load the model in one of STATES, evaluate, write the reports; see `load_state_of`.
 
     Args:
         perplexity: measure perplexity, as `config.eval` says.
         retrieval: grids to measure.
+        long_ppl: None: not measured.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
@@ -309,8 +342,11 @@ def evaluate_state(
         if retrieval:
             # Before perplexity: what is wrong with them is told at once.
             asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, evaluator.text_T)]
+        keys = LongPpl.read(long_ppl.keys) if long_ppl is not None and long_ppl.keys is not None else None
         if perplexity:
             evaluator.run(loaded.label, loaded.step)
+        if long_ppl is not None:
+            evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, keys)
         if asked:
             run_retrieval(
                 loaded.model,

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
+from pipeline.evaluation.long_ppl import LongPpl
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.train import main as train
 from tests.support.tiny_models import make_tiny
@@ -75,6 +76,20 @@ def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pyt
     (run / "retrieval-after.json").unlink()
     assert evaluate([*common, "--state", "trained", "--tasks", "passkey"]) == 0
     assert json.loads((run / "retrieval-after.json").read_text()) == mine
+
+    # LongPPL by the base's own key tokens; a model that learned nothing has none that it reads well.
+    assert evaluate([*arguments, "--tasks", "longppl", "--short", "64", "--set", "eval.windows=2"]) == 0
+    told = capsys.readouterr().out
+    assert "LongPPL, shipped: no token is key in windows of 400 (short context: 64)" in told
+    keys = place / "alone" / "longppl-shipped.json"
+    lengths = ["--set", "eval.lengths=[400]"]
+    assert evaluate([*common, *lengths, "--state", "trained", "--tasks", "longppl", "--keys", str(keys)]) == 0
+    assert LongPpl.read(run / "longppl-after.json").keys == LongPpl.read(keys).keys
+    assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--keys", str(keys)]) == 2
+    assert "--keys: are of other text or windows than these 2 of 800" in capsys.readouterr().err
+
+    assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--short", "800"]) == 2
+    assert "--short: 800 tokens are no less than the windows' 800" in capsys.readouterr().err
 
     last = [line for line in out.splitlines() if line.startswith("verdict: ")]
     assert out.rstrip().endswith("\n".join(last)) and len(last) >= 1
