@@ -17,6 +17,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.run import RunConfig
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.judge import Judgement
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.results import paired_difference
 from pipeline.evaluation.tails import tail_nll, tail_spans
@@ -26,6 +27,8 @@ from tests.support.tiny_models import make_tiny
 from tools.evaluate import main as evaluate
 from tools.study.__main__ import main
 from tools.study.plan import Places, Recipe, configure, read_study, train_key
+from tools.study.run import Outcome
+from tools.study.table import markdown
 
 STUDY = """
 stretch: 2
@@ -240,3 +243,27 @@ def test_full_fine_tuning_reads_the_same_windows_and_is_judged_alike(place: Path
         loss = model(input_ids=text[None], labels=text[None]).loss
     longest = results["whole"]["judgement"]["perplexity"]["lengths"][-1]
     assert longest["length"] == 800 and longest["nll"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_table_of_several_seeds_shows_their_spread(place: Path) -> None:
+    """Means and sample deviations over seeds, of figures each seed's own run has."""
+    (place / "whole.yaml").write_text(WHOLE)
+    (place / "base.yaml").write_text(STUDY)
+    assert go(place, study="base.yaml") == 0 and go(place, "--only", "adapters", study="whole.yaml") == 0
+    results = [json.loads(path.read_text()) for path in (place / "out/results").glob("*.json")]
+    base, run = (next(r for r in results if r["recipe"] == name) for name in ("as shipped", "adapters"))
+    recipe = Recipe("adapters")
+    judged = [Judgement.from_json(run["judgement"]) for _ in range(2)]
+    # A second seed that is 0.1 nats worse everywhere, and finds what the first does not.
+    worse = [replace(r, window_nll=tuple(n + 0.1 for n in r.window_nll)) for r in judged[1].perplexity.lengths]
+    cells = tuple(replace(cell, scores=(1.0,)) for cell in judged[1].cells)
+    other = replace(judged[1], perplexity=replace(judged[1].perplexity, lengths=tuple(worse)), cells=cells)
+    own = Judgement.from_json(base["judgement"])
+    own = replace(own, perplexity=judged[0].perplexity, tail_nll=())
+    shipped = Outcome(Recipe("as shipped", untrained=True), 5, own, {})
+    runs = [Outcome(recipe, 5, judged[0], run["training"]), Outcome(recipe, 6, other, run["training"])]
+    row = markdown([shipped, *runs], shipped).splitlines()[3]
+    ratio = 100 * (math.exp(0.1) - 1)
+    assert row.startswith("| adapters | 2 |")
+    assert f"| {ratio / 2:.1f} ± {ratio / math.sqrt(2):.1f}% |" in row, "0 and exp(0.1)"
+    assert "| 50% ± 71% (0%) |" in row
