@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 from rich.table import Table
 
 from parallel.errors import DataError
-from pipeline.evaluation.perplexity import EvalReport, exponential
-from pipeline.evaluation.results import by_length, lost_and_won, paired_difference, relative, standard_error
-from pipeline.evaluation.run_retrieval import RetrievalReport
+from pipeline.evaluation.perplexity import EvalReport
+from pipeline.evaluation.results import RetrievalReport, by_length, lost_and_won, reads_worse, relative, standard_error
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 
@@ -130,19 +128,5 @@ def sentences(everything: Sequence[Evaluated]) -> list[str]:
             said += [where + sentence for sentence in told]
         own = base.retrieval.base_context if base.retrieval else None
         if one.perplexity and base.perplexity and own is not None:
-            said += [where + sentence for sentence in _worse(one.perplexity, base.perplexity, own)]
+            said += [where + sentence for sentence in reads_worse(one.perplexity, base.perplexity, own)]
     return said
-
-
-def _worse(mine: EvalReport, base: EvalReport, base_context: int) -> Iterator[str]:
-    results = {result.length: result for result in base.lengths}
-    for own in mine.lengths:
-        theirs = results.get(own.length)
-        if theirs is None or own.length > base_context or len(own.window_nll) != len(theirs.window_nll):
-            continue
-        if not own.window_nll:
-            continue
-        mean, error = paired_difference(own.window_nll, theirs.window_nll)
-        # More than chance, and more than nobody would mind.
-        if error is not None and mean > max(2 * error, math.log(1.01)):
-            yield f"reads {own.length} tokens {exponential(mean) - 1:.1%} worse than the base does."

@@ -24,7 +24,7 @@ from pipeline.evaluation.grid import fit_ranks
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, program, say
 
-TASKS = ("perplexity", "passkey", "needle")
+TASKS = ("perplexity", "longppl", "passkey", "needle")
 PICTURE = "evaluations.png"
 
 
@@ -54,10 +54,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
     parser.add_argument("--tasks", default="perplexity", help=f"some of {','.join(TASKS)} (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=4, help="prompts a length and depth (default: %(default)s)")
-    parser.add_argument("--depths", type=int, default=5, metavar="N", help="from 0 to 100%% (default: %(default)s)")
+    parser.add_argument("--trials", type=int, help="prompts a length and depth (default: eval.trials)")
+    parser.add_argument("--depths", type=int, metavar="N", help="from 0 to 100%% (default: eval.depths)")
     parser.add_argument("--digits", type=int, default=5, help="of the key (default: %(default)s)")
     parser.add_argument("--filler", choices=("grass", "text"), help="of passkey: LongLoRA's sentences, or the text")
+    parser.add_argument("--short", type=int, default=4096, metavar="N", help="short context of longppl, tokens")
+    parser.add_argument("--keys", type=user_path, metavar="JSON", help="longppl: key tokens of this longppl-*.json")
     parser.add_argument("--seed", type=int, default=0, help="of keys and filler (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.compare is None and args.state is None and args.model is None:
@@ -80,8 +82,9 @@ def configure(args: argparse.Namespace) -> RunConfig:
         ConfigError, CheckpointError: one sentence each.
     """
     overrides = list(args.set)
-    if args.lengths:
-        overrides.append(f"eval.lengths={args.lengths}")
+    for name in ("lengths", "depths", "trials"):
+        if getattr(args, name) is not None:
+            overrides.append(f"eval.{name}={getattr(args, name)}")
     if args.config is not None:
         return load_config(args.config, overrides)
     if not args.model.is_dir():
@@ -108,26 +111,18 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
     for task in tasks:
         if task not in TASKS:
             raise ConfigError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}.")
-    if args.depths < 1:
-        raise ConfigError(f"--depths: {args.depths} is no number of depths; give 1 or more.")
+    longest = max(config.eval.lengths or (config.model.context,))
+    if "longppl" in tasks and args.keys is None and not 2 <= args.short < longest:
+        raise ConfigError(f"--short: {args.short} tokens are no less than the windows' {longest}; give fewer.")
     # Torch and megatron load only once the configuration is known to be good.
-    from pipeline.evaluation.evaluator import evaluate_state
-    from pipeline.evaluation.tasks import RetrievalSettings
+    from pipeline.evaluation.assessment import retrieval_grids
+    from pipeline.evaluation.evaluator import LongPplAsked, evaluate_state
 
-    depths = tuple(n / max(1, args.depths - 1) for n in range(args.depths)) if args.depths > 1 else (0.5,)
-    grids = [
-        RetrievalSettings(
-            config.eval.lengths or (config.model.context,),
-            depths,
-            args.trials,
-            task,
-            "text" if task == "needle" else args.filler or "grass",
-            args.digits,
-            args.seed,
-        )
-        for task in tasks
-        if task != "perplexity"
-    ]
+    lengths = tuple(args.lengths or ()) or config.eval.retrieval_lengths or config.eval.lengths
+    asked = [task for task in tasks if task not in ("perplexity", "longppl")]
+    grids = retrieval_grids(
+        config.eval, asked, lengths or (config.model.context,), args.digits, args.seed, args.filler or "grass"
+    )
     if env.is_main:
         grid = fit_ranks(config, env.world_size).parallel
         if grid != config.parallel:
@@ -137,7 +132,8 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
             )
         for warning in config.warnings:
             say(f"warning: {warning}")
-    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids)
+    long_ppl = LongPplAsked(args.short, args.keys) if "longppl" in tasks else None
+    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids, long_ppl)
 
 
 @command
@@ -155,12 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
     from tools.compare_evaluations import read_evaluated, sentences, tables
 
+    if args.compare is None and args.tasks.strip() == "longppl":
+        return 0  # said already
     everything = read_evaluated(folders)
     console = Console()
+    for sentence in sentences(everything):  # what was lost comes first
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for table in tables(everything):
         console.print(table)
-    for sentence in sentences(everything):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     if any(one.retrieval for one in everything):
         from tools.retrieval_plots import page
 

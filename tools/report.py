@@ -1,9 +1,10 @@
 """Write a run's report: `python -m tools.report --run runs/tiny`. PNG plots, and one HTML page with them inside.
 
-Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json and eval-<key>.json (key: shipped or before,
-untrained or initial, step-*, after). Each is optional; what is missing is named on the page. Of run.json these keys are
-used where present: title, device, dtype, world_size, commit, versions, parameters (counts by kind), sessions
-([{to_step, seconds}]), timings (name -> seconds), original_context (tokens), notes (what the run shows and does not),
+Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, retrieval-<key>.json and
+gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional; what is missing is named
+on the page. Of run.json these keys are used where present: title, device, dtype, world_size, commit, versions,
+parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds), original_context and
+base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows and does not),
 init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings changed on resume).
 """
 
@@ -14,7 +15,7 @@ import base64
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,7 +25,10 @@ import yaml
 
 from parallel.errors import DataError
 from pipeline.config.paths import user_path
+from pipeline.evaluation.assessment import verdict
+from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
+from pipeline.evaluation.results import RetrievalReport, by_length, by_task
 from pipeline.reporting.command import command, program
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
@@ -56,6 +60,10 @@ class RunRecord:
     """Metrics, a step each; empty without metrics.jsonl."""
     evaluations: dict[str, EvalReport]
     """By file key, in the order they are told."""
+    retrieval: dict[str, RetrievalReport]
+    """By file key, in the order they are told."""
+    gaps: dict[str, DenseGap]
+    """By file key, in the order they are told."""
     config: dict[str, Any]
     """Resolved configuration, nested; empty without config.yaml."""
     facts: dict[str, Any]
@@ -80,6 +88,12 @@ def _mapping(path: Path, text: str) -> dict[str, Any]:
     return data
 
 
+def _by_key[R](folder: Path, kind: str, read: Callable[[Path], R]) -> dict[str, R]:
+    """Reports of one kind by file key, in the order they are told."""
+    paths = {path.stem.removeprefix(f"{kind}-"): path for path in folder.glob(f"{kind}-*.json")}
+    return {key: read(paths[key]) for key in sorted(paths, key=evaluation_order)}
+
+
 def read_run(folder: Path) -> RunRecord:
     """Collect a run's records.
 
@@ -89,17 +103,18 @@ def read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise DataError(f"--run: {folder} is not a folder; name the output folder of a run.")
     metrics = folder / METRICS_FILE
-    evaluations = {path.stem.removeprefix("eval-"): EvalReport.read(path) for path in folder.glob("eval-*.json")}
     named = [folder / name for name in ("config.yaml", "run.json")]
     config, facts = (_mapping(path, path.read_text()) if path.is_file() else {} for path in named)
     record = RunRecord(
         folder=folder,
         rows=read_metrics(metrics) if metrics.is_file() else [],
-        evaluations={key: evaluations[key] for key in sorted(evaluations, key=evaluation_order)},
+        evaluations=_by_key(folder, "eval", EvalReport.read),
+        retrieval=_by_key(folder, "retrieval", RetrievalReport.read),
+        gaps=_by_key(folder, "gap", DenseGap.read),
         config=config,
         facts=facts,
     )
-    if not record.rows and not record.evaluations:
+    if not record.rows and not record.evaluations and not record.retrieval:
         raise DataError(f"--run: {folder} holds neither {METRICS_FILE} nor eval-*.json; name a run that has begun.")
     return record
 
@@ -193,6 +208,45 @@ def perplexity_section(record: RunRecord, images: Mapping[str, str]) -> str:
     )
 
 
+def verdict_section(record: RunRecord) -> str:
+    """What was lost against the base, in words; empty where it was not measured."""
+    own = record.facts.get("base_context")
+    if not isinstance(own, int) or not {"shipped", "after"} <= record.evaluations.keys():
+        return ""
+    said = verdict(record.folder, own, {"shipped", "after"} <= record.retrieval.keys())
+    items = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in said)
+    return section(f"Against the base at its own lengths, up to {own:,} tokens", f"<ul>{items}</ul>")
+
+
+def retrieval_section(record: RunRecord, images: Mapping[str, str]) -> str:
+    """Retrieval by length and the dense gap; empty where neither was measured."""
+    parts = []
+    for task in dict.fromkeys(cell.task for report in record.retrieval.values() for cell in report.cells):
+        found = {key: by_task(report.cells).get(task, []) for key, report in record.retrieval.items()}
+        lengths = sorted({cell.length for cells in found.values() for cell in cells})
+        lines = []
+        for length in lengths:
+            line = [plots.tokens_label(length)]
+            for cells in found.values():
+                exact, given = by_length(cells), by_length(cells, begun=True)
+                line.append(f"{exact[length][0]:.0%} ({given[length][0]:.0%})" if length in exact else "–")
+            lines.append(line)
+        parts += [f"<h3>{escape(task)}</h3>", table(["window", *found], lines, numbers=True)]
+    if parts:
+        note = "Exact answers of greedy decoding; in brackets, once the answer's first token is given."
+        parts.append(f"<p><small>{note}</small></p>")
+        parts.append(images.get("retrieval", ""))
+    if record.gaps:
+        lines = [[key, f"{gap.mean:+.4f}"] for key, gap in record.gaps.items()]
+        length = next(iter(record.gaps.values())).length
+        parts += [
+            "<h3>Dense gap</h3>",
+            f"<p>Loss of windows of {length:,} tokens under full attention less that under S².</p>",
+            table(["", "nats a token"], lines, numbers=True),
+        ]
+    return section("Retrieval", *parts) if parts else ""
+
+
 def training_section(record: RunRecord, images: Mapping[str, str]) -> str:
     """Loss, speed and memory."""
     rows = record.rows
@@ -280,7 +334,9 @@ def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
         f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
         f"<style>{CSS}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
+        + verdict_section(record)
         + perplexity_section(record, images)
+        + retrieval_section(record, images)
         + notes_section(record)
         + training_section(record, images)
         + history_section(record)

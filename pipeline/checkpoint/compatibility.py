@@ -46,6 +46,8 @@ base model are compared by content (fingerprint, base hash), so that a folder ma
 RECORDED = ("train.steps", "attention.full_last_steps")
 """Of these, what has a part in the result: a change is recorded."""
 ROPE = "model.rope."
+OF_S2 = (*S2_SETTINGS, "full_last_steps")
+"""Settings of `attention` that change nothing where all steps have full attention."""
 DERIVED = ("attention.group_size", "data.sequence", "train.lr_embed_norm")
 """Settings that None derives from others; compared as what comes of them."""
 
@@ -153,7 +155,7 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = defaults() | flatten(config)
     flat["data.sequence"] = flat["data.sequence"] or flat["model.context"]
     if flat["attention.kind"] == "full":
-        flat |= {f"attention.{name}": None for name in S2_SETTINGS}
+        flat |= {f"attention.{name}": None for name in OF_S2}
     else:
         whole = AttentionConfig(group_fraction=flat["attention.group_fraction"])
         flat["attention.group_size"] = flat["attention.group_size"] or whole.group_tokens(flat["data.sequence"])
@@ -194,7 +196,7 @@ def _follows(key: str, old: Mapping[str, Any], new: Mapping[str, Any], spelled: 
         return False
     if key in DERIVED and spelled[0][key] is None and spelled[1][key] is None:
         return True
-    of_s2 = key.removeprefix("attention.") in S2_SETTINGS and key.startswith("attention.")
+    of_s2 = key.removeprefix("attention.") in OF_S2 and key.startswith("attention.")
     return of_s2 and old["attention.kind"] != new["attention.kind"]
 
 

@@ -124,7 +124,8 @@ class RunConfig:
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and may not be meant, one sentence each."""
         found = []
-        beyond = [length for length in self.eval.lengths if length > self.model.context]
+        asked = sorted({*self.eval.lengths, *self.eval.retrieval_lengths})
+        beyond = [length for length in asked if length > self.model.context]
         if self.eval.path is not None and beyond:
             found.append(
                 f"eval.lengths: {', '.join(map(str, beyond))} exceed model.context {self.model.context}, which the "

@@ -17,8 +17,10 @@ from pipeline.config.rope import RopeSettings
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
 RECOMPUTE = ("full", "none")
-S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "full_last_steps")
-"""Settings of `attention` that only kind s2 looks at."""
+EVAL_TASKS = ("passkey", "needle", "dense_gap")
+"""What an evaluation during training may measure besides perplexity."""
+S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap")
+"""Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class AttentionConfig:
     group_fraction: float = 0.25
     """G as a fraction of the training sequence length (the paper: 1/4); used when group_size is None."""
     shifted_heads: str = "upper_half"
-    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups)."""
+    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups) | none, all (for studies)."""
     backend: str = "auto"
     """auto | cudnn | flash | flash_attn | math."""
     legacy_wrap: bool = False
@@ -65,7 +67,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         one_of("attention.kind", self.kind, ("s2", "full"))
-        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate"))
+        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all"))
         one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
         at_least("attention.full_last_steps", self.full_last_steps, 0)
         if self.group_size is not None:
@@ -218,7 +220,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Perplexity with full attention, before, during and after training."""
+    """Perplexity and retrieval with full attention, before, during and after training."""
 
     path: DatasetText | None = None
     """Held-out text (same forms as data.path); None switches evaluation off."""
@@ -230,6 +232,16 @@ class EvalConfig:
     """Windows a length."""
     stride: int | None = None
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
+    tasks: tuple[str, ...] = ()
+    """Measured besides perplexity: passkey | needle (retrieval) | dense_gap (S² against full attention; nothing with
+    attention.kind: full). With any, the base is measured too, at the lengths it was made for, and the run's last lines
+    say what was lost."""
+    retrieval_lengths: tuple[int, ...] = ()
+    """Windows of passkey and needle, tokens; empty uses lengths."""
+    depths: int = 5
+    """Depths of passkey and needle, from 0 to 100%."""
+    trials: int = 4
+    """Prompts a length and depth."""
 
     def __post_init__(self) -> None:
         not_empty("eval.path", self.path)
@@ -239,6 +251,14 @@ class EvalConfig:
             at_least("eval.lengths", length, 2)
         if self.stride is not None:
             at_least("eval.stride", self.stride, 1)
+        for task in self.tasks:
+            one_of("eval.tasks", task, EVAL_TASKS)
+        for length in self.retrieval_lengths:
+            at_least("eval.retrieval_lengths", length, 2)
+        at_least("eval.depths", self.depths, 1)
+        at_least("eval.trials", self.trials, 1)
+        if self.tasks and self.path is None:
+            raise ConfigError("eval.tasks: there is no held-out text to evaluate on; set eval.path, or remove it.")
         if self.every and self.path is None:
             raise ConfigError("eval.every: there is no held-out text to evaluate on; set eval.path, or remove it.")
 

@@ -1,4 +1,4 @@
-"""Perplexity of a run's model: as shipped, with stretched RoPE but untrained, or trained."""
+"""What a run's model can do: as shipped, with stretched RoPE but untrained, or trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grids, verdict, within_context
+from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.grid import fit_ranks
-from pipeline.evaluation.perplexity import EvalReport, Shards, evaluate
-from pipeline.evaluation.run_retrieval import RetrievalReport, run_retrieval
-from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
+from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
+from pipeline.evaluation.perplexity import EvalReport, Shards, TokenNll, cut_windows, evaluate
+from pipeline.evaluation.results import RetrievalReport, report_path
+from pipeline.evaluation.run_retrieval import run_retrieval
+from pipeline.evaluation.tasks import TASKS, Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
@@ -59,36 +64,39 @@ class Evaluator:
         config = plan.config
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
-        self.config, self.spec = config, plan.full_attention
+        self.config, self.plan, self.spec = config, plan, plan.full_attention
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
-        tokens = torch.from_numpy(self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64"))
-        self.tokens_T = tokens.to(groups.device)
+        self.text_T = self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64")
+        self.tokens_T = torch.from_numpy(self.text_T).to(groups.device)
 
-    def run(self, label: str, step: int, *, shown: bool = True) -> EvalReport:
-        """Evaluate and, on rank 0, write `<output>/eval-<label>.json`; collective.
-
-        Args:
-            label, step: recorded in the report.
-            shown: display progress (not inside the training bar: a terminal holds one).
-        """
-        settings = self.config.eval
-        lengths = settings.lengths or (self.config.model.context,)
-        spread = Shards(
+    def _spread(self) -> Shards:
+        return Shards(
             self.groups.data_rank,
             self.groups.plan.dp,
             lambda table: sum_over(self.groups.replicas, table),
             lockstep=self.model.shards is not None,
             before_round=self.before_round,
         )
+
+    def run(self, label: str, step: int, *, shown: bool = True, lengths: Sequence[int] = ()) -> EvalReport:
+        """Perplexity; on rank 0 it is written to `<output>/eval-<label>.json`; collective.
+
+        Args:
+            label, step: recorded in the report.
+            shown: display progress (not inside the training bar: a terminal holds one).
+            lengths: tokens; empty: those of the configuration.
+        """
+        settings, spread = self.config.eval, self._spread()
+        lengths = lengths or settings.lengths or (self.config.model.context,)
         mode = self.model.training
         self.model.eval()
         windows = len(range(spread.rank, settings.windows, spread.world)) * len(lengths)
         try:
             with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
                 report = evaluate(
-                    lambda tokens_BS: self.model.token_nll(tokens_BS, self.spec),
+                    self._nll(self.spec),
                     self.tokens_T,
                     lengths,
                     settings.windows,
@@ -107,27 +115,146 @@ class Evaluator:
                 report.write(self._path(label))
         return report
 
+    def _nll(self, spec: AttentionSpec) -> TokenNll:
+        return lambda tokens_BS: self.model.token_nll(tokens_BS, spec)
+
+    def assess(self, label: str, step: int, *, shown: bool = True, within: int | None = None) -> Assessment:
+        """Perplexity and what `eval.tasks` asks for, of the model as it is, written beside each other; collective.
+
+        Args:
+            label, step, shown: see `run`.
+            within: only lengths of no more tokens, and no dense gap; None: all.
+        """
+        asked = self.config.eval
+        lengths = asked.lengths or (self.config.model.context,)
+        report = self.run(label, step, shown=shown, lengths=within_context(lengths, within))
+        sparse = "dense_gap" in asked.tasks and self.config.attention.kind != "full"
+        gap = self._gap(label, step) if sparse and within is None else None
+        grids = self._grids(within_context(asked.retrieval_lengths or lengths, within))
+        if not grids:
+            return Assessment(report, gap)
+        retrieval = run_retrieval(
+            self.model,
+            self.groups,
+            self.spec,
+            [cell for grid in grids for cell in cells(grid, self.tokenizer, self.text_T)],
+            {},
+            Path(self.config.output),
+            label=label,
+            step=step,
+            context=self.config.model.context,
+            base_context=self.plan.arch.max_positions,
+            shown=shown,
+            kept=False,  # the weights of a step are those of one process
+            before_round=self.before_round,
+        )
+        return Assessment(report, gap, retrieval)
+
+    def _gap(self, label: str, step: int) -> DenseGap:
+        """The dense gap, written as `<output>/gap-<label>.json`."""
+        windows = cut_windows(self.tokens_T, self.config.sequence, self.config.eval.windows)
+        mode = self.model.training
+        self.model.eval()
+        try:
+            pair = self._nll(self.plan.attention), self._nll(self.spec)
+            gap = measure_gap(*pair, windows, label=label, step=step, shards=self._spread())
+        finally:
+            self.model.train(mode)
+        if self.groups.is_main:
+            path = gap_path(Path(self.config.output), label)
+            with optional_file(path):
+                gap.write(path)
+        return gap
+
+    def measure_long_ppl(self, label: str, step: int, short: int, keys: LongPpl | None) -> LongPpl:
+        """LongPPL of the longest windows, written as `<output>/longppl-<label>.json`; see `long_ppl`."""
+        asked = self.config.eval
+        windows = cut_windows(self.tokens_T, max(asked.lengths or (self.config.model.context,)), asked.windows)
+        mode = self.model.training
+        self.model.eval()
+        try:
+            found = measure_long_ppl(
+                self._nll(self.spec), windows, short, keys, label=label, step=step, shards=self._spread()
+            )
+        finally:
+            self.model.train(mode)
+        if self.groups.is_main:
+            path = long_ppl_path(Path(self.config.output), label)
+            with optional_file(path):
+                found.write(path)
+            print(found.told, flush=True)
+        return found
+
+    def _grids(self, lengths: Sequence[int]) -> list[RetrievalSettings]:
+        names = [task for task in self.config.eval.tasks if task in TASKS]
+        return retrieval_grids(self.config.eval, names, lengths) if lengths else []
+
+    def assess_base(self, *, shown: bool = True) -> None:
+        """Measure the base at the lengths that it was made for, unless that is there already; collective.
+
+        The model must still have the base's weights: only its positions are another's.
+        """
+        own, asked = self.plan.arch.max_positions, self.config.eval
+        if not asked.tasks or self.has("shipped", 0):
+            return
+        if not within_context(asked.lengths or (self.config.model.context,), own):
+            return
+        path = self._path("shipped")
+        earlier = EvalReport.read(path) if self.groups.is_main and path.exists() else None
+        with self.model.positioned(self.plan.as_shipped().rope):
+            found = self.assess("shipped", 0, shown=shown, within=own).report
+        if earlier is not None and earlier.stride == found.stride:
+            # Lengths beyond the base's own, of tools.evaluate, are not measured here, nor lost.
+            further = [result for result in earlier.lengths if result.length not in found.perplexity]
+            lengths = sorted([*found.lengths, *further], key=lambda result: result.length)
+            with optional_file(path):
+                replace(found, lengths=tuple(lengths)).write(path)
+
+    def verdict(self) -> list[str]:
+        """What was lost within the base's own context, one sentence each; for rank 0, once all is measured."""
+        asked, own = self.config.eval, self.plan.arch.max_positions
+        return verdict(Path(self.config.output), own, bool(self._grids((own,)))) if asked.tasks else []
+
     def has(self, label: str, step: int) -> bool:
-        """Whether the report of this label and step is there, whole; collective, alike on every rank."""
+        """Whether the reports of this label and step are there, whole; collective, alike on every rank."""
 
         def look() -> str:
             try:
-                return str(EvalReport.read(self._path(label)).step)
+                steps = {EvalReport.read(self._path(label)).step}
+                if self._grids((2,)):
+                    steps.add(RetrievalReport.read(report_path(Path(self.config.output), label)).step)
+                return ",".join(map(str, steps))
             except DataError:
                 return ""
 
         return share_from_main(self.groups, look) == str(step)
 
     def _path(self, label: str) -> Path:
-        return Path(self.config.output) / f"eval-{label}.json"
+        return eval_path(Path(self.config.output), label)
+
+
+@dataclass(frozen=True)
+class LongPplAsked:
+    """How LongPPL is to be measured."""
+
+    short: int
+    """Tokens of the short context."""
+    keys: Path | None
+    """A report whose key tokens are taken; None: the model's own."""
 
 
 def forget_later(output: Path, step: int) -> None:
     """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
-    for pattern, kind in (("eval-*.json", EvalReport), ("retrieval-*.json", RetrievalReport)):
-        for path in output.glob(pattern):
+    readers: dict[str, Callable[[Path], EvalReport | RetrievalReport | DenseGap | LongPpl]] = {
+        "eval": EvalReport.read,
+        "retrieval": RetrievalReport.read,
+        "gap": DenseGap.read,
+        "longppl": LongPpl.read,
+    }
+    for kind, read in readers.items():
+        for path in output.glob(f"{kind}-*.json"):
             with optional_file(path), contextlib.suppress(DataError):
-                if kind.read(path).step > step:
+                if read(path).step > step:
                     path.unlink()
 
 
@@ -205,12 +332,14 @@ def evaluate_state(
     checkpoint: Path | None = None,
     perplexity: bool = True,
     retrieval: Sequence[RetrievalSettings] = (),
+    long_ppl: LongPplAsked | None = None,
 ) -> LoadedState:
     """Load the model in one of STATES, evaluate, write the reports; see `load_state_of`.
 
     Args:
         perplexity: measure perplexity, as `config.eval` says.
         retrieval: grids to measure.
+        long_ppl: None: not measured.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
@@ -219,11 +348,13 @@ def evaluate_state(
         evaluator = Evaluator(loaded.plan, loaded.model, loaded.groups, loaded.tokenizer)
         asked: list[Cell] = []
         if retrieval:
-            text_T = evaluator.tokens_T.cpu().numpy()
             # Before perplexity: what is wrong with them is told at once.
-            asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, text_T)]
+            asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, evaluator.text_T)]
+        keys = LongPpl.read(long_ppl.keys) if long_ppl is not None and long_ppl.keys is not None else None
         if perplexity:
             evaluator.run(loaded.label, loaded.step)
+        if long_ppl is not None:
+            evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, keys)
         if asked:
             run_retrieval(
                 loaded.model,

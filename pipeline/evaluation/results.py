@@ -1,4 +1,4 @@
-"""What was found in each cell of a retrieval grid, kept in a JSON file as it is found: nothing is done twice."""
+"""What retrieval found: cell by cell in a JSON file, so that nothing is done twice; one report a model; in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import DataError
-from pipeline.evaluation.perplexity import exponential
+from pipeline.evaluation.perplexity import EvalReport, exponential
 from pipeline.evaluation.tasks import Cell
 from pipeline.reporting.metrics import json_number
 from pipeline.storage.durable import replace_text
@@ -127,6 +127,14 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free space there.") from None
 
 
+def by_task(cells: Iterable[CellResult]) -> dict[str, list[CellResult]]:
+    """The cells of each task, in order."""
+    found: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(cell.task, []).append(cell)
+    return found
+
+
 def by_length(cells: Iterable[CellResult], begun: bool = False) -> dict[int, tuple[float, int]]:
     """Mean score (with `begun`, of answers whose first token is given) and prompts of each length, over its depths."""
     scores: dict[int, list[float]] = {}
@@ -180,3 +188,102 @@ def lost_and_won(cells: Sequence[CellResult], base: Sequence[CellResult], base_c
                     "retrieval that the base had is lost."
                 )
     return said
+
+
+NOTICED = 0.01
+"""Of perplexity: what nobody would mind is not said."""
+
+
+def reads_worse(mine: EvalReport, base: EvalReport, base_context: int) -> list[str]:
+    """Sentences on lengths that the base itself serves and the model reads worse: by more than chance, and `NOTICED`.
+
+    Args:
+        mine, base: of the same windows.
+        base_context: tokens the base was made for.
+    """
+    said = []
+    results = {result.length: result for result in base.lengths}
+    for own in mine.lengths:
+        theirs = results.get(own.length)
+        if theirs is None or own.length > base_context or len(own.window_nll) != len(theirs.window_nll):
+            continue
+        if not own.window_nll:
+            continue
+        mean, error = paired_difference(own.window_nll, theirs.window_nll)
+        if mean > max(2 * (error or 0.0), math.log(1 + NOTICED)):
+            doubt = "" if error is not None else " (one window: it may be chance)"
+            said.append(f"reads {own.length} tokens {exponential(mean) - 1:.1%} worse than the base does{doubt}.")
+    return said
+
+
+@dataclass(frozen=True)
+class RetrievalReport:
+    """What one model retrieves."""
+
+    label: str
+    """As in `EvalReport`."""
+    step: int
+    """Optimizer steps the model was trained for."""
+    context: int
+    """Tokens the model is made for."""
+    base_context: int
+    """Tokens the base was made for, as its config.json says."""
+    cells: tuple[CellResult, ...]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        data = {
+            "label": self.label,
+            "step": self.step,
+            "context": self.context,
+            "base_context": self.base_context,
+            "cells": [cell.to_json() for cell in self.cells],
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space there.") from None
+
+    @classmethod
+    def read(cls, path: Path) -> RetrievalReport:
+        """Read what `write` wrote.
+
+        Raises:
+            DataError: the file is missing or is not such a report.
+        """
+        try:
+            data = json.loads(path.read_text())
+            cells = tuple(CellResult.from_json(entry) for entry in data["cells"])
+            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
+            return cls(str(data["label"]), step, context, base_context, cells)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: is not a retrieval report ({type(error).__name__}: {error}); evaluate again."
+            ) from None
+
+
+def report_path(output: Path, label: str) -> Path:
+    """Where the report of a label lies."""
+    return output / f"retrieval-{label}.json"
+
+
+def effective_length(scores: Mapping[int, float], threshold: float) -> int:
+    """The longest length up to which every score is at least `threshold`, as RULER (arXiv 2404.06654) reads its table.
+
+    Args:
+        scores: by length.
+
+    Returns:
+        0: not even the shortest.
+    """
+    longest = 0
+    for length in sorted(scores):
+        if not scores[length] >= threshold or math.isnan(scores[length]):
+            break
+        longest = length
+    return longest

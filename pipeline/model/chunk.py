@@ -113,6 +113,10 @@ class LlamaChunk(MegatronModule):
         self._before_output: Callable[[], None] = lambda: None
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def place_positions(self, rope: RopePlan) -> None:
+        """Compute with other rotary positions from now on."""
+        self.rope, self._tables = rope, {}
+
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name, parameter) with global layer indices; a tied copy of the embedding goes by the embedding's name."""
         for name, parameter in self.named_parameters():

@@ -102,6 +102,21 @@ class RankModel(torch.nn.Module):
         """The chunks, typed."""
         return [cast(LlamaChunk, chunk) for chunk in self.chunks]
 
+    @contextlib.contextmanager
+    def positioned(self, rope: RopePlan) -> Iterator[None]:
+        """Within, the same weights with other rotary positions."""
+        own = self.rope
+        try:
+            self._place_positions(rope)
+            yield
+        finally:
+            self._place_positions(own)
+
+    def _place_positions(self, rope: RopePlan) -> None:
+        self.rope = rope
+        for stage in self.stages:
+            stage.place_positions(rope)
+
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """See `LlamaChunk.canonical_parameters`; in model order."""
         for stage in self.stages:

@@ -17,7 +17,7 @@ import numpy as np
 from parallel.errors import ConfigError, DataError
 from pipeline.config.sections import AttentionConfig
 
-SHIFT_RULES = ("upper_half", "alternate")
+SHIFT_RULES = ("upper_half", "alternate", "none", "all")
 KINDS = ("s2", "full")
 
 
@@ -30,7 +30,7 @@ class AttentionSpec:
     group: int
     """Group length G in tokens, even, >= 2; unused by `full`."""
     shifted_heads: str = "upper_half"
-    """upper_half | alternate, as `head_plan` explains."""
+    """upper_half | alternate | none | all, as `head_plan` explains."""
     legacy_wrap: bool = False
     """Reproduce the published roll, which leaks the future; parity studies only."""
     backend: str = "auto"
@@ -79,6 +79,7 @@ def head_plan(
 
     upper_half: heads h < H // 2 are unshifted, as in the paper's code (`num_heads // 2`): 4 of 9 heads.
     alternate: the query heads of odd KV groups are shifted (with one KV head, none is).
+    none, all: no head is, or each: rows of the paper's tables 1 and 6, for studies.
     Local KV heads are counted from the first one the slice reads. Raises ConfigError for impossible head counts.
     """
     if rule not in SHIFT_RULES:
@@ -95,6 +96,8 @@ def head_plan(
     ratio = total_query_heads // total_kv_heads
 
     def is_shifted(head: int) -> bool:
+        if rule in ("none", "all"):
+            return rule == "all"
         return head >= total_query_heads // 2 if rule == "upper_half" else (head // ratio) % 2 == 1
 
     heads = range(first_query_head, stop)

@@ -46,6 +46,8 @@ def imbalance(arch: LlamaArch, sequence: int, group: int, rule: str, tp: int, cp
 
 def _ways_out(arch: LlamaArch, sequence: int, group: int, rule: str, tp: int, cp: int) -> Iterator[tuple[float, str]]:
     """What other settings bring the imbalance to, the smallest change first."""
+    if rule in ("none", "all"):
+        return  # a study's own question
     other = next(name for name in SHIFT_RULES if name != rule)
     yield imbalance(arch, sequence, group, other, tp, cp), f"attention.shifted_heads: {other}"
     for fewer in range(cp - 1, 1, -1):

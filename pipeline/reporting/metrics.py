@@ -181,16 +181,16 @@ class MetricsWriter:
         if self._trackers is not None:
             self._trackers.log(values, step)
 
-    def write_perplexity(self, step: int, by_length: Mapping[int, float]) -> None:
-        """Add an evaluation's perplexities (by context length, tokens) to TensorBoard."""
+    def write_evaluation(self, step: int, points: Mapping[str, float]) -> None:
+        """Add an evaluation's figures, by name, to TensorBoard."""
 
-        def points(board: SummaryWriter) -> None:
-            for length, perplexity in by_length.items():
-                board.add_scalar(f"perplexity/{length}", perplexity, step)
+        def add(board: SummaryWriter) -> None:
+            for name, value in points.items():
+                board.add_scalar(name, value, step)
             board.flush()
 
-        self._draw(points)
-        self._track({f"perplexity/{length}": value for length, value in by_length.items()}, step)
+        self._draw(add)
+        self._track(points, step)
 
     def close(self) -> None:
         """Flush and close both; safe to call twice."""

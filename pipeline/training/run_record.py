@@ -170,6 +170,7 @@ def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None
         "dtype": str(run.trainer.parts.model.dtype).removeprefix("torch."),
         "step": run.trainer.step,
         "original_context": run.trainer.parts.model.rope.original_context,
+        "base_context": run.plan.arch.max_positions,
         "notes": notes(run.config, run.trainer.step, shared),
         "changes": run.trainer.parts.manifest["changes"],
         "init_from": run.trainer.parts.manifest["init_from"],

@@ -37,19 +37,29 @@ class Report(Protocol):
     """One evaluation's outcome."""
 
     @property
-    def perplexity(self) -> Mapping[int, float]:
-        """By context length."""
-
-    @property
     def lengths(self) -> Sequence[LengthLoss]:
         """One entry a context length."""
+
+    @property
+    def points(self) -> Mapping[str, float]:
+        """Figures to plot, by name."""
+
+    @property
+    def told(self) -> Sequence[str]:
+        """Lines for the display."""
 
 
 class Assessor(Protocol):
     """What a session asks of an evaluator (`pipeline.evaluation.evaluator.Evaluator`)."""
 
-    def run(self, label: str, step: int, *, shown: bool = True) -> Report:
+    def assess(self, label: str, step: int, *, shown: bool = True) -> Report:
         """Evaluate the model as it is; collective."""
+
+    def assess_base(self) -> None:
+        """Measure the base, whose weights the model still has, if that is asked for; collective."""
+
+    def verdict(self) -> Sequence[str]:
+        """What the finished run lost, one sentence each."""
 
     def has(self, label: str, step: int) -> bool:
         """Whether this evaluation is there, whole; collective."""
@@ -151,6 +161,9 @@ class Session:
                     )
                 elif trainer.step == self._run.config.train.steps:
                     self._make_up("after", trainer.step)
+                    if self._main and self._evaluator is not None:
+                        for sentence in self._evaluator.verdict():
+                            self._say(f"verdict: {sentence}")
             except Stopped as stop:
                 stopped = stop.number
                 self._say(
@@ -169,6 +182,9 @@ class Session:
         if run.resumed is None:
             if run.begun is not None:
                 self._say(f"begins with the weights of {run.begun.folder} (step {run.begun.step})")
+            elif self._evaluator is not None:
+                with self._watch.patient("evaluation"):
+                    self._evaluator.assess_base()
             self._assess("untrained" if run.begun is None else "initial", 0)
             return
         self._say(f"resumed at step {step} from {run.resumed.folder.name}: {run.resumed.reason}")
@@ -191,10 +207,11 @@ class Session:
         if self._evaluator is None:
             return
         with self._watch.patient("evaluation"):
-            report = self._evaluator.run(label, step, shown=shown)
-        self._say(f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in report.perplexity.items()))
+            report = self._evaluator.assess(label, step, shown=shown)
+        for line in report.told:
+            self._say(line)
         if self._metrics is not None:
-            self._metrics.write_perplexity(step, report.perplexity)
+            self._metrics.write_evaluation(step, report.points)
         if step:
             context = self._run.config.model.context
             made_for = {r.length: r.nll for r in report.lengths if r.length <= context}

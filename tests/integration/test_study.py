@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.run import RunConfig
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.judge import Judgement
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.results import paired_difference
 from pipeline.evaluation.tails import tail_nll, tail_spans
@@ -24,6 +27,8 @@ from tests.support.tiny_models import make_tiny
 from tools.evaluate import main as evaluate
 from tools.study.__main__ import main
 from tools.study.plan import Places, Recipe, configure, read_study, train_key
+from tools.study.run import Outcome
+from tools.study.table import markdown
 
 STUDY = """
 stretch: 2
@@ -156,6 +161,10 @@ def test_what_decides_a_run_is_in_its_key(place: Path) -> None:
         (("tasks: [passkey]", "tasks: [passkeys]"), "'passkeys' is not one of passkey, needle"),
         (("seeds: [5]", "seeds: 5"), "seeds must be a list"),
         (("lengths: [0.5, 1, 2]", "lengths: [0.5, 1, 200]"), "fewer than one window of 80000"),
+        (("name: larger base,", "name: larger base, mix: {code: 2},"), "mix: code: 2 is no share in [0, 1)"),
+        (("name: larger base,", "name: larger base, seconds_of: as shipped,"), "only a recipe with whole: true ends"),
+        (("name: larger base,", "name: larger base, whole: true, seconds_of: b,"), "'b' is no recipe before this"),
+        (("shipped, untrained: true", "shipped, untrained: true, whole: true"), "is untrained, so whole and mix"),
     ],
 )
 def test_a_wrong_study_is_refused_before_anything_is_trained(
@@ -194,3 +203,67 @@ def test_differences_are_paired() -> None:
     assert mean == pytest.approx(2.5 / 3)
     assert error == pytest.approx(math.sqrt(((1 / 6) ** 2 * 2 + (1 / 3) ** 2) / 2 / 3))
     assert paired_difference([1.0], [3.0]) == (-2.0, None)
+
+
+WHOLE = """
+stretch: 2
+seeds: [5]
+judge: {lengths: [0.5, 2], retrieval_lengths: [1], tasks: [passkey], windows: 1, trials: 1, tail: 0.5, depths: [0.5]}
+common: {attention: {kind: full}, lora: {rank: 2}, train: {steps: 1, global_batch: 2, lr: 1.0e-3, warmup_steps: 1},
+  model.rope: {type: abf, theta: 200000}}
+recipes:
+  - {name: adapters}
+  - {name: mixed, mix: {code: 0.5, notes: 400}}
+  - {name: whole, whole: true}
+  - {name: whole in time, whole: true, seconds_of: adapters, set: {train.steps: 1000}}
+"""
+
+
+def test_full_fine_tuning_reads_the_same_windows_and_is_judged_alike(place: Path) -> None:
+    (place / "whole.yaml").write_text(WHOLE)
+    assert go(place, study="whole.yaml") == 0
+    results = {
+        data["recipe"]: data
+        for data in map(json.loads, (p.read_text() for p in (place / "out/results").glob("*.json")))
+    }
+    adapters, whole, in_time = (results[name]["training"] for name in ("adapters", "whole", "whole in time"))
+    # Step 1 is that of the same model on the same two windows; on other text it is another.
+    assert whole["loss"] == pytest.approx(adapters["loss"], rel=1e-5)
+    assert results["mixed"]["training"]["loss"] != pytest.approx(adapters["loss"], rel=1e-3)
+    assert whole["tokens"] == adapters["tokens"] == 1600
+    assert adapters["seconds"] <= in_time["seconds"] and in_time["steps"] < 1000
+
+    # The judge's figures are transformers' own of the model that was saved.
+    (folder,) = (path for path in (place / "out/runs").iterdir() if path.name.startswith("whole-5-"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.max_position_embeddings == 800
+    tokenizer = load_tokenizer(place / "base")
+    text = torch.tensor(tokenizer.encode((place / "text/val/a.txt").read_text())[:800])
+    with torch.no_grad():
+        loss = model(input_ids=text[None], labels=text[None]).loss
+    longest = results["whole"]["judgement"]["perplexity"]["lengths"][-1]
+    assert longest["length"] == 800 and longest["nll"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_table_of_several_seeds_shows_their_spread(place: Path) -> None:
+    """Means and sample deviations over seeds, of figures each seed's own run has."""
+    (place / "whole.yaml").write_text(WHOLE)
+    (place / "base.yaml").write_text(STUDY)
+    assert go(place, study="base.yaml") == 0 and go(place, "--only", "adapters", study="whole.yaml") == 0
+    results = [json.loads(path.read_text()) for path in (place / "out/results").glob("*.json")]
+    base, run = (next(r for r in results if r["recipe"] == name) for name in ("as shipped", "adapters"))
+    recipe = Recipe("adapters")
+    judged = [Judgement.from_json(run["judgement"]) for _ in range(2)]
+    # A second seed that is 0.1 nats worse everywhere, and finds what the first does not.
+    worse = [replace(r, window_nll=tuple(n + 0.1 for n in r.window_nll)) for r in judged[1].perplexity.lengths]
+    cells = tuple(replace(cell, scores=(1.0,)) for cell in judged[1].cells)
+    other = replace(judged[1], perplexity=replace(judged[1].perplexity, lengths=tuple(worse)), cells=cells)
+    own = Judgement.from_json(base["judgement"])
+    own = replace(own, perplexity=judged[0].perplexity, tail_nll=())
+    shipped = Outcome(Recipe("as shipped", untrained=True), 5, own, {})
+    runs = [Outcome(recipe, 5, judged[0], run["training"]), Outcome(recipe, 6, other, run["training"])]
+    row = markdown([shipped, *runs], shipped).splitlines()[3]
+    ratio = 100 * (math.exp(0.1) - 1)
+    assert row.startswith("| adapters | 2 |")
+    assert f"| {ratio / 2:.1f} ± {ratio / math.sqrt(2):.1f}% |" in row, "0 and exp(0.1)"
+    assert "| 50% ± 71% (0%) |" in row

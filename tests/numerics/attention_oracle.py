@@ -28,6 +28,8 @@ def is_shifted(head: int, heads: int, kv_heads: int, rule: str) -> bool:
     """Shift of a global query head."""
     if rule == "upper_half":
         return head >= heads // 2
+    if rule in ("none", "all"):
+        return rule == "all"
     return (head * kv_heads // heads) % 2 == 1
 
 

@@ -87,6 +87,8 @@ CASES = [
     Case("math kernel, masked", 4, 8, 16, backend="math"),
     # not a multiple
     Case("group fits no shard", 2, 13, 10, (6, 2)),
+    Case("all heads shifted", 4, 6, 12, rule="all"),
+    Case("no head shifted", 4, 6, 12, rule="none"),
     Case("group fits no shard, 4", 4, 11, 14, rule="alternate", batch=2),
     # shards shorter than the reach: several owners
     Case("several hops", 4, 5, 32, (4, 2)),

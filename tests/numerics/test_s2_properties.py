@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn) -> Case:
         heads,
         kv_heads,
         draw(st.sampled_from([2, 4, 6, 8, 32])),
-        draw(st.sampled_from(["upper_half", "alternate"])),
+        draw(st.sampled_from(["upper_half", "alternate", "none", "all"])),
         draw(st.sampled_from(["s2", "s2", "s2", "full"])),
         padding,
         documents,

@@ -31,6 +31,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=user_path, help="checkpoints and tokens (default: OUTPUT/runs)")
     parser.add_argument("--seconds", type=float, help="leave in good order before so many have passed")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of every run")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="recipes by name (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="instead of the study's")
+    parser.add_argument("--code", type=user_path, help="Python code to mix (default: Python's standard library)")
     parser.add_argument("--list", action="store_true", help="only say which runs there are")
     return parser.parse_args(argv)
 
@@ -39,13 +42,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 (also when time ran out: the same command goes on), or 2 with one sentence on standard error."""
     args = parse(argv)
-    study = read_study(args.study)
+    study = read_study(args.study).only(args.only, args.seeds)
     if args.list:
         for number, (recipe, seed) in enumerate(study.order(), start=1):
             print(f"{number:3d}  {recipe.name}, seed {seed}")
         return 0
     runs = args.runs or args.output / "runs"
-    places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set))
+    places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
     from tools.study.table import markdown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict, load_config
+from tools.support.mixture import Mixture
 
 VERSION = 1
 """Of what a result means: another one is not taken over."""
@@ -32,6 +33,12 @@ class Recipe:
     """Only the RoPE settings count."""
     stretch: float | None = None
     """Context over the base's own; None: the study's."""
+    mix: Mixture = Mixture()
+    """What is mixed with the training text."""
+    whole: bool = False
+    """Every weight is trained, by transformers and torch (`whole_model`): what adapters are compared with."""
+    seconds_of: str | None = None
+    """With `whole`: end once the steps have taken as long as this recipe's of the same seed; None: train all steps."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,19 @@ class Study:
     """The most valuable first."""
     judge: Asked
 
+    def only(self, names: Sequence[str], seeds: Sequence[int]) -> Study:
+        """The same study of some recipes and seeds, in the study's order; empty: of all.
+
+        Raises:
+            ConfigError: no recipe has that name.
+        """
+        known = [recipe.name for recipe in self.recipes]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"--only: no recipe is called {name!r}; there are: {'; '.join(known)}.")
+        recipes = tuple(recipe for recipe in self.recipes if not names or recipe.name in names)
+        return replace(self, recipes=recipes, seeds=tuple(seeds) or self.seeds)
+
     def order(self) -> Iterator[tuple[Recipe, int]]:
         """Every run, (recipe, seed): all recipes of the first seed, then the next; what is not trained has one."""
         for number, seed in enumerate(self.seeds):
@@ -87,13 +107,15 @@ def read_study(path: Path) -> Study:
     top = _keys(tree, path, "", ("stretch", "seeds", "common", "recipes", "judge"), ("recipes",))
     recipes = []
     for number, entry in enumerate(_listed(top["recipes"], path, "recipes")):
-        given = _keys(entry, path, f"recipes[{number}]", ("name", "set", "untrained", "stretch"), ("name",))
-        settings = tuple(_keys(given.get("set") or {}, path, f"recipes[{number}].set").items())
-        stretch = given.get("stretch")
-        recipes.append(Recipe(str(given["name"]), settings, bool(given.get("untrained", False)), stretch))
+        recipes.append(_recipe(entry, path, f"recipes[{number}]"))
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: two recipes are called {twice[0]!r}; give each its own name.")
+    for number, recipe in enumerate(recipes):
+        if recipe.seconds_of is not None and recipe.seconds_of not in names[:number]:
+            raise ConfigError(
+                f"{path}: recipes[{number}].seconds_of: {recipe.seconds_of!r} is no recipe before this one."
+            )
     fields = tuple(Asked.__dataclass_fields__)
     given = _keys(top.get("judge") or {}, path, "judge", fields)
     asked: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -108,6 +130,27 @@ def read_study(path: Path) -> Study:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: stretch is a number and seeds are integers ({error}).") from None
+
+
+def _recipe(entry: Any, path: Path, where: str) -> Recipe:
+    given = _keys(entry, path, where, _RECIPE_KEYS, ("name",))
+    settings = tuple(_keys(given.get("set") or {}, path, f"{where}.set").items())
+    mix = _keys(given.get("mix") or {}, path, f"{where}.mix", tuple(Mixture.__dataclass_fields__))
+    untrained, whole = bool(given.get("untrained", False)), bool(given.get("whole", False))
+    if untrained and (whole or mix):
+        raise ConfigError(f"{path}: {where}: is untrained, so whole and mix mean nothing; remove them.")
+    if given.get("seconds_of") is not None and not whole:
+        raise ConfigError(f"{path}: {where}.seconds_of: only a recipe with whole: true ends by time; remove it.")
+    try:
+        mixture = Mixture(**mix)
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {where}.mix: {error}") from None
+    return Recipe(
+        str(given["name"]), settings, untrained, given.get("stretch"), mixture, whole, given.get("seconds_of")
+    )
+
+
+_RECIPE_KEYS = ("name", "set", "untrained", "stretch", "mix", "whole", "seconds_of")
 
 
 def _keys(
@@ -145,6 +188,14 @@ class Places:
     """Checkpoints, and tokens made from raw text."""
     overrides: tuple[str, ...] = ()
     """`a.b=c` over everything, the recipes' own settings too: to shrink a study."""
+    code: Path | None = None
+    """Folder of program code to mix with the text; None: this Python's standard library."""
+
+    def text_of(self, mixture: Mixture) -> Path:
+        """Where training text mixed so lies, or is to be written."""
+        if mixture == Mixture():
+            return self.train
+        return self.runs / "mixed" / f"code-{mixture.code:g}-notes-{mixture.notes}-seed-{mixture.seed}"
 
 
 def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_context: int) -> RunConfig:
@@ -163,7 +214,7 @@ def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
         **dict(recipe.settings),
         "model.path": str(places.model),
         "model.context": context,
-        "data.path": str(places.train),
+        "data.path": str(places.text_of(recipe.mix)),
         "data.cache": str(places.runs / "tokens"),
         "eval.path": str(places.held_out),
         "eval.lengths": [],
@@ -192,5 +243,7 @@ def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> s
     decisive["data"] = {key: value for key, value in decisive["data"].items() if key not in ("path", "cache")}
     if recipe.untrained:
         decisive, data = {"model": decisive["model"]}, ""
+    if recipe.whole:  # what only adapters and S² look at decides nothing
+        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": recipe.seconds_of or "steps"}
     text = json.dumps([VERSION, decisive, base_hash, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ from pipeline.model.rank_model import RankModel
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import full_attention
 from pipeline.planning.run_plan import plan_run
+from pipeline.reporting.metrics import peak_memory_gib
 from pipeline.reporting.progress import TokenProgress, TrainProgress
 from pipeline.reporting.versions import versions
 from pipeline.storage.durable import replace_text
 from pipeline.training.trainer import Stopped
 from tools.study.plan import Places, Recipe, Study, configure, train_key
+from tools.study.whole_model import as_base, train_whole
+from tools.support.mixture import Mixture, write_mixture
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class Workshop:
             (recipe, seed): configure(study, recipe, seed, places, self.own_context) for recipe, seed in study.order()
         }
         for config in self.configs.values():
-            plan_run(config, self.env.world_size)
+            # Text that is mixed is written only once all recipes are good.
+            plan_run(replace(config, data=replace(config.data, path=str(places.train))), self.env.world_size)
         checkpoint = HfCheckpoint(places.model)
         self.base_hash = checkpoint.base_hash()
         config = next(iter(self.configs.values()))
@@ -124,20 +128,36 @@ class Workshop:
         check_rows(self.tokenizer, stored.vocab)
         with TokenProgress() as progress:
             cache, field = places.runs / "tokens", config.data.text_field
-            train = open_text_or_shards(places.train, cache, self.tokenizer, field, progress)
+            plain = open_text_or_shards(places.train, cache, self.tokenizer, field, progress)
             held_out = open_text_or_shards(places.held_out, cache, self.tokenizer, field, progress)
-        self.data = train.fingerprint
+            self.texts = {Mixture(): plain}
+            for mixture in dict.fromkeys(recipe.mix for recipe in study.recipes):
+                if mixture not in self.texts:
+                    folder = self._mixed(mixture, plain.fingerprint)
+                    self.texts[mixture] = open_text_or_shards(folder, cache, self.tokenizer, "text", progress)
         self.judge_settings = judge_settings(study, self.own_context)
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
         self.judge = Judge(self.judge_settings, self.tokenizer, text)
         asked = json.dumps([self.judge_settings.to_json(), held_out.fingerprint], sort_keys=True)
         self.asked = hashlib.sha256(asked.encode()).hexdigest()
-        self._pace: dict[bool, float] = {}
-        """Seconds a run of a kind (untrained or not) took last."""
+        self._pace: dict[tuple[bool, bool], float] = {}
+        """Seconds a run of a kind (untrained, whole) took last."""
 
     def key(self, recipe: Recipe, seed: int) -> str:
         """Of the run's weights."""
-        return train_key(recipe, self.configs[recipe, seed], self.base_hash, self.data)
+        data = self.texts[recipe.mix].fingerprint
+        return train_key(recipe, self.configs[recipe, seed], self.base_hash, data)
+
+    def _mixed(self, mixture: Mixture, fingerprint: str) -> Path:
+        """The folder of a mixture of the training text, written if it is not there."""
+        folder = self.places.text_of(mixture)
+        made_from = json.dumps({"text": fingerprint, **asdict(mixture)})
+        mark = folder.with_suffix(".json")
+        if not mark.exists() or mark.read_text() != made_from:
+            counts = write_mixture(self.places.train, folder, mixture, self.places.code)
+            self.say(f"{folder}: {counts['text']:,} characters of text and notes, {counts['code']:,} of code")
+            replace_text(mark, made_from)
+        return folder
 
     def file(self, recipe: Recipe, seed: int) -> Path:
         """Where a run's result lies."""
@@ -181,14 +201,15 @@ class Workshop:
                 if run in outcomes:
                     continue
                 recipe, seed = run
-                needed = self._pace.get(recipe.untrained, 0.0)
+                kind = recipe.untrained, recipe.whole
+                needed = self._pace.get(kind, 0.0)
                 try:
                     if self.left() < needed:
                         raise OutOfTime(f"the next run takes about {needed:.0f} s and {self.left():.0f} s are left")
                     self.say(f"[{number}/{len(order)}] {recipe.name}, seed {seed}")
                     began = time.monotonic()
                     outcomes[run] = self._one(recipe, seed)
-                    self._pace[recipe.untrained] = time.monotonic() - began
+                    self._pace[kind] = time.monotonic() - began
                 except OutOfTime as end:
                     reason = str(end)
                     break
@@ -218,6 +239,10 @@ class Workshop:
                 training: dict[str, Any] = {}
                 if recipe.untrained:
                     model = cleanup.enter_context(self._untrained(config))
+                elif recipe.whole:
+                    folder = self.places.runs / self.file(recipe, seed).stem
+                    training = self._whole(recipe, seed, config, folder)
+                    model = cleanup.enter_context(self._untrained(as_base(config, folder)))
                 else:
                     folder = self.places.runs / self.file(recipe, seed).stem
                     model, training = cleanup.enter_context(self._trained(replace(config, output=str(folder))))
@@ -228,7 +253,7 @@ class Workshop:
                     {"weights": key, "dtype": str(model.dtype)},
                     ResultFile(self.results / "cells" / self.file(recipe, seed).name),
                     label=recipe.name,
-                    step=config.train.steps if training else 0,
+                    step=training.get("steps", 0),
                     shards=Shards(before_round=self._heed),
                 )
         finally:
@@ -269,6 +294,27 @@ class Workshop:
         finally:
             model.close()
 
+    def _whole(self, recipe: Recipe, seed: int, config: RunConfig, folder: Path) -> dict[str, Any]:
+        """Train every weight; a run that is left begins anew."""
+        device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+        if recipe.seconds_of is not None:
+            other = next(other for other in self.configs if other[0].name == recipe.seconds_of and other[1] == seed)
+            found = self.finished(*other)
+            if found is None:
+                raise ConfigError(
+                    f"Recipe {recipe.name!r}: {recipe.seconds_of!r}, seed {seed}, is to be run before it."
+                )
+            seconds = float(found.training["seconds"])
+        with _Recorder(config.train.steps, 0) as progress:
+
+            def on_step(step: int, loss: float, took: float, tokens: int) -> None:
+                row = {"loss": loss, "seconds": took, "tokens": tokens, "tokens_per_second": tokens / took}
+                progress.update(step, {**row, "memory_gib": peak_memory_gib(), "skipped": 0})
+                self._heed()
+
+            train_whole(plan_run(config, self.env.world_size), self.texts[recipe.mix], folder, seconds, device, on_step)
+        return self._facts(len(progress.losses), progress, 0, folder)
+
     @contextlib.contextmanager
     def _trained(self, config: RunConfig) -> Iterator[tuple[RankModel, dict[str, Any]]]:
         """The model after training, which goes on from what an earlier process saved."""
@@ -287,14 +333,14 @@ class Workshop:
 
             with progress, trainer.listening(self.signals):
                 stopped = trainer.run(None, progress, on_step)
-            training = self._facts(config, progress, start, Path(config.output))
+            training = self._facts(config.train.steps, progress, start, Path(config.output))
             if stopped == signal.SIGALRM:
                 raise OutOfTime(f"the time given is over; step {trainer.step} of {config.train.steps} is saved")
             if stopped:
                 raise Stopped(stopped)
             yield parts.model, training
 
-    def _facts(self, config: RunConfig, progress: _Recorder, start: int, folder: Path) -> dict[str, Any]:
+    def _facts(self, steps: int, progress: _Recorder, start: int, folder: Path) -> dict[str, Any]:
         """What training was, across the processes that took part."""
         path = folder / "training.json"
         parts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
@@ -312,7 +358,7 @@ class Workshop:
             replace_text(path, json.dumps(parts) + "\n")
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         return {
-            "steps": config.train.steps,
+            "steps": steps,
             "seconds": sum(part["seconds"] for part in parts),
             "tokens": sum(part["tokens"] for part in parts),
             "loss": parts[-1]["loss"] if parts else None,

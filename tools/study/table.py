@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import statistics
 from collections.abc import Callable, Sequence
 
 from pipeline.evaluation.judge import Judgement
-from pipeline.evaluation.results import by_length, relative
+from pipeline.evaluation.perplexity import exponential
+from pipeline.evaluation.results import CellResult, by_length, paired_difference, relative
 from tools.study.run import Outcome
 
 
 def _mean(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """Mean over seeds; with several, their range."""
+    """Mean over seeds; with several, ± their standard deviation."""
     mean = sum(values) / len(values)
-    return show(mean) if len(values) == 1 else f"{show(mean)} ({show(min(values))}–{show(max(values))})"
+    return show(mean) if len(values) == 1 else f"{show(mean)} ± {show(statistics.stdev(values))}"
 
 
 def _windows(judgement: Judgement, length: int) -> tuple[float, ...]:
     return next(result.window_nll for result in judgement.perplexity.lengths if result.length == length)
 
 
-def _over_seeds(runs: Sequence[Outcome], of: Callable[[Judgement], Sequence[float]]) -> list[float]:
-    """Each window's loss, the mean over seeds."""
-    columns = [of(run.judgement) for run in runs]
-    return [sum(values) / len(values) for values in zip(*columns, strict=True)]
+def _cells(run: Outcome, task: str) -> list[CellResult]:
+    return [cell for cell in run.judgement.cells if cell.task == task]
+
+
+def _against(runs: Sequence[Outcome], of: Callable[[Judgement], Sequence[float]], base: Sequence[float]) -> str:
+    """Perplexity against the base's on the same windows: ± the standard error over windows, or, with several seeds, the
+    standard deviation of their means."""
+    if len(runs) == 1:
+        return relative(of(runs[0].judgement), base) or "n/a"
+    means = [paired_difference(of(run.judgement), base)[0] for run in runs]
+    if not all(map(math.isfinite, means)):
+        return "n/a"
+    return _mean([100 * (exponential(mean) - 1) for mean in means], lambda value: f"{value:.1f}") + "%"
 
 
 def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
-    """A row a recipe, means over its seeds; retrieval in brackets: where the answer's first token was given.
+    """A row a recipe, means over its seeds with their standard deviations; retrieval in brackets: where the answer's
+    first token was given.
 
     Args:
         outcomes: in the order of the rows.
@@ -62,14 +76,15 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
             own = base.judgement
             for length in lengths:
                 if length <= own.tail_context:
-                    mine = _over_seeds(runs, lambda judged, length=length: _windows(judged, length))  # type: ignore[misc]
-                    cells.append(relative(mine, _windows(own, length)) or "n/a")
+                    cells.append(_against(runs, functools.partial(_windows, length=length), _windows(own, length)))
             if own.tail_nll:
-                cells.append(relative(_over_seeds(runs, lambda judged: judged.tail_nll), own.tail_nll) or "n/a")
+                cells.append(_against(runs, lambda judged: judged.tail_nll, own.tail_nll))
         for task in tasks:
-            every = [cell for run in runs for cell in run.judgement.cells if cell.task == task]
+            every = [cell for run in runs for cell in _cells(run, task)]
             given = by_length(every, begun=True)
-            cells += [f"{score:.0%} ({given[length][0]:.0%})" for length, (score, _) in by_length(every).items()]
+            for length in given:
+                scores = [by_length(_cells(run, task))[length][0] for run in runs]
+                cells.append(f"{_mean(scores, '{:.0%}'.format)} ({given[length][0]:.0%})")
             cells.append(f"{min(cell.score for cell in every):.0%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -202,7 +202,6 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         (["attention.kind=full", "attention.group_size=2048"], "attention.group_size: full attention has no shift and"),
         (["attention.kind=full", "attention.group_fraction=0.5"], "attention.group_fraction: full attention has no"),
         (["attention.kind=full", "attention.shifted_heads=alternate"], "attention.shifted_heads: full attention has"),
-        (["attention.kind=full", "attention.full_last_steps=3"], "attention.full_last_steps: full attention has no"),
         (
             ["attention.group_size=4096", "data.sequence=128"],
             "attention.group_size: 4096 exceeds the training sequence of 128 tokens, which cuts it into no groups; use "

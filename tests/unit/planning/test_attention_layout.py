@@ -19,6 +19,7 @@ from pipeline.planning.attention_layout import (
     head_plan,
     segments,
 )
+from tests.numerics.attention_oracle import is_shifted
 
 
 def test_segments_are_the_papers_flash_path() -> None:
@@ -103,7 +104,7 @@ def head_slices(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return first, draw(st.integers(1, heads - first)), heads, kv_heads
 
 
-@given(head_slices(), st.sampled_from(["upper_half", "alternate"]))
+@given(head_slices(), st.sampled_from(["upper_half", "alternate", "none", "all"]))
 def test_blocks_cover_each_head_once_with_its_global_shift(case: tuple[int, int, int, int], rule: str) -> None:
     first, local, heads, kv_heads = case
     ratio = heads // kv_heads
@@ -117,10 +118,9 @@ def test_blocks_cover_each_head_once_with_its_global_shift(case: tuple[int, int,
         for index, head in enumerate(queries):
             seen.append(head)
             assert block.kv_start + index // per_kv == (first + head) // ratio - first // ratio
-            shifted = first + head >= heads // 2 if rule == "upper_half" else ((first + head) // ratio) % 2 == 1
-            assert block.shifted == shifted
+            assert block.shifted == is_shifted(first + head, heads, kv_heads, rule)
     assert seen == list(range(local))
-    if rule == "alternate" or (heads // 2) % ratio == 0:
+    if rule != "upper_half" or (heads // 2) % ratio == 0:
         assert not HeadPlan.reuses_kv(tuple(blocks)), "no KV head straddles the split, so none is read twice"
 
 

@@ -69,7 +69,15 @@ def cases(draw: st.DrawFn, regular: bool = False) -> Case:
         ids = np.cumsum(np.array(cuts).reshape(ids.shape) == 0, axis=1)
     group = draw(st.sampled_from([2, 4, 6, 8, 10, 24, 40]))
     return Case(
-        size, tokens, batch, heads, kv_heads, group, draw(st.sampled_from(["upper_half", "alternate"])), mask, ids
+        size,
+        tokens,
+        batch,
+        heads,
+        kv_heads,
+        group,
+        draw(st.sampled_from(["upper_half", "alternate", "none", "all"])),
+        mask,
+        ids,
     )
 
 
@@ -140,6 +148,7 @@ def test_bytes_are_those_of_the_formula(case: Case) -> None:
     assert counted[-1][0] == 0, "nobody comes after the last rank"
 
 
+RULES = ["upper_half", "alternate", "none", "all"]
 LLAMA_70B = {"upper_half": head_plan(0, 64, 64, 8, "upper_half"), "alternate": head_plan(0, 64, 64, 8, "alternate")}
 
 

@@ -38,6 +38,7 @@ MISSING: dict[str, list[str]] = {
     "tools.launch": ["--config", GONE],
     "tools.merge_lora": ["--adapter", GONE, "--base", GONE, "--context", "64", "--output", "/nowhere/out"],
     "tools.preflight": ["--config", GONE],
+    "tools.mix_text": ["--input", GONE, "--output", "/nowhere/out"],
     "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
     "tools.report": ["--run", GONE],
     "tools.study.__main__": ["--model", GONE, "--text", GONE],

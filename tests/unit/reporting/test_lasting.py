@@ -86,7 +86,7 @@ def test_metrics_that_can_never_be_written(tmp_path: Path, monkeypatch: pytest.M
     with MetricsWriter(tmp_path / "file", 0, told.append) as writer:  # no folder can be made there
         for step in (1, 2, 3):
             writer.write(row(step))
-        writer.write_perplexity(3, {128: 9.0})
+        writer.write_evaluation(3, {"perplexity/128": 9.0})
     assert len(told) == 3 and "lacks the last 3 lines" in told[2]
     assert "tensorboard: cannot be written" in told[1]
 

@@ -112,7 +112,7 @@ def test_a_missing_field_is_a_bug_and_perplexity_reaches_tensorboard(tmp_path: P
     with MetricsWriter(tmp_path, 0) as writer:
         with pytest.raises(KeyError, match="grad_norm"):
             writer.write({"step": 1, "loss": 1.0})
-        writer.write_perplexity(3, {128: 20.0, 512: 30.0})
+        writer.write_evaluation(3, {"perplexity/128": 20.0, "perplexity/512": 30.0})
     assert board(tmp_path, "perplexity/512") == [(3, 30.0)]
     assert read_metrics(tmp_path / METRICS_FILE) == []
 

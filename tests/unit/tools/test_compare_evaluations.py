@@ -12,8 +12,7 @@ from rich.console import Console
 
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import CellResult
-from pipeline.evaluation.run_retrieval import RetrievalReport, effective_length, report_path
+from pipeline.evaluation.results import CellResult, RetrievalReport, effective_length, report_path
 from tools.compare_evaluations import against, read_evaluated, sentences, tables
 from tools.evaluate import PICTURE, main
 

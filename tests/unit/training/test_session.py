@@ -92,13 +92,19 @@ class Evaluations:
     def __init__(self, log: list[Any], made: tuple[str, ...], nll: float) -> None:
         self._log, self._made, self._nll = log, made, nll
 
-    def run(self, label: str, step: int, *, shown: bool = True) -> Any:
+    def assess_base(self) -> None:
+        self._log.append("base")
+
+    def verdict(self) -> list[str]:
+        return ["passkey is lost."]
+
+    def assess(self, label: str, step: int, *, shown: bool = True) -> Any:
         if label == "stop":
             raise Stopped(15)
         self._log.append((label, shown))
         # Beyond the run's context a loss is no measure of the run.
         lengths = [SimpleNamespace(length=64, nll=self._nll), SimpleNamespace(length=128, nll=99.0)]
-        return SimpleNamespace(perplexity={64: 2.0}, lengths=lengths)
+        return SimpleNamespace(lengths=lengths, points={}, told=["perplexity, x: 2.00", "passkey, x: 0%"])
 
     def has(self, label: str, step: int) -> bool:
         return label in self._made
@@ -150,10 +156,11 @@ def test_a_run_from_its_first_evaluation_to_its_last(
     stopped, log, out, watch = run_session(monkeypatch, capsys)
     assert stopped == 0
     during = [1, 2, ("step-000002", False), 3, 4, ("step-000004", False), 5, 6]
-    assert log == [("untrained", True), *during, ("after", True)]
+    assert log == ["base", ("untrained", True), *during, ("after", True)]
+    assert out.count("passkey, x: 0%") == 4 and out.splitlines()[-1] == "verdict: passkey is lost.", "last, in words"
     warned = ["asked", "passed over", "few windows", "same text", "uneven", "taken"]
     assert [line.removeprefix("warning: ") for line in out.splitlines() if "warning" in line] == warned
-    assert out.index("starting") > out.index("taken") and watch.phases == ["evaluation"] * 4
+    assert out.index("starting") > out.index("taken") and watch.phases == ["evaluation"] * 5
 
 
 @pytest.mark.parametrize(

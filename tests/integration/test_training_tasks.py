@@ -1,0 +1,142 @@
+"""What `eval.tasks` measures during training is what tools.evaluate measures, and the last lines say what was lost."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.assessment import verdict
+from pipeline.evaluation.dense_gap import DenseGap
+from pipeline.evaluation.long_ppl import LongPpl
+from pipeline.evaluation.perplexity import EvalReport
+from pipeline.train import main as train
+from tests.support.tiny_models import make_tiny
+from tools.evaluate import main as evaluate
+from tools.report import main as report
+
+RUN = """
+model: {{path: {0}/base, context: 800, rope: {{type: abf, theta: 200000}}}}
+attention: {{group_fraction: 0.25}}
+lora: {{rank: 2}}
+data: {{path: {0}/train}}
+train: {{steps: 4, global_batch: 1, lr: 1.0e-2, warmup_steps: 1}}
+eval: {{path: {0}/val, lengths: [400, 800], windows: 2, every: 2, tasks: [passkey, dense_gap],
+  retrieval_lengths: [400, 800], depths: 2, trials: 1}}
+output: {0}/run
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    make_tiny(folder / "base", "smollm2", tokenizer=True, max_position_embeddings=400, num_hidden_layers=1)
+    for part in ("train", "val"):
+        words = random.Random(part).choices(["red", "blue", "ship", "sea", "and"], k=2000)
+        (folder / part).mkdir()
+        (folder / part / "a.txt").write_text(" ".join(words))
+    (folder / "run.yaml").write_text(RUN.format(folder))
+    return folder
+
+
+def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, common = place / "run", ["--config", str(place / "run.yaml")]
+    assert evaluate([*common, "--state", "shipped"]) == 0  # no retrieval yet
+    further = EvalReport.read(run / "eval-shipped.json").lengths[1]
+    assert train([*common, "--stop-after", "3"]) == 0
+    assert train(common) == 0
+    out = capsys.readouterr().out
+    labels = ("untrained", "step-000002", "after")
+    for label in labels:
+        assert f"passkey-grass-5, {label}, exact (first token given): 400: 0% (0%), 800: 0% (0%)" in out
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(points) == 4
+
+    # The gap's dense side is the perplexity of the same windows; trained heads do not see what full attention shows.
+    for label in labels:
+        gap = DenseGap.read(run / f"gap-{label}.json")
+        results = {r.length: r for r in EvalReport.read(run / f"eval-{label}.json").lengths}
+        assert gap.dense_nll == results[800].window_nll and gap.length == 800
+        assert all(abs(difference) > 1e-6 for difference in gap.differences)
+    assert f"dense gap, after: full attention reads windows of 800 tokens {abs(gap.mean):.4f} nats" in out
+
+    # The base was measured in passing, with its own positions, at its own lengths: what a model of its own gives.
+    report_of_base = EvalReport.read(run / "eval-shipped.json")
+    assert report_of_base.lengths[1:] == (further,), "what is beyond its own lengths is left alone"
+    cells = json.loads((run / "retrieval-shipped.json").read_text())["cells"]
+    assert {cell["length"] for cell in cells} == {400}
+    arguments = ["--model", str(place / "base"), "--text", str(place / "val"), "--output", str(place / "alone")]
+    assert evaluate([*arguments, "--lengths", "400", "--set", "eval.windows=2"]) == 0
+    arguments += ["--lengths", "400", "--tasks", "passkey", "--depths", "2", "--trials", "1"]
+    assert evaluate(arguments) == 0
+    assert report_of_base.lengths[:1] == EvalReport.read(place / "alone" / "eval-shipped.json").lengths
+    assert cells == json.loads((place / "alone" / "retrieval-shipped.json").read_text())["cells"]
+    # And the trained model's retrieval is that of tools.evaluate, which takes lengths, depths and trials from the run.
+    mine = json.loads((run / "retrieval-after.json").read_text())
+    (run / "retrieval-after.json").unlink()
+    assert evaluate([*common, "--state", "trained", "--tasks", "passkey"]) == 0
+    assert json.loads((run / "retrieval-after.json").read_text()) == mine
+
+    # LongPPL by the base's own key tokens; a model that learned nothing has none that it reads well.
+    assert evaluate([*arguments, "--tasks", "longppl", "--short", "64", "--set", "eval.windows=2"]) == 0
+    told = capsys.readouterr().out
+    assert "LongPPL, shipped: no token is key in windows of 400 (short context: 64)" in told
+    keys = place / "alone" / "longppl-shipped.json"
+    lengths = ["--set", "eval.lengths=[400]"]
+    assert evaluate([*common, *lengths, "--state", "trained", "--tasks", "longppl", "--keys", str(keys)]) == 0
+    assert LongPpl.read(run / "longppl-after.json").keys == LongPpl.read(keys).keys
+    assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--keys", str(keys)]) == 2
+    assert "--keys: are of other text or windows than these 2 of 800" in capsys.readouterr().err
+
+    assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--short", "800"]) == 2
+    assert "--short: 800 tokens are no less than the windows' 800" in capsys.readouterr().err
+
+    last = [line for line in out.splitlines() if line.startswith("verdict: ")]
+    assert out.rstrip().endswith("\n".join(last)) and len(last) >= 1
+    assert "passkey-grass-5 at 400 tokens: the base scores 0 here: nothing to lose or win." in last[0]
+
+    assert report(["--run", str(run)]) == 0
+    page = (run / "report" / "index.html").read_text()
+    assert page.index("the base scores 0 here") < page.index("<h2>Perplexity</h2>"), "said first"
+    assert "passkey-grass-5" in page and "Dense gap" in page
+
+
+def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
+    """The sentences are those of the figures in the reports."""
+
+    def write(label: str, nll: float, score: float) -> None:
+        run = place / "run"
+        data = json.loads((run / "eval-after.json").read_text())
+        data["label"], data["lengths"] = label, data["lengths"][:1]
+        data["lengths"][0]["window_nll"] = [nll, nll + 0.01]
+        (tmp_path / f"eval-{label}.json").write_text(json.dumps(data))
+        data = json.loads((run / "retrieval-after.json").read_text())
+        data["label"], data["cells"] = label, data["cells"][:1]
+        data["cells"][0]["scores"] = [score]
+        (tmp_path / f"retrieval-{label}.json").write_text(json.dumps(data))
+
+    assert verdict(tmp_path, 400, True)[0].startswith("what was lost at short lengths is not known: eval.lengths has")
+    write("shipped", 3.0, 1.0)
+    write("after", 3.1, 0.0)
+    lost, worse = verdict(tmp_path, 400, True)
+    assert lost.endswith("0% where the base has 100% (1 prompts): retrieval that the base had is lost.")
+    assert worse == "reads 400 tokens 10.5% worse than the base does."
+    (nothing,) = verdict(tmp_path, 100, True)
+    assert nothing == "nothing that the base can do at its own lengths was lost, of what was measured."
+    write("after", 3.005, 1.0)
+    assert verdict(tmp_path, 400, True) == [nothing], "half a percent is nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("eval.tasks=[passkeys]", "is not one of passkey, needle, dense_gap"),
+        ("eval.path=null", "eval.tasks: there is no held-out text to evaluate on"),
+        ("eval.depths=0", "eval.depths: must be at least 1"),
+    ],
+)
+def test_wrong_tasks_are_one_sentence(place: Path, change: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(["--config", str(place / "run.yaml"), "--set", change]) == 2
+    assert told in capsys.readouterr().err
