@@ -48,13 +48,13 @@ class LayerFamily:
     mlp: Callable[..., MLP]
     """As megatron's MLP, and `recompute` of the layer."""
     activation: Callable[..., torch.nn.Module]
-    """Of [gate; up] side by side."""
+    """Of [gate; up] side by side, by megatron's configuration and `recompute` of the layer."""
     add: Callable[[bool, bool], Add]
     """Residual sum inside the layer."""
     last_add: Callable[[bool, bool], Add]
     """Residual sum that leaves the layer."""
     fused: bool
-    """Whether RoPE and LoRA's update use kernels, and LoRA makes a norm's output again instead of keeping it."""
+    """Whether RoPE and LoRA's update use kernels, and LoRA may make its input again instead of keeping it."""
 
 
 def _megatrons_mlp(recompute: RecomputePolicy, **kwargs: Any) -> MLP:
@@ -92,8 +92,13 @@ FAMILIES = {
 """By name."""
 
 
+def _again(family: LayerFamily, recompute: RecomputePolicy) -> bool:
+    return family.fused and recompute is not RecomputePolicy.NONE
+
+
 def _column(
     family: LayerFamily,
+    recompute: RecomputePolicy,
     lora: LoraConfig,
     adapted: Sequence[str],
     parts: Sequence[tuple[str, int]],
@@ -109,14 +114,18 @@ def _column(
         adapted=adapted,
         fuse_rows=lambda rows: fuse(*rows),
         fused=family.fused,
+        again=_again(family, recompute),
     )
 
 
-def _row(family: LayerFamily, lora: LoraConfig, part: str, adapted: Sequence[str]) -> Linear:
+def _row(
+    family: LayerFamily, recompute: RecomputePolicy, lora: LoraConfig, part: str, adapted: Sequence[str]
+) -> Linear:
     linear = family.last_row if part == "down" else family.row
     if not lora.rank or part not in adapted:
         return linear
-    return partial(adapted_row, linear=linear, lora=lora, part=part, fused=family.fused)
+    again = _again(family, recompute)
+    return partial(adapted_row, linear=linear, lora=lora, part=part, fused=family.fused, again=again)
 
 
 def _mlp(
@@ -150,10 +159,15 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                 params={"attn_mask_type": AttnMaskType.causal, "fused_rope": family.fused},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_column(
-                        family, lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(fuse_qkv, arch=arch)
+                        family,
+                        recompute,
+                        lora,
+                        [t for t in adapted if t in "qkv"],
+                        qkv_parts,
+                        partial(fuse_qkv, arch=arch),
                     ),
                     core_attention=CoreAttention,
-                    linear_proj=_row(family, lora, "o", adapted),
+                    linear_proj=_row(family, recompute, lora, "o", adapted),
                 ),
             ),
             self_attn_bda=family.add,
@@ -164,10 +178,10 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                 arch.ffn,
                 MLPSubmodules(
                     linear_fc1=_column(
-                        family, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
+                        family, recompute, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
                     ),
-                    activation_func=family.activation,
-                    linear_fc2=_row(family, lora, "down", adapted),
+                    activation_func=partial(family.activation, recompute=recompute),
+                    linear_fc2=_row(family, recompute, lora, "down", adapted),
                 ),
             ),
             mlp_bda=family.last_add,

@@ -6,10 +6,12 @@ doctor are given it; none of them works it out again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError
+from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.grid import (
     BatchPlan,
     GridPlan,
@@ -25,6 +27,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
+from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
@@ -106,6 +109,16 @@ def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, .
     return plan_stages(arch.layers, grid.pp, virtual)
 
 
+def plan_policies(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range]
+) -> tuple[RecomputePolicy, ...]:
+    """What every layer keeps; for `auto` by the memory of this machine's GPUs."""
+    train = config.train
+    if train.recompute == "auto":
+        return fill_memory(config, arch, grid, chunks, smallest_gpu())
+    return plan_recompute(train.recompute, arch.layers, train.gate_up)
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """All that follows from a configuration, the checkpoint it names and the number of ranks."""
@@ -137,16 +150,17 @@ class RunPlan:
             ConfigError: the ranks do not fit the settings or the model.
         """
         grid, batch = plan_ranks(config, world)
+        chunks = plan_chunks(arch, grid, config.parallel.virtual)
         return cls(
             config=config,
             arch=arch,
             rope=rope,
             grid=grid,
             batch=batch,
-            chunks=plan_chunks(arch, grid, config.parallel.virtual),
+            chunks=chunks,
             attention=attention_spec(config.attention, config.group),
             full_attention=full_attention(config.attention),
-            recompute=plan_recompute(config.train.recompute, arch.layers),
+            recompute=plan_policies(config, arch, grid, chunks),
         )
 
     @property

@@ -212,11 +212,11 @@ def test_a_second_derivative_is_refused() -> None:
     x, weight = torch.randn(3, 2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
     kernels = mock.Mock()
     kernels.norm_gradient.side_effect = lambda x, weight, grad, eps: (grad * weight, (grad * x).sum((0, 1)))
-    recipe = norm.NormRecipe(x.detach(), weight.detach(), 1e-5)
+    recipe = norm.norm_recipe(x, weight, 1e-5)
     matrices = [DenseWeight(torch.nn.Parameter(torch.randn(shape))) for shape in ((12, 8), (8, 6))]
     for output in (
         norm._Norm.apply(x, weight, 1e-5, kernels),
-        lora._OfNorm.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
+        lora._OfMade.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
         mlp._FrozenMlp.apply(x, *matrices, single_groups().collection.tp, False, None),
     ):
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)

@@ -23,7 +23,7 @@ from pipeline.model.layers.frozen_weight import DenseWeight
 from pipeline.model.layers.linear import LastRowParallelLinear, _Column, _Row
 from pipeline.model.layers.lora import AdaptedLinear
 from pipeline.model.layers.mlp import TiledMLP
-from pipeline.model.layers.norm import recipe_of
+from pipeline.model.layers.recipe import recipe_of
 from pipeline.model.layers.recomputation import recomputing
 from pipeline.model.layers.residual import last_residual_add, residual_add
 from pipeline.model.rank_model import RankModel

@@ -6,7 +6,9 @@ the argument megatron-core threads through block, layer and recompute for packed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from megatron.core.utils import get_pg_rank
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
+from pipeline.model.layers.recipe import Make, Recipe, give_recipe, recipe_of
 from pipeline.model.layers.rotary import apply_rope
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 
@@ -34,6 +37,10 @@ class AttentionContext:
     """RoPE sines, likewise."""
     shard: ContextShard | None = None
     """This rank's tokens under context parallelism; None: all of them."""
+
+
+def _flat(sources: Sequence[torch.Tensor], start: int, stop: int, make: Make) -> torch.Tensor:
+    return make(sources, start, stop).flatten(2)
 
 
 class CoreAttention(torch.nn.Module):
@@ -68,8 +75,13 @@ class CoreAttention(torch.nn.Module):
         plan = self.heads(context.spec.shifted_heads)
         layout, spec, scale = context.layout, context.spec, self.softmax_scale
         if context.shard is None:
-            return attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale).flatten(2)
-        return context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale).flatten(2)
+            mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)
+        else:
+            mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale)
+        flat, recipe = mixed.flatten(2), recipe_of(mixed)
+        if recipe is not None:
+            give_recipe(flat, Recipe(recipe.sources, partial(_flat, make=recipe.make)))
+        return flat
 
 
 class LongAttention(SelfAttention):

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from pipeline.config.sections import LoraConfig
 from pipeline.model.layers.kernel_choice import kernels_for
-from pipeline.model.layers.norm import NormRecipe, recipe_of
+from pipeline.model.layers.recipe import Recipe, recipe_of
 
 MOST_COLUMNS = 128
 """Ranks of all parts of a fused projection together that the update's kernel takes."""
@@ -68,25 +68,34 @@ def initial_a(name: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
-class _OfNorm(torch.autograd.Function):
-    """x A^T for an x that a norm returned, which the norm makes again in the backward: it need not be kept."""
+def _low(input_SBI: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor:
+    """x A^T: [S, B, I] -> [S, B, n R].
+
+    Flattened: for three dimensions torch takes another kernel where the input requires a gradient than in the first
+    pass of a checkpointed layer, and the last bits would depend on the recompute policy.
+    """
+    return functional.linear(input_SBI.flatten(0, -2), a_RI).view(*input_SBI.shape[:-1], a_RI.shape[0])
+
+
+class _OfMade(torch.autograd.Function):
+    """x A^T for an x that is made again in the backward: it need not be kept."""
 
     @staticmethod
-    def forward(ctx: Any, input_SBI: torch.Tensor, a_RI: torch.Tensor, recipe: NormRecipe) -> torch.Tensor:
-        ctx.save_for_backward(a_RI, recipe.input_SBH, recipe.weight_H)
-        ctx.eps = recipe.eps
-        return functional.linear(input_SBI, a_RI)
+    def forward(ctx: Any, input_SBI: torch.Tensor, a_RI: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+        ctx.save_for_backward(a_RI, *recipe.sources)
+        ctx.make, ctx.tokens = recipe.make, input_SBI.shape[0]
+        return _low(input_SBI, a_RI)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         (grad,) = grads
-        a_RI, source, weight = ctx.saved_tensors
+        a_RI, *sources = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         grad_input = (flat @ a_RI).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         grad_a = None
         if ctx.needs_input_grad[1]:
-            grad_a = flat.t() @ NormRecipe(source, weight, ctx.eps).rows(0, source.shape[0]).flatten(0, -2)
+            grad_a = flat.t() @ ctx.make(sources, 0, ctx.tokens).flatten(0, -2)
         return grad_input, grad_a, None
 
 
@@ -132,7 +141,8 @@ class AdapterSet(torch.nn.Module):
         device: of the factors; None: torch's default.
         fuse_rows: row layout of the fused weight; None when there is a single part.
         move: between A and B under tensor parallelism; None: nothing travels.
-        fused: use kernels, and make a norm's output again instead of keeping it.
+        fused: use kernels.
+        again: make the input again where that is possible (`layers.recipe`) instead of keeping it.
     """
 
     def __init__(
@@ -146,8 +156,10 @@ class AdapterSet(torch.nn.Module):
         fuse_rows: FuseRows | None,
         move: Move | None = None,
         fused: bool = True,
+        again: bool = True,
     ) -> None:
         super().__init__()
+        self.again = again
         self.lora, self.parts, self.fuse_rows, self.move, self.fused = lora, tuple(parts), fuse_rows, move, fused
         self.names = tuple(name for name, _ in parts if name in adapted)
         for name, rows in parts:
@@ -190,12 +202,12 @@ class AdapterSet(torch.nn.Module):
 
         With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
         """
-        again = self.fused and not (self.lora.dropout and self.training)
+        again = self.again and not (self.lora.dropout and self.training)
         recipe = recipe_of(input_SBI) if again else None
         if recipe is None:
-            low = functional.linear(self._drop(input_SBI), self.stacked_a())
+            low = _low(self._drop(input_SBI), self.stacked_a())
         else:
-            low = _OfNorm.apply(input_SBI, self.stacked_a(), recipe)
+            low = _OfMade.apply(input_SBI, self.stacked_a(), recipe)
         if self.move is not None:
             low = self.move(low)
         update_b = self.fused_b()
@@ -255,6 +267,7 @@ def adapted_column(
     adapted: Sequence[str],
     fuse_rows: FuseRows | None,
     fused: bool = True,
+    again: bool = True,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
     **kwargs: Any,
@@ -264,13 +277,13 @@ def adapted_column(
     Args:
         linear: the family's column-parallel linear, which gets all of megatron's arguments.
         parts: name and global output rows of every part of the fused weight.
-        adapted, fuse_rows, fused: see `AdapterSet`.
+        adapted, fuse_rows, fused, again: see `AdapterSet`.
     """
     base = linear(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
     ranks = _require_sequence_parallel(config, tp_group)
     local = [(name, rows // ranks) for name, rows in parts]
     move = partial(gather_from_sequence_parallel_region, group=tp_group) if ranks > 1 else None
-    adapters = AdapterSet(lora, local, adapted, input_size, *_place(config), fuse_rows, move, fused)
+    adapters = AdapterSet(lora, local, adapted, input_size, *_place(config), fuse_rows, move, fused, again)
     if ranks > 1:
         adapters.mark(replicated="lora_A", sharded="lora_B")
     return AdaptedLinear(base, adapters)
@@ -284,6 +297,7 @@ def adapted_row(
     lora: LoraConfig,
     part: str,
     fused: bool = True,
+    again: bool = True,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
     **kwargs: Any,
@@ -296,7 +310,7 @@ def adapted_row(
     ranks = _require_sequence_parallel(config, tp_group)
     move = partial(reduce_scatter_to_sequence_parallel_region, group=tp_group) if ranks > 1 else None
     place = _place(config)
-    adapters = AdapterSet(lora, [(part, output_size)], [part], input_size // ranks, *place, None, move, fused)
+    adapters = AdapterSet(lora, [(part, output_size)], [part], input_size // ranks, *place, None, move, fused, again)
     if ranks > 1:
         adapters.mark(replicated="lora_B", sharded="lora_A")
     return AdaptedLinear(base, adapters)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,22 +12,20 @@ from megatron.core.transformer import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.model.layers.recipe import Recipe, give_recipe
 
 WIDEST = 1 << 14
 """Values of a row that the gradient's kernel holds at once."""
 
 
-@dataclass(frozen=True)
-class NormRecipe:
-    """How a norm's output was made: keeping this costs nothing, since the norm keeps its input anyway."""
+def _normed(sources: Sequence[torch.Tensor], start: int, stop: int, eps: float) -> torch.Tensor:
+    input_SBH, weight_H = sources
+    return torch.nn.functional.rms_norm(input_SBH[start:stop], weight_H.shape, weight_H, eps)
 
-    input_SBH: torch.Tensor
-    weight_H: torch.Tensor
-    eps: float
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Tokens [start, stop) of the output again, to the bit."""
-        return torch.nn.functional.rms_norm(self.input_SBH[start:stop], self.weight_H.shape, self.weight_H, self.eps)
+def norm_recipe(input_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> Recipe:
+    """How a norm's output is made: this keeps nothing that the norm does not keep."""
+    return Recipe((input_SBH.detach(), weight_H.detach()), partial(_normed, eps=eps))
 
 
 class _Norm(torch.autograd.Function):
@@ -47,11 +46,6 @@ class _Norm(torch.autograd.Function):
         hidden_SBH, weight_H = ctx.saved_tensors
         result, weight_grad = ctx.gradient(hidden_SBH, weight_H, grad.contiguous(), ctx.eps)
         return result, weight_grad if ctx.needs_input_grad[1] else None, None, None
-
-
-def recipe_of(output_SBH: torch.Tensor) -> NormRecipe | None:
-    """The recipe of a tensor that a norm returned; None for any other tensor."""
-    return getattr(output_SBH, "norm_recipe", None)
 
 
 class RMSNorm(torch.nn.Module):
@@ -83,6 +77,5 @@ class RMSNorm(torch.nn.Module):
             output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps, kernels)
         else:
             output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
-        recipe = NormRecipe(hidden_SBH.detach(), self.weight.detach(), self.eps)
-        output.norm_recipe = recipe  # type: ignore[attr-defined]
+        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps))
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.model.layers.recipe import Recipe, give_recipe
+from pipeline.planning.recompute import RecomputePolicy
 
 CHUNK_ELEMENTS = 1 << 26
 """Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""
@@ -75,15 +78,26 @@ class _SwiGlu(torch.autograd.Function):
         return result
 
 
-class SwiGlu(torch.nn.Module):
-    """The MLP's activation as megatron-core's spec builds it: [gate; up] side by side, [S, B, 2 F] -> [S, B, F]."""
+def _product(sources: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    return swiglu(sources[0][start:stop])
 
-    def __init__(self, config: TransformerConfig) -> None:
+
+class SwiGlu(torch.nn.Module):
+    """The MLP's activation as megatron-core's spec builds it: [gate; up] side by side, [S, B, 2 F] -> [S, B, F].
+
+    Args:
+        recompute: of the layer it is in.
+    """
+
+    def __init__(self, config: TransformerConfig, recompute: RecomputePolicy = RecomputePolicy.POINTWISE) -> None:
         super().__init__()
+        self.recompute = recompute
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Any float dtype; shape and dtype of the halves."""
-        return _SwiGlu.apply(gate_up)
+        product: torch.Tensor = _SwiGlu.apply(gate_up)
+        give_recipe(product, Recipe((gate_up.detach(),), _product))
+        return product
 
 
 class EagerSwiGlu(SwiGlu):
