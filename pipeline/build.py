@@ -77,8 +77,14 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     return dtype
 
 
-def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint) -> RankModel:
+def build_model(
+    plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpoint, family: str = "local"
+) -> RankModel:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
+
+    Args:
+        lora: adapters; rank 0 where none train.
+        family: see `RankModel`.
 
     Raises:
         ConfigError: attention.backend cannot run here.
@@ -90,7 +96,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
     if parallel.engine == "zero3":
         offload, grid = parallel.offload.params == "cpu", plan.grid
         described = deepspeed_config(dtype, train.micro_batch, plan.batch.accumulation, grid.dp * grid.cp)
-        shards = FrozenShards(groups, dtype, offload, described)
+        shards = FrozenShards(groups, dtype, offload, described, parallel.offload.ahead)
     model = RankModel(
         plan.arch,
         plan.rope,
@@ -101,6 +107,8 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         plan.chunks,
         shards=shards,
         kinds=train.trainable,
+        family=family,
+        without=train.without,
     )
     load_base(model, base)
     init_adapters(model, train.seed)

@@ -34,52 +34,19 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.hf.checkpoint import HfCheckpoint, TensorFact
-from pipeline.planning import tensors as names
-from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
-from pipeline.planning.run_plan import RunPlan, plan_run
+from pipeline.planning.run_plan import RunPlan, on_gpus_of, plan_run
 from pipeline.reporting.command import command
 from tools.support.profile import print_profile
+from tools.support.random_base import RandomBase
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
 """The most a rank may need, in fp32, where there is no GPU."""
-
-
-class RandomBase(HfCheckpoint):
-    """Weights of a shape that nobody has to download: normal, deviation 0.02; norms one; on the GPU if there is one."""
-
-    def __init__(self, arch: LlamaArch, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.folder = Path("random")
-        self.facts = {name: TensorFact(shape, dtype) for name, shape in names.hf_tensor_shapes(arch).items()}
-        self.files = ()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _make(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        values = torch.empty(tuple(shape), dtype=self.facts[name].dtype, device=self._device)
-        return values.fill_(1.0) if "norm" in name else values.normal_(0.0, 0.02)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Fresh values on every call."""
-        return self._make(name, self.facts[name].shape)
-
-    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Fresh values of that range's shape."""
-        shape = list(self.facts[name].shape)
-        shape[dim] = stop - start
-        return self._make(name, shape)
-
-    def block(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
-        """Fresh values of that block's shape."""
-        first, last = columns or (0, self.facts[name].shape[1])
-        return self._make(name, (rows[1] - rows[0], last - first))
-
-    def base_hash(self) -> str:
-        """Not a hash: nothing can be resumed from this."""
-        return "random"
 
 
 def _stand_in_model(path: Path, folder: Path) -> None:
@@ -240,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
-            plan = plan_run(changed, env.world_size)
+            plan = plan_run(on_gpus_of(changed, args.cap_gib), env.world_size)
             if not torch.cuda.is_available():
                 refuse_without_gpu(plan)
             if args.rank is None and not env.launched:

@@ -18,6 +18,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
 RECOMPUTE = ("full", "gate_up", "pointwise", "none", "auto")
 GATE_UP = ("gpu", "fp8", "host")
+WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap", "full_last_steps")
 """Settings of `attention` that only kind s2 looks at."""
 
@@ -191,6 +192,10 @@ class TrainConfig:
     has no room otherwise."""
     gpu_gib: float | None = None
     """GPU memory that recompute auto fills, GiB; None: 95% of the smallest GPU's (of 80 GB where there is none)."""
+    without: tuple[str, ...] = ()
+    """Optimisations switched off, to compare: joint_adapters (a frozen product and its adapters in one function) |
+    stream_norm (gradients of a norm and of the stream beside it in one pass) | fused_qkv (q, k, v cut and RoPE in one
+    kernel) | kernels (all of Triton's, in layers)."""
     seed: int = 1234
     """Seed of everything random."""
     bad_steps: int = 5
@@ -216,6 +221,8 @@ class TrainConfig:
         one_of("train.schedule", self.schedule, ("constant", "cosine"))
         one_of("train.recompute", self.recompute, RECOMPUTE)
         one_of("train.gate_up", self.gate_up, GATE_UP)
+        for word in self.without:
+            one_of("train.without", word, WITHOUT)
         if self.gate_up != "gpu" and self.recompute not in ("pointwise", "auto"):
             raise ConfigError(
                 f"train.gate_up: {self.gate_up} is for train.recompute pointwise and auto; {self.recompute} keeps gate "

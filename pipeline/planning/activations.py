@@ -58,18 +58,20 @@ def layer_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int)
     inner = sum(low.get(target, 0) for target in ("gate", "up", "down")) // tp
     # The input of both norms, and of the adapters what the frozen products do not keep.
     base = 2 * hidden + attended + sum(low.values()) // tp
+    product = ffn * ("down" in targets)
     again = (
         query * ("o" in targets)
         + hidden * any(target in "qkv" for target in targets)
         + hidden * any(target in ("gate", "up") for target in targets)
-        + ffn * ("down" in targets)
+        + product
     )
     kept = {
         FULL: hidden,
         # A checkpointed MLP of other kinds keeps its input, which a frozen one has a norm make again.
         GATE_UP: base + hidden * adapted - inner,
-        HOST: base,
-        FP8: base + 2 * ffn // width + 8 // width,
+        # An adapter on down has its input kept: made again it would need gate and up as they were.
+        HOST: base + product,
+        FP8: base + product + (2 * ffn + 8) // width,
         POINTWISE: base + 2 * ffn,
         NONE: base + 2 * ffn + again,
     }

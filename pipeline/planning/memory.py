@@ -21,8 +21,6 @@ GRADIENT = 4
 """Bytes a trained element: gradients are summed in fp32."""
 OPTIMIZER = 12
 """Bytes a trained element: fp32 master and Adam's two moments, cut over dp x cp."""
-GATHER_SLOTS = 2
-"""Buffers of engine zero3 for gathered weights: of the layer at work and of the next (the output matrix is one too)."""
 CUDA_CONTEXT = 3 * GIB
 """What no formula sees: CUDA's context, NCCL's buffers, blocks of the allocator that do not fit together."""
 PROCESS = 4 * GIB
@@ -120,7 +118,9 @@ def estimate_memory(
     (host if offload.params == "cpu" else gpu)["frozen weights, shard" if zero3 else "frozen weights"] = layered
     (host if offload.optimizer == "cpu" else gpu)["optimizer"] = optimizer
     if zero3:
-        gpu["gathered weights"] = GATHER_SLOTS * max(counts.layer, counts.head, counts.embedding) * width // grid.tp
+        # One buffer for the unit at work, which may be the output matrix, and one for each that is fetched ahead.
+        unit = max(counts.layer, counts.head, counts.embedding) * width // grid.tp
+        gpu["gathered weights"] = (1 + offload.ahead) * unit
     saved = OPTIMIZER * counts.trained
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 

@@ -27,7 +27,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
-from pipeline.planning.fill_memory import fill_memory
+from pipeline.planning.fill_memory import LEFT, fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
@@ -119,6 +119,14 @@ def plan_policies(
     return plan_recompute(train.recompute, arch.layers, train.gate_up)
 
 
+def on_gpus_of(config: RunConfig, gib: float | None) -> RunConfig:
+    """The configuration for GPUs of this memory, where `auto` would look at this machine's; None: unchanged."""
+    train = config.train
+    if gib is None or train.recompute != "auto" or train.gpu_gib is not None:
+        return config
+    return replace(config, train=replace(train, gpu_gib=gib * (1 - LEFT)))
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """All that follows from a configuration, the checkpoint it names and the number of ranks."""
@@ -162,6 +170,11 @@ class RunPlan:
             full_attention=full_attention(config.attention),
             recompute=plan_policies(config, arch, grid, chunks),
         )
+
+    @classmethod
+    def shaped(cls, config: RunConfig, stored: LlamaArch, world: int) -> RunPlan:
+        """The plan for a checkpoint of this shape, which need not be there; see `of` and `plan_model`."""
+        return cls.of(config, *plan_model(config.model, stored), world)
 
     @property
     def sequence(self) -> int:

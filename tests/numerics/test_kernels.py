@@ -110,9 +110,77 @@ def _norm_gradient_agrees(device: str) -> None:
     torch.testing.assert_close(total, found[1].float(), rtol=2 * tolerance, atol=4 * tolerance)
 
 
-@pytest.mark.parametrize("check", ["_swiglu_agrees", "_rotation_agrees", "_update_agrees", "_norm_gradient_agrees"])
+def _stream_joins(device: str) -> None:
+    """The gradient of what goes on beside a norm is added before the sum is rounded; both against fp64."""
+    from pipeline.model.layers import triton_kernels as kernels
+
+    generator = torch.Generator().manual_seed(5)
+    for dtype, tolerance in DTYPES:
+        x, grad, beside = (torch.randn(5, 2, 96, generator=generator).to(device, dtype) for _ in range(3))
+        weight = torch.rand(96, generator=generator).add(0.5).to(device, dtype)
+        exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
+        normed = functional.rms_norm(exact[0], (96,), exact[1], 1e-5)
+        torch.autograd.backward([normed, exact[0] * 1], [grad.double(), beside.double()])
+        leaf = x.clone().requires_grad_()
+        output, stream = norm._NormBesideStream.apply(leaf, weight, 1e-5, kernels)
+        assert torch.equal(stream, x)
+        torch.autograd.backward([output, stream], [grad, beside])
+        assert leaf.grad is not None and leaf.grad.dtype is dtype
+        torch.testing.assert_close(leaf.grad.double(), exact[0].grad, rtol=2 * tolerance, atol=4 * tolerance)
+
+
+def _qkv_agrees(device: str) -> None:
+    """Cut and turned both ways, to the bit of eager operations, for grouped heads and for as many KV heads."""
+    from pipeline.model.layers import qkv_kernels
+
+    generator = torch.Generator().manual_seed(6)
+    # The interpreter cuts bf16 off instead of rounding it.
+    for dtype in (torch.float32, torch.float16) if device == "cpu" else (torch.float32, torch.bfloat16):
+        for groups, ratio, width in ((2, 3, 16), (3, 1, 128), (1, 8, 6), (40, 1, 64)):
+            angles = torch.randn(5, width // 2, generator=generator)
+            cos, sin = (1.1 * angles.cos()).to(device), (1.1 * angles.sin()).to(device)
+            x = torch.randn(5, 2, groups * (ratio + 2) * width, generator=generator).to(device, dtype)
+            grads = [
+                torch.randn(5, 2, heads, width, generator=generator).to(device, dtype)
+                for heads in (groups * ratio, groups, groups)
+            ]
+            twin = x.clone().requires_grad_()
+            q, k, v = twin.unflatten(-1, (groups, ratio + 2, width)).split((ratio, 1, 1), dim=3)
+            small, large = cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None]
+
+            def turn(part: torch.Tensor, small: torch.Tensor = small, large: torch.Tensor = large) -> torch.Tensor:
+                first, second = part.chunk(2, dim=-1)
+                return torch.cat((first * small - second * large, second * small + first * large), dim=-1)
+
+            expected = turn(q.flatten(2, 3)), turn(k.squeeze(3)), v.squeeze(3)
+            torch.autograd.backward(expected, grads)
+            leaf = x.clone().requires_grad_()
+            found = rotary._SplitAndRotate.apply(leaf, groups, groups * ratio, cos, sin, qkv_kernels)
+            torch.autograd.backward(found, grads)
+            for one, other in ((leaf.grad, twin.grad), *zip(found, expected, strict=True)):
+                assert one is not None and one.is_contiguous()
+                torch.testing.assert_close(one, other, rtol=0, atol=0, msg=f"{dtype} {groups} {ratio} {width}")
+
+
+CHECKS = (
+    "_swiglu_agrees",
+    "_rotation_agrees",
+    "_update_agrees",
+    "_norm_gradient_agrees",
+    "_stream_joins",
+    "_qkv_agrees",
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(check: str) -> None:
     interpret(f"test_kernels.{check}('cpu')")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS[4:])
+def test_fused_passes_on_a_gpu(check: str) -> None:
+    globals()[check]("cuda")
 
 
 @pytest.mark.gpu

@@ -26,7 +26,8 @@ from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
-POINTWISE = {"swiglu", "swiglu_gradient_", "rotate"}
+# RoPE is a part of what cuts q, k and v, in a module of its own.
+POINTWISE = {"swiglu", "swiglu_gradient_"}
 # dtype, recompute, adapted, rank, trained, kernels that must have been used
 CASES: list[tuple[torch.dtype, str, tuple[str, ...], int, tuple[str, ...], set[str]]] = [
     # No update: fp32 factors would be rounded.
@@ -59,6 +60,7 @@ def _gradients(model: RankModel, tokens: torch.Tensor) -> dict[str, torch.Tensor
 
 def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
     """On the device at hand; every dtype of CASES stands for another one, and its tolerance."""
+    from pipeline.model.layers import qkv_kernels
     from pipeline.model.layers import triton_kernels as kernels
 
     groups = single_groups()
@@ -75,8 +77,10 @@ def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.1).add_("norm" in name))
         mark_trainable(model, trained)
         used = mock.Mock(wraps=kernels)
-        with _on(used):
+        cut = mock.Mock(wraps=qkv_kernels._launch)
+        with _on(used), mock.patch.object(qkv_kernels, "_launch", cut):
             found = _gradients(model, tokens)
+        assert cut.call_count == arch.layers * (3 if recompute == "full" else 2)
         with _on(None):
             expected = _gradients(model, tokens)
         assert {call[0] for call in used.mock_calls} == wanted, (dtype, recompute, targets)

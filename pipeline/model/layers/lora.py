@@ -32,8 +32,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.config.sections import LoraConfig
+from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
 from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.model.layers.linear import LastRowParallelLinear
 from pipeline.model.layers.recipe import Recipe, recipe_of
+from pipeline.model.layers.recomputation import recomputing
 
 MOST_COLUMNS = 128
 """Ranks of all parts of a fused projection together that the update's kernel takes."""
@@ -99,6 +102,17 @@ class _OfMade(torch.autograd.Function):
         return grad_input, grad_a, None
 
 
+def _add_update(base: torch.Tensor, low: torch.Tensor, b_OR: torch.Tensor, scale: float, fused: bool) -> None:
+    """base [n, O] += scale * low [n, R] B^T, in place."""
+    # In fp32 tensor cores would round the factors to tf32.
+    half = fused and base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
+    kernels = kernels_for(base, base, low, b_OR) if half else None
+    if kernels is None:
+        base.addmm_(low, b_OR.t(), alpha=scale)
+    else:
+        kernels.add_update_(base, low, b_OR, scale)
+
+
 class _AddUpdate(torch.autograd.Function):
     """base + scale * low B^T, over the base output, which nothing else keeps."""
 
@@ -109,14 +123,7 @@ class _AddUpdate(torch.autograd.Function):
         ctx.save_for_backward(low_SBR, b_OR)
         ctx.scale = scale
         ctx.mark_dirty(base_SBO)
-        base, low = base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2)
-        # In fp32 tensor cores would round the factors to tf32.
-        half = fused and base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
-        kernels = kernels_for(base, base, low, b_OR) if half else None
-        if kernels is None:
-            base.addmm_(low, b_OR.t(), alpha=scale)
-        else:
-            kernels.add_update_(base, low, b_OR, scale)
+        _add_update(base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2), b_OR, scale, fused)
         return base_SBO
 
     @staticmethod
@@ -127,6 +134,52 @@ class _AddUpdate(torch.autograd.Function):
         grad_low = (flat @ b_OR).mul_(ctx.scale).view(low.shape) if ctx.needs_input_grad[1] else None
         grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
         return grad, grad_low, grad_b, None, None
+
+
+class _Joint(torch.autograd.Function):
+    """A frozen product and its adapters, x W^T + scale * x A^T B^T, on one rank: one gradient for x, in one pass more.
+
+    Apart, the adapters' gradient of x would be written, and both read and their sum written.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a_RI: torch.Tensor,
+        b_OR: torch.Tensor,
+        weight: FrozenWeight,
+        bias_O: torch.Tensor | None,
+        scale: float,
+        recipe: Recipe | None,
+    ) -> torch.Tensor:
+        low = _low(x, a_RI)
+        out = weight.product(x)
+        if bias_O is not None:
+            out.add_(bias_O)
+        _add_update(out.view(-1, out.shape[-1]), low.flatten(0, -2), b_OR, scale, True)
+        ctx.save_for_backward(a_RI, b_OR, low, *((x,) if recipe is None else recipe.sources))
+        ctx.weight, ctx.scale, ctx.tokens = weight, scale, x.shape[0]
+        ctx.make = None if recipe is None else recipe.make
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        a_RI, b_OR, low, *sources = ctx.saved_tensors
+        flat, wanted = grad.flatten(0, -2), ctx.needs_input_grad
+        grad_low = (flat @ b_OR).mul_(ctx.scale)
+        grad_x = grad_a = grad_b = None
+        if wanted[0]:
+            grad_x = ctx.weight.grad_input(grad)
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_low, a_RI)
+        if wanted[1]:
+            x = sources[0] if ctx.make is None else ctx.make(sources, 0, ctx.tokens)
+            grad_a = grad_low.t() @ x.flatten(0, -2)
+        if wanted[2]:
+            grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale)
+        return grad_x, grad_a, grad_b, None, None, None, None
 
 
 class AdapterSet(torch.nn.Module):
@@ -235,16 +288,38 @@ class AdaptedLinear(torch.nn.Module):
 
     The adapters see the linear's input and add to its output; nothing of the linear is overridden. Its parameters go by
     the names they have without adapters (`LlamaChunk.canonical_parameters`).
+
+    Args:
+        base: the linear.
+        adapters: see `AdapterSet`.
+        joint: make both products in one autograd function, where nothing has to be sent between them.
     """
 
-    def __init__(self, base: torch.nn.Module, adapters: AdapterSet) -> None:
+    def __init__(self, base: torch.nn.Module, adapters: AdapterSet, joint: bool = False) -> None:
         super().__init__()
-        self.base, self.adapters = base, adapters
+        self.base, self.adapters, self.joint = base, adapters, joint
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([S, B, O], bias to be added later or None), as megatron's parallel linears."""
+        weight = None if args or kwargs or not self.joint else self._joinable(input_)
+        if weight is not None:
+            adapters = self.adapters
+            recipe = recipe_of(input_) if adapters.again else None
+            bias: Any = self.base.bias
+            now, later = (None, bias) if self.base.skip_bias_add else (bias, None)
+            factors = adapters.stacked_a(), adapters.fused_b()
+            return _Joint.apply(input_, *factors, weight, now, adapters.lora.scale, recipe), later
         base, bias = self.base(input_, *args, **kwargs)
         return self.adapters(input_, base), bias
+
+    def _joinable(self, input_: torch.Tensor) -> FrozenWeight | None:
+        """The frozen weight, if product and adapters can be one function here: nothing travels, drops or is skipped."""
+        adapters = self.adapters
+        if adapters.move is not None or (adapters.lora.dropout and self.training) or not input_.is_contiguous():
+            return None
+        if isinstance(self.base, LastRowParallelLinear) and recomputing():
+            return None
+        return frozen_weight(self.base)
 
 
 Linear = Callable[..., torch.nn.Module]
@@ -268,6 +343,7 @@ def adapted_column(
     fuse_rows: FuseRows | None,
     fused: bool = True,
     again: bool = True,
+    joint: bool = False,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
     **kwargs: Any,
@@ -277,7 +353,7 @@ def adapted_column(
     Args:
         linear: the family's column-parallel linear, which gets all of megatron's arguments.
         parts: name and global output rows of every part of the fused weight.
-        adapted, fuse_rows, fused, again: see `AdapterSet`.
+        adapted, fuse_rows, fused, again, joint: see `AdapterSet` and `AdaptedLinear`.
     """
     base = linear(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
     ranks = _require_sequence_parallel(config, tp_group)
@@ -286,7 +362,7 @@ def adapted_column(
     adapters = AdapterSet(lora, local, adapted, input_size, *_place(config), fuse_rows, move, fused, again)
     if ranks > 1:
         adapters.mark(replicated="lora_A", sharded="lora_B")
-    return AdaptedLinear(base, adapters)
+    return AdaptedLinear(base, adapters, joint)
 
 
 def adapted_row(
@@ -298,6 +374,7 @@ def adapted_row(
     part: str,
     fused: bool = True,
     again: bool = True,
+    joint: bool = False,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
     **kwargs: Any,
@@ -313,7 +390,7 @@ def adapted_row(
     adapters = AdapterSet(lora, [(part, output_size)], [part], input_size // ranks, *place, None, move, fused, again)
     if ranks > 1:
         adapters.mark(replicated="lora_B", sharded="lora_A")
-    return AdaptedLinear(base, adapters)
+    return AdaptedLinear(base, adapters, joint)
 
 
 def _require_sequence_parallel(config: TransformerConfig, tp_group: dist.ProcessGroup) -> int:

@@ -87,7 +87,7 @@ def test_layers_follow_their_own_policies_and_gradients_stay(tmp_path: Path, tar
     )
     counted = layer_memory(config, arch, plan_grid(1, 1, 1, 1), 4).kept
     mixes = {policy.value: (policy,) * 3 for policy in (FULL, GATE_UP, POINTWISE, NONE)}
-    mixes |= {"mix": (FULL, GATE_UP, POINTWISE), "other": (NONE, FULL, GATE_UP)}
+    mixes |= {"mix": (FULL, GATE_UP, POINTWISE), "other": (NONE, FULL, GATE_UP), "host": (HOST, POINTWISE, HOST)}
     expected, least, _ = _run(arch, mixes["full"], targets)
     assert len(expected) > 5 and all(bool(grad.any()) for grad in expected.values())
     kept = {}
@@ -102,5 +102,10 @@ def test_layers_follow_their_own_policies_and_gradients_stay(tmp_path: Path, tar
     wide = kept["pointwise"] - kept["gate_up"]
     assert wide == pytest.approx(3 * (counted[POINTWISE] - counted[GATE_UP]), rel=0.05 if "up" in targets else 1e-9)
     assert kept["none"] - kept["pointwise"] == 3 * (counted[NONE] - counted[POINTWISE])
+    assert kept["pointwise"] - kept["host"] == 2 * (counted[POINTWISE] - counted[HOST])
+    rounded, eight, _ = _run(arch, (FP8,) * 3, targets)
+    assert kept["pointwise"] - eight == 3 * (counted[POINTWISE] - counted[FP8])
+    errors = [float((rounded[name] - grad).norm() / grad.norm()) for name, grad in expected.items()]
+    assert 1e-4 < max(errors) < 0.1
     assert kept["gate_up"] - least >= 3 * (counted[GATE_UP] - counted[FULL])
     assert least < kept["mix"] < kept["pointwise"] and least < kept["other"] < kept["none"]
