@@ -108,7 +108,8 @@ def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> int:
     if grid.cp == 1:
         return 0
     rows, tokens, heads = config.train.micro_batch, grid.shard_tokens(config.sequence), arch.heads // grid.tp
-    if config.attention.kind == "full":
+    # Full attention, in the last steps too, gathers all keys and values.
+    if config.attention.kind == "full" or config.attention.full_last_steps:
         return 2 * rows * grid.cp * tokens * arch.kv_heads // grid.tp * arch.head_dim
     spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
     layout, most = SequenceLayout.dense(rows, grid.cp * tokens), 0

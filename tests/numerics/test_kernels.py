@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model.layers import kernel_choice, lora, mlp, norm, rotary, swiglu
+from pipeline.model.layers import kernel_choice, lora_functions, mlp, norm, rotary, swiglu
 from pipeline.model.layers.frozen_weight import DenseWeight
 from tests.support.interpreted import interpret
 from tests.support.single import single_groups
@@ -162,6 +162,30 @@ def _qkv_agrees(device: str) -> None:
                 torch.testing.assert_close(one, other, rtol=0, atol=0, msg=f"{dtype} {groups} {ratio} {width}")
 
 
+def _merge_agrees(device: str) -> None:
+    """Attention over two sets of keys against attention over all, in fp64; strided outputs, both shapes of lse."""
+    from pipeline.model.attention import backends, merge_kernel
+
+    generator = torch.Generator().manual_seed(7)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        scores = torch.randn(2, 3, 37, 9, generator=generator).mul_(4).double()
+        values = torch.randn(2, 3, 9, 6, generator=generator).double()
+        parts = []
+        for span in (slice(0, 5), slice(5, 9)):
+            out = scores[..., span].softmax(-1) @ values[:, :, span]
+            # As kernels return it: tokens before heads in memory.
+            strided = out.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2)
+            parts += [strided, scores[..., span].logsumexp(-1, keepdim=dtype is torch.float16).float().to(device)]
+        found, lse = merge_kernel.merge(*parts)
+        eager, eager_lse = backends.merge_outputs(*(part.cpu() for part in parts))
+        for one, total in ((found, lse), (eager, eager_lse)):
+            assert one.dtype is dtype and one.stride() == parts[2].stride() and total.shape == parts[3].shape
+            expected = scores.softmax(-1) @ values
+            torch.testing.assert_close(one.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+            whole = scores.logsumexp(-1).view(total.shape)
+            torch.testing.assert_close(total.double().cpu(), whole, rtol=1e-6, atol=1e-5)
+
+
 CHECKS = (
     "_swiglu_agrees",
     "_rotation_agrees",
@@ -169,6 +193,7 @@ CHECKS = (
     "_norm_gradient_agrees",
     "_stream_joins",
     "_qkv_agrees",
+    "_merge_agrees",
 )
 
 
@@ -266,11 +291,11 @@ def test_an_update_of_a_strided_base_is_no_kernels(monkeypatch: pytest.MonkeyPat
     def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> None:
         asked.append(all(tensor.is_contiguous() for tensor in others))
 
-    monkeypatch.setattr(lora, "kernels_for", kernels_for)
+    monkeypatch.setattr(lora_functions, "kernels_for", kernels_for)
     low, b = torch.randn(6, 1, 4).half(), torch.randn(20, 4).half()
     for whole in (torch.zeros(6, 1, 40), torch.zeros(6, 1, 20)):
         base = whole.half()[..., :20]
-        lora._AddUpdate.apply(base, low, b, 1.0)
+        lora_functions.AddUpdate.apply(base, low, b, 1.0)
         assert torch.equal(base, torch.addmm(torch.zeros(6, 20).half(), low[:, 0], b.t())[:, None])
     assert asked == [False, True]
 
@@ -284,7 +309,9 @@ def test_a_second_derivative_is_refused() -> None:
     matrices = [DenseWeight(torch.nn.Parameter(torch.randn(shape))) for shape in ((12, 8), (8, 6))]
     for output in (
         norm._Norm.apply(x, weight, 1e-5, kernels),
-        lora._OfMade.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
+        lora_functions.OfMade.apply(
+            functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe
+        ),
         mlp._FrozenMlp.apply(x, *matrices, single_groups().collection.tp, False, None),
     ):
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)

@@ -15,7 +15,7 @@ import torch
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
-from pipeline.model.layers import lora, norm, rotary, swiglu
+from pipeline.model.layers import lora_functions, norm, rotary, swiglu
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
@@ -47,7 +47,7 @@ def _on(kernels: Any) -> Iterator[None]:
         return kernels if all(tensor.is_contiguous() for tensor in others) else None
 
     with contextlib.ExitStack() as stack:
-        for module in (lora, norm, rotary, swiglu):
+        for module in (lora_functions, norm, rotary, swiglu):
             stack.enter_context(mock.patch.object(module, "kernels_for", kernels_for))
         yield
 

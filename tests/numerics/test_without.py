@@ -11,7 +11,7 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import WITHOUT, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model import spec
-from pipeline.model.layers import lora, norm
+from pipeline.model.layers import lora_functions, norm
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
@@ -38,7 +38,7 @@ def test_each_word_switches_one_off_and_gradients_stay(tmp_path: Path) -> None:
         layer = model.stages[0].decoder.layers[0]
         assert isinstance(layer.input_layernorm, norm.StreamNorm) is not bool({"stream_norm", "kernels"} & set(words))
         assert layer.self_attention.fused_qkv is not bool({"fused_qkv", "kernels"} & set(words))
-        with mock.patch.object(lora._Joint, "forward", side_effect=lora._Joint.forward) as joined:
+        with mock.patch.object(lora_functions.Joint, "forward", side_effect=lora_functions.Joint.forward) as joined:
             model.train().train_step([Batch(tokens, tokens, None)], AttentionSpec("s2", 16), 1 / 48)
         joint[words] = joined.call_count
         found[words] = {name: p.grad for name, p in model.canonical_parameters() if p.grad is not None}

@@ -102,6 +102,17 @@ def test_gate_and_up_elsewhere_only_where_asked_and_only_as_many_as_hide() -> No
     assert _cost(plans["host"]) < _cost(plans["gpu"]) > _cost(plans["fp8"])
 
 
+def test_last_steps_of_full_attention_are_counted() -> None:
+    """They gather all keys and values, of every layer: 10 GiB at this shape."""
+    arch = llama2("70b")
+    plans = [_planned([*CP8, f"attention.full_last_steps={steps}"], arch, 8) for steps in (0, 10)]
+    kept = [layer_memory(plan.config, arch, plan.grid, 2).kept[POINTWISE] for plan in plans]
+    gathered, halo = 32768 * 2 * 1024 * 2, 4096 * 2 * 512 * 2
+    assert kept[1] - kept[0] == gathered - halo
+    assert _cost(plans[1]) > _cost(plans[0])
+    assert all(plan.memory().gpu_total <= 0.95 * 80e9 for plan in plans)
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     for settings, told in (
         (["train.recompute=full", "train.gate_up=host"], "full keeps gate and up on the GPU or not at all"),
