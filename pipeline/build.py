@@ -126,6 +126,9 @@ def connect(plan: RunPlan, env: RankEnv, base: HfCheckpoint | None = None, fake:
     """
     config, parallel = plan.config, plan.config.parallel
     facts = rank_facts(config, base) if base is not None and env.world_size > 1 and not fake else None
+    if facts is not None:
+        # `auto` looks at each machine's GPUs, and ranks that compute other things again would wait for each other.
+        facts["what layers keep (train.recompute)"] = " ".join(plan.recompute)
     timeout_s = collective_timeout_s(parallel.timeout_s)
     groups = make_groups(plan.grid, env, timeout_s, virtual=parallel.virtual, fake=fake, facts=facts)
     if groups.device.type == "cpu":

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +160,10 @@ def measure(
     # As many micro-batches a step as pipeline stages: the stages cancel out.
     tokens = config.train.micro_batch * config.sequence / (grid.tp * grid.cp)
     median = statistics.median(seconds)
+    policies = Counter(policy.value for policy in plan.recompute)
     found: dict[str, Any] = {
+        "layers keep": ", ".join(f"{count} {policy}" for policy, count in policies.items()),
+        "formula GiB": round((plan.memory().gpu_total - CUDA_CONTEXT) / GIB, 2),
         "seconds a step": round(median, 3),
         "tokens/s/GPU": round(tokens / median, 1),
         "skipped steps": rows[-1]["skipped"],
