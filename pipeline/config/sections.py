@@ -195,7 +195,7 @@ class TrainConfig:
     without: tuple[str, ...] = ()
     """Optimisations switched off, to compare: joint_adapters (a frozen product and its adapters in one function) |
     stream_norm (gradients of a norm and of the stream beside it in one pass) | fused_qkv (q, k, v cut and RoPE in one
-    kernel) | kernels (all of Triton's, in layers)."""
+    kernel) | kernels (all of Triton's)."""
     seed: int = 1234
     """Seed of everything random."""
     bad_steps: int = 5

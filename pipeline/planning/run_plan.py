@@ -159,6 +159,7 @@ class RunPlan:
         """
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
+        kernels = "kernels" not in config.train.without
         return cls(
             config=config,
             arch=arch,
@@ -166,8 +167,8 @@ class RunPlan:
             grid=grid,
             batch=batch,
             chunks=chunks,
-            attention=attention_spec(config.attention, config.group),
-            full_attention=full_attention(config.attention),
+            attention=replace(attention_spec(config.attention, config.group), kernels=kernels),
+            full_attention=replace(full_attention(config.attention), kernels=kernels),
             recompute=plan_policies(config, arch, grid, chunks),
         )
 

@@ -208,6 +208,7 @@ def attend_straddling(
     own_v_BSHD: torch.Tensor,
     backend: Backend,
     scale: float,
+    fused: bool = True,
 ) -> torch.Tensor:
     """B equal segments whose first T keys lie in another tensor than the last Sq, which are the queries' own.
 
@@ -218,7 +219,7 @@ def attend_straddling(
     for kernel in backend.lse:
         q, early_k, own_k = heads_first
         if kernel.runs(q, early_k, False) and kernel.runs(q, own_k, True):
-            return attend_pieces(q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD, kernel, scale)
+            return attend_pieces(q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD, kernel, scale, fused)
     k_BSHD = torch.cat((early_k_BTHD, own_k_BSHD), dim=1)
     v_BSHD = torch.cat((early_v_BTHD, own_v_BSHD), dim=1)
     segments, queries = q_BSHD.shape[:2]

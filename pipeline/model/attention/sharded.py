@@ -170,7 +170,7 @@ def context_attend(
     received: tuple[torch.Tensor, ...] = _Receive.apply(ticket, trip)
     ticket, early = received[0], [x.transpose(0, 1) for x in received[1:]]
     parts.extend(
-        attend_straddling(q, early_k, early_v, k, v, backend, scale)
+        attend_straddling(q, early_k, early_v, k, v, backend, scale, spec.kernels)
         for (q, k, v), early_k, early_v in zip(inputs[count:], early[0::2], early[1::2], strict=True)
     )
     out: torch.Tensor = _Place.apply(q_LBHD, ticket, q_windows, work.fills, *parts)
