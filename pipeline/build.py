@@ -78,8 +78,14 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     return dtype
 
 
-def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSource) -> RankModel:
+def build_model(
+    plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSource, family: str = "local"
+) -> RankModel:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
+
+    Args:
+        lora: adapters; rank 0 where none train.
+        family: see `RankModel`.
 
     Raises:
         ConfigError: attention.backend cannot run here.
@@ -91,7 +97,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSou
     if parallel.engine == "zero3":
         offload, grid = parallel.offload.params == "cpu", plan.grid
         described = deepspeed_config(dtype, train.micro_batch, plan.batch.accumulation, grid.dp * grid.cp)
-        shards = FrozenShards(groups, dtype, offload, described)
+        shards = FrozenShards(groups, dtype, offload, described, parallel.offload.ahead)
     model = RankModel(
         plan.arch,
         plan.rope,
@@ -102,6 +108,8 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSou
         plan.chunks,
         shards=shards,
         kinds=train.trainable,
+        family=family,
+        without=train.without,
     )
     load_base(model, base)
     init_adapters(model, train.seed)
@@ -119,6 +127,9 @@ def connect(plan: RunPlan, env: RankEnv, base: WeightSource | None = None, fake:
     """
     config, parallel = plan.config, plan.config.parallel
     facts = rank_facts(config, base) if base is not None and env.world_size > 1 and not fake else None
+    if facts is not None:
+        # `auto` looks at each machine's GPUs, and ranks that compute other things again would wait for each other.
+        facts["what layers keep (train.recompute)"] = " ".join(plan.recompute)
     timeout_s = collective_timeout_s(parallel.timeout_s)
     groups = make_groups(plan.grid, env, timeout_s, virtual=parallel.virtual, fake=fake, facts=facts)
     if groups.device.type == "cpu":

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,63 +36,18 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.weight_source import WeightSource
-from pipeline.planning import tensors as names
-from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
-from pipeline.planning.run_plan import RunPlan, plan_run
+from pipeline.planning.run_plan import RunPlan, on_gpus_of, plan_run
 from pipeline.reporting.command import command, program
-from pipeline.storage.safetensors import TensorFact
 from tools.support.profile import print_profile
+from tools.support.random_base import RandomBase
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
 """The most a rank may need, in fp32, where there is no GPU."""
-
-
-class RandomBase:
-    """A `WeightSource` that nobody has to download: normal, deviation 0.02; norms one; on the GPU if there is one."""
-
-    files: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def __init__(self, arch: LlamaArch, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.folder = Path("random")
-        self.facts = {name: TensorFact(shape, dtype) for name, shape in names.hf_tensor_shapes(arch).items()}
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _make(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        values = torch.empty(tuple(shape), dtype=self.facts[name].dtype, device=self._device)
-        return values.fill_(1.0) if "norm" in name else values.normal_(0.0, 0.02)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Fresh values on every call."""
-        return self._make(name, self.facts[name].shape)
-
-    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Fresh values of that range's shape."""
-        shape = list(self.facts[name].shape)
-        shape[dim] = stop - start
-        return self._make(name, shape)
-
-    def block(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> torch.Tensor:
-        """Fresh values of that block's shape."""
-        first, last = columns or (0, self.facts[name].shape[1])
-        return self._make(name, (rows[1] - rows[0], last - first))
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
-        return sorted(self.facts)
-
-    def mean_row(self, name: str) -> torch.Tensor:
-        """What the mean of many such rows is near: zero."""
-        return torch.zeros(self.facts[name].shape[1])
-
-    def base_hash(self) -> str:
-        """Not a hash: nothing can be resumed from this."""
-        return "random"
 
 
 def _stand_in_model(path: Path, folder: Path) -> None:
@@ -204,7 +160,10 @@ def measure(
     # As many micro-batches a step as pipeline stages: the stages cancel out.
     tokens = config.train.micro_batch * config.sequence / (grid.tp * grid.cp)
     median = statistics.median(seconds)
+    policies = Counter(policy.value for policy in plan.recompute)
     found: dict[str, Any] = {
+        "layers keep": ", ".join(f"{count} {policy}" for policy, count in policies.items()),
+        "formula GiB": round((plan.memory().gpu_total - CUDA_CONTEXT) / GIB, 2),
         "seconds a step": round(median, 3),
         "tokens/s/GPU": round(tokens / median, 1),
         "skipped steps": rows[-1]["skipped"],
@@ -252,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
-            plan = plan_run(changed, env.world_size)
+            plan = plan_run(on_gpus_of(changed, args.cap_gib), env.world_size)
             if not torch.cuda.is_available():
                 refuse_without_gpu(plan)
             if args.rank is None and not env.launched:

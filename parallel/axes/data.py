@@ -229,10 +229,16 @@ class FlatShards:
             got = to_receive(sent, (self.size, count), self.group or dist.group.WORLD)
             # As bytes: no backend then needs to know the dtype.
             dist.all_gather_into_tensor(got.view(-1).view(torch.uint8), sent.view(torch.uint8), group=self.group)
+            targets: list[torch.Tensor] = []
+            pieces: list[torch.Tensor] = []
             for rank, row in enumerate(got):
                 first = rank * self.share + offset
                 for piece in self._pieces(first, count):
                     target = into[piece.index]
                     if target is not None:
                         place = piece.place - first
-                        target[piece.start : piece.stop].copy_(row[place : place + piece.stop - piece.start])
+                        targets.append(target[piece.start : piece.stop])
+                        pieces.append(row[place : place + piece.stop - piece.start])
+            # Hundreds of small tensors in a few launches.
+            if targets:
+                torch._foreach_copy_(targets, pieces)

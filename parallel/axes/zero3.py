@@ -3,8 +3,9 @@
 A unit is what is used together: the matrices of one layer, the output matrix, a frozen embedding. DeepSpeed's
 `zero.Init` cuts its flat parameter into one share a rank and keeps it on the GPU or in host memory. DeepSpeed's own
 coordinator is not used: it learns the order of modules from a trace, allocates a new buffer for every gather, copies
-from host memory synchronously and cannot leave trained parameters whole. A transformer's order is known, so that two
-static buffers suffice: while one unit is computed with, the next is copied and gathered into the other.
+from host memory synchronously and cannot leave trained parameters whole. A transformer's order is known, so that a few
+static buffers suffice: while one unit is computed with, the next ones are copied and gathered into the others. Copies
+and gathers have a stream each: one unit is copied while the one before it is gathered.
 
 What trains stays whole on every rank, with its gradient sums; its optimizer state is sharded by
 `pipeline.training.optimizer`.
@@ -31,8 +32,6 @@ from parallel.world.rank_env import local_rank_exported
 
 ALIGN_ELEMENTS = 64
 """Every parameter starts at a multiple of this in its unit: matrix kernels want 16-byte addresses."""
-SLOTS = 2
-"""Gather buffers: the unit in use and the next."""
 
 
 class _Mpu:
@@ -135,10 +134,14 @@ class FrozenShards:
         dtype: of all weights.
         offload: keep the shares in (pinned) host memory.
         config: from `deepspeed_config`.
+        ahead: units that are fetched before they are needed, 1 or more; there is a buffer for each and one more.
     """
 
-    def __init__(self, groups: Groups, dtype: torch.dtype, offload: bool, config: dict[str, Any]) -> None:
+    def __init__(
+        self, groups: Groups, dtype: torch.dtype, offload: bool, config: dict[str, Any], ahead: int = 1
+    ) -> None:
         self.groups, self.dtype, self.offload, self.config = groups, dtype, offload, config
+        self.ahead = ahead
         self.group, self.device = groups.data, groups.device
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.units: list[Unit] = []
@@ -147,8 +150,9 @@ class FrozenShards:
         self._backward = False
         self._ids: set[int] = set()
         self._slots: list[torch.Tensor] = []
-        self._holds: list[Unit | None] = [None] * SLOTS
-        self._stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._holds: list[Unit | None] = [None] * (ahead + 1)
+        self._streams = (torch.cuda.Stream(), torch.cuda.Stream()) if self.device.type == "cuda" else None
+        """Of copies from host memory, and of gathers."""
         self._arena: torch.Tensor | None = None
         self._pinned = 0
 
@@ -201,7 +205,7 @@ class FrozenShards:
                     begin += share
         largest = max(unit.numel for unit in self.units)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self._slots = [to_receive(like, (largest,), self.group) for _ in range(SLOTS)]
+        self._slots = [to_receive(like, (largest,), self.group) for _ in self._holds]
 
     def _partition(self, zero: Any, unit: Unit) -> Any:
         """A unit's flat parameter as DeepSpeed keeps it."""
@@ -250,26 +254,29 @@ class FrozenShards:
             self._backward = False
 
     def use(self, position: int) -> None:
-        """Make the unit at `position` whole before what is launched next, and start on the one after it.
+        """Make the unit at `position` whole before what is launched next, and start on those after it.
 
-        The unit used before may be overwritten from here on: everything that reads it must have been launched.
+        Units used before may be overwritten from here on: everything that reads them must have been launched.
         """
-        unit = self.order[position]
+        way = -1 if self._backward else 1
+        places = (position + way * far for far in range(self.ahead + 1))
+        wanted = [self.order[place] for place in places if 0 <= place < len(self.order)]
+        unit = wanted[0]
         if unit.slot is None:
-            self._fetch(unit, keep=None)
+            self._fetch(unit, wanted)
         if unit.ready is not None:
-            if self._stream is not None:
+            if self._streams is not None:
                 torch.cuda.current_stream().wait_event(unit.ready)
             else:
                 unit.ready.wait()
             unit.ready = None
-        following = position - 1 if self._backward else position + 1
-        if 0 <= following < len(self.order) and self.order[following].slot is None:
-            self._fetch(self.order[following], keep=unit)
+        for following in wanted[1:]:
+            if following.slot is None:
+                self._fetch(following, wanted)
 
-    def _fetch(self, unit: Unit, keep: Unit | None) -> None:
-        """Start to gather a unit into a buffer that does not hold `keep`."""
-        others = [n for n, held in enumerate(self._holds) if held is None or held is not keep]
+    def _fetch(self, unit: Unit, keep: Sequence[Unit]) -> None:
+        """Start to gather a unit into a buffer that holds none of `keep`."""
+        others = [n for n, held in enumerate(self._holds) if held is None or not any(held is one for one in keep)]
         number = min(others, key=lambda n: self._holds[n] is not None)  # a free one, if there is one
         evicted = self._holds[number]
         if evicted is not None:
@@ -279,23 +286,27 @@ class FrozenShards:
         share = unit.flat.ds_tensor.data
         for parameter, (start, stop), shape in zip(unit.parameters, unit.spans, unit.shapes, strict=True):
             parameter.data = whole[start:stop].view(shape)
-        if self._stream is None:
+        if self._streams is None:
             if self.world == 1:
                 whole.copy_(share)
             else:
                 unit.ready = self._gather(whole, share)
             return
+        copies, gathers = self._streams
         # Kernels launched so far may still read what the buffer held.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            mine = share
+        copies.wait_stream(torch.cuda.current_stream())
+        mine = share
+        with torch.cuda.stream(copies):
             if self.world == 1 or share.device.type == "cpu":
                 mine = whole[self.rank * share.numel() : (self.rank + 1) * share.numel()]
                 mine.copy_(share, non_blocking=True)
-            if self.world > 1:
+            unit.ready = copies.record_event()
+        if self.world > 1:
+            with torch.cuda.stream(gathers):
+                gathers.wait_event(unit.ready)
                 # In place: this rank's part of the buffer is where the gather would put it.
                 self._gather(whole, mine).wait()
-            unit.ready = self._stream.record_event()
+                unit.ready = gathers.record_event()
 
     def _gather(self, whole: torch.Tensor, mine: torch.Tensor) -> Any:
         # As bytes: no backend then needs to know the dtype.
@@ -304,7 +315,7 @@ class FrozenShards:
         )
 
     def _evict(self, unit: Unit) -> None:
-        if unit.ready is not None and self._stream is None:
+        if unit.ready is not None and self._streams is None:
             unit.ready.wait()
         unit.slot, unit.ready = None, None
         for parameter in unit.parameters:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from parallel.errors import ConfigError
-from pipeline.config.checks import at_least, one_of
+from pipeline.config.checks import at_least, between, one_of
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Where engine zero3 keeps what it shards: none (on the GPU) | cpu (in host memory)."""
+    """Where engine zero3 keeps what it shards, none (on the GPU) | cpu (in host memory), and when it is fetched."""
 
     params: str = "none"
     """Shards of the frozen weights; cpu pins them and copies a layer's share to the GPU before it is needed."""
     optimizer: str = "none"
     """fp32 masters and moments of what trains; cpu updates them there."""
+    ahead: int = 2
+    """Layers that are copied and gathered before they are needed; each has a buffer of its own on the GPU."""
 
     def __post_init__(self) -> None:
         for name in ("params", "optimizer"):
@@ -26,6 +28,7 @@ class OffloadConfig:
                     "weights are frozen); use cpu."
                 )
             one_of(f"parallel.offload.{name}", value, ("none", "cpu"))
+        between("parallel.offload.ahead", self.ahead, 1, 8)
 
 
 @dataclass(frozen=True)

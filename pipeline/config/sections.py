@@ -16,7 +16,9 @@ from pipeline.config.rope import RopeSettings
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
-RECOMPUTE = ("full", "none")
+RECOMPUTE = ("full", "gate_up", "pointwise", "none", "auto")
+GATE_UP = ("gpu", "fp8", "host")
+WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
 EVAL_TASKS = ("passkey", "needle", "dense_gap")
 """What an evaluation during training may measure besides perplexity."""
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap")
@@ -184,7 +186,19 @@ class TrainConfig:
     trainable: tuple[str, ...] = ("lora", "embed", "norm")
     """What trains: lora embed norm lm_head."""
     recompute: str = "full"
-    """Activation checkpointing: full (per layer) | none."""
+    """What the backward pass computes again: full (every layer, from its input) | gate_up (gate and up of the MLP, and
+    pointwise work) | pointwise (norms' outputs and the like) | none | auto (what fits, layer by layer: the least that
+    fills the GPU)."""
+    gate_up: str = "gpu"
+    """Where gate and up lie that are kept: gpu (as they are) | fp8 (on the GPU in 8 bits, which rounds gradients) |
+    host (pinned memory of the host, copied beside the computation). With recompute auto: of layers for which the GPU
+    has no room otherwise."""
+    gpu_gib: float | None = None
+    """GPU memory that recompute auto fills, GiB; None: 95% of the smallest GPU's (of 80 GB where there is none)."""
+    without: tuple[str, ...] = ()
+    """Optimisations switched off, to compare: joint_adapters (a frozen product and its adapters in one function) |
+    stream_norm (gradients of a norm and of the stream beside it in one pass) | fused_qkv (q, k, v cut and RoPE in one
+    kernel) | kernels (all of Triton's)."""
     seed: int = 1234
     """Seed of everything random."""
     bad_steps: int = 5
@@ -209,6 +223,18 @@ class TrainConfig:
         between("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
         one_of("train.schedule", self.schedule, ("constant", "cosine"))
         one_of("train.recompute", self.recompute, RECOMPUTE)
+        one_of("train.gate_up", self.gate_up, GATE_UP)
+        for word in self.without:
+            one_of("train.without", word, WITHOUT)
+        if self.gate_up != "gpu" and self.recompute not in ("pointwise", "auto"):
+            raise ConfigError(
+                f"train.gate_up: {self.gate_up} is for train.recompute pointwise and auto; {self.recompute} keeps gate "
+                "and up on the GPU or not at all."
+            )
+        if self.gpu_gib is not None:
+            at_least("train.gpu_gib", self.gpu_gib, 1)
+            if self.recompute != "auto":
+                raise ConfigError("train.gpu_gib: only train.recompute auto looks at it; set that, or remove it.")
         at_least("train.bad_steps", self.bad_steps, 1)
         for kind in self.trainable:
             one_of("train.trainable", kind, TRAINABLE_KINDS)

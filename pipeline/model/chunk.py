@@ -57,6 +57,7 @@ class LlamaChunk(MegatronModule):
         chunk: the part to build; None: the whole model.
         recompute: policy of every layer of the whole model; None: nothing is recomputed.
         family: whose classes the layers are of (`spec.FAMILIES`).
+        without: optimisations switched off (train.without).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LlamaChunk(MegatronModule):
         chunk: Chunk | None = None,
         recompute: Sequence[RecomputePolicy] | None = None,
         family: str = "local",
+        without: Sequence[str] = (),
     ) -> None:
         super().__init__(config=config)
         self.arch, self.rope, self.lora, self.groups = arch, rope, lora, groups
@@ -89,7 +91,7 @@ class LlamaChunk(MegatronModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_submodules(arch, lora, [policies[layer] for layer in self.chunk.layers], family),
+            spec=block_submodules(arch, lora, [policies[layer] for layer in self.chunk.layers], family, without),
             pg_collection=groups,
             pre_process=self.chunk.first,
             post_process=self.chunk.last,

@@ -58,6 +58,7 @@ class RankModel(torch.nn.Module):
         shards: engine zero3: takes the frozen matrices; None: every rank holds its slice of them.
         kinds: train.trainable, which decides what `shards` takes.
         family: whose classes the layers are of (`spec.FAMILIES`).
+        without: optimisations switched off (train.without).
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class RankModel(torch.nn.Module):
         shards: FrozenShards | None = None,
         kinds: Sequence[str] = (),
         family: str = "local",
+        without: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -92,7 +94,9 @@ class RankModel(torch.nn.Module):
                 virtual=number // plan.pp if len(layers) > plan.pp else None,
             )
             with home:
-                self.chunks.append(LlamaChunk(arch, rope, lora, config, groups.collection, chunk, policies, family))
+                self.chunks.append(
+                    LlamaChunk(arch, rope, lora, config, groups.collection, chunk, policies, family, without)
+                )
         if shards is not None:
             (stage,) = self.stages
             shard_stage(stage, kinds, shards)

@@ -7,7 +7,7 @@ and layers are the same for all, and so is every tensor a checkpoint holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipeline.model.layers.layer import LlamaLayer
 from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.model.layers.lora import Linear, adapted_column, adapted_row
 from pipeline.model.layers.mlp import TiledMLP
-from pipeline.model.layers.norm import RMSNorm
+from pipeline.model.layers.norm import RMSNorm, StreamNorm
 from pipeline.model.layers.residual import Add, last_residual_add, plain_add, residual_add
 from pipeline.model.layers.swiglu import EagerSwiGlu, SwiGlu
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
@@ -48,13 +48,19 @@ class LayerFamily:
     mlp: Callable[..., MLP]
     """As megatron's MLP, and `recompute` of the layer."""
     activation: Callable[..., torch.nn.Module]
-    """Of [gate; up] side by side."""
+    """Of [gate; up] side by side, by megatron's configuration and `recompute` of the layer."""
     add: Callable[[bool, bool], Add]
     """Residual sum inside the layer."""
     last_add: Callable[[bool, bool], Add]
     """Residual sum that leaves the layer."""
     fused: bool
-    """Whether RoPE and LoRA's update use kernels, and LoRA makes a norm's output again instead of keeping it."""
+    """Whether RoPE and LoRA's update use kernels, and LoRA may make its input again instead of keeping it."""
+    layer_norm: Callable[..., torch.nn.Module]
+    """Norms inside a layer; may also return the stream they normalize, as megatron's layer then expects."""
+    joint: bool
+    """Whether a frozen product and its adapters are one autograd function."""
+    fused_qkv: bool
+    """Whether one kernel cuts q, k and v and applies RoPE."""
 
 
 def _megatrons_mlp(recompute: RecomputePolicy, **kwargs: Any) -> MLP:
@@ -72,6 +78,9 @@ FAMILIES = {
         add=residual_add,
         last_add=last_residual_add,
         fused=True,
+        layer_norm=StreamNorm,
+        joint=True,
+        fused_qkv=True,
     ),
     # Whole sequences are gathered before a product and whole rows summed after it, an MLP holds its wide tensors for
     # all tokens, a recomputed layer repeats all that its forward did, norms' outputs are kept, and pointwise work is
@@ -87,13 +96,34 @@ FAMILIES = {
         add=plain_add,
         last_add=plain_add,
         fused=False,
+        layer_norm=partial(RMSNorm, fused=False),
+        joint=False,
+        fused_qkv=False,
     ),
 }
 """By name."""
+WITHOUT: dict[str, dict[str, Any]] = {
+    "joint_adapters": {"joint": False},
+    "stream_norm": {"layer_norm": RMSNorm},
+    "fused_qkv": {"fused_qkv": False},
+    "kernels": {
+        "fused": False,
+        "fused_qkv": False,
+        "norm": partial(RMSNorm, fused=False),
+        "layer_norm": partial(RMSNorm, fused=False),
+        "activation": EagerSwiGlu,
+    },
+}
+"""What a family is without an optimisation, by its word in train.without."""
+
+
+def _again(family: LayerFamily, recompute: RecomputePolicy) -> bool:
+    return family.fused and recompute is not RecomputePolicy.NONE
 
 
 def _column(
     family: LayerFamily,
+    recompute: RecomputePolicy,
     lora: LoraConfig,
     adapted: Sequence[str],
     parts: Sequence[tuple[str, int]],
@@ -109,14 +139,21 @@ def _column(
         adapted=adapted,
         fuse_rows=lambda rows: fuse(*rows),
         fused=family.fused,
+        again=_again(family, recompute),
+        joint=family.joint,
     )
 
 
-def _row(family: LayerFamily, lora: LoraConfig, part: str, adapted: Sequence[str]) -> Linear:
+def _row(
+    family: LayerFamily, recompute: RecomputePolicy, lora: LoraConfig, part: str, adapted: Sequence[str]
+) -> Linear:
     linear = family.last_row if part == "down" else family.row
     if not lora.rank or part not in adapted:
         return linear
-    return partial(adapted_row, linear=linear, lora=lora, part=part, fused=family.fused)
+    again = _again(family, recompute)
+    return partial(
+        adapted_row, linear=linear, lora=lora, part=part, fused=family.fused, again=again, joint=family.joint
+    )
 
 
 def _mlp(
@@ -144,30 +181,39 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
         module=LlamaLayer,
         params={"recompute": recompute},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=family.norm,
+            input_layernorm=family.layer_norm,
             self_attention=ModuleSpec(
                 module=LongAttention,
-                params={"attn_mask_type": AttnMaskType.causal, "fused_rope": family.fused},
+                params={
+                    "attn_mask_type": AttnMaskType.causal,
+                    "fused_rope": family.fused,
+                    "fused_qkv": family.fused_qkv,
+                },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_column(
-                        family, lora, [t for t in adapted if t in "qkv"], qkv_parts, partial(fuse_qkv, arch=arch)
+                        family,
+                        recompute,
+                        lora,
+                        [t for t in adapted if t in "qkv"],
+                        qkv_parts,
+                        partial(fuse_qkv, arch=arch),
                     ),
                     core_attention=CoreAttention,
-                    linear_proj=_row(family, lora, "o", adapted),
+                    linear_proj=_row(family, recompute, lora, "o", adapted),
                 ),
             ),
             self_attn_bda=family.add,
-            pre_mlp_layernorm=family.norm,
+            pre_mlp_layernorm=family.layer_norm,
             mlp=_mlp(
                 family,
                 recompute,
                 arch.ffn,
                 MLPSubmodules(
                     linear_fc1=_column(
-                        family, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
+                        family, recompute, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
                     ),
-                    activation_func=family.activation,
-                    linear_fc2=_row(family, lora, "down", adapted),
+                    activation_func=partial(family.activation, recompute=recompute),
+                    linear_fc2=_row(family, recompute, lora, "down", adapted),
                 ),
             ),
             mlp_bda=family.last_add,
@@ -176,15 +222,22 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
 
 
 def block_submodules(
-    arch: LlamaArch, lora: LoraConfig, recompute: Sequence[RecomputePolicy], family: str = "local"
+    arch: LlamaArch,
+    lora: LoraConfig,
+    recompute: Sequence[RecomputePolicy],
+    family: str = "local",
+    without: Sequence[str] = (),
 ) -> TransformerBlockSubmodules:
     """Specs of Llama layers, one a policy, and the final norm; adapted projections get adapters beside them.
 
     Args:
         recompute: policy of every layer, of which there are so many.
         family: name of a LayerFamily.
+        without: optimisations switched off, keys of WITHOUT.
     """
     classes = FAMILIES[family]
+    for word in without:
+        classes = replace(classes, **WITHOUT.get(word, {}))
     return TransformerBlockSubmodules(
         layer_specs=[_layer(arch, lora, policy, classes) for policy in recompute], layer_norm=classes.norm
     )

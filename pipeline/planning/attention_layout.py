@@ -35,6 +35,8 @@ class AttentionSpec:
     """Reproduce the published roll, which leaks the future; parity studies only."""
     backend: str = "auto"
     """auto | cudnn | flash | flash_attn | math."""
+    kernels: bool = True
+    """Merge attention over a halo and over own keys in one kernel, where there is one (train.without: kernels)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -11,20 +11,16 @@ from dataclasses import dataclass
 
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
+from pipeline.planning.activations import layer_memory, peak_of
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
-from pipeline.planning.tile_size import tile_tokens
 
 GIB = 2**30
 GRADIENT = 4
 """Bytes a trained element: gradients are summed in fp32."""
 OPTIMIZER = 12
 """Bytes a trained element: fp32 master and Adam's two moments, cut over dp x cp."""
-GATHER_SLOTS = 2
-"""Buffers of engine zero3 for gathered weights: of the layer at work and of the next (the output matrix is one too)."""
-LOGITS = 3 * 4 * (1 << 25)
-"""Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
 CUDA_CONTEXT = 3 * GIB
 """What no formula sees: CUDA's context, NCCL's buffers, blocks of the allocator that do not fit together."""
 PROCESS = 4 * GIB
@@ -110,48 +106,34 @@ def estimate_memory(
         layered //= shards
     trained = counts.trained // grid.tp
     optimizer = OPTIMIZER * trained // shards
+    activations, parked = _activations(config, arch, grid, recompute[:layers], width)
     gpu = {
         "frozen norms": counts.norms * width,
         "trained weights": trained * width,
         "gradients": trained * GRADIENT,
-        **_activations(config, arch, grid, recompute[:layers], width),
+        **activations,
         "context": CUDA_CONTEXT,
     }
-    host = {"process": PROCESS}
+    host = {"process": PROCESS} | ({"gate and up": parked} if parked else {})
     (host if offload.params == "cpu" else gpu)["frozen weights, shard" if zero3 else "frozen weights"] = layered
     (host if offload.optimizer == "cpu" else gpu)["optimizer"] = optimizer
     if zero3:
-        gpu["gathered weights"] = GATHER_SLOTS * max(counts.layer, counts.head, counts.embedding) * width // grid.tp
+        # One buffer for the unit at work, which may be the output matrix, and one for each that is fetched ahead.
+        unit = max(counts.layer, counts.head, counts.embedding) * width // grid.tp
+        gpu["gathered weights"] = (1 + offload.ahead) * unit
     saved = OPTIMIZER * counts.trained
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 
 
 def _activations(
     config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int
-) -> dict[str, int]:
-    """What a layer keeps for the backward pass, and the most that one layer, or the loss, takes while it is at work."""
-    tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
-    query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    hidden, ffn, tp = arch.hidden // grid.tp, arch.ffn // grid.tp, grid.tp
-    adapted = any(target in ("gate", "up", "down") for target in config.lora.targets)
-    full = RecomputePolicy.FULL in policies
-    # The layer's input, attention's own sum, queries, keys, values, attention's output twice (as its kernel left it and
-    # by heads), gate and up; the product of the two if an adapter reads it.
-    everything = 2 * hidden + (3 * query + 2 * key_value) // tp + (3 if adapted else 2) * ffn
-    kept = {RecomputePolicy.FULL: hidden, RecomputePolicy.NONE: everything}
-    stored = sum(kept[policy] for policy in policies)
+) -> tuple[dict[str, int], int]:
+    """What layers keep and what the one at work takes, by what it is; bytes of gate and up in host memory.
+
+    As many micro-batches are under way as there are stages, of each a stage's layers.
+    """
+    layer = layer_memory(config, arch, grid, width)
+    stored, at_work = peak_of(layer, policies)
     name = "layer inputs" if set(policies) == {RecomputePolicy.FULL} else "activations"
-    # Attention's backward: queries, output twice, and their gradients, one of them in fp32; gradients of keys and
-    # values, with GQA first by query heads; two hidden states.
-    grouped = arch.kv_heads < arch.heads
-    attention = ((9 if grouped else 7) * query + 6 * key_value) // tp + 2 * hidden
-    if full and not adapted:
-        mlp = tokens * (3 * hidden + (3 * query + 2 * key_value) // tp)
-        # A checkpointed frozen MLP's wide tensors exist for one tile (`layers.mlp`).
-        mlp += min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
-    else:
-        # Gradients of gate, up and their product beside them; sequence parallelism sums whole rows.
-        mlp = tokens * (everything * full + 3 * ffn + hidden + arch.hidden * (tp > 1))
-    at_work = max(tokens * attention, mlp) * width
-    # As many micro-batches are under way as there are stages, of each a stage's layers.
-    return {name: tokens * stored * width * grid.pp, "a layer or the loss at work": max(at_work, LOGITS)}
+    parked = layer.gate_up * sum(policy is RecomputePolicy.HOST for policy in policies)
+    return {name: stored * grid.pp, "a layer or the loss at work": at_work}, parked * grid.pp

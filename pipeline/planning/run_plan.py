@@ -6,10 +6,12 @@ doctor are given it; none of them works it out again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError
+from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.grid import (
     BatchPlan,
     GridPlan,
@@ -26,6 +28,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
+from pipeline.planning.fill_memory import LEFT, fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
@@ -107,6 +110,24 @@ def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, .
     return plan_stages(arch.layers, grid.pp, virtual)
 
 
+def plan_policies(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range]
+) -> tuple[RecomputePolicy, ...]:
+    """What every layer keeps; for `auto` by the memory of this machine's GPUs."""
+    train = config.train
+    if train.recompute == "auto":
+        return fill_memory(config, arch, grid, chunks, smallest_gpu())
+    return plan_recompute(train.recompute, arch.layers, train.gate_up)
+
+
+def on_gpus_of(config: RunConfig, gib: float | None) -> RunConfig:
+    """The configuration for GPUs of this memory, where `auto` would look at this machine's; None: unchanged."""
+    train = config.train
+    if gib is None or train.recompute != "auto" or train.gpu_gib is not None:
+        return config
+    return replace(config, train=replace(train, gpu_gib=gib * (1 - LEFT)))
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """All that follows from a configuration, the checkpoint it names and the number of ranks."""
@@ -138,17 +159,24 @@ class RunPlan:
             ConfigError: the ranks do not fit the settings or the model.
         """
         grid, batch = plan_ranks(config, world)
+        chunks = plan_chunks(arch, grid, config.parallel.virtual)
+        kernels = "kernels" not in config.train.without
         return cls(
             config=config,
             arch=arch,
             rope=rope,
             grid=grid,
             batch=batch,
-            chunks=plan_chunks(arch, grid, config.parallel.virtual),
-            attention=attention_spec(config.attention, config.group),
-            full_attention=full_attention(config.attention),
-            recompute=plan_recompute(config.train.recompute, arch.layers),
+            chunks=chunks,
+            attention=replace(attention_spec(config.attention, config.group), kernels=kernels),
+            full_attention=replace(full_attention(config.attention), kernels=kernels),
+            recompute=plan_policies(config, arch, grid, chunks),
         )
+
+    @classmethod
+    def shaped(cls, config: RunConfig, stored: LlamaArch, world: int) -> RunPlan:
+        """The plan for a checkpoint of this shape, which need not be there; see `of` and `plan_model`."""
+        return cls.of(config, *plan_model(config.model, stored), world)
 
     @property
     def sequence(self) -> int:

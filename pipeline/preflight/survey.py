@@ -120,7 +120,7 @@ def _smaller(part: str) -> str:
     if part == "frozen weights, shard":
         return "set parallel.offload.params: cpu, or use more GPUs"
     if part == "activations":
-        return "set train.recompute: full"
+        return "set train.recompute: auto, or train.recompute: full for the least there is"
     return "raise parallel.cp (each rank then holds fewer tokens), or lower data.sequence"
 
 

@@ -182,8 +182,8 @@ def test_tiny_trains_stops_and_resumes_on_this_machine(name: str) -> None:
     done = launch(name, "--tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     first, resumed, expected, *_ = done.stdout.splitlines()
-    assert f"engine zero3, {'offload params cpu, optimizer cpu, ' if name == 'run_70b_32k' else ''}tp 1" in first
-    assert f"cp {config.parallel.cp} x dp 2 x pp 1" in first and 2 * config.parallel.cp <= PROCESSES
+    assert f"engine zero3, {'offload params cpu, optimizer none, ' if name == 'run_70b_32k' else ''}tp 1" in first
+    assert f"cp {min(config.parallel.cp, PROCESSES)} x dp 1 x pp 1" in first
     losses = [float(word) for word in resumed.split(": ")[1].split()]
     assert len(losses) == 2 * STOP and all(math.isfinite(loss) for loss in losses)
     assert losses == pytest.approx([float(word) for word in expected.split(": ")[1].split()], rel=1e-4)

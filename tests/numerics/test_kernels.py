@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model.layers import kernel_choice, lora, mlp, norm, rotary, swiglu
+from pipeline.model.layers import kernel_choice, lora_functions, mlp, norm, rotary, swiglu
 from pipeline.model.layers.frozen_weight import DenseWeight
 from tests.support.interpreted import interpret
 from tests.support.single import single_groups
@@ -110,9 +110,102 @@ def _norm_gradient_agrees(device: str) -> None:
     torch.testing.assert_close(total, found[1].float(), rtol=2 * tolerance, atol=4 * tolerance)
 
 
-@pytest.mark.parametrize("check", ["_swiglu_agrees", "_rotation_agrees", "_update_agrees", "_norm_gradient_agrees"])
+def _stream_joins(device: str) -> None:
+    """The gradient of what goes on beside a norm is added before the sum is rounded; both against fp64."""
+    from pipeline.model.layers import triton_kernels as kernels
+
+    generator = torch.Generator().manual_seed(5)
+    for dtype, tolerance in DTYPES:
+        x, grad, beside = (torch.randn(5, 2, 96, generator=generator).to(device, dtype) for _ in range(3))
+        weight = torch.rand(96, generator=generator).add(0.5).to(device, dtype)
+        exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
+        normed = functional.rms_norm(exact[0], (96,), exact[1], 1e-5)
+        torch.autograd.backward([normed, exact[0] * 1], [grad.double(), beside.double()])
+        leaf = x.clone().requires_grad_()
+        output, stream = norm._NormBesideStream.apply(leaf, weight, 1e-5, kernels)
+        assert torch.equal(stream, x)
+        torch.autograd.backward([output, stream], [grad, beside])
+        assert leaf.grad is not None and leaf.grad.dtype is dtype
+        torch.testing.assert_close(leaf.grad.double(), exact[0].grad, rtol=2 * tolerance, atol=4 * tolerance)
+
+
+def _qkv_agrees(device: str) -> None:
+    """Cut and turned both ways, to the bit of eager operations, for grouped heads and for as many KV heads."""
+    from pipeline.model.layers import qkv_kernels
+
+    generator = torch.Generator().manual_seed(6)
+    # The interpreter cuts bf16 off instead of rounding it.
+    for dtype in (torch.float32, torch.float16) if device == "cpu" else (torch.float32, torch.bfloat16):
+        for groups, ratio, width in ((2, 3, 16), (3, 1, 128), (1, 8, 6), (40, 1, 64)):
+            angles = torch.randn(5, width // 2, generator=generator)
+            cos, sin = (1.1 * angles.cos()).to(device), (1.1 * angles.sin()).to(device)
+            x = torch.randn(5, 2, groups * (ratio + 2) * width, generator=generator).to(device, dtype)
+            grads = [
+                torch.randn(5, 2, heads, width, generator=generator).to(device, dtype)
+                for heads in (groups * ratio, groups, groups)
+            ]
+            twin = x.clone().requires_grad_()
+            q, k, v = twin.unflatten(-1, (groups, ratio + 2, width)).split((ratio, 1, 1), dim=3)
+            small, large = cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None]
+
+            def turn(part: torch.Tensor, small: torch.Tensor = small, large: torch.Tensor = large) -> torch.Tensor:
+                first, second = part.chunk(2, dim=-1)
+                return torch.cat((first * small - second * large, second * small + first * large), dim=-1)
+
+            expected = turn(q.flatten(2, 3)), turn(k.squeeze(3)), v.squeeze(3)
+            torch.autograd.backward(expected, grads)
+            leaf = x.clone().requires_grad_()
+            found = rotary._SplitAndRotate.apply(leaf, groups, groups * ratio, cos, sin, qkv_kernels)
+            torch.autograd.backward(found, grads)
+            for one, other in ((leaf.grad, twin.grad), *zip(found, expected, strict=True)):
+                assert one is not None and one.is_contiguous()
+                torch.testing.assert_close(one, other, rtol=0, atol=0, msg=f"{dtype} {groups} {ratio} {width}")
+
+
+def _merge_agrees(device: str) -> None:
+    """Attention over two sets of keys against attention over all, in fp64; strided outputs, both shapes of lse."""
+    from pipeline.model.attention import backends, merge_kernel
+
+    generator = torch.Generator().manual_seed(7)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        scores = torch.randn(2, 3, 37, 9, generator=generator).mul_(4).double()
+        values = torch.randn(2, 3, 9, 6, generator=generator).double()
+        parts = []
+        for span in (slice(0, 5), slice(5, 9)):
+            out = scores[..., span].softmax(-1) @ values[:, :, span]
+            # As kernels return it: tokens before heads in memory.
+            strided = out.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2)
+            parts += [strided, scores[..., span].logsumexp(-1, keepdim=dtype is torch.float16).float().to(device)]
+        found, lse = merge_kernel.merge(*parts)
+        eager, eager_lse = backends.merge_outputs(*(part.cpu() for part in parts))
+        for one, total in ((found, lse), (eager, eager_lse)):
+            assert one.dtype is dtype and one.stride() == parts[2].stride() and total.shape == parts[3].shape
+            expected = scores.softmax(-1) @ values
+            torch.testing.assert_close(one.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+            whole = scores.logsumexp(-1).view(total.shape)
+            torch.testing.assert_close(total.double().cpu(), whole, rtol=1e-6, atol=1e-5)
+
+
+CHECKS = (
+    "_swiglu_agrees",
+    "_rotation_agrees",
+    "_update_agrees",
+    "_norm_gradient_agrees",
+    "_stream_joins",
+    "_qkv_agrees",
+    "_merge_agrees",
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(check: str) -> None:
     interpret(f"test_kernels.{check}('cpu')")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS[4:])
+def test_fused_passes_on_a_gpu(check: str) -> None:
+    globals()[check]("cuda")
 
 
 @pytest.mark.gpu
@@ -198,11 +291,11 @@ def test_an_update_of_a_strided_base_is_no_kernels(monkeypatch: pytest.MonkeyPat
     def kernels_for(first: torch.Tensor, *others: torch.Tensor) -> None:
         asked.append(all(tensor.is_contiguous() for tensor in others))
 
-    monkeypatch.setattr(lora, "kernels_for", kernels_for)
+    monkeypatch.setattr(lora_functions, "kernels_for", kernels_for)
     low, b = torch.randn(6, 1, 4).half(), torch.randn(20, 4).half()
     for whole in (torch.zeros(6, 1, 40), torch.zeros(6, 1, 20)):
         base = whole.half()[..., :20]
-        lora._AddUpdate.apply(base, low, b, 1.0)
+        lora_functions.AddUpdate.apply(base, low, b, 1.0)
         assert torch.equal(base, torch.addmm(torch.zeros(6, 20).half(), low[:, 0], b.t())[:, None])
     assert asked == [False, True]
 
@@ -212,11 +305,13 @@ def test_a_second_derivative_is_refused() -> None:
     x, weight = torch.randn(3, 2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
     kernels = mock.Mock()
     kernels.norm_gradient.side_effect = lambda x, weight, grad, eps: (grad * weight, (grad * x).sum((0, 1)))
-    recipe = norm.NormRecipe(x.detach(), weight.detach(), 1e-5)
+    recipe = norm.norm_recipe(x, weight, 1e-5)
     matrices = [DenseWeight(torch.nn.Parameter(torch.randn(shape))) for shape in ((12, 8), (8, 6))]
     for output in (
         norm._Norm.apply(x, weight, 1e-5, kernels),
-        lora._OfNorm.apply(functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe),
+        lora_functions.OfMade.apply(
+            functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe
+        ),
         mlp._FrozenMlp.apply(x, *matrices, single_groups().collection.tp, False, None),
     ):
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)

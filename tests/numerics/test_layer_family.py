@@ -89,6 +89,7 @@ def test_only_the_norm_is_ours_in_megatrons_family(tmp_path: Path) -> None:
             assert len(frozen) == 4 * arch.layers and frozen < {name for name, _ in model.canonical_parameters()}
             made.setdefault(family, set()).update(type(module).__name__ for module in model.modules())
     assert made["local"] - made["megatron"] == {
-        *("TiledColumnParallelLinear", "TiledRowParallelLinear", "LastRowParallelLinear", "TiledMLP", "SwiGlu")
+        *("TiledColumnParallelLinear", "TiledRowParallelLinear", "LastRowParallelLinear", "TiledMLP", "SwiGlu"),
+        "StreamNorm",
     }
     assert made["megatron"] - made["local"] == {"RowParallelLinear", "MLP", "EagerSwiGlu"}

@@ -15,7 +15,7 @@ import torch
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
-from pipeline.model.layers import lora, norm, rotary, swiglu
+from pipeline.model.layers import lora_functions, norm, rotary, swiglu
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
@@ -26,7 +26,8 @@ from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
-POINTWISE = {"swiglu", "swiglu_gradient_", "rotate"}
+# RoPE is a part of what cuts q, k and v, in a module of its own.
+POINTWISE = {"swiglu", "swiglu_gradient_"}
 # dtype, recompute, adapted, rank, trained, kernels that must have been used
 CASES: list[tuple[torch.dtype, str, tuple[str, ...], int, tuple[str, ...], set[str]]] = [
     # No update: fp32 factors would be rounded.
@@ -46,7 +47,7 @@ def _on(kernels: Any) -> Iterator[None]:
         return kernels if all(tensor.is_contiguous() for tensor in others) else None
 
     with contextlib.ExitStack() as stack:
-        for module in (lora, norm, rotary, swiglu):
+        for module in (lora_functions, norm, rotary, swiglu):
             stack.enter_context(mock.patch.object(module, "kernels_for", kernels_for))
         yield
 
@@ -59,6 +60,7 @@ def _gradients(model: RankModel, tokens: torch.Tensor) -> dict[str, torch.Tensor
 
 def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
     """On the device at hand; every dtype of CASES stands for another one, and its tolerance."""
+    from pipeline.model.layers import qkv_kernels
     from pipeline.model.layers import triton_kernels as kernels
 
     groups = single_groups()
@@ -75,8 +77,10 @@ def _model_agrees(dtypes: dict[torch.dtype, tuple[torch.dtype, float]]) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.1).add_("norm" in name))
         mark_trainable(model, trained)
         used = mock.Mock(wraps=kernels)
-        with _on(used):
+        cut = mock.Mock(wraps=qkv_kernels._launch)
+        with _on(used), mock.patch.object(qkv_kernels, "_launch", cut):
             found = _gradients(model, tokens)
+        assert cut.call_count == arch.layers * (3 if recompute == "full" else 2)
         with _on(None):
             expected = _gradients(model, tokens)
         assert {call[0] for call in used.mock_calls} == wanted, (dtype, recompute, targets)

@@ -77,7 +77,7 @@ MODELS = {
         recompute="full",
     ),
     # 9 query and 3 KV heads: the S² split falls inside a KV group; tied.
-    "odd": Model("smollm2", {"num_hidden_layers": 4}),
+    "odd": Model("smollm2", {"num_hidden_layers": 4}, recompute="pointwise"),
     # Full attention, packed documents, and padding wherever ranks cut the sequence.
     "full": Model(
         "llama2",
@@ -85,16 +85,24 @@ MODELS = {
         attention="{kind: full}",
         sequence=61,
         packed=True,
+        recompute="pointwise",
     ),
     "full tied": Model("smollm2", {"num_hidden_layers": 4}, attention="{kind: full}"),
     # Layers for two chunks on each of four stages, one uneven.
-    "deep": Model("smollm2", {"num_hidden_layers": 9}),
+    "deep": Model("smollm2", {"num_hidden_layers": 9}, recompute="gate_up"),
     # The odd heads, packed and padded.
     "odd packed": Model(
         "smollm2", {"num_hidden_layers": 4}, sequence=61, packed=True, recompute="full", targets="q, k, v, o"
     ),
     # Groups of three shards of four: keys come from as many as two ranks before.
-    "far": Model("llama2", {"num_hidden_layers": 2, "vocab_size": 131}, "{kind: s2, group_size: 48}", 61),
+    "far": Model(
+        "llama2",
+        {"num_hidden_layers": 2, "vocab_size": 131},
+        "{kind: s2, group_size: 48}",
+        61,
+        recompute="gate_up",
+        targets="q, k, v, o",
+    ),
     # Odd KV groups shifted, packed and padded; the last steps of the run (from the third on) are full attention.
     "alternate": Model(
         "tinyllama",

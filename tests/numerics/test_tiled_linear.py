@@ -23,7 +23,7 @@ from pipeline.model.layers.frozen_weight import DenseWeight
 from pipeline.model.layers.linear import LastRowParallelLinear, _Column, _Row
 from pipeline.model.layers.lora import AdaptedLinear
 from pipeline.model.layers.mlp import TiledMLP
-from pipeline.model.layers.norm import recipe_of
+from pipeline.model.layers.recipe import recipe_of
 from pipeline.model.layers.recomputation import recomputing
 from pipeline.model.layers.residual import last_residual_add, residual_add
 from pipeline.model.rank_model import RankModel
@@ -124,7 +124,10 @@ def test_an_adapters_update_goes_over_the_frozen_product_of_one_rank(tmp_path: P
     for frozen in (True, False):
         projection.base.weight.requires_grad_(not frozen)
         made_by = projection(x)[0].grad_fn
-        assert ("_AddUpdate" in str(made_by)) is frozen
+        assert ("Joint" in str(made_by)) is frozen
+        projection.joint = False
+        assert ("AddUpdate" in str(projection(x)[0].grad_fn)) is frozen
+        projection.joint = True
 
 
 def _mlp_run(mlp: torch.nn.Module, x: torch.Tensor, slope: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -191,14 +194,14 @@ def test_frozen_mlp_has_a_norm_make_its_input_again(
 
     def gradients(forget: bool) -> list[torch.Tensor]:
         leaf = x.clone().requires_grad_()
-        normed = norm(leaf)
+        normed = norm(leaf)[0]
         output = mlp(normed * 1 if forget else normed)[0]
         return list(torch.autograd.grad(output, (leaf, norm.weight), slope))
 
-    assert recipe_of(norm(x)) is not None and recipe_of(norm(x) * 1) is None
+    assert recipe_of(norm(x)[0]) is not None and recipe_of(norm(x)[0] * 1) is None
     for found, expected in zip(gradients(False), gradients(True), strict=True):
         assert bool(expected.any()) and torch.equal(found, expected)
-    normed = norm(x.clone().requires_grad_())
+    normed = norm(x.clone().requires_grad_())[0]
     storages: set[int] = set()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (storages.add(t.data_ptr()), t)[1], lambda t: t)
     with hooks:

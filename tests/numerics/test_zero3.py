@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from parallel.axes.zero3 import ALIGN_ELEMENTS, deepspeed_config
+from parallel.axes.zero3 import ALIGN_ELEMENTS, FrozenShards, Unit, deepspeed_config
 from parallel.errors import ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
@@ -111,10 +112,39 @@ def test_a_rank_reads_its_stretch_of_the_files(observed: tuple[list[dict[str, An
         assert found["read"] <= 0.7 * found["whole"]
 
 
-def test_weights_are_whole_two_units_at_a_time(observed: tuple[list[dict[str, Any]], str]) -> None:
+def test_weights_are_whole_three_units_at_a_time(observed: tuple[list[dict[str, Any]], str]) -> None:
     for found in observed[0]:
         assert found["empty before"]
-        assert 0 < found["whole at once"] <= 8 < found["sharded"]  # at most two layers of four matrices
+        assert 0 < found["whole at once"] <= 12 < found["sharded"]  # at most three layers of four matrices
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_units_are_there_before_they_are_used(ahead: int) -> None:
+    """Forward, backward and forward again through five units, one used at both ends, with a buffer for each ahead."""
+    shards = FrozenShards.__new__(FrozenShards)
+    shards.ahead, shards.world, shards.rank, shards._backward, shards._streams = ahead, 1, 0, False, None
+    shards.dtype, shards.device = torch.float32, torch.device("cpu")
+    shards._holds, shards._slots = [None] * (ahead + 1), [torch.full((4,), -1.0) for _ in range(ahead + 1)]
+    units = [
+        Unit(str(n), [torch.nn.Parameter(torch.empty(0), False)], [torch.Size((4,))], [(0, 4)], 4) for n in range(5)
+    ]
+    for number, unit in enumerate(units):
+        unit.flat = SimpleNamespace(ds_tensor=SimpleNamespace(data=torch.full((4,), float(number))))
+    shards.order = [*units, units[0]]
+    fetched: list[str] = []
+    fetch = shards._fetch
+    shards._fetch = lambda unit, keep: (fetched.append(unit.name), fetch(unit, keep))[1]  # type: ignore[method-assign]
+    last = len(shards.order) - 1
+    for way in (range(last + 1), range(last, -1, -1), range(last + 1)):
+        shards._backward = way.step < 0
+        for position in way:
+            shards.use(position)
+            ends = (position, position + way.step * ahead)
+            near = shards.order[max(0, min(ends)) : max(ends) + 1]
+            assert all(unit.slot is not None for unit in near) and sum(u.slot is not None for u in units) <= ahead + 1
+            assert torch.equal(shards.order[position].parameters[0], shards.order[position].flat.ds_tensor.data)
+    # What is still there when the direction turns is not fetched again.
+    assert len(fetched) <= 5 + 3 * 6 - 2 * (ahead + 1)
 
 
 def test_evaluation_between_steps_with_an_odd_window(observed: tuple[list[dict[str, Any]], str]) -> None:

@@ -146,6 +146,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
     loads_unsafely: (),
     plans_for_itself: (
         "pipeline/planning/run_plan.py",
+        # Parts of making it: `auto` tries policies by the memory formula.
+        "pipeline/planning/fill_memory.py",
         # A model may be made without a run: one chunk a stage, one policy for all layers.
         "pipeline/model/rank_model.py",
         "pipeline/model/chunk.py",

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
-#   bash tools/bench/record.sh one|doctor|ring|survive-megatron|survive-zero3|tensor OUT
-# one: any GPU of 80 GB. The others: two GPUs of one host. Numbers also go to OUT/*.json.
+#   bash tools/bench/record.sh one|speed|speed-7b|doctor|ring|survive-megatron|survive-zero3|tensor OUT
+# one, speed, speed-7b: any GPU of 80 GB. The others: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-part=${1:?one, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, speed, speed-7b, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -26,6 +26,25 @@ case $part in
     alone 180 tools.dry_run --config $yaml --steps 2
     run 240 python3 -m pytest -q -m gpu -p no:cacheprovider tests
     ;;
+  speed)
+    fill=train.gpu_gib=75
+    alone 60 tools.dry_run --config $yaml --cap-gib 79 --profile --json "$out/dry_run.json"
+    alone 180 tools.bench.step --cp 8 --engine zero3 --offload --layers 20 --recompute pointwise --cap-gib 79 \
+      --variant "train.without=[joint_adapters,stream_norm,fused_qkv] parallel.offload.ahead=1" \
+      --variant parallel.offload.ahead=1 --variant parallel.offload.ahead=2 --variant parallel.offload.optimizer=cpu \
+      --variant train.recompute=full --variant train.recompute=gate_up --variant train.recompute=none \
+      --variant train.gate_up=fp8 --variant train.gate_up=host --json "$out/step.json"
+    alone 90 tools.bench.step --tp 8 --cap-gib 79 --recompute auto --set $fill --json "$out/step.json"
+    alone 90 tools.bench.step --tp 4 --sequence 8192 --attention full --cap-gib 79 --recompute auto --set $fill \
+      --set lora.rank=16 --set "train.trainable=[lora]" --json "$out/step.json"
+    ;;
+  speed-7b)
+    fill=train.gpu_gib=75
+    alone 150 tools.bench.step --model llama2-7b --cap-gib 79 --recompute auto --set $fill \
+      --variant train.gate_up=gpu --variant train.gate_up=host --variant train.gate_up=fp8 --json "$out/step.json"
+    alone 60 tools.bench.step --model llama2-7b --engine zero3 --offload --cap-gib 20 --recompute full --json "$out/step.json"
+    alone 300 tools.bench.peers --peers s2 s2-liger sdpa-liger --json "$out/peers.json"
+    ;;
   doctor)
     megatron="--set parallel.engine=megatron --set parallel.offload.params=none --set parallel.offload.optimizer=none"
     for grid in "" "--set parallel.cp=1" "$megatron --set parallel.cp=1 --set parallel.tp=2" "$megatron" \
@@ -44,6 +63,6 @@ case $part in
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, speed, speed-7b, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed

@@ -2,12 +2,17 @@
 
     python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank N] [--json FILE]
     torchrun --nproc-per-node 8 -m tools.bench.step --model llama2-70b --sequence 32768 --cp 8
+    python -m tools.bench.step --cp 8 --engine zero3 --offload --layers 20 \
+        --variant train.recompute=full --variant "train.recompute=auto train.gpu_gib=30"
 
 Started alone, the process is one rank of tp x cp, by default the one with the most work, under torch's fake process
 group: memory and compute are real, communication takes no time, and the losses mean nothing. Started by torchrun, all
-is real. Tokens/s are per GPU: sequence tokens over the step's time over the ranks that share a sequence. Several
-`--tile-scale` are measured in turn, in one process, for the size of tensor parallelism's tiles; so are several families
-of layers: `--family local megatron` puts megatron-core's own beside ours.
+is real. Tokens/s are per GPU: sequence tokens over the step's time over the ranks that share a sequence.
+
+Variants are measured in turn, in one process, each a model of its own: settings of a run's YAML that differ
+(`--variant`, repeatable, all against one command line), families of layers (`--family local megatron` puts
+megatron-core's own beside ours) and, of one model, sizes of tensor parallelism's tiles (`--tile-scale`). "formula" is
+what `planning.memory` says of the peak, CUDA's context left out, and "off" what the measured one differs by.
 
 Alone, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over NCCL, say what a
 user gets.
@@ -21,76 +26,121 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.table import Table
 
-from parallel.errors import LongspanError
-from parallel.world.grid import check_model_fits, plan_grid
+from parallel.errors import ConfigError, LongspanError
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
+from pipeline.build import build_model
 from pipeline.config.paths import user_path
-from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import RECOMPUTE, LoraConfig
+from pipeline.config.sections import RECOMPUTE
+from pipeline.config.yaml_file import load_config
 from pipeline.data.loader import Batch
-from pipeline.model.rank_model import RankModel
 from pipeline.model.spec import FAMILIES
-from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
+from pipeline.model.weights.load import mark_trainable, trainable
 from pipeline.planning import tile_size
-from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.balance import busiest_rank
-from pipeline.planning.rope import plan_rope
+from pipeline.planning.memory import CUDA_CONTEXT, GIB
+from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from tools.support.command_line import add_integers, console_of
 from tools.support.profile import print_profile
+from tools.support.random_base import RandomBase
 from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 
 
-def build_part(args: argparse.Namespace, groups: Groups, family: str) -> RankModel:
-    """The rank's part with random weights: LoRA r 8 on q, k, v, o, embedding and norms train."""
-    arch = llama2(MODELS[args.model], args.layers)
-    plan = groups.plan
-    check_model_fits(plan, arch.heads, arch.kv_heads, arch.ffn)
-    rope = plan_rope(arch, RopeSettings(type="linear"), max(args.sequence, arch.max_positions))
-    model = RankModel(arch, rope, LoraConfig(), groups, torch.bfloat16, args.recompute, family=family)
-    with torch.no_grad():
-        for name, parameter in model.canonical_parameters():
-            if name.endswith("layernorm.weight"):
-                parameter.fill_(1.0)
-            elif ".adapters." not in name:
-                parameter.normal_(0.0, 0.02)
-    init_adapters(model, 0)
-    mark_trainable(model, ("lora", "embed", "norm"))
-    return model
+@dataclass(frozen=True)
+class Variant:
+    """One model to measure."""
+
+    family: str
+    settings: tuple[str, ...] = ()
+    """Of a run's YAML, beyond those of the command line."""
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return ", ".join((*(() if self.family == "local" and self.settings else (self.family,)), *self.settings))
 
 
-def attention_of(args: argparse.Namespace) -> AttentionSpec:
-    """The attention asked for."""
-    return AttentionSpec(args.attention, args.group or args.sequence // 4, backend=args.backend)
+def settings_of(args: argparse.Namespace) -> list[str]:
+    """The command line as settings of a run's YAML: LoRA r 8 on q, k, v, o, embedding and norms train by default."""
+    settings = [
+        f"data.sequence={args.sequence}",
+        f"train.recompute={args.recompute}",
+        f"train.micro_batch={args.micro_batch}",
+        f"parallel.tp={args.tp}",
+        f"parallel.cp={args.cp}",
+        f"parallel.engine={args.engine}",
+        f"attention.kind={args.attention}",
+        f"attention.backend={args.backend}",
+    ]
+    if args.group:
+        settings.append(f"attention.group_size={args.group}")
+    if args.offload:
+        settings.append("parallel.offload.params=cpu")
+    return [*settings, *args.set]
 
 
-def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[int], float]:
-    """What takes an optimizer step and returns its seconds.
+def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
+    """The plan of the run that a variant is a step of.
 
     Raises:
-        LongspanError: gradients were not finite: arithmetic on NaN and zeros is faster than on numbers.
+        ConfigError: the settings or the ranks do not fit.
     """
-    model = build_part(args, groups, family).train()
+    arch = llama2(MODELS[args.model], args.layers)
+    tree = {
+        "model": {
+            "path": "random",
+            "context": max(args.sequence, arch.max_positions),
+            "dtype": "bf16",
+            "rope": {"type": "linear"},
+        },
+        "data": {"path": "random"},
+        "train": {"steps": 1},
+        "output": "nowhere",
+    }
+    with tempfile.TemporaryDirectory(prefix="longspan-bench-") as folder:
+        path = Path(folder) / "bench.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        config = load_config(path, [*settings_of(args), *variant.settings])
+    if config.parallel.pp > 1:
+        raise ConfigError("parallel.pp: one rank of a pipeline waits for others; measure it with tools.dry_run.")
+    shared = config.parallel.tp * config.parallel.cp
+    batch = config.train.micro_batch * args.micro_batches * max(1, world // shared)
+    config = replace(config, train=replace(config.train, global_batch=batch))
+    return RunPlan.shaped(config, arch, world)
+
+
+def stepper(
+    args: argparse.Namespace, plan: RunPlan, groups: Groups, family: str
+) -> tuple[Callable[[int], float], Callable[[], None]]:
+    """What takes an optimizer step and returns its seconds, and what gives page-locked memory back.
+
+    Its errors: LongspanError where gradients were not finite, as arithmetic on NaN and zeros is faster than on numbers.
+    """
+    config = plan.config
+    model = build_model(plan, config.lora, groups, RandomBase(plan.arch), family).train()
+    mark_trainable(model, config.train.trainable)
     named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
-    optimizer = TrainableAdamW(named, group=groups.data)
+    optimizer = TrainableAdamW(named, group=groups.data, offload=config.parallel.offload.optimizer == "cpu")
     reduction = GradientReduction(groups, model)
-    spec = attention_of(args)
-    shape = (args.micro_batch, args.sequence)
+    shape = (config.train.micro_batch, config.sequence)
 
     def take(step: int) -> float:
         # Different tokens each step: repeated ones could flatter caches.
@@ -99,7 +149,7 @@ def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[
         torch.cuda.synchronize()
         began = time.perf_counter()
         optimizer.zero_grad()
-        model.train_step(batches, spec, 1 / tokens.numel(), optimizer.arm_reduce)
+        model.train_step(batches, plan.attention, 1 / tokens.numel(), optimizer.arm_reduce)
         reduction.finish(optimizer)
         norm = float(optimizer.grad_norm(reduction.squares))
         optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
@@ -108,10 +158,10 @@ def stepper(args: argparse.Namespace, groups: Groups, family: str) -> Callable[[
             raise LongspanError(f"The gradient norm of step {step} is {norm}: its time says nothing about training.")
         return time.perf_counter() - began
 
-    return take
+    return take, model.close
 
 
-def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], float]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, plan: RunPlan, groups: Groups, take: Callable[[int], float]) -> dict[str, Any]:
     """Step times and peaks of one rank."""
     torch.cuda.empty_cache()
     for step in range(args.warmup):
@@ -122,38 +172,56 @@ def measure(args: argparse.Namespace, groups: Groups, take: Callable[[int], floa
     if args.profile:
         print_profile(lambda: take(args.warmup + args.steps), groups.is_main or not groups.env.launched)
     seconds = statistics.median(times)
-    plan = groups.plan
-    tokens_a_step = args.sequence * args.micro_batch * args.micro_batches
-    gib = 1 << 30
+    grid = plan.grid
+    tokens_a_step = plan.sequence * plan.config.train.micro_batch * args.micro_batches
+    formula = plan.memory().gpu_total - CUDA_CONTEXT
     return {
         "rank": groups.env.rank,
         "seconds": seconds,
         "spread": max(times) - min(times),
-        "tokens_per_second_per_gpu": tokens_a_step / seconds / (plan.tp * plan.cp * plan.pp),
-        "peak_allocated_gib": peaks[0] / gib,
-        "peak_reserved_gib": peaks[1] / gib,
+        "tokens_per_second_per_gpu": tokens_a_step / seconds / (grid.tp * grid.cp * grid.pp),
+        "peak_allocated_gib": peaks[0] / GIB,
+        "peak_reserved_gib": peaks[1] / GIB,
+        "formula_gib": formula / GIB,
+        "off": f"{peaks[0] / formula - 1:+.1%}",
         "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "recompute": " ".join(f"{policy.value}:{count}" for policy, count in Counter(plan.recompute).items()),
     }
 
 
-def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
-    """`measure` for each family, and for each size of tiles where the family has tiles; one model at a time."""
-    least, enough = tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS
-    rows = []
+def variants_of(args: argparse.Namespace) -> Iterator[Variant]:
+    """Families first: ours and megatron's are compared under one set of settings."""
     for family in args.family:
-        take = stepper(args, groups, family)
-        for scale in args.tile_scale if family == "local" else [1.0]:
+        for settings in args.variant or [""]:
+            yield Variant(family, tuple(settings.split()))
+
+
+def measure_all(args: argparse.Namespace, env: RankEnv, world: int) -> list[dict[str, Any]]:
+    """`measure` for each variant, and for each size of tiles where a family has tiles; one model at a time."""
+    least, enough = tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS
+    rows: list[dict[str, Any]] = []
+    alone = not env.launched
+    for variant in variants_of(args):
+        plan = plan_of(args, variant, world)
+        if alone:
+            env = RankEnv(rank=plan.busiest_rank() if args.rank is None else args.rank, world_size=world, local_rank=0)
+        groups = make_groups(plan.grid, env, fake=alone and world > 1)
+        seed_everything(0)
+        take, close = stepper(args, plan, groups, variant.family)
+        for scale in args.tile_scale if variant.family == "local" else [1.0]:
             tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
-            variant = f"{family}, tiles x {scale:g}" if family == "local" else family
-            rows.append({"variant": variant, **measure(args, groups, take)})
-        del take
+            name = variant.name if scale == 1 else f"{variant.name}, tiles x {scale:g}"
+            rows.append({"variant": name, **measure(args, plan, groups, take)})
+        tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = least, enough
+        close()
+        del take, close
         gc.collect()
+        destroy_groups(keep_world=not alone)
     return rows
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the shape and grid, measure, print a table on rank 0."""
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-70b", help="shape (default llama2-70b)")
     parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
@@ -165,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tile-scale", type=float, nargs="+", default=[1.0], help="tiles this many times the product's (default 1)"
     )
     parser.add_argument("--recompute", choices=RECOMPUTE, default="full")
+    parser.add_argument("--engine", choices=("megatron", "zero3"), default="megatron")
+    parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
     add_integers(
         parser,
         ("--tp", 1, "tensor-parallel ranks"),
@@ -177,43 +247,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family", nargs="+", choices=sorted(FAMILIES), default=["local"], help="whose layers (default local: ours)"
     )
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting for all; repeatable")
+    parser.add_argument("--variant", action="append", metavar="'a.b=c d.e=f'", help="settings of one row; repeatable")
+    parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--rank", type=int, help="which rank to be, when alone (default: the one with the most work)")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
     parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a run")
-    args = parser.parse_args(arguments)
+    return parser, parser.parse_args(arguments)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table on rank 0."""
+    parser, args = parse(arguments)
     if not torch.cuda.is_available():
         parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
     try:
         env = RankEnv.read()
-        alone = not env.launched
-        world = args.tp * args.cp if alone else env.world_size
-        grid = plan_grid(world, args.tp, args.cp, 1)
-        if alone:
-            arch = llama2(MODELS[args.model], args.layers)
-            check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
-            busiest = busiest_rank(arch, args.sequence, attention_of(args), grid)
-            env = RankEnv(rank=busiest if args.rank is None else args.rank, world_size=world, local_rank=0)
-        groups = make_groups(grid, env, fake=alone and world > 1)
-        seed_everything(0)
-        rows = measure_all(args, groups)
+        if args.cap_gib:
+            total = torch.cuda.get_device_properties(env.local_rank).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total), env.local_rank)
+        world = env.world_size if env.launched else args.tp * args.cp
+        rows = measure_all(args, env, world)
     except LongspanError as error:
         parser.exit(2, f"{error}\n")
     finally:
         destroy_groups()
-    if not env.is_main and not alone:
+    if env.launched and not env.is_main:
         return 0
     told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
     title = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
-        f"tp {args.tp} cp {args.cp}, rank {env.rank}, recompute {args.recompute}, "
-        + ("fake process group" if alone else "NCCL")
+        f"{args.engine}, tp {args.tp} cp {args.cp}, " + ("NCCL" if env.launched else "fake process group")
     )
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console_of(160).print(table)
+    console_of(200).print(table)
     if args.json:
         facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         with args.json.open("a") as file:

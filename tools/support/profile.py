@@ -1,10 +1,76 @@
-"""Where a step's time goes on the GPU."""
+"""Where a step's time goes on the GPU: its kernels, how busy each stream is, and what the computing one waits for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+
+KINDS = {
+    "copies between host and GPU": ("Memcpy HtoD", "Memcpy DtoH"),
+    "sent": ("nccl",),
+    "attention": ("flash", "sdpa", "fmha", "cudnn_generated", "attention"),
+    "products": ("gemm", "nvjet", "cutlass", "wgmma", "cublas", "splitk"),
+}
+"""Kind -> parts of kernels' names, the first that fits; what fits none is pointwise work."""
+
+
+class Kernel(NamedTuple):
+    """One kernel or copy on one stream."""
+
+    name: str
+    stream: int
+    start: int
+    """Nanoseconds."""
+    stop: int
+
+
+def kind_of(name: str) -> str:
+    """Which of KINDS a kernel is, by its name."""
+    lower = name.lower()
+    found = (kind for kind, parts in KINDS.items() if any(part.lower() in lower for part in parts))
+    return next(found, "pointwise and other")
+
+
+def busy(kernels: Iterable[Kernel]) -> int:
+    """Nanoseconds in which at least one of them runs."""
+    total, until = 0, 0
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        total += max(0, kernel.stop - max(kernel.start, until))
+        until = max(until, kernel.stop)
+    return total
+
+
+def summary(kernels: list[Kernel]) -> list[str]:
+    """Lines: the whole time, each stream's busy time by kind, and how long the busiest one stood still."""
+    if not kernels:
+        return ["no kernel ran"]
+    whole = max(kernel.stop for kernel in kernels) - min(kernel.start for kernel in kernels)
+    streams: dict[int, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        streams[kernel.stream].append(kernel)
+    lines = [f"first to last kernel: {whole / 1e6:.1f} ms"]
+    for stream, own in sorted(streams.items(), key=lambda item: -busy(item[1])):
+        kinds: dict[str, int] = defaultdict(int)
+        for kernel in own:
+            kinds[kind_of(kernel.name)] += kernel.stop - kernel.start
+        parts = ", ".join(f"{kind} {time / 1e6:.1f}" for kind, time in sorted(kinds.items(), key=lambda item: -item[1]))
+        time = busy(own)
+        lines.append(f"stream {stream}: busy {time / 1e6:.1f} ms, idle {(whole - time) / 1e6:.1f} ms; {parts}")
+    return lines
+
+
+def _kernels(profiler: torch.profiler.profile) -> list[Kernel]:
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None, "it has run"
+    results = profiler.profiler.kineto_results
+    cuda = torch.autograd.DeviceType.CUDA
+    return [
+        Kernel(event.name(), event.device_resource_id(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in results.events()
+        if event.device_type() == cuda and not event.name().startswith("Memset")
+    ]
 
 
 def print_profile(work: Callable[[], object], told: bool) -> None:
@@ -16,3 +82,4 @@ def print_profile(work: Callable[[], object], told: bool) -> None:
     if told:
         averages = profiler.key_averages()
         print(averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70), flush=True)
+        print("\n".join(summary(_kernels(profiler))), flush=True)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from parallel.errors import ConfigError
+from pipeline.model.layers.kernel_choice import kernels_for
 
 NAMES = ("auto", "cudnn", "flash", "flash_attn", "math")
 HALF = (torch.float16, torch.bfloat16)
@@ -248,6 +249,22 @@ _LSE_FLASH = LseKernel(
 _LSE_CPU = LseKernel("cpu", lambda q, k, causal: True, _cpu_forward, _cpu_backward)
 
 
+def merge_outputs(
+    early_out: torch.Tensor, early_lse: torch.Tensor, own_out: torch.Tensor, own_lse: torch.Tensor, fused: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [B, H, S, D] over both sets of keys, in the strides and dtype of `own_out`, and its log-sum-exps."""
+    plain = fused and own_out.stride(-1) == early_out.stride(-1) == 1 and own_lse.dtype is torch.float32
+    if plain and kernels_for(own_out, early_lse, own_lse) is not None:
+        from pipeline.model.attention import merge_kernel  # imports triton, which not every machine has
+
+        return merge_kernel.merge(early_out, early_lse, own_out, own_lse)
+    share = torch.sigmoid(early_lse - own_lse)  # exp(early) / (exp(early) + exp(own))
+    share = share.view(*own_out.shape[:3], 1)
+    # fp32 for half precision; empty_like keeps the kernel's strides, which its backward expects of `out`.
+    merged = torch.lerp(own_out.to(share.dtype), early_out.to(share.dtype), share)
+    return torch.empty_like(own_out).copy_(merged), torch.logaddexp(early_lse, own_lse)
+
+
 class _Pieces(torch.autograd.Function):
     """softmax over earlier keys (all seen) and own keys (causal square), merged through the two log-sum-exps.
 
@@ -265,15 +282,11 @@ class _Pieces(torch.autograd.Function):
         own_v: torch.Tensor,
         kernel: LseKernel,
         scale: float,
+        fused: bool,
     ) -> torch.Tensor:
         early_out, early_lse, *early_rest = kernel.forward(q, early_k, early_v, False, scale)
         own_out, own_lse, *own_rest = kernel.forward(q, own_k, own_v, True, scale)
-        share = torch.sigmoid(early_lse - own_lse)  # exp(early) / (exp(early) + exp(own))
-        share = share.view(*own_out.shape[:3], 1)
-        # fp32 for half precision; empty_like keeps the kernel's strides, which its backward expects of `out`.
-        merged = torch.lerp(own_out.to(share.dtype), early_out.to(share.dtype), share)
-        out = torch.empty_like(own_out).copy_(merged)
-        lse = torch.logaddexp(early_lse, own_lse)
+        out, lse = merge_outputs(early_out, early_lse, own_out, own_lse, fused)
         tensors = [item for item in (*early_rest, *own_rest) if isinstance(item, torch.Tensor)]
         ctx.save_for_backward(q, early_k, early_v, own_k, own_v, out, lse, *tensors)
         # None marks a tensor's place; what is no tensor stays as it is.
@@ -293,7 +306,7 @@ class _Pieces(torch.autograd.Function):
         run, scale = ctx.kernel.backward, ctx.scale
         early_dq, early_dk, early_dv = run(dout, q, early_k, early_v, out, lse, early_rest, False, scale)
         dq, own_dk, own_dv = run(dout, q, own_k, own_v, out, lse, own_rest, True, scale)
-        return dq.add_(early_dq), early_dk, early_dv, own_dk, own_dv, None, None
+        return dq.add_(early_dq), early_dk, early_dv, own_dk, own_dv, None, None, None
 
 
 def attend_pieces(
@@ -304,13 +317,14 @@ def attend_pieces(
     own_v_BSHD: torch.Tensor,
     kernel: LseKernel,
     scale: float,
+    fused: bool = True,
 ) -> torch.Tensor:
     """Attention of queries [B, Sq, Hq, D] to T earlier keys (all seen) and their own Sq keys (causal), [B, Sq, Hq, D].
 
     Equals bottom-right causal attention over the joined keys [B, T + Sq, Hkv, D]; nothing is joined, no mask is made.
     """
     views = [x.transpose(1, 2) for x in (q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD)]
-    return _Pieces.apply(*views, kernel, scale).transpose(1, 2)
+    return _Pieces.apply(*views, kernel, scale, fused).transpose(1, 2)
 
 
 def _installed(distribution: str) -> str | None:

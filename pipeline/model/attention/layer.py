@@ -6,7 +6,9 @@ the argument megatron-core threads through block, layer and recompute for packed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from megatron.core.utils import get_pg_rank
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
-from pipeline.model.layers.rotary import apply_rope
+from pipeline.model.layers.recipe import Make, Recipe, give_recipe, recipe_of
+from pipeline.model.layers.rotary import apply_rope, split_and_rotate
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 
 
@@ -34,6 +37,10 @@ class AttentionContext:
     """RoPE sines, likewise."""
     shard: ContextShard | None = None
     """This rank's tokens under context parallelism; None: all of them."""
+
+
+def _flat(sources: Sequence[torch.Tensor], start: int, stop: int, make: Make) -> torch.Tensor:
+    return make(sources, start, stop).flatten(2)
 
 
 class CoreAttention(torch.nn.Module):
@@ -68,8 +75,13 @@ class CoreAttention(torch.nn.Module):
         plan = self.heads(context.spec.shifted_heads)
         layout, spec, scale = context.layout, context.spec, self.softmax_scale
         if context.shard is None:
-            return attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale).flatten(2)
-        return context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale).flatten(2)
+            mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)
+        else:
+            mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale)
+        flat, recipe = mixed.flatten(2), recipe_of(mixed)
+        if recipe is not None:
+            give_recipe(flat, Recipe(recipe.sources, partial(_flat, make=recipe.make)))
+        return flat
 
 
 class LongAttention(SelfAttention):
@@ -77,11 +89,12 @@ class LongAttention(SelfAttention):
 
     Args:
         fused_rope: use RoPE's kernel.
+        fused_qkv: cut the fused projection and apply RoPE in one kernel.
     """
 
-    def __init__(self, *args: Any, fused_rope: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fused_rope: bool = True, fused_qkv: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused_rope = fused_rope
+        self.fused_rope, self.fused_qkv = fused_rope, fused_qkv
 
     def forward(  # megatron's dozen inference arguments have no meaning here
         self,
@@ -93,10 +106,25 @@ class LongAttention(SelfAttention):
         """[S, B, H] -> ([S, B, H], bias or None)."""
         assert packed_seq_params is not None, "LlamaChunk passes the AttentionContext here"
         context = packed_seq_params
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        mixed = self.core_attention(*self._rotated(hidden_states, context), context)
+        return self.linear_proj(mixed)
+
+    def _rotated(
+        self, hidden_states: torch.Tensor, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[S, B, H] -> queries [S, B, Hq, D], keys and values [S, B, Hkv, D], with RoPE."""
+        if self.fused_qkv:
+            fused, _ = self.linear_qkv(hidden_states)
+            groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
+            parts = split_and_rotate(fused, groups, heads, context.cos, context.sin)
+            if parts is not None:
+                return parts
+            fused = fused.unflatten(-1, (groups, heads // groups + 2, -1))
+            query, key, value = fused.split((heads // groups, 1, 1), dim=3)
+            query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+        else:
+            query, key, value = self.get_query_key_value_tensors(hidden_states)
         query = apply_rope(query, context.cos, context.sin, self.fused_rope)
         key = apply_rope(key, context.cos, context.sin, self.fused_rope)
         # A view would keep the whole fused projection alive until the backward, of which it is a tenth or less (GQA).
-        value = value.clone(memory_format=torch.contiguous_format)
-        mixed = self.core_attention(query, key, value, context)
-        return self.linear_proj(mixed)
+        return query, key, value.clone(memory_format=torch.contiguous_format)

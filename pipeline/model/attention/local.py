@@ -7,6 +7,7 @@ tokens; `attend` lists the calls, hands each its views of q, k and v, and writes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from parallel.errors import ConfigError
 from pipeline.model.attention.backends import Backend, attend_pieces, expand_groups, select_backend
+from pipeline.model.layers.recipe import Recipe, give_recipe
 from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span
 
 
@@ -52,13 +54,19 @@ class TakeWindows(torch.autograd.Function):
 
 
 def gather_windows(
-    like: torch.Tensor, shape: torch.Size, windows: Sequence[Window], parts: Sequence[torch.Tensor], disjoint: bool
+    like: torch.Tensor,
+    shape: torch.Size,
+    windows: Sequence[Window],
+    parts: Sequence[torch.Tensor],
+    disjoint: bool,
+    covers: bool = True,
 ) -> torch.Tensor:
     """A tensor of `shape` and the dtype and device of `like` that holds `parts` at `windows`.
 
-    `disjoint` promises that the windows cover it without overlap; otherwise overlaps add and the rest is 0.
+    `disjoint` promises that the windows do not overlap, otherwise overlaps add; `covers`, that disjoint ones leave
+    nothing out. The rest is 0.
     """
-    whole = like.new_empty(shape) if disjoint else like.new_zeros(shape)
+    whole = like.new_empty(shape) if disjoint and covers else like.new_zeros(shape)
     for window, part in zip(windows, parts, strict=True):
         if disjoint:
             window.of(whole).copy_(part)
@@ -73,10 +81,7 @@ class _Place(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: torch.Size, windows: list[Window], covers: bool, *parts: torch.Tensor) -> torch.Tensor:
         ctx.windows = windows
-        out = parts[0].new_empty(shape) if covers else parts[0].new_zeros(shape)
-        for window, part in zip(windows, parts, strict=True):
-            window.of(out).copy_(part)
-        return out
+        return gather_windows(parts[0], shape, windows, parts, True, covers)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -127,7 +132,25 @@ def attend(
         attend_block(q, k, v, span, span, backend, scale)
         for q, k, v, (_, span) in zip(queries, keys, values, calls, strict=True)
     ]
-    return _Place.apply(q_SBHD.shape, q_windows, covers, *parts)
+    out: torch.Tensor = _Place.apply(q_SBHD.shape, q_windows, covers, *parts)
+    give_recipe(out, placed_recipe(parts, q_SBHD.shape, q_windows, covers))
+    return out
+
+
+def _placed(
+    parts: Sequence[torch.Tensor], start: int, stop: int, shape: torch.Size, windows: Sequence[Window], covers: bool
+) -> torch.Tensor:
+    return gather_windows(parts[0], shape, windows, parts, True, covers)[start:stop]
+
+
+def placed_recipe(
+    parts: Sequence[torch.Tensor], shape: torch.Size, windows: Sequence[Window], covers: bool
+) -> Recipe | None:
+    """How attention's output [S, B, H, D] is put together of what its kernels returned, and keep; None: no parts."""
+    if not parts:
+        return None
+    sources = tuple(part.detach() for part in parts)
+    return Recipe(sources, partial(_placed, shape=shape, windows=tuple(windows), covers=covers))
 
 
 def attend_block(
@@ -185,6 +208,7 @@ def attend_straddling(
     own_v_BSHD: torch.Tensor,
     backend: Backend,
     scale: float,
+    fused: bool = True,
 ) -> torch.Tensor:
     """B equal segments whose first T keys lie in another tensor than the last Sq, which are the queries' own.
 
@@ -195,7 +219,7 @@ def attend_straddling(
     for kernel in backend.lse:
         q, early_k, own_k = heads_first
         if kernel.runs(q, early_k, False) and kernel.runs(q, own_k, True):
-            return attend_pieces(q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD, kernel, scale)
+            return attend_pieces(q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD, kernel, scale, fused)
     k_BSHD = torch.cat((early_k_BTHD, own_k_BSHD), dim=1)
     v_BSHD = torch.cat((early_v_BTHD, own_v_BSHD), dim=1)
     segments, queries = q_BSHD.shape[:2]

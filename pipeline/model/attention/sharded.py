@@ -18,7 +18,15 @@ from parallel.axes.context import Exchange, Flight, GatherExchange, HaloExchange
 from parallel.errors import ConfigError
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.backends import select_backend
-from pipeline.model.attention.local import TakeWindows, Window, attend_block, attend_straddling, gather_windows
+from pipeline.model.attention.local import (
+    TakeWindows,
+    Window,
+    attend_block,
+    attend_straddling,
+    gather_windows,
+    placed_recipe,
+)
+from pipeline.model.layers.recipe import give_recipe
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, Span, Straddle
 from pipeline.planning.context_shards import ShardWork, blocks_of, halo_plan, shard_work
 
@@ -86,10 +94,7 @@ class _Place(torch.autograd.Function):
         # Saved so that a non-reentrant checkpoint recomputes the layer here, at the same point on every rank: its
         # exchange must not meet the backward's on one rank only.
         ctx.save_for_backward(ticket)
-        out = like.new_empty(like.shape) if covers else like.new_zeros(like.shape)
-        for window, part in zip(windows, parts, strict=True):
-            window.of(out).copy_(part)
-        return out
+        return gather_windows(like, like.shape, windows, parts, True, covers)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -165,10 +170,12 @@ def context_attend(
     received: tuple[torch.Tensor, ...] = _Receive.apply(ticket, trip)
     ticket, early = received[0], [x.transpose(0, 1) for x in received[1:]]
     parts.extend(
-        attend_straddling(q, early_k, early_v, k, v, backend, scale)
+        attend_straddling(q, early_k, early_v, k, v, backend, scale, spec.kernels)
         for (q, k, v), early_k, early_v in zip(inputs[count:], early[0::2], early[1::2], strict=True)
     )
-    return _Place.apply(q_LBHD, ticket, q_windows, work.fills, *parts)
+    out: torch.Tensor = _Place.apply(q_LBHD, ticket, q_windows, work.fills, *parts)
+    give_recipe(out, placed_recipe(parts, q_LBHD.shape, q_windows, work.fills))
+    return out
 
 
 def _own(straddle: Straddle) -> Span:

@@ -28,15 +28,15 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.config.sections import LoraConfig
-from pipeline.model.layers.kernel_choice import kernels_for
-from pipeline.model.layers.norm import NormRecipe, recipe_of
+from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
+from pipeline.model.layers.linear import LastRowParallelLinear
+from pipeline.model.layers.lora_functions import AddUpdate, Joint, OfMade, low_rank
+from pipeline.model.layers.recipe import recipe_of
+from pipeline.model.layers.recomputation import recomputing
 
-MOST_COLUMNS = 128
-"""Ranks of all parts of a fused projection together that the update's kernel takes."""
 FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Lay the row blocks of the parts (each [rows_part, k], in part order) out as the fused weight's rows."""
 Move = Callable[[torch.Tensor], torch.Tensor]
@@ -68,58 +68,6 @@ def initial_a(name: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
-class _OfNorm(torch.autograd.Function):
-    """x A^T for an x that a norm returned, which the norm makes again in the backward: it need not be kept."""
-
-    @staticmethod
-    def forward(ctx: Any, input_SBI: torch.Tensor, a_RI: torch.Tensor, recipe: NormRecipe) -> torch.Tensor:
-        ctx.save_for_backward(a_RI, recipe.input_SBH, recipe.weight_H)
-        ctx.eps = recipe.eps
-        return functional.linear(input_SBI, a_RI)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        (grad,) = grads
-        a_RI, source, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        grad_input = (flat @ a_RI).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        grad_a = None
-        if ctx.needs_input_grad[1]:
-            grad_a = flat.t() @ NormRecipe(source, weight, ctx.eps).rows(0, source.shape[0]).flatten(0, -2)
-        return grad_input, grad_a, None
-
-
-class _AddUpdate(torch.autograd.Function):
-    """base + scale * low B^T, over the base output, which nothing else keeps."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, base_SBO: torch.Tensor, low_SBR: torch.Tensor, b_OR: torch.Tensor, scale: float, fused: bool = True
-    ) -> torch.Tensor:
-        ctx.save_for_backward(low_SBR, b_OR)
-        ctx.scale = scale
-        ctx.mark_dirty(base_SBO)
-        base, low = base_SBO.view(-1, base_SBO.shape[-1]), low_SBR.flatten(0, -2)
-        # In fp32 tensor cores would round the factors to tf32.
-        half = fused and base.dtype is not torch.float32 and b_OR.shape[1] <= MOST_COLUMNS
-        kernels = kernels_for(base, base, low, b_OR) if half else None
-        if kernels is None:
-            base.addmm_(low, b_OR.t(), alpha=scale)
-        else:
-            kernels.add_update_(base, low, b_OR, scale)
-        return base_SBO
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        low, b_OR = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        grad_low = (flat @ b_OR).mul_(ctx.scale).view(low.shape) if ctx.needs_input_grad[1] else None
-        grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
-        return grad, grad_low, grad_b, None, None
-
-
 class AdapterSet(torch.nn.Module):
     """The adapters of one (possibly fused) linear, or of a tensor-parallel slice of it.
 
@@ -132,7 +80,8 @@ class AdapterSet(torch.nn.Module):
         device: of the factors; None: torch's default.
         fuse_rows: row layout of the fused weight; None when there is a single part.
         move: between A and B under tensor parallelism; None: nothing travels.
-        fused: use kernels, and make a norm's output again instead of keeping it.
+        fused: use kernels.
+        again: make the input again where that is possible (`layers.recipe`) instead of keeping it.
     """
 
     def __init__(
@@ -146,8 +95,10 @@ class AdapterSet(torch.nn.Module):
         fuse_rows: FuseRows | None,
         move: Move | None = None,
         fused: bool = True,
+        again: bool = True,
     ) -> None:
         super().__init__()
+        self.again = again
         self.lora, self.parts, self.fuse_rows, self.move, self.fused = lora, tuple(parts), fuse_rows, move, fused
         self.names = tuple(name for name, _ in parts if name in adapted)
         for name, rows in parts:
@@ -190,19 +141,19 @@ class AdapterSet(torch.nn.Module):
 
         With dropout the parts of a fused linear share one mask (PEFT draws one a part: the same distribution for each).
         """
-        again = self.fused and not (self.lora.dropout and self.training)
+        again = self.again and not (self.lora.dropout and self.training)
         recipe = recipe_of(input_SBI) if again else None
         if recipe is None:
-            low = functional.linear(self._drop(input_SBI), self.stacked_a())
+            low = low_rank(self._drop(input_SBI), self.stacked_a())
         else:
-            low = _OfNorm.apply(input_SBI, self.stacked_a(), recipe)
+            low = OfMade.apply(input_SBI, self.stacked_a(), recipe)
         if self.move is not None:
             low = self.move(low)
         update_b = self.fused_b()
         # A view: megatron's reductions return their input where one rank has nothing to reduce. Not contiguous: a
         # placeholder of a recomputation.
         if base_SBO.is_contiguous() and not base_SBO._is_view():
-            sum_SBO: torch.Tensor = _AddUpdate.apply(base_SBO, low, update_b, self.lora.scale, self.fused)
+            sum_SBO: torch.Tensor = AddUpdate.apply(base_SBO, low, update_b, self.lora.scale, self.fused)
             return sum_SBO
         return torch.addmm(base_SBO.flatten(0, -2), low.flatten(0, -2), update_b.t(), alpha=self.lora.scale).view_as(
             base_SBO
@@ -223,16 +174,37 @@ class AdaptedLinear(torch.nn.Module):
 
     The adapters see the linear's input and add to its output; nothing of the linear is overridden. Its parameters go by
     the names they have without adapters (`LlamaChunk.canonical_parameters`).
+
+    Args:
+        base: the linear.
+        adapters: see `AdapterSet`.
+        joint: make both products in one autograd function, where nothing has to be sent between them.
     """
 
-    def __init__(self, base: torch.nn.Module, adapters: AdapterSet) -> None:
+    def __init__(self, base: torch.nn.Module, adapters: AdapterSet, joint: bool = False) -> None:
         super().__init__()
-        self.base, self.adapters = base, adapters
+        self.base, self.adapters, self.joint = base, adapters, joint
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([S, B, O], bias to be added later or None), as megatron's parallel linears."""
+        weight = None if args or kwargs or not self.joint else self._joinable(input_)
+        if weight is not None:
+            adapters = self.adapters
+            recipe = recipe_of(input_) if adapters.again else None
+            bias: Any = self.base.bias
+            now, later = (None, bias) if self.base.skip_bias_add else (bias, None)
+            factors = adapters.stacked_a(), adapters.fused_b()
+            skip = isinstance(self.base, LastRowParallelLinear) and recomputing()
+            return Joint.apply(input_, *factors, weight, now, adapters.lora.scale, recipe, skip), later
         base, bias = self.base(input_, *args, **kwargs)
         return self.adapters(input_, base), bias
+
+    def _joinable(self, input_: torch.Tensor) -> FrozenWeight | None:
+        """The frozen weight, if product and adapters can be one function here: nothing travels and nothing drops."""
+        adapters = self.adapters
+        if adapters.move is not None or (adapters.lora.dropout and self.training) or not input_.is_contiguous():
+            return None
+        return frozen_weight(self.base)
 
 
 Linear = Callable[..., torch.nn.Module]
@@ -255,6 +227,8 @@ def adapted_column(
     adapted: Sequence[str],
     fuse_rows: FuseRows | None,
     fused: bool = True,
+    again: bool = True,
+    joint: bool = False,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
     **kwargs: Any,
@@ -264,16 +238,16 @@ def adapted_column(
     Args:
         linear: the family's column-parallel linear, which gets all of megatron's arguments.
         parts: name and global output rows of every part of the fused weight.
-        adapted, fuse_rows, fused: see `AdapterSet`.
+        adapted, fuse_rows, fused, again, joint: see `AdapterSet` and `AdaptedLinear`.
     """
     base = linear(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
     ranks = _require_sequence_parallel(config, tp_group)
     local = [(name, rows // ranks) for name, rows in parts]
     move = partial(gather_from_sequence_parallel_region, group=tp_group) if ranks > 1 else None
-    adapters = AdapterSet(lora, local, adapted, input_size, *_place(config), fuse_rows, move, fused)
+    adapters = AdapterSet(lora, local, adapted, input_size, *_place(config), fuse_rows, move, fused, again)
     if ranks > 1:
         adapters.mark(replicated="lora_A", sharded="lora_B")
-    return AdaptedLinear(base, adapters)
+    return AdaptedLinear(base, adapters, joint)
 
 
 def adapted_row(
@@ -284,6 +258,8 @@ def adapted_row(
     lora: LoraConfig,
     part: str,
     fused: bool = True,
+    again: bool = True,
+    joint: bool = False,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
     **kwargs: Any,
@@ -296,10 +272,10 @@ def adapted_row(
     ranks = _require_sequence_parallel(config, tp_group)
     move = partial(reduce_scatter_to_sequence_parallel_region, group=tp_group) if ranks > 1 else None
     place = _place(config)
-    adapters = AdapterSet(lora, [(part, output_size)], [part], input_size // ranks, *place, None, move, fused)
+    adapters = AdapterSet(lora, [(part, output_size)], [part], input_size // ranks, *place, None, move, fused, again)
     if ranks > 1:
         adapters.mark(replicated="lora_B", sharded="lora_A")
-    return AdaptedLinear(base, adapters)
+    return AdaptedLinear(base, adapters, joint)
 
 
 def _require_sequence_parallel(config: TransformerConfig, tp_group: dist.ProcessGroup) -> int:

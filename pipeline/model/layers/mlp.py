@@ -1,4 +1,4 @@
-"""The frozen MLP of a checkpointed layer, tile by tile: its wide tensors exist for a few thousand tokens at a time.
+"""The frozen MLP that makes gate and up again, tile by tile: they exist for a few thousand tokens at a time.
 
 gate, up and their product are 3 F values a token beside a hidden state of H, and F is 2.7 to 3.5 H: whole, they set
 the memory peak of a recomputed layer. Tokens do not meet in an MLP, so that a tile can go all the way through it
@@ -15,13 +15,14 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core import tensor_parallel
 from megatron.core.transformer.mlp import MLP
 from torch.autograd.function import once_differentiable
 
 from parallel.axes.tensor import TokenTiles
 from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
 from pipeline.model.layers.linear import sum_product, tiles_of
-from pipeline.model.layers.norm import NormRecipe, recipe_of
+from pipeline.model.layers.recipe import Recipe, recipe_of
 from pipeline.model.layers.recomputation import placeholder, recomputing
 from pipeline.model.layers.swiglu import swiglu, swiglu_gradient_
 from pipeline.planning.recompute import RecomputePolicy
@@ -44,12 +45,11 @@ class _FrozenMlp(torch.autograd.Function):
         down: FrozenWeight,
         group: dist.ProcessGroup,
         skip: bool,
-        recipe: NormRecipe | None,
+        recipe: Recipe | None,
     ) -> torch.Tensor:
-        kept = (own,) if recipe is None else (recipe.input_SBH, recipe.weight_H)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*((own,) if recipe is None else recipe.sources))
         ctx.gate_up, ctx.down = gate_up, down
-        ctx.group, ctx.eps = group, None if recipe is None else recipe.eps
+        ctx.group, ctx.make = group, None if recipe is None else recipe.make
         if skip:
             return placeholder(own, own.shape)
         tiles = _tiles(group, own, gate_up)
@@ -69,7 +69,7 @@ class _FrozenMlp(torch.autograd.Function):
         tiles = _tiles(ctx.group, grad, ctx.gate_up)
         grad_own = grad.new_empty(grad.shape)
         scatter = tiles.scatter(grad_own)
-        own = kept[0] if ctx.eps is None else NormRecipe(kept[0], kept[1], ctx.eps).rows
+        own = kept[0] if ctx.make is None else Recipe(kept, ctx.make).rows
         gathered = tiles.gather(own, grad)
         for span in tiles.spans:
             # Every tile is let go of as soon as it was used: this is where a layer's memory peaks.
@@ -86,9 +86,9 @@ class _FrozenMlp(torch.autograd.Function):
 
 
 class TiledMLP(MLP):
-    """megatron's MLP; tiled where layers are checkpointed and its weights are frozen without adapters.
+    """megatron's MLP; tiled where gate and up are made again and its weights are frozen without adapters.
 
-    Elsewhere gate and up are kept for the backward, which tiles would only compute again.
+    With adapters it is checkpointed, if the whole layer is not. Elsewhere gate and up are kept for the backward.
 
     Args:
         recompute: of the layer it is in.
@@ -102,11 +102,18 @@ class TiledMLP(MLP):
         self, hidden_states: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[L, B, H] -> ([L, B, H], None); values are arbitrary while recomputing."""
-        weights = self._frozen() if self.recompute is RecomputePolicy.FULL else None
+        again = self.recompute in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP)
+        weights = self._frozen() if again else None
         if weights is None:
-            return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states))
+            if self.recompute is RecomputePolicy.GATE_UP and self.training:
+                return tensor_parallel.checkpoint(lambda hidden: self._whole(hidden)[0], False, hidden_states), None
+            return self._whole(hidden_states)
         group = self.linear_fc1.tp_group
         return _FrozenMlp.apply(hidden_states, *weights, group, recomputing(), recipe_of(hidden_states)), None
+
+    def _whole(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All tokens at once, by megatron's own forward."""
+        return cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(hidden_states))
 
     def _frozen(self) -> tuple[FrozenWeight, FrozenWeight] | None:
         """Both weights, if they are frozen and nothing else is here: no adapters, no biases."""

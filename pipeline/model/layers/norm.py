@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,22 +12,20 @@ from megatron.core.transformer import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.model.layers.recipe import Recipe, give_recipe
 
 WIDEST = 1 << 14
 """Values of a row that the gradient's kernel holds at once."""
 
 
-@dataclass(frozen=True)
-class NormRecipe:
-    """How a norm's output was made: keeping this costs nothing, since the norm keeps its input anyway."""
+def _normed(sources: Sequence[torch.Tensor], start: int, stop: int, eps: float) -> torch.Tensor:
+    input_SBH, weight_H = sources
+    return torch.nn.functional.rms_norm(input_SBH[start:stop], weight_H.shape, weight_H, eps)
 
-    input_SBH: torch.Tensor
-    weight_H: torch.Tensor
-    eps: float
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Tokens [start, stop) of the output again, to the bit."""
-        return torch.nn.functional.rms_norm(self.input_SBH[start:stop], self.weight_H.shape, self.weight_H, self.eps)
+def norm_recipe(input_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> Recipe:
+    """How a norm's output is made: this keeps nothing that the norm does not keep."""
+    return Recipe((input_SBH.detach(), weight_H.detach()), partial(_normed, eps=eps))
 
 
 class _Norm(torch.autograd.Function):
@@ -49,9 +48,24 @@ class _Norm(torch.autograd.Function):
         return result, weight_grad if ctx.needs_input_grad[1] else None, None, None
 
 
-def recipe_of(output_SBH: torch.Tensor) -> NormRecipe | None:
-    """The recipe of a tensor that a norm returned; None for any other tensor."""
-    return getattr(output_SBH, "norm_recipe", None)
+class _NormBesideStream(torch.autograd.Function):
+    """(`rms_norm`, its input) of which both are used: their gradients meet in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float, kernels: ModuleType
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(hidden_SBH, weight_H)
+        ctx.eps, ctx.gradient = eps, kernels.norm_gradient
+        normed = torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
+        return normed, hidden_SBH.view_as(hidden_SBH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        grad, stream = (grad.contiguous() for grad in grads)
+        result, weight_grad = ctx.gradient(*ctx.saved_tensors, grad, ctx.eps, stream)
+        return result, weight_grad if ctx.needs_input_grad[1] else None, None, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -74,15 +88,29 @@ class RMSNorm(torch.nn.Module):
         # the reduction (megatron's own convention).
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    def _kernels(self, hidden_SBH: torch.Tensor) -> ModuleType | None:
+        wanted = self.fused and torch.is_grad_enabled() and self.weight.shape[0] <= WIDEST
+        return kernels_for(hidden_SBH, hidden_SBH, self.weight) if wanted else None
+
+    def forward(self, hidden_SBH: torch.Tensor) -> Any:
         """Normalize over the last dimension; shape and dtype unchanged."""
-        width = self.weight.shape[0]
-        wanted = self.fused and torch.is_grad_enabled() and width <= WIDEST
-        kernels = kernels_for(hidden_SBH, hidden_SBH, self.weight) if wanted else None
+        kernels = self._kernels(hidden_SBH)
         if kernels is not None:
             output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps, kernels)
         else:
             output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
-        recipe = NormRecipe(hidden_SBH.detach(), self.weight.detach(), self.eps)
-        output.norm_recipe = recipe  # type: ignore[attr-defined]
+        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps))
         return output
+
+
+class StreamNorm(RMSNorm):
+    """The norm at the head of a layer's half, beside which the residual stream goes on: megatron's layer takes both."""
+
+    def forward(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[S, B, H] -> (normed, the stream); see `RMSNorm.forward`."""
+        kernels = self._kernels(hidden_SBH)
+        if kernels is None or not hidden_SBH.requires_grad:
+            return super().forward(hidden_SBH), hidden_SBH
+        output, stream = _NormBesideStream.apply(hidden_SBH, self.weight, self.eps, kernels)
+        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps))
+        return output, stream

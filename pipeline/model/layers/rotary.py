@@ -100,6 +100,45 @@ class _Rotate(torch.autograd.Function):
         return ctx.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, -1.0), None, None, None
 
 
+class _SplitAndRotate(torch.autograd.Function):
+    """Queries, keys and values of the fused projection's output, the first two turned; by the module `qkv_kernels`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: torch.Tensor, groups: int, heads: int, cos: torch.Tensor, sin: torch.Tensor, kernels: Any
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.join = kernels.join_and_rotate_back
+        parts: tuple[torch.Tensor, ...] = kernels.split_and_rotate(mixed, groups, heads, cos, sin)
+        return parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return ctx.join(tuple(grad.contiguous() for grad in grads), cos, sin), None, None, None, None, None
+
+
+def split_and_rotate(
+    mixed: torch.Tensor, groups: int, heads: int, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The fused projection's output [S, B, G (R + 2) D], by groups of R query heads, a key and a value, as queries
+    [S, B, G R, D], keys and values [S, B, G, D], RoPE applied; None where no kernel can serve.
+
+    Args:
+        groups, heads: G and G R.
+        cos, sin: fp32 [S, D/2] from `rope_tables`.
+    """
+    if kernels_for(mixed, mixed, cos, sin) is None:
+        return None
+    from pipeline.model.layers import qkv_kernels  # imports triton, which not every machine has
+
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _SplitAndRotate.apply(
+        mixed, groups, heads, cos, sin, qkv_kernels
+    )
+    return parts
+
+
 def apply_rope(x_SBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool = True) -> torch.Tensor:
     """Rotate channel i with channel i + D/2 (Hugging Face's half-rotation order); same shape and dtype as the input.
 

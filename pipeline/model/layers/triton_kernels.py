@@ -165,8 +165,9 @@ def add_update_(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: f
 
 @triton.jit
 def _norm_gradient(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, grad_ptr, result_ptr, sums_ptr, rows, width, eps, EACH: tl.constexpr, WIDTH: tl.constexpr
-):
+    x_ptr, weight_ptr, grad_ptr, stream_ptr, result_ptr, sums_ptr, rows, width, eps, STREAM: tl.constexpr,
+    EACH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, WIDTH)
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -182,19 +183,25 @@ def _norm_gradient(  # type: ignore[no-untyped-def]
         total += grad * x
         grad = grad * weight
         result = scale * (grad - x * (tl.sum(grad * x) / width))
+        if STREAM:
+            result += tl.load(stream_ptr + place, mask=here, other=0.0).to(tl.float32)
         tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=here)
     tl.store(sums_ptr + tl.program_id(0) * width + column, total, mask=inside)
 
 
 def norm_gradient(
-    x: torch.Tensor, weight_H: torch.Tensor, grad: torch.Tensor, eps: float
+    x: torch.Tensor, weight_H: torch.Tensor, grad: torch.Tensor, eps: float, stream: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of RMSNorm's input [..., H] and weight [H], in their dtypes, sums in fp32; all contiguous.
 
     The root mean square is computed again from the input: nothing is kept for it.
+
+    Args:
+        stream: another gradient of the input [..., H], which is added before the sum is rounded.
     """
     width = x.shape[-1]
     assert grad.shape == x.shape and weight_H.shape == (width,), WHY
+    assert stream is None or (stream.shape == x.shape and stream.is_contiguous()), WHY
     rows = x.numel() // width
     # Each program goes through many rows and holds a sum of the weight's gradient, which are added last. Powers of two:
     # the kernel is compiled for each number.
@@ -204,7 +211,7 @@ def norm_gradient(
     result, sums = torch.empty_like(x), x.new_empty((programs, width), dtype=torch.float32)
     if rows:
         _norm_gradient[(programs,)](
-            x, weight_H, grad, result, sums, rows, width, eps, EACH=each, WIDTH=triton.next_power_of_2(width),
-            num_warps=16,
+            x, weight_H, grad, x if stream is None else stream, result, sums, rows, width, eps,
+            STREAM=stream is not None, EACH=each, WIDTH=triton.next_power_of_2(width), num_warps=16,
         )  # fmt: skip
     return result, sums.sum(dim=0).to(weight_H.dtype)

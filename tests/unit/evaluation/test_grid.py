@@ -18,7 +18,8 @@ MEGATRON = ["parallel.engine=megatron", "parallel.offload={}"]
     ("settings", "world", "expected"),
     [
         ([], 1, (1, 1, 1)),
-        ([], 8, (1, 2, 1)),
+        ([], 8, (1, 8, 1)),
+        (["parallel.cp=2"], 8, (1, 2, 1)),
         ([], 3, (1, 1, 1)),
         ([*MEGATRON, "parallel.tp=8", "parallel.cp=1"], 4, (4, 1, 1)),
         ([*MEGATRON, "parallel.tp=4", "parallel.cp=2", "parallel.pp=2"], 6, (2, 1, 1)),

@@ -46,6 +46,7 @@ def test_a_plan_holds_all_that_follows(tmp_path: Path) -> None:
     assert plan.batch.accumulation == 4 and plan.chunks == (range(0, 1), range(1, 2))
     assert (plan.attention.kind, plan.attention.group, plan.full_attention.kind) == ("s2", 16, "full")
     assert plan.recompute == (RecomputePolicy.NONE,) * 2
+    assert plan.attention.kernels and not plan_run(make(tmp_path, "train.without=[kernels]"), 6).attention.kernels
     assert (plan.sequence, plan.group) == (64, 16)
     assert "activations" in plan.memory().gpu and plan.advice() == ()
     kept = make(tmp_path, "train.recompute=full")

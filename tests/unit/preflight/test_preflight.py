@@ -95,10 +95,10 @@ def test_layout() -> None:
     config = load_config(ROOT / "launch/configs/llama2_70b_32k.yaml")
     whole, plan = survey.check_layout(config, None, 8)
     assert plan is None, "nothing is known of the model"
-    assert not whole.problem and whole.found == "tp 1 x cp 2 x pp 1 x dp 4, 16 micro-batches a step"
+    assert not whole.problem and whole.found == "tp 1 x cp 8 x pp 1 x dp 1, 64 micro-batches a step"
     assert "does not divide the 7 launched processes" in survey.check_layout(config, None, 7)[0].problem
     odd = replace(config, train=replace(config.train, global_batch=63))
-    assert "train.global_batch: 63 is not a multiple" in survey.check_layout(odd, None, 8)[0].problem
+    assert "train.global_batch: 63 is not a multiple" in survey.check_layout(odd, None, 16)[0].problem
 
 
 def test_model_files(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def tiny_run(folder: Path) -> tuple[RunConfig, Path]:
     from tools.support.shrink import shrink
     from tools.support.tiny_checkpoint import write_files
 
-    tiny = shrink(load_config(ROOT / "launch/configs/llama2_70b_32k.yaml"), folder)
+    tiny = shrink(load_config(ROOT / "launch/configs/llama2_70b_32k.yaml", ["parallel.cp=2"]), folder)
     write_files(tiny.config, tiny.model)
     return tiny.config, Path(tiny.config.model.path)
 
@@ -304,9 +304,10 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
     assert "GPU memory" not in problems, "nothing is known of it without the model"
 
 
-def test_the_70b_run_needs_what_its_yaml_says() -> None:
+def test_the_70b_run_needs_what_its_yaml_says(monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.support.shapes import llama2
 
+    monkeypatch.setattr("pipeline.planning.run_plan.smallest_gpu", lambda: 80 * 10**9)
     path = ROOT / "launch/configs/llama2_70b_32k.yaml"
     config = load_config(path)
     estimate = RunPlan.of(config, *plan_model(config.model, llama2("70b")), 8).memory()
@@ -347,7 +348,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     there += [f"data.tokenizer={tmp_path / 'tokenizer.model'}", "data.sequence=64", "eval.lengths=[32]"]
     long = tmp_path / "long.txt"
     long.write_text("words")
-    sets = [word for text in there for word in ("--set", text)]
+    sets = [word for text in ("parallel.cp=2", *there) for word in ("--set", text)]
     assert main(["--config", config, *sets]) == 0
     assert "Preflight" in capsys.readouterr().out
     assert main(["--config", config, *sets, "--set", "eval.lengths=[40000]", "--set", f"eval.path={long}"]) == 0

@@ -1,0 +1,135 @@
+"""What one layer keeps for its backward pass and what it takes while it is at work, by recompute policy; no torch.
+
+The peak of a backward pass is not always at its begin: layers give back what they kept as it comes past them, and a
+layer that runs again takes for that moment what others keep. `peak_of` goes along a stage's layers.
+
+Counted in elements a token first; sizes of a rank. The terms are those that a profile of allocations shows; what they
+miss at the measured shapes is in tests/unit/planning/test_memory.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parallel.world.grid import GridPlan
+from pipeline.config.run import RunConfig
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.tile_size import tile_tokens
+
+LOGITS = 3 * 4 * (1 << 25)
+"""Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
+PARKED = 2
+"""Layers whose gate and up are on the GPU while they are on their way to or from the host (`layers.kept`)."""
+COLUMN = ("q", "k", "v", "gate", "up")
+FULL, GATE_UP, HOST, FP8, POINTWISE, NONE = RecomputePolicy
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer of one rank and micro-batch, by policy."""
+
+    kept: dict[RecomputePolicy, int]
+    """On the GPU, from a layer's forward to its backward."""
+    at_work: dict[RecomputePolicy, int]
+    """The most its backward takes beside that."""
+    gate_up: int
+    """Of gate and up in the model's dtype: what HOST keeps in host memory."""
+
+
+def layer_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int) -> LayerMemory:
+    """Count one layer.
+
+    Args:
+        width: bytes an element of activations.
+    """
+    tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
+    tp, rank = grid.tp, config.lora.rank
+    query, key_value = arch.heads * arch.head_dim // tp, arch.kv_heads * arch.head_dim // tp
+    hidden, ffn = arch.hidden // tp, arch.ffn // tp
+    targets = config.lora.targets if rank and "lora" in config.train.trainable else ()
+    adapted = any(target in ("gate", "up", "down") for target in targets)
+    # What enters and leaves attention's kernels, and fp32 log-sum-exps.
+    attended = 2 * query + 2 * key_value + 4 * arch.heads // tp // width
+    low = {target: rank * (tp if target in COLUMN else 1) for target in targets}
+    inner = sum(low.get(target, 0) for target in ("gate", "up", "down")) // tp
+    # The input of both norms, and of the adapters what the frozen products do not keep.
+    base = 2 * hidden + attended + sum(low.values()) // tp
+    product = ffn * ("down" in targets)
+    again = (
+        query * ("o" in targets)
+        + hidden * any(target in "qkv" for target in targets)
+        + hidden * any(target in ("gate", "up") for target in targets)
+        + product
+    )
+    kept = {
+        FULL: hidden,
+        # A checkpointed MLP of other kinds keeps its input, which a frozen one has a norm make again.
+        GATE_UP: base + hidden * adapted - inner,
+        # An adapter on down has its input kept: made again it would need gate and up as they were.
+        HOST: base + product,
+        FP8: base + product + (2 * ffn + 8) // width,
+        POINTWISE: base + 2 * ffn,
+        NONE: base + 2 * ffn + again,
+    }
+    # Attention's backward: queries, output twice, and their gradients, one of them in fp32; gradients of keys and
+    # values, with GQA first by query heads; two hidden states.
+    grouped = arch.kv_heads < arch.heads
+    attention = (9 if grouped else 7) * query + 6 * key_value + 2 * hidden
+    tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
+    # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.
+    mlp = tokens * (3 * hidden + 3 * query + 2 * key_value) + tile
+    # The gradient of the product; that of gate and up lies over them. Sequence parallelism sums whole rows.
+    wide = tokens * (ffn + 3 * hidden + arch.hidden * (tp > 1))
+    if adapted:
+        mlp = tokens * (base + 2 * ffn + again) + wide
+    rest = tokens * max(0, attention - attended)
+    at_work = {
+        FULL: max(tokens * attention, mlp),
+        GATE_UP: max(rest, tokens * (3 * hidden) + tile if not adapted else wide + 3 * tokens * ffn),
+        HOST: max(rest, wide),
+        FP8: max(rest, wide + 2 * tokens * ffn),
+        POINTWISE: max(rest, wide),
+        NONE: max(rest, wide),
+    }
+    early = _halo(config, arch, grid) * width
+    return LayerMemory(
+        kept={policy: tokens * size * width + early * (policy is not FULL) for policy, size in kept.items()},
+        at_work={policy: size * width + early for policy, size in at_work.items()},
+        gate_up=2 * tokens * ffn * width,
+    )
+
+
+def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> int:
+    """Elements of K and V that a layer gets of other context ranks, of the rank that gets most."""
+    if grid.cp == 1:
+        return 0
+    rows, tokens, heads = config.train.micro_batch, grid.shard_tokens(config.sequence), arch.heads // grid.tp
+    # Full attention, in the last steps too, gathers all keys and values.
+    if config.attention.kind == "full" or config.attention.full_last_steps:
+        return 2 * rows * grid.cp * tokens * arch.kv_heads // grid.tp * arch.head_dim
+    spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
+    layout, most = SequenceLayout.dense(rows, grid.cp * tokens), 0
+    for first in range(0, arch.heads, heads):
+        plan = head_plan(first, heads, arch.heads, arch.kv_heads, spec.shifted_heads)
+        messages = halo_plan(layout, spec, plan, grid.cp, tokens)
+        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(grid.cp)))
+    return most * arch.head_dim
+
+
+def peak_of(layer: LayerMemory, policies: Sequence[RecomputePolicy]) -> tuple[int, int]:
+    """(bytes all layers keep, bytes more at the peak) of one micro-batch on one stage.
+
+    Args:
+        policies: of the stage's layers, in order.
+    """
+    stored = sum(layer.kept[policy] for policy in policies)
+    # The loss comes while everything is kept; the last layer's backward runs first.
+    peak, left = stored + LOGITS, stored
+    for policy in reversed(policies):
+        peak = max(peak, left + layer.at_work[policy])
+        left -= layer.kept[policy]
+    return stored, peak - stored + PARKED * layer.gate_up * (HOST in policies)

@@ -1,0 +1,205 @@
+"""One GPU, one job: transformers + PEFT (+ Liger) as LongLoRA's users run them, and this product, in turn.
+
+    python -m tools.bench.peers [--model llama2-7b] [--sequence 32768] [--peers sdpa s2 s2-liger] [--json FILE]
+
+Random weights in bf16, LoRA r 8 on q, k, v, o, embedding and norms trained, AdamW on them, one sequence a step. The
+peers checkpoint every layer, as their scripts do; S² as published is LongLoRA's own: K and V repeated, the upper half
+of the heads rolled by half a group, groups as a batch. Ours takes what `train.recompute: auto` fits, and what
+`--recompute` names. Each starts in a process of its own, so that no allocator remembers another's model. A peer whose
+package is not installed is said to be missing. "ratio" is ours, `auto`, over the row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from pipeline.config.paths import user_path
+from pipeline.config.sections import RECOMPUTE
+from pipeline.planning.memory import GIB
+from pipeline.reporting.command import command
+from tools.support.command_line import add_integers, console_of
+from tools.support.shapes import SIZES, config_json, llama2
+
+MODELS = {f"llama2-{size}": size for size in SIZES}
+PEERS = ("sdpa", "s2", "sdpa-liger", "s2-liger")
+
+
+def published_s2(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """LongLoRA's llama_attn_replace as transformers calls attention: [B, H, S, D] -> [B, S, H, D].
+
+    A group is a quarter of the sequence; the last half group wraps around to the front, as published.
+    """
+    groups: int = module.num_key_value_groups  # type: ignore[assignment]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    batch, heads, tokens, width = query.shape
+    group = tokens // 4
+
+    def shift(x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(1, 2).clone()
+        x[:, :, heads // 2 :] = x[:, :, heads // 2 :].roll(-(group // 2), dims=1)
+        return x.reshape(batch * tokens // group, group, heads, width).transpose(1, 2)
+
+    out = torch.nn.functional.scaled_dot_product_attention(
+        shift(query), shift(key), shift(value), is_causal=True, scale=scaling
+    )
+    out = out.transpose(1, 2).reshape(batch, tokens, heads, width).clone()
+    out[:, :, heads // 2 :] = out[:, :, heads // 2 :].roll(group // 2, dims=1)
+    return out, None
+
+
+def run_peer(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of transformers + PEFT in this process."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    attention, _, liger = kind.partition("-")
+    if attention == "s2":
+        transformers.AttentionInterface.register("published_s2", published_s2)
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    arch = llama2(MODELS[args.model], args.layers)
+    described = config_json(arch) | {"max_position_embeddings": max(args.sequence, arch.max_positions)}
+    config = transformers.LlamaConfig(**described)
+    config._attn_implementation = "published_s2" if attention == "s2" else "sdpa"
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=names))
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or "norm" in name:
+            parameter.requires_grad_(True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5, fused=True)
+
+    def take(step: int) -> float:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, arch.vocab, (1, args.sequence), generator=generator).cuda()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for step in range(args.warmup):
+        take(step)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(take(args.warmup + step) for step in range(args.steps))
+    return {
+        "seconds": seconds,
+        "tokens_per_second": args.sequence / seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+    }
+
+
+def run_ours(attention: str, settings: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """`tools.bench.step` in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="longspan-peers-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        command_line = [sys.executable, "-m", "tools.bench.step", "--model", args.model, "--json", str(path)]
+        command_line += ["--sequence", str(args.sequence), "--attention", attention, "--warmup", str(args.warmup)]
+        command_line += ["--steps", str(args.steps), *(["--layers", str(args.layers)] if args.layers else [])]
+        for setting in settings:
+            command_line += ["--set", setting]
+        done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        row = json.loads(path.read_text().splitlines()[-1])
+    found = {"seconds": row["seconds"], "tokens_per_second": row["tokens_per_second_per_gpu"]}
+    return found | {"peak_gib": row["peak_allocated_gib"], "recompute": row["recompute"]}
+
+
+def apart(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`run_peer` in a process of its own."""
+    if kind.endswith("liger") and importlib.util.find_spec("liger_kernel") is None:
+        return {"failed": "liger_kernel is not installed"}
+    words = [sys.executable, "-m", "tools.bench.peers", "--one", kind, "--model", args.model]
+    words += ["--sequence", str(args.sequence), "--warmup", str(args.warmup), "--steps", str(args.steps)]
+    done = subprocess.run(
+        words + (["--layers", str(args.layers)] if args.layers else []), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama2-7b", help="shape (default llama2-7b)")
+    parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="which (default: all)")
+    parser.add_argument("--recompute", nargs="*", choices=RECOMPUTE, default=[], help="of ours, beside auto")
+    parser.add_argument("--gate-up", nargs="*", default=["gpu"], choices=("gpu", "fp8", "host"), help="of ours")
+    add_integers(
+        parser,
+        ("--sequence", 32768, "tokens a sequence"),
+        ("--warmup", 2, "steps before timing"),
+        ("--steps", 3, "timed steps"),
+    )
+    parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a row")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
+    if args.one:
+        print(json.dumps(run_peer(args.one, args)))
+        return 0
+    rows: list[dict[str, Any]] = [{"what": f"transformers + PEFT, {kind}", **apart(kind, args)} for kind in args.peers]
+    for attention in ("s2", "full"):
+        for where in args.gate_up:
+            settings = ["train.recompute=auto", f"train.gate_up={where}"]
+            name = f"Longspan, {attention}, auto" + ("" if where == "gpu" else f", gate and up {where}")
+            rows.append({"what": name, **run_ours(attention, settings, args)})
+        for word in args.recompute:
+            name = f"Longspan, {attention}, {word}"
+            rows.append({"what": name, **run_ours(attention, [f"train.recompute={word}"], args)})
+    for row in rows:
+        full = "full" in row["what"] or "sdpa" in row["what"]
+        ours = next(r for r in rows if r["what"] == f"Longspan, {'full' if full else 's2'}, auto")
+        if "tokens_per_second" in row and "tokens_per_second" in ours:
+            row["ratio"] = ours["tokens_per_second"] / row["tokens_per_second"]
+    table = Table(title=f"{torch.cuda.get_device_name()}, {args.model}, {args.sequence} tokens, one sequence a step")
+    columns = ("what", "seconds", "tokens_per_second", "peak_gib", "ratio", "recompute", "failed")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        values = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
+    console_of(160).print(table)
+    if args.json:
+        with args.json.open("a") as file:
+            file.writelines(json.dumps({"model": args.model, "sequence": args.sequence, **row}) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
