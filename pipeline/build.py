@@ -101,6 +101,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         plan.chunks,
         shards=shards,
         kinds=train.trainable,
+        stream=plan.stream,
     )
     load_base(model, base)
     init_adapters(model, train.seed)

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.recompute",
+    "train.stream",
     "train.bad_steps",
     "checks",
     "attention.backend",

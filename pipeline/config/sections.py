@@ -182,6 +182,9 @@ class TrainConfig:
     """What trains: lora embed norm lm_head."""
     recompute: str = "full"
     """Activation checkpointing: full (per layer) | none."""
+    stream: int | str | None = None
+    """S² streaming: tokens of a sequence at work at once, over all ranks of a replica (the GPU's memory then depends on
+    them, not on data.sequence) | auto (what fits); null: whole sequences."""
     seed: int = 1234
     """Seed of everything random."""
     bad_steps: int = 5
@@ -207,6 +210,10 @@ class TrainConfig:
         one_of("train.schedule", self.schedule, ("constant", "cosine"))
         one_of("train.recompute", self.recompute, RECOMPUTE)
         at_least("train.bad_steps", self.bad_steps, 1)
+        if isinstance(self.stream, str):
+            one_of("train.stream", self.stream, ("auto",))
+        elif self.stream is not None:
+            at_least("train.stream", self.stream, 1)
         for kind in self.trainable:
             one_of("train.trainable", kind, TRAINABLE_KINDS)
         if not self.trainable:

@@ -24,6 +24,7 @@ from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.chunk import Chunk, LlamaChunk
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.megatron_config import transformer_config
+from pipeline.model.streaming import SequenceStream
 from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
@@ -58,6 +59,7 @@ class RankModel(torch.nn.Module):
         shards: engine zero3: takes the frozen matrices; None: every rank holds its slice of them.
         kinds: train.trainable, which decides what `shards` takes.
         family: whose classes the layers are of (`spec.FAMILIES`).
+        stream: train chunk by chunk of so many tokens (`streaming`); None: whole sequences. Needs one stage.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class RankModel(torch.nn.Module):
         shards: FrozenShards | None = None,
         kinds: Sequence[str] = (),
         family: str = "local",
+        stream: int | None = None,
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -96,6 +99,7 @@ class RankModel(torch.nn.Module):
         if shards is not None:
             (stage,) = self.stages
             shard_stage(stage, kinds, shards)
+        self.stream = None if stream is None else SequenceStream(self, stream)
 
     @property
     def stages(self) -> list[LlamaChunk]:
@@ -157,12 +161,21 @@ class RankModel(torch.nn.Module):
             scale: factor of the loss: one over all scored tokens of the step.
             before_last_backward: called when the last micro-batch's backward comes next; under pipelining once a chunk,
                 with the parameters that train there, as each chunk comes to it at another time.
-            between: called between two micro-batches (not under pipelining); may raise to abandon the step.
+            between: called between two micro-batches, streaming: between two chunks (not under pipelining); may raise
+                to abandon the step.
 
         Returns:
             This rank's sum of losses, fp64 scalar: over its tokens, zero but on the last stage.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        if self.stream is not None:
+            for number, batch in enumerate(batches):
+                if number:
+                    between()
+                final = number == len(batches) - 1
+                arm = (lambda: before_last_backward(None)) if final else (lambda: None)
+                total += self.stream.train(batch, spec, scale, arm, between)
+            return total
         placed = [self.place(batch) for batch in batches]
         contexts = [{id(stage): self._context(stage, batch.layout, spec) for stage in self.stages} for batch in placed]
 
@@ -209,6 +222,8 @@ class RankModel(torch.nn.Module):
         """Give page-locked host memory back; the model cannot run after it."""
         if self.shards is not None:
             self.shards.close()
+        if self.stream is not None:
+            self.stream.close()
 
     def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
         """Whether engine zero3 keeps a share of this parameter instead of all of it."""

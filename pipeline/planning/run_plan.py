@@ -28,6 +28,7 @@ from pipeline.planning.balance import advise, busiest_rank
 from pipeline.planning.memory import MemoryEstimate, estimate_memory
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
+from pipeline.planning.stream import plan_stream
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -124,6 +125,8 @@ class RunPlan:
     """What evaluation attends with, and training in its last `attention.full_last_steps` steps."""
     recompute: tuple[RecomputePolicy, ...]
     """Of every layer of the whole model."""
+    stream: int | None
+    """Tokens of a streamed sequence at work at once; None: whole sequences."""
 
     @classmethod
     def of(cls, config: RunConfig, arch: LlamaArch, rope: RopePlan, world: int) -> RunPlan:
@@ -147,6 +150,7 @@ class RunPlan:
             attention=attention_spec(config.attention, config.group),
             full_attention=full_attention(config.attention),
             recompute=plan_recompute(config.train.recompute, arch.layers),
+            stream=plan_stream(config, arch, grid),
         )
 
     @property

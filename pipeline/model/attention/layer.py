@@ -7,18 +7,27 @@ the argument megatron-core threads through block, layer and recompute for packed
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
+from parallel.axes.context import Exchange
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.model.layers.rotary import apply_rope
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import ShardWork
+
+
+class Past(Protocol):
+    """What a streamed chunk knows of the tokens before it (`model.streaming`)."""
+
+    def exchange(self, layer: int, heads: HeadPlan, work: ShardWork) -> Exchange:
+        """Of layer number `layer`, counted from 0 in the whole model."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,9 @@ class AttentionContext:
     sin: torch.Tensor
     """RoPE sines, likewise."""
     shard: ContextShard | None = None
-    """This rank's tokens under context parallelism; None: all of them."""
+    """This rank's tokens under context parallelism or streaming; None: all of them."""
+    past: Past | None = None
+    """Where a streamed chunk has its halos from; None: the whole sequence is at work."""
 
 
 class CoreAttention(torch.nn.Module):
@@ -43,8 +54,16 @@ class CoreAttention(torch.nn.Module):
     kernels of its own are accepted and unused.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any, softmax_scale: float | None = None, **_: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ):
         super().__init__()
+        self.layer = layer_number - 1  # megatron counts from 1
         assert config.num_query_groups is not None
         self.softmax_scale = softmax_scale
         self.total_heads, self.total_kv_heads = config.num_attention_heads, config.num_query_groups
@@ -69,7 +88,9 @@ class CoreAttention(torch.nn.Module):
         layout, spec, scale = context.layout, context.spec, self.softmax_scale
         if context.shard is None:
             return attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale).flatten(2)
-        return context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale).flatten(2)
+        past = context.past
+        exchange = None if past is None else lambda work: past.exchange(self.layer, plan, work)
+        return context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale, exchange).flatten(2)
 
 
 class LongAttention(SelfAttention):
