@@ -199,6 +199,9 @@ def build(
     lora = config.lora if trains_lora else replace(config.lora, rank=0)
     model = build_model(plan, lora, groups, base)
     mark_trainable(model, config.train.trainable)
+    if model.stream is not None:
+        # Now, not in the first step: what cannot be had is told before anything is trained.
+        model.stream.reserve(config.train.micro_batch, config.sequence, plan.attention)
     optimizer = TrainableAdamW(
         ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model)),
         betas=config.train.betas,

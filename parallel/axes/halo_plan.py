@@ -10,6 +10,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+ALIGN = 64
+"""Bytes at a multiple of which every parked message begins in host memory: right for any dtype."""
+
 
 @dataclass(frozen=True, order=True)
 class Region:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from parallel.axes.context import Flight, HaloExchange, acquaint
-from parallel.axes.halo_plan import HaloPlan, Message, Region
+from parallel.axes.halo_plan import ALIGN, HaloPlan, Message, Region
 from parallel.axes.pinned import pin, unpin
 from parallel.errors import LongspanError
 from parallel.world.context_shard import ContextShard
@@ -102,6 +102,16 @@ class ParkedHalos:
         """Gradients that no backward has fetched yet; 0 once a sequence is done."""
         return len(self._gradients)
 
+    def reserve(self, size: int) -> None:
+        """Take so much host memory now, in one piece, unless there is as much.
+
+        Raises:
+            LongspanError: it cannot be page-locked.
+        """
+        if size > self.host_bytes:
+            self.close()
+            self._slabs.append(self._new_slab(size))
+
     def park(self, key: Key, packed: torch.Tensor) -> None:
         """Copy a packed message to host memory.
 
@@ -140,7 +150,7 @@ class ParkedHalos:
 
     def _take(self, size: int) -> torch.Tensor:
         """Host memory of the sequence under way, uint8 [size]."""
-        size = -(-size // 64) * 64  # aligned for any dtype
+        size = -(-size // ALIGN) * ALIGN
         while self._slab < len(self._slabs) and self._slabs[self._slab].numel() - self._used < size:
             self._slab, self._used = self._slab + 1, 0
         if self._slab == len(self._slabs):

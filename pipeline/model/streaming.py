@@ -24,7 +24,7 @@ from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
 from pipeline.planning.context_shards import ShardWork, halo_plan
-from pipeline.planning.stream import StreamPlan
+from pipeline.planning.stream import StreamPlan, halo_bytes
 
 if TYPE_CHECKING:
     from pipeline.model.rank_model import RankModel
@@ -68,10 +68,25 @@ class SequenceStream:
     def __init__(self, model: RankModel, chunk: int) -> None:
         self._model, self.chunk = model, chunk
         self.parked = ParkedHalos(model.groups.device)
+        self._reserved: tuple[int, int, AttentionSpec] | None = None
 
     def close(self) -> None:
         """Give host memory back."""
         self.parked.close()
+
+    def reserve(self, rows: int, sequence: int, spec: AttentionSpec) -> None:
+        """Take the host memory that `rows` sequences' halos need, at once and before they are computed.
+
+        Raises:
+            LongspanError: it cannot be page-locked.
+        """
+        model, key = self._model, (rows, sequence, spec)
+        if key == self._reserved:
+            return
+        self._reserved = key
+        cut = StreamPlan.of(sequence, self.chunk, model.groups.plan)
+        need = halo_bytes(cut, model.arch, spec, model.groups.plan, rows, model.dtype.itemsize)
+        self.parked.reserve(need.parked)
 
     def train(
         self,
@@ -102,6 +117,7 @@ class SequenceStream:
         total = torch.zeros((), dtype=torch.float64, device=model.groups.device)
         replays = model.lora.dropout > 0.0
         states: dict[int, dict[str, torch.Tensor]] = {}
+        self.reserve(rows, sequence, spec)
         self.parked.begin()
 
         def hidden(number: int, parks: bool) -> torch.Tensor:

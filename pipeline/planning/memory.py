@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
 from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
 from pipeline.planning.tile_size import tile_tokens
 
@@ -89,7 +91,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy]
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy], stream: int | None = None
 ) -> MemoryEstimate:
     """What training takes on `grid`.
 
@@ -98,6 +100,7 @@ def estimate_memory(
 
     Args:
         recompute: policy of every layer of the whole model (`planning.recompute`).
+        stream: tokens of a streamed sequence at work at once; None: all.
     """
     counts = count_parameters(config, arch)
     width = 4 if config.model.dtype == "fp32" else 2
@@ -114,7 +117,7 @@ def estimate_memory(
         "frozen norms": counts.norms * width,
         "trained weights": trained * width,
         "gradients": trained * GRADIENT,
-        **_activations(config, arch, grid, recompute[:layers], width),
+        **_activations(config, arch, grid, recompute[:layers], width, min(stream or config.sequence, config.sequence)),
         "context": CUDA_CONTEXT,
     }
     host = {"process": PROCESS}
@@ -122,15 +125,41 @@ def estimate_memory(
     (host if offload.optimizer == "cpu" else gpu)["optimizer"] = optimizer
     if zero3:
         gpu["gathered weights"] = GATHER_SLOTS * max(counts.layer, counts.head, counts.embedding) * width // grid.tp
+    if stream is not None:
+        spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
+        cut = StreamPlan.of(config.sequence, stream, grid)
+        halos = halo_bytes(cut, arch, spec, grid, config.train.micro_batch, width)
+        host["parked halos"], gpu["halos' gradients"] = halos.parked, halos.carried
     saved = OPTIMIZER * counts.trained
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 
 
+def plan_stream(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy], gpu: int | None
+) -> int | None:
+    """Tokens of a streamed sequence at work at once; None: whole sequences.
+
+    Args:
+        gpu: bytes of the smallest GPU, for `train.stream: auto`, which takes the largest chunk of `chunk_sizes` that
+            fits by formula, or else the smallest; None: there is none, and the smallest will do.
+    """
+    stream = config.train.stream
+    if not isinstance(stream, str):
+        return stream
+    sizes = chunk_sizes(config.sequence, config.group, grid)
+    fitting = [
+        size
+        for size in sizes
+        if gpu is not None and estimate_memory(config, arch, grid, recompute, size).gpu_total <= gpu
+    ]
+    return max(fitting, default=sizes[0])
+
+
 def _activations(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int, at_once: int
 ) -> dict[str, int]:
     """What a layer keeps for the backward pass, and the most that one layer, or the loss, takes while it is at work."""
-    tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
+    tokens = config.train.micro_batch * grid.shard_tokens(at_once)
     query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     hidden, ffn, tp = arch.hidden // grid.tp, arch.ffn // grid.tp, grid.tp
     adapted = any(target in ("gate", "up", "down") for target in config.lora.targets)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError
+from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.grid import (
     BatchPlan,
     GridPlan,
@@ -25,10 +26,9 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
-from pipeline.planning.memory import MemoryEstimate, estimate_memory
+from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
-from pipeline.planning.stream import plan_stream
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -129,17 +129,19 @@ class RunPlan:
     """Tokens of a streamed sequence at work at once; None: whole sequences."""
 
     @classmethod
-    def of(cls, config: RunConfig, arch: LlamaArch, rope: RopePlan, world: int) -> RunPlan:
+    def of(cls, config: RunConfig, arch: LlamaArch, rope: RopePlan, world: int, gpu: int | None = None) -> RunPlan:
         """The plan for a model that is known: no file is opened.
 
         Args:
             arch, rope: from `plan_model`.
             world: ranks.
+            gpu: bytes of the smallest GPU, which `train.stream: auto` looks at; None: unknown.
 
         Raises:
             ConfigError: the ranks do not fit the settings or the model.
         """
         grid, batch = plan_ranks(config, world)
+        recompute = plan_recompute(config.train.recompute, arch.layers)
         return cls(
             config=config,
             arch=arch,
@@ -149,8 +151,8 @@ class RunPlan:
             chunks=plan_chunks(arch, grid, config.parallel.virtual),
             attention=attention_spec(config.attention, config.group),
             full_attention=full_attention(config.attention),
-            recompute=plan_recompute(config.train.recompute, arch.layers),
-            stream=plan_stream(config, arch, grid),
+            recompute=recompute,
+            stream=plan_stream(config, arch, grid, recompute, gpu),
         )
 
     @property
@@ -165,7 +167,7 @@ class RunPlan:
 
     def memory(self) -> MemoryEstimate:
         """What training takes, by formula."""
-        return estimate_memory(self.config, self.arch, self.grid, self.recompute)
+        return estimate_memory(self.config, self.arch, self.grid, self.recompute, self.stream)
 
     def balance(self) -> tuple[str, ...]:
         """A sentence for each thing that makes ranks wait for each other."""
@@ -204,4 +206,5 @@ def plan_run(config: RunConfig, world: int) -> RunPlan:
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world)
+    gpu = smallest_gpu() if config.train.stream == "auto" else None
+    return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world, gpu)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.axes.halo_plan import ALIGN
 from parallel.world.grid import GridPlan
-from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,53 @@ class StreamPlan:
         return (*inner, self.padded)
 
 
-def plan_stream(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> int | None:
-    """Tokens of a chunk, or None where whole sequences are trained on at once."""
-    stream = config.train.stream
-    assert not isinstance(stream, str)
-    return stream
+@dataclass(frozen=True)
+class HaloBytes:
+    """What the halos of one micro-batch take on the busiest rank, all layers together; bytes."""
+
+    parked: int
+    """Host memory."""
+    carried: int
+    """The device: gradients that wait for the backward of the chunk they belong to."""
+
+
+def halo_bytes(
+    stream: StreamPlan, arch: LlamaArch, spec: AttentionSpec, grid: GridPlan, rows: int, width: int
+) -> HaloBytes:
+    """Counted from the plan of the halos itself; packed documents need less.
+
+    Args:
+        stream: a sequence's cut.
+        spec: kind s2.
+        rows: sequences a micro-batch.
+        width: bytes of an element.
+    """
+    layout, local = SequenceLayout.dense(rows, stream.padded), arch.heads // grid.tp
+    vector = arch.head_dim * width
+    parked = carried = 0
+    for tp in range(grid.tp):
+        heads = head_plan(tp * local, local, arch.heads, arch.kv_heads, spec.shifted_heads)
+        messages = halo_plan(layout, spec, heads, stream.edges).messages
+        for rank in range(grid.cp):
+            kept, waiting = 0, [0] * (len(stream.starts) + 1)
+            for message in messages:
+                begin, end = message.sender // stream.cp, message.receiver // stream.cp
+                if message.sender % stream.cp == rank and begin < end:
+                    kept += -(-message.vectors * vector // ALIGN) * ALIGN
+                    # From the receiver's backward to the sender's.
+                    for chunk in range(begin + 1, end + 1):
+                        waiting[chunk] += message.vectors * vector
+            parked, carried = max(parked, kept), max(carried, *waiting)
+    return HaloBytes(arch.layers * parked, arch.layers * carried)
+
+
+def chunk_sizes(sequence: int, group: int, grid: GridPlan) -> tuple[int, ...]:
+    """Chunks to choose from, rising: a group times powers of two, so that a boundary's halo is half a group.
+
+    The last one is a sequence or more.
+    """
+    unit = grid.tp * grid.cp
+    sizes = [-(-group // unit) * unit]
+    while sizes[-1] < sequence:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
