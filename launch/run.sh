@@ -1,6 +1,7 @@
 # Sourced by launch/run_*.sh, which set `name` and `config`: parses the command line and runs it from the root.
+# `processes`, if set, is the default of --nproc.
 set -euo pipefail
-start=$PWD
+processes=${processes:-8} start=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 usage() {
@@ -9,7 +10,7 @@ launch/$name.sh [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
   trains $config on this machine's GPUs; the same command resumes
   --dry-run    the busiest rank's share of it on the one GPU at hand: memory and tokens/s
   --tiny       the same settings shrunk, on at most four CPU processes: trains, stops, resumes, compares
-  --nproc N    processes on each machine (default 8, one a GPU)
+  --nproc N    processes on each machine (default $processes, one a GPU)
   --set a.b=c  overrides a setting of the YAML; repeatable
 SIGTERM, SIGUSR1 and Ctrl-C save and stop it; a second Ctrl-C ends it at once. Paths in the YAML
 and in --set are seen from the repository.
@@ -44,11 +45,11 @@ python() { command "$python" -W ignore "$@"; }
 common=(--config "$config" ${settings[@]+"${settings[@]}"})
 
 case $mode in
-  dry-run) exec "$python" -W ignore -m tools.dry_run "${common[@]}" --nproc "${nproc:-8}" ;;
+  dry-run) exec "$python" -W ignore -m tools.dry_run "${common[@]}" --nproc "${nproc:-$processes}" ;;
   tiny) exec "$python" -W ignore -m tools.tiny_run "${common[@]}" ${nproc:+--nproc "$nproc"} ;;
 esac
 
-nproc=${nproc:-8}
+nproc=${nproc:-$processes}
 nodes=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || refuse "NNODES must be a number of machines, 1 or more, got '$nodes'."
 node_rank=${NODE_RANK:-}

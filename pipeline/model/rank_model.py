@@ -143,6 +143,12 @@ class RankModel(torch.nn.Module):
     def _context(self, stage: LlamaChunk, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
         return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
 
+    def passes(self, batches: Sequence[Batch]) -> int:
+        """Between how many passes `train_step` calls `between`: of whole micro-batches, or over chunks of each."""
+        if self.stream is None:
+            return len(batches)
+        return sum(self.stream.passes(batch.tokens.shape[1]) for batch in batches)
+
     def train_step(
         self,
         batches: Sequence[Batch],

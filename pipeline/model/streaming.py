@@ -74,6 +74,10 @@ class SequenceStream:
         """Give host memory back."""
         self.parked.close()
 
+    def passes(self, sequence: int) -> int:
+        """Passes over chunks that a sequence of so many tokens takes: two over each, one over the last."""
+        return 2 * -(-sequence // self.chunk) - 1
+
     def reserve(self, rows: int, sequence: int, spec: AttentionSpec) -> None:
         """Take the host memory that `rows` sequences' halos need, at once and before they are computed.
 

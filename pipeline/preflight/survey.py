@@ -121,6 +121,8 @@ def _smaller(part: str) -> str:
         return "set parallel.offload.params: cpu, or use more GPUs"
     if part == "activations":
         return "set train.recompute: full"
+    if part == "halos' gradients":
+        return "lower attention.group_size or train.micro_batch"
     return "raise parallel.cp (each rank then holds fewer tokens), or lower data.sequence"
 
 
@@ -131,7 +133,9 @@ def check_host_memory(host: int, limit: str, processes: int, estimate: MemoryEst
     if host < need:
         each = " + ".join(f"{gib(size)} {part}" for part, size in estimate.host.items())
         mend = "give the job more memory"
-        if len(estimate.host) > 1:  # something is offloaded
+        if "parked halos" in estimate.host:
+            mend += f" ({gib(need - host)} more), or raise train.stream: fewer chunks park fewer halos"
+        elif len(estimate.host) > 1:  # something is offloaded
             mend += ", spread it over more nodes, or set parallel.offload to none where the GPUs have room"
         problem = (
             f"Host memory: {processes} processes need about {gib(need)} ({each}; each) and {limit} leaves {gib(host)}; "

@@ -36,7 +36,6 @@ from pipeline.config.sections import RECOMPUTE, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
-from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
@@ -44,16 +43,11 @@ from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from tools.support.command_line import add_integers, console_of
 from tools.support.profile import print_profile
-from tools.support.shapes import SIZES, llama2, llama3_8b
+from tools.support.shapes import SIZES, shape_of
 
-MODELS = ("llama3-8b", *(f"llama2-{size}" for size in SIZES))
+MODELS = {"llama3-8b": "8b", **{f"llama2-{size}": size for size in SIZES}}
 KINDS = ("lora", "embed", "norm")
 GIB = 1 << 30
-
-
-def shape_of(name: str, layers: int | None) -> LlamaArch:
-    """The architecture of one of MODELS."""
-    return llama3_8b(layers) if name == "llama3-8b" else llama2(name.removeprefix("llama2-"), layers)
 
 
 def fill(model: RankModel) -> None:
@@ -84,7 +78,7 @@ class Trainee:
     """
 
     def __init__(self, args: argparse.Namespace, groups: Groups, recompute: str, stream: int | None) -> None:
-        arch = shape_of(args.model, args.layers)
+        arch = shape_of(MODELS[args.model], args.layers)
         longest = max(*args.lengths, args.reference, arch.max_positions)
         shards = None
         if args.offload:
@@ -176,7 +170,7 @@ def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="llama3-8b", help="shape (default llama3-8b)")
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b", help="shape (default llama3-8b)")
     parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[65536, 262144, 1048576], help="tokens of a streamed sequence"
@@ -207,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         env = RankEnv.read()
         world = env.world_size if env.launched else args.tp * args.cp
         grid = plan_grid(world, args.tp, args.cp, 1)
-        arch = shape_of(args.model, args.layers)
+        arch = shape_of(MODELS[args.model], args.layers)
         check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
         if not env.launched:
             env = RankEnv(rank=args.rank, world_size=world, local_rank=0)

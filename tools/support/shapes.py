@@ -14,6 +14,7 @@ _LLAMA2 = {
     "7b": (4096, 11008, 32, 32, 32),
 }
 SIZES = tuple(_LLAMA2)
+KNOWN = (*SIZES, "8b")
 
 
 def llama2(size: str, layers: int | None = None) -> LlamaArch:
@@ -24,6 +25,11 @@ def llama2(size: str, layers: int | None = None) -> LlamaArch:
 def llama3_8b(layers: int | None = None) -> LlamaArch:
     """Llama-3 8B, optionally with fewer layers."""
     return _llama(_LLAMA3_8B, layers, 128256, 500000.0, 8192)
+
+
+def shape_of(size: str, layers: int | None = None) -> LlamaArch:
+    """Of one of KNOWN, whose sizes differ from release to release: 8b is Llama-3's, the others Llama-2's."""
+    return llama3_8b(layers) if size == "8b" else llama2(size, layers)
 
 
 def _llama(
