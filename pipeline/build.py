@@ -102,6 +102,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         shards=shards,
         kinds=train.trainable,
         stream=plan.stream,
+        prefill=plan.config.eval.prefill or plan.stream,
     )
     load_base(model, base)
     init_adapters(model, train.seed)

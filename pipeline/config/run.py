@@ -47,6 +47,12 @@ class RunConfig:
         self._check_lengths()
         self._check_training()
         self._check_stream()
+        unit = self.parallel.tp * self.parallel.cp
+        if self.eval.prefill is not None and self.eval.prefill % unit:
+            raise ConfigError(
+                f"eval.prefill: {self.eval.prefill} tokens do not divide over tp {self.parallel.tp} x cp "
+                f"{self.parallel.cp}; use {-(-self.eval.prefill // unit) * unit}."
+            )
 
     def _check_lengths(self) -> None:
         """Sequence against context, group and evaluation."""

@@ -236,6 +236,9 @@ class EvalConfig:
     """Windows a length."""
     stride: int | None = None
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
+    prefill: int | None = None
+    """Tokens at work at once, over all ranks of a replica: longer windows go through in chunks, and keys and values of
+    the earlier ones wait in host memory; None uses train.stream, and without it whole windows are at work."""
 
     def __post_init__(self) -> None:
         not_empty("eval.path", self.path)
@@ -245,6 +248,8 @@ class EvalConfig:
             at_least("eval.lengths", length, 2)
         if self.stride is not None:
             at_least("eval.stride", self.stride, 1)
+        if self.prefill is not None:
+            at_least("eval.prefill", self.prefill, 1)
         if self.every and self.path is None:
             raise ConfigError("eval.every: there is no held-out text to evaluate on; set eval.path, or remove it.")
 

@@ -116,7 +116,7 @@ class SequenceStream:
         (stage,) = model.stages
         rows, sequence = batch.tokens.shape
         stream = StreamPlan.of(sequence, self.chunk, model.groups.plan)
-        layout = _layout(batch, stream)
+        layout = padded_layout(batch, stream)
         last = len(stream.starts) - 1
         total = torch.zeros((), dtype=torch.float64, device=model.groups.device)
         replays = model.lora.dropout > 0.0
@@ -127,7 +127,7 @@ class SequenceStream:
         def hidden(number: int, parks: bool) -> torch.Tensor:
             shard = self._shard(stream, number)
             past = ChunkPast(stream, number, shard, layout, spec, self.parked, parks)
-            tokens = self._local(batch.tokens, shard, 0)
+            tokens = own_tokens(batch.tokens, shard, 0, model.groups.device)
             return stage.hidden(tokens, stage.context(layout, spec, shard, past))
 
         for number in range(last):
@@ -140,9 +140,8 @@ class SequenceStream:
         for number in range(last, -1, -1):
             if replays and number < last:
                 set_rng_state(states.pop(number))
-            loss = stage.loss_of(
-                hidden(number, parks=False), self._local(batch.labels, self._shard(stream, number), IGNORE)
-            )
+            labels = own_tokens(batch.labels, self._shard(stream, number), IGNORE, model.groups.device)
+            loss = stage.loss_of(hidden(number, parks=False), labels)
             if replays and number == last:
                 after = rng_state()
             total.add_(loss.detach().double())
@@ -168,16 +167,17 @@ class SequenceStream:
             offset=stream.starts[number],
         )
 
-    def _local(self, values_BN: torch.Tensor, shard: ContextShard, filler: int) -> torch.Tensor:
-        """A shard's tokens [B, L] of whole sequences, padded on the right, on this rank's device."""
-        values = values_BN[:, shard.start : shard.stop]
-        missing = shard.tokens - values.shape[1]
-        if missing:
-            values = functional.pad(values, (0, missing), value=filler)
-        return values.contiguous().to(self._model.groups.device, non_blocking=True)
+
+def own_tokens(values_BN: torch.Tensor, shard: ContextShard, filler: int, device: torch.device) -> torch.Tensor:
+    """A shard's tokens [B, L] of whole sequences in host memory, padded on the right, on the device."""
+    values = values_BN[:, shard.start : shard.stop]
+    missing = shard.tokens - values.shape[1]
+    if missing:
+        values = functional.pad(values, (0, missing), value=filler)
+    return values.contiguous().to(device, non_blocking=True)
 
 
-def _layout(batch: Batch, stream: StreamPlan) -> SequenceLayout:
+def padded_layout(batch: Batch, stream: StreamPlan) -> SequenceLayout:
     """Of the whole sequences, with the last chunk's padding."""
     rows, sequence = batch.tokens.shape
     padding = stream.padded - sequence

@@ -181,8 +181,8 @@ class RunPlan:
         if self.stream is None or self.stream >= self.sequence or RecomputePolicy.FULL not in self.recompute:
             return ()
         return (
-            "train.recompute: streaming runs every chunk forward twice, and full recomputes it once more; with none and a "
-            "smaller train.stream (or auto) a step takes about a fifth less.",
+            "train.recompute: streaming runs every chunk forward twice, and full recomputes it once more; with none "
+            "and a smaller train.stream, or auto, a step takes about a fifth less.",
         )
 
     def busiest_rank(self) -> int:

@@ -135,11 +135,10 @@ def starting_line(run: Run) -> str:
     stretch = f" x {rope.factor:g}" if rope.factor != 1 else ""
     return (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
-        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}{chunks}; RoPE "
-        f"{rope.type}{stretch}; of {total:,} parameters "
+        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}{chunks}; "
+        f"RoPE {rope.type}{stretch}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
-        + f" train; engine "
-        f"{config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
+        + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
 
 

@@ -24,7 +24,7 @@ data: {{path: {text}, sequence: {sequence}, mask_documents: {masked}}}
 train: {{steps: {steps}, global_batch: 4, micro_batch: {micro}, lr: 1.0e-2, lr_embed_norm: 2.0e-3, betas: [0.8, 0.9],
   eps: 3.0e-3, weight_decay: 0.5, schedule: {schedule}, warmup_steps: 2, min_lr_ratio: 0.2, clip: {clip},
   trainable: [lora, embed, norm, lm_head], recompute: {recompute}, stream: {stream}, seed: 7}}
-eval: {{path: {held_out}, lengths: [50, 64], windows: 3, stride: {stride}}}
+eval: {{path: {held_out}, lengths: [50, 64], windows: 3, stride: {stride}, prefill: {prefill}}}
 parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, engine: {engine}}}
 output: {output}
 """
@@ -55,6 +55,7 @@ def write_case(folder: Path, name: str, model: str = "llama", **over: Any) -> Pa
         "full_last": 2,
         "stream": "null",
         "stride": 24,
+        "prefill": "null",
         "tp": 1,
         "cp": 1,
         "pp": 1,

@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"llama-{grid}": axes for grid, axes in GRIDS.items()},
     # Two sequences a micro-batch, biases, odd groups shifted.
     **{f"qwen2-{grid}": {**GRIDS[grid], "model": "qwen2", "shifted": "alternate"} for grid in ("tp2", "zero3")},
+    "llama-pp2-prefill": {**GRIDS["pp2"], "prefill": 14},  # full attention in chunks, stage after stage
     "qwen2-dp2": {"model": "qwen2", "micro": 2},
     "mistral-pp2": {"pp": 2, "model": "mistral", "masked": "false"},
     **{f"dropout-{grid}": {**GRIDS[grid], "dropout": DROPOUT} for grid in ("tp2", "cp2")},

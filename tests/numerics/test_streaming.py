@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+from parallel.axes.kv_cache import KeyValueCache
 from parallel.axes.stream import ParkedHalos
 from pipeline.config.sections import LoraConfig
 from pipeline.data.loader import Batch
@@ -85,10 +86,10 @@ def make(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **over: An
     make_tiny(folder, kind, dtype=dtype, **over)
     arch = read_arch(folder)
 
-    def build(recompute: str = "none", stream: int | None = None) -> RankModel:
+    def build(recompute: str = "none", stream: int | None = None, prefill: int | None = None) -> RankModel:
         lora = LoraConfig(rank=3, targets=("q", "k", "v", "o", "down"))
         rope = RopePlan("linear", arch.rope_theta, 2.0, None)
-        model = RankModel(arch, rope, lora, single_groups(), dtype, recompute, stream=stream)
+        model = RankModel(arch, rope, lora, single_groups(), dtype, recompute, stream=stream, prefill=prefill)
         load_base(model, HfCheckpoint(folder))
         init_adapters(model, 1)
         mark_trainable(model, ("lora", "embed", "norm"))
@@ -219,6 +220,32 @@ def test_one_token_changes_exactly_the_losses_that_see_it(one_layer: Callable[..
     differ = {query for query, one, other in zip(range(14, 34), before, after, strict=True) if one != other}
     assert differ == {query for query in range(14, 34) if 20 in sees(query, 64, 16)}
     assert max(differ) >= 24, "it reaches the next chunk"
+
+
+@pytest.mark.parametrize("at_once", [7, 16, 40, 64])
+def test_scores_of_chunked_prefill_are_those_of_one_pass(uneven: Callable[..., RankModel], at_once: int) -> None:
+    """Full attention; two windows one after the other through one cache, then a longer one."""
+    full, whole, chunked = AttentionSpec("full", 2), uneven().eval(), uneven(prefill=at_once).eval()
+    for tokens, seed in ((64, 0), (64, 1), (77, 2)):
+        ids = torch.randint(3, 128, (2, tokens), generator=torch.Generator().manual_seed(seed))
+        expected, found = whole.token_nll(ids, full), chunked.token_nll(ids, full)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5) and float(expected.std()) > 0.1
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORE)
+        for one, other in zip(
+            whole.token_scores(ids, labels, full), chunked.token_scores(ids, labels, full), strict=True
+        ):
+            assert torch.allclose(one.float(), other.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_stale_cache_is_found(uneven: Callable[..., RankModel]) -> None:
+    """What the second window reads are its own keys and values: with the first one's its losses are others."""
+    full, chunked = AttentionSpec("full", 2), uneven(prefill=16).eval()
+    first, second = (torch.randint(3, 128, (1, 64), generator=torch.Generator().manual_seed(n)) for n in (5, 6))
+    expected = chunked.token_nll(second, full)
+    chunked.token_nll(first, full)
+    with mock.patch.object(KeyValueCache, "keep"):
+        stale = chunked.token_nll(second, full)
+    assert torch.equal(stale[:, :15], expected[:, :15]) and float((stale - expected).abs().max()) > 1e-2
 
 
 def lost_gradient() -> Any:
