@@ -102,7 +102,7 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         shards=shards,
         kinds=train.trainable,
         stream=plan.stream,
-        prefill=plan.config.eval.prefill or plan.stream,
+        prefill=plan.prefill,
     )
     load_base(model, base)
     init_adapters(model, train.seed)

@@ -118,7 +118,7 @@ class ParkedHalos:
         Raises:
             LongspanError: it cannot be page-locked.
         """
-        place = self._take(packed.nbytes).view(packed.dtype)
+        place = self._take(packed.nbytes)[: packed.nbytes].view(packed.dtype)
         self._halos[key] = place
         if self._stream is None:
             place.copy_(packed)

@@ -29,6 +29,7 @@ from pipeline.planning.balance import advise, busiest_rank
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
+from pipeline.planning.stream import PrefillCost, prefill_cost
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -167,7 +168,23 @@ class RunPlan:
 
     def memory(self) -> MemoryEstimate:
         """What training takes, by formula."""
-        return estimate_memory(self.config, self.arch, self.grid, self.recompute, self.stream)
+        found = estimate_memory(self.config, self.arch, self.grid, self.recompute, self.stream)
+        cached = max((cost.host for cost in self.prefill_costs()), default=0)
+        return replace(found, host={**found.host, "evaluation's keys and values": cached}) if cached else found
+
+    @property
+    def prefill(self) -> int | None:
+        """Tokens at work at once in full attention's evaluations; None: whole windows."""
+        return self.config.eval.prefill or self.stream
+
+    def prefill_costs(self) -> tuple[PrefillCost, ...]:
+        """Of each evaluation length that goes through in chunks, in bf16."""
+        settings, at_once = self.config.eval, self.prefill
+        if settings.path is None or at_once is None:
+            return ()
+        lengths = settings.lengths or (self.config.model.context,)
+        width = 4 if self.config.model.dtype == "fp32" else 2
+        return tuple(prefill_cost(self.arch, self.grid, n, at_once, width) for n in lengths if n > at_once)
 
     def balance(self) -> tuple[str, ...]:
         """A sentence for each thing that makes ranks wait for each other."""
@@ -182,7 +199,7 @@ class RunPlan:
             return ()
         return (
             "train.recompute: streaming runs every chunk forward twice, and full recomputes it once more; with none "
-            "and a smaller train.stream, or auto, a step takes about a fifth less.",
+            "and a smaller train.stream, or auto, a step takes about a quarter less.",
         )
 
     def busiest_rank(self) -> int:

@@ -9,6 +9,7 @@ from parallel.world.grid import GridPlan
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,44 @@ def halo_bytes(
                         waiting[chunk] += message.vectors * vector
             parked, carried = max(parked, kept), max(carried, *waiting)
     return HaloBytes(arch.layers * parked, arch.layers * carried)
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """What one window takes in full attention, chunk by chunk."""
+
+    tokens: int
+    host: int
+    """Bytes of host memory of a rank: keys and values of all chunks but the last."""
+    attention: float
+    """Floating-point operations of all ranks of a replica: 4 D for every query head, query and key that it sees."""
+    products: float
+    """Of the layers' matrices: 2 a parameter and token."""
+
+    @property
+    def sentence(self) -> str:
+        """For the user, before it is spent."""
+        total = self.attention + self.products
+        return (
+            f"a window of {self.tokens:,} tokens takes {total:.1e} floating-point operations, "
+            f"{self.attention / total:.0%} of them full attention, and {self.host / 2**30:.1f} GiB of host memory a "
+            "rank for keys and values"
+        )
+
+
+def prefill_cost(arch: LlamaArch, grid: GridPlan, tokens: int, chunk: int, width: int) -> PrefillCost:
+    """Of a window of `tokens` at `chunk` tokens at once.
+
+    Args:
+        width: bytes of an element.
+    """
+    kept = StreamPlan.of(tokens, chunk, grid).starts[-1]
+    layers = -(-arch.layers // grid.pp)
+    host = 2 * layers * (kept // grid.cp) * (arch.kv_heads // grid.tp) * arch.head_dim * width
+    matrices = sum(rows * columns for rows, columns in (projection_shape(name, arch) for name in PROJECTIONS))
+    pairs = tokens * (tokens + 1) // 2
+    attention = 4.0 * arch.head_dim * arch.heads * arch.layers * pairs
+    return PrefillCost(tokens, host, attention, 2.0 * matrices * arch.layers * tokens)
 
 
 def chunk_sizes(sequence: int, group: int, grid: GridPlan) -> tuple[int, ...]:

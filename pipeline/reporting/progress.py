@@ -184,6 +184,11 @@ class EvalProgress(_Display):
             self._task = self._live.add_task(self.label, total=self.windows, facts="")
         return super().__enter__()
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            _say(self._console, text)
+
     def advance(self) -> None:
         """Count a finished window."""
         self.done += 1

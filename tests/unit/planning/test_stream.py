@@ -71,6 +71,17 @@ def test_auto_is_the_largest_chunk_that_fits() -> None:
     assert chunk_sizes(100, 16, GridPlan(tp=2, cp=3, dp=1, pp=1)) == (18, 36, 72, 144)
 
 
+def test_what_a_window_in_full_attention_costs_is_said_before() -> None:
+    """8B at 256k: 4 x 128 x 32 heads x 32 layers x N^2 / 2, 128 KiB of keys and values a token."""
+    plan = plan_of("train.stream=16384", "eval.lengths=[8192, 262144]")
+    (cost,) = plan.prefill_costs()
+    assert cost.attention == pytest.approx(4 * 128 * 32 * 32 * 2**35, rel=1e-4)
+    assert cost.products == 2 * 218103808 * 32 * 2**18
+    assert cost.host == (262144 - 16384) * 128 * 1024 == plan.memory().host["evaluation's keys and values"]
+    assert cost.sentence.startswith("a window of 262,144 tokens takes 2.2e+16") and "30.0 GiB of host" in cost.sentence
+    assert plan_of("train.stream=null", "eval.lengths=[8192]").prefill_costs() == ()
+
+
 def test_memory_does_not_depend_on_the_length_but_for_the_host() -> None:
     """64k, 256k, 1M and 4M tokens: the same GPU memory; host memory grows by the halos alone."""
     settings = ("train.stream=16384", "model.context=4194304")
