@@ -85,6 +85,9 @@ def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: HfCheckpo
         CheckpointError: a tensor is missing or misshaped.
     """
     dtype = check_backend(plan.config, plan.arch, groups.device)
+    if plan.config.train.stream == "auto":
+        # Machines of unlike GPUs would cut sequences differently, and wait for each other's halos for ever.
+        require_same(groups, {"train.stream: auto": str(plan.stream)})
     parallel, train = plan.config.parallel, plan.config.train
     shards = None
     if parallel.engine == "zero3":

@@ -96,8 +96,8 @@ def make(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **over: An
         mark_trainable(model, ("lora", "embed", "norm"))
         generator = torch.Generator().manual_seed(3)
         for name, parameter in model.canonical_parameters():
-            if name.endswith("lora_B") or ".lora_B" in name:
-                parameter.data.normal_(0.0, 0.2, generator=generator)
+            if ".lora_B" in name:
+                parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
         return model.train()
 
     return build
