@@ -48,7 +48,7 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
     reports = run_doctors(
         [
             (streamed, None),
-            (streamed, "tests.support.plants:shifted_halo"),
+            (streamed, "tests.support.plants:lost_halo_gradient"),
             (context, None),
             (stages, None),
             (context, "tests.support.plants:norms_not_summed"),
@@ -62,7 +62,7 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
         timeout_s=240,
     )
     assert reports[0].passed and reports[0].shrunk.config.train.stream == 18, failed(reports[0])
-    assert {"worst gradient, step 1", "loss, step 1"} <= failed(reports[1])
+    assert "worst gradient, step 1" in failed(reports[1]) and "loss, step 1" not in failed(reports[1])
     right, tied, unsummed, norms, heads, halo, wrap, frozen = reports[2:]
     assert not failed(right) and right.passed and len(right.rows) == 14
     assert not failed(tied) and tied.shrunk.model["tie_word_embeddings"]

@@ -32,7 +32,7 @@ from tests.numerics.dropout_masks import Masks, Replay, recorded
 from tests.numerics.movement import tensor_errors
 from tests.numerics.run_cases import LAYERS, train_here, write_case
 from tests.numerics.run_oracle import Oracle
-from tests.support.plants import shifted_halo
+from tests.support.plants import lost_halo_gradient, shifted_halo
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
 
@@ -253,12 +253,6 @@ def test_a_stale_cache_is_found(uneven: Callable[..., RankModel]) -> None:
     assert torch.equal(stale[:, :15], expected[:, :15]) and float((stale - expected).abs().max()) > 1e-2
 
 
-def lost_gradient() -> Any:
-    """What a later chunk sends back is forgotten."""
-    honest = ParkedHalos.take_gradient
-    return mock.patch.object(ParkedHalos, "take_gradient", lambda *given: torch.zeros_like(honest(*given)))
-
-
 def wrong_chunk() -> Any:
     """The parked halo of one layer is another's."""
     honest = ParkedHalos.fetch
@@ -271,7 +265,7 @@ def same_positions() -> Any:
     return mock.patch.object(chunk, "rope_tables", lambda plan, width, at: honest(plan, width, at - at[0]))
 
 
-@pytest.mark.parametrize("plant", [lost_gradient, wrong_chunk, shifted_halo, same_positions])
+@pytest.mark.parametrize("plant", [lost_halo_gradient, wrong_chunk, shifted_halo, same_positions])
 def test_a_fault_is_found(uneven: Callable[..., RankModel], plant: Callable[[], Any]) -> None:
     spec, batch = AttentionSpec("s2", 16), text(1, 60)
     _, expected = step(uneven(), batch, spec)
