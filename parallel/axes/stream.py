@@ -24,6 +24,8 @@ from parallel.errors import LongspanError
 from parallel.world.context_shard import ContextShard
 from parallel.world.lone_rank import to_receive
 
+PAGE = 4096
+"""Bytes that are page-locked together."""
 SLAB = 1 << 26
 """Bytes of host memory taken, and page-locked, at once."""
 
@@ -159,13 +161,23 @@ class ParkedHalos:
         return self._slabs[self._slab][start : start + size]
 
     def _new_slab(self, size: int) -> torch.Tensor:
-        slab = torch.empty(size, dtype=torch.uint8)
-        if self._pins and (error := pin(slab)):
+        if not self._pins:
+            return torch.empty(size, dtype=torch.uint8)
+        # Whole pages of its own: CUDA refuses a page that is page-locked already, as a neighbour's may be.
+        room = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
+        start = -room.data_ptr() % PAGE
+        slab = room[start : start + -(-size // PAGE) * PAGE]
+        if error := pin(slab):
             raise LongspanError(
                 f"train.stream: {(self.host_bytes + size) / 2**30:.1f} GiB of host memory for halos cannot be pinned "
                 f"(CUDA error {error}); raise `ulimit -l`, free host memory, or use larger chunks."
             )
         return slab
+
+    def __del__(self) -> None:
+        # Memory freed while page-locked could not be page-locked by whom it is given to next.
+        if self._pins and self._slabs:
+            self.close()
 
     def close(self) -> None:
         """Give the host memory back."""
