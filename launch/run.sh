@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # launch/run.sh CONFIG.yaml [--dry-run | --tiny] [--nproc N] [--set a.b=c ...]     --help says more
-# Also sourced by launch/run_*.sh, which set `name` and `config`. Runs from the root.
+# Also sourced by launch/run_*.sh, which set `name` and `config`, and `processes` for another default of --nproc. Runs
+# from the root.
 set -euo pipefail
-start=$PWD
+processes=${processes:-8} start=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
@@ -24,7 +25,7 @@ launch/$name.sh ${shown}[--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
   trains $config on this machine's GPUs; the same command resumes
   --dry-run    the busiest rank's share of it on the one GPU at hand: memory and tokens/s
   --tiny       the same settings shrunk, on at most four CPU processes: trains, stops, resumes, compares
-  --nproc N    processes on each machine (default 8, one a GPU)
+  --nproc N    processes on each machine (default $processes, one a GPU)
   --set a.b=c  overrides a setting of the YAML; repeatable
 SIGTERM, SIGUSR1 and Ctrl-C save and stop it; a second Ctrl-C ends it at once. Paths in the YAML
 and in --set are seen from the repository.
@@ -58,9 +59,9 @@ command -v "$python" >/dev/null || refuse "$python is not there; run launch/setu
 common=(--config "$config" ${settings[@]+"${settings[@]}"})
 
 case $mode in
-  dry-run) exec "$python" -W ignore -m tools.dry_run "${common[@]}" --nproc "${nproc:-8}" ;;
+  dry-run) exec "$python" -W ignore -m tools.dry_run "${common[@]}" --nproc "${nproc:-$processes}" ;;
   tiny) exec "$python" -W ignore -m tools.tiny_run "${common[@]}" ${nproc:+--nproc "$nproc"} ;;
 esac
 
 # In place of this shell, so that a scheduler's signals go to it. It checks the machine, then starts the processes.
-exec "$python" -W ignore -m tools.launch "${common[@]}" --nproc "${nproc:-8}"
+exec "$python" -W ignore -m tools.launch "${common[@]}" --nproc "${nproc:-$processes}"

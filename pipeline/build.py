@@ -92,6 +92,9 @@ def build_model(
         CheckpointError: a tensor is missing or misshaped.
     """
     dtype = check_backend(plan.config, plan.arch, groups.device)
+    if plan.config.train.stream == "auto":
+        # Machines of unlike GPUs would cut sequences differently, and wait for each other's halos for ever.
+        require_same(groups, {"train.stream: auto": str(plan.stream)})
     parallel, train = plan.config.parallel, plan.config.train
     shards = None
     if parallel.engine == "zero3":
@@ -110,6 +113,8 @@ def build_model(
         kinds=train.trainable,
         family=family,
         without=train.without,
+        stream=plan.stream,
+        prefill=plan.prefill,
     )
     load_base(model, base)
     init_adapters(model, train.seed)
@@ -210,6 +215,9 @@ def build(
     lora = config.lora if trains_lora else replace(config.lora, rank=0)
     model = build_model(plan, lora, groups, base)
     mark_trainable(model, config.train.trainable)
+    if model.stream is not None:
+        # Now, not in the first step: what cannot be had is told before anything is trained.
+        model.stream.reserve(config.train.micro_batch, config.sequence, plan.attention)
     optimizer = TrainableAdamW(
         ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model)),
         betas=config.train.betas,

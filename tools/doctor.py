@@ -130,10 +130,11 @@ def show(report: Report, console: Console, seconds: float) -> None:
         table.add_row(escape(row.name), escape(row.value), escape(row.limit), mark)
     console.print(table)
     model, config = tiny.model, tiny.config
+    chunks = "" if config.train.stream is None else f", streamed in chunks of {config.train.stream}"
     console.print(
         f"Shrunk to {model['num_hidden_layers']} layers, {model['num_attention_heads']} query and "
         f"{model['num_key_value_heads']} KV heads, vocabulary {model['vocab_size']}, {config.sequence} tokens in "
-        f"groups of {config.group}; fp32, larger learning rate and epsilon than a run's.",
+        f"groups of {config.group}{chunks}; fp32, larger learning rate and epsilon than a run's.",
         highlight=False,
     )
     for note in tiny.notes:

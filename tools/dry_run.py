@@ -42,7 +42,7 @@ from pipeline.planning.run_plan import RunPlan, on_gpus_of, plan_run
 from pipeline.reporting.command import command, program
 from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
-from tools.support.shapes import SIZES, config_json, llama2
+from tools.support.shapes import KNOWN, config_json, shape_of
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
 GIB = 1 << 30
@@ -56,14 +56,14 @@ def _stand_in_model(path: Path, folder: Path) -> None:
     Raises:
         ConfigError: it tells none.
     """
-    known = next((size for size in SIZES if size in path.name.lower()), None)
+    known = next((size for size in KNOWN if size in path.name.lower()), None)
     if known is None:
         raise ConfigError(
-            f"model.path: {path} is not here and its name tells no known size ({', '.join(SIZES)}); download its "
+            f"model.path: {path} is not here and its name tells no known size ({', '.join(KNOWN)}); download its "
             "config.json at least."
         )
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(llama2(known))))
+    (folder / "config.json").write_text(json.dumps(config_json(shape_of(known))))
 
 
 def prepare(

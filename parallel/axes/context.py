@@ -94,14 +94,11 @@ class HaloExchange:
         """As `Exchange.send`."""
         acquaint(self.shard.group, k_LBKD.device)
         dim = k_LBKD.shape[-1]
-        leaving = [
-            torch.cat([x[self.local_slices(piece)].reshape(-1) for piece in message.pieces for x in (k_LBKD, v_LBKD)])
-            for message in self.outgoing
-        ]
+        leaving = [self.pack(message, k_LBKD, v_LBKD) for message in self.outgoing]
         arriving = [to_receive(k_LBKD, (message.vectors * dim,), self.shard.group) for message in self.incoming]
         self.shard.meter.sent += _bytes(leaving)
         self.shard.meter.received += _bytes(arriving)
-        return self._post(
+        return self.post(
             [message.receiver for message in self.outgoing], leaving, [m.sender for m in self.incoming], arriving
         )
 
@@ -126,26 +123,41 @@ class HaloExchange:
 
     def send_back(self, grads: Sequence[torch.Tensor], like: torch.Tensor) -> Flight:
         """As `Exchange.send_back`."""
-        dim = like.shape[-1]
-        leaving = [like.new_zeros(message.vectors * dim) for message in self.incoming]
-        for piece, pair in self._boxes(leaving):
+        leaving = self.gradients(grads, like)
+        arriving = [
+            to_receive(like, (message.vectors * like.shape[-1],), self.shard.group) for message in self.outgoing
+        ]
+        self.shard.meter.sent_back += _bytes(leaving)
+        self.shard.meter.received_back += _bytes(arriving)
+        return self.post([m.sender for m in self.incoming], leaving, [m.receiver for m in self.outgoing], arriving)
+
+    def receive_back(self, flight: Flight, dk_LBKD: torch.Tensor, dv_LBKD: torch.Tensor) -> None:
+        """As `Exchange.receive_back`."""
+        for message, buffer in zip(self.outgoing, flight.wait(), strict=True):
+            self.add(message, buffer, dk_LBKD, dv_LBKD)
+
+    def pack(self, message: Message, k_LBKD: torch.Tensor, v_LBKD: torch.Tensor) -> torch.Tensor:
+        """What the message takes of this rank's K and V, 1-D."""
+        return torch.cat(
+            [x[self.local_slices(piece)].reshape(-1) for piece in message.pieces for x in (k_LBKD, v_LBKD)]
+        )
+
+    def gradients(self, grads: Sequence[torch.Tensor], like: torch.Tensor) -> list[torch.Tensor]:
+        """For each incoming message the gradient of its buffer, summed over the calls that read it."""
+        buffers = [like.new_zeros(message.vectors * like.shape[-1]) for message in self.incoming]
+        for piece, pair in self._boxes(buffers):
             for read, *read_grads in zip(self.reads, grads[0::2], grads[1::2], strict=True):
                 common = piece.meet(read)
                 if common is not None:
                     for target, source in zip(pair, read_grads, strict=True):
                         target[common.slices(piece)].add_(source[common.slices(read)])
-        arriving = [to_receive(like, (message.vectors * dim,), self.shard.group) for message in self.outgoing]
-        self.shard.meter.sent_back += _bytes(leaving)
-        self.shard.meter.received_back += _bytes(arriving)
-        return self._post([m.sender for m in self.incoming], leaving, [m.receiver for m in self.outgoing], arriving)
+        return buffers
 
-    def receive_back(self, flight: Flight, dk_LBKD: torch.Tensor, dv_LBKD: torch.Tensor) -> None:
-        """As `Exchange.receive_back`."""
-        arrived = flight.wait()
-        for message, buffer in zip(self.outgoing, arrived, strict=True):
-            for piece, pair in _unpack(message, buffer):
-                for target, source in zip((dk_LBKD, dv_LBKD), pair, strict=True):
-                    target[self.local_slices(piece)].add_(source)
+    def add(self, message: Message, buffer: torch.Tensor, dk_LBKD: torch.Tensor, dv_LBKD: torch.Tensor) -> None:
+        """Add the gradient of an outgoing message's buffer where its vectors lie."""
+        for piece, pair in _unpack(message, buffer):
+            for target, source in zip((dk_LBKD, dv_LBKD), pair, strict=True):
+                target[self.local_slices(piece)].add_(source)
 
     def local_slices(self, piece: Region) -> tuple[slice, slice, slice]:
         """Where a piece that this rank owns lies in its K and V [L, B, K, D]."""
@@ -160,9 +172,10 @@ class HaloExchange:
         """All incoming pieces, as views of the messages' buffers."""
         return [box for message, buffer in zip(self.incoming, buffers, strict=True) for box in _unpack(message, buffer)]
 
-    def _post(
+    def post(
         self, targets: list[int], leaving: list[torch.Tensor], sources: list[int], arriving: list[torch.Tensor]
     ) -> Flight:
+        """One batch of point-to-point transfers; peers are ranks within the group."""
         group = self.shard.group
         operations = [
             dist.P2POp(call, buffer, dist.get_global_rank(group, peer), group)

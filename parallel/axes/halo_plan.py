@@ -6,8 +6,12 @@ sender and receiver agree without a word and the bytes are known before they are
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+ALIGN = 64
+"""Bytes at a multiple of which every parked message begins in host memory: right for any dtype."""
 
 
 @dataclass(frozen=True, order=True)
@@ -84,12 +88,17 @@ class HaloPlan:
         return tuple(message for message in self.messages if message.receiver == rank)
 
 
-def plan_halos(needs: Sequence[Sequence[Region]], tokens: int) -> HaloPlan:
-    """Cut every rank's needs by who holds the tokens: rank p holds [p L, (p + 1) L).
+def equal_edges(size: int, tokens: int) -> tuple[int, ...]:
+    """Edges of `size` shards of `tokens`: rank p holds [p L, (p + 1) L)."""
+    return tuple(range(0, (size + 1) * tokens, tokens))
+
+
+def plan_halos(needs: Sequence[Sequence[Region]], edges: Sequence[int]) -> HaloPlan:
+    """Cut every rank's needs by who holds the tokens: rank p holds [edges[p], edges[p + 1]).
 
     Args:
         needs: disjoint regions of each rank, of tokens before its own shard.
-        tokens: shard length L.
+        edges: rising; one more than ranks.
 
     Raises:
         ValueError: a rank needs tokens that are not before its shard, or one vector twice.
@@ -97,14 +106,15 @@ def plan_halos(needs: Sequence[Sequence[Region]], tokens: int) -> HaloPlan:
     messages = []
     for receiver, regions in enumerate(needs):
         for index, region in enumerate(regions):
-            if region.start < 0 or region.stop > receiver * tokens or min(region.shape) < 1:
-                raise ValueError(f"rank {receiver} cannot need {region}: its shard starts at {receiver * tokens}")
+            if region.start < 0 or region.stop > edges[receiver] or min(region.shape) < 1:
+                raise ValueError(f"rank {receiver} cannot need {region}: its shard starts at {edges[receiver]}")
             if any(region.meet(other) for other in regions[:index]):
                 raise ValueError(f"rank {receiver} needs part of {region} twice")
-        for sender in range(receiver):
+        first = min((bisect_right(edges, region.start) - 1 for region in regions), default=receiver)
+        for sender in range(first, receiver):
             pieces = []
             for region in regions:
-                start, stop = max(region.start, sender * tokens), min(region.stop, (sender + 1) * tokens)
+                start, stop = max(region.start, edges[sender]), min(region.stop, edges[sender + 1])
                 if start < stop:
                     rows, heads = (region.row_start, region.row_stop), (region.head_start, region.head_stop)
                     pieces.append(Region(*rows, *heads, start, stop))

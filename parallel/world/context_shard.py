@@ -23,7 +23,7 @@ class ByteMeter:
 
 @dataclass(frozen=True)
 class ContextShard:
-    """A rank's place along the sequence: of `size` shards it holds number `rank`, tokens [rank L, (rank + 1) L)."""
+    """A rank's place along the sequence: of `size` shards of L tokens it holds number `rank`."""
 
     group: dist.ProcessGroup
     """The context-parallel group, ordered by shard."""
@@ -32,12 +32,14 @@ class ContextShard:
     size: int
     tokens: int
     """L."""
+    offset: int = 0
+    """Where the first rank's shard begins: 0, or under streaming the first token of the chunk that is at work."""
     meter: ByteMeter = field(default_factory=ByteMeter, compare=False)
 
     @property
     def start(self) -> int:
         """First token of the shard."""
-        return self.rank * self.tokens
+        return self.offset + self.rank * self.tokens
 
     @property
     def stop(self) -> int:

@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "train.gate_up",
     "train.gpu_gib",
     "train.without",
+    "train.stream",
     "train.bad_steps",
     "checks",
     "report_to",

@@ -54,6 +54,13 @@ class RunConfig:
             one_of("report_to", name, REPORT_TO)
         self._check_lengths()
         self._check_training()
+        self._check_stream()
+        unit = self.parallel.tp * self.parallel.cp
+        if self.eval.prefill is not None and self.eval.prefill % unit:
+            raise ConfigError(
+                f"eval.prefill: {self.eval.prefill} tokens do not divide over tp {self.parallel.tp} x cp "
+                f"{self.parallel.cp}; use {-(-self.eval.prefill // unit) * unit}."
+            )
 
     def _check_lengths(self) -> None:
         """Sequence against context, group and evaluation."""
@@ -109,6 +116,47 @@ class RunConfig:
             raise ConfigError(
                 f"attention.full_last_steps: {self.attention.full_last_steps} exceeds train.steps {self.train.steps}."
             )
+
+    def _check_stream(self) -> None:
+        """What streaming needs of attention and grid."""
+        stream, attention = self.train.stream, self.attention
+        if stream is None:
+            return
+        if attention.kind != "s2":
+            raise ConfigError(
+                "train.stream: full attention needs the whole past and cannot stream; set attention.kind: s2, or "
+                "remove train.stream."
+            )
+        if attention.group_size is None:
+            raise ConfigError(
+                "train.stream: a group that is a fraction of the sequence grows with it; set attention.group_size, in "
+                f"tokens ({self.group} is what attention.group_fraction gives here)."
+            )
+        if attention.full_last_steps:
+            raise ConfigError(
+                "attention.full_last_steps: full attention needs the whole past and cannot stream; set it to 0, and "
+                "train the last steps in a run without train.stream that begins with this one's weights (init_from)."
+            )
+        if attention.legacy_wrap:
+            raise ConfigError(
+                "attention.legacy_wrap: wraps around the whole sequence, which train.stream cuts; switch one off."
+            )
+        if self.parallel.pp > 1:
+            raise ConfigError(
+                f"parallel.pp: {self.parallel.pp} pipeline stages and train.stream are two ways to cut the work in "
+                "time that do not combine; set parallel.pp to 1 and give the ranks to parallel.cp or parallel.tp."
+            )
+        if isinstance(stream, int):
+            if 2 * stream < attention.group_size:
+                raise ConfigError(
+                    f"train.stream: chunks of {stream} tokens are shorter than half a group of {attention.group_size}; "
+                    f"use at least {attention.group_size // 2}, better a multiple of {attention.group_size}."
+                )
+            if stream % (unit := self.parallel.tp * self.parallel.cp):
+                raise ConfigError(
+                    f"train.stream: {stream} tokens do not divide over tp {self.parallel.tp} x cp {self.parallel.cp}; "
+                    f"use {-(-stream // unit) * unit}."
+                )
 
     @property
     def sequence(self) -> int:

@@ -199,6 +199,9 @@ class TrainConfig:
     """Optimisations switched off, to compare: joint_adapters (a frozen product and its adapters in one function) |
     stream_norm (gradients of a norm and of the stream beside it in one pass) | fused_qkv (q, k, v cut and RoPE in one
     kernel) | kernels (all of Triton's)."""
+    stream: int | str | None = None
+    """S² streaming: tokens of a sequence at work at once, over all ranks of a replica (the GPU's memory then depends on
+    them, not on data.sequence) | auto (what fits); null: whole sequences."""
     seed: int = 1234
     """Seed of everything random."""
     bad_steps: int = 5
@@ -236,6 +239,10 @@ class TrainConfig:
             if self.recompute != "auto":
                 raise ConfigError("train.gpu_gib: only train.recompute auto looks at it; set that, or remove it.")
         at_least("train.bad_steps", self.bad_steps, 1)
+        if isinstance(self.stream, str):
+            one_of("train.stream", self.stream, ("auto",))
+        elif self.stream is not None:
+            at_least("train.stream", self.stream, 1)
         for kind in self.trainable:
             one_of("train.trainable", kind, TRAINABLE_KINDS)
         if not self.trainable:
@@ -268,6 +275,9 @@ class EvalConfig:
     """Depths of passkey and needle, from 0 to 100%."""
     trials: int = 4
     """Prompts a length and depth."""
+    prefill: int | None = None
+    """Tokens at work at once, over all ranks of a replica: longer windows go through in chunks, and keys and values of
+    the earlier ones wait in host memory; None uses train.stream, and without it whole windows are at work."""
 
     def __post_init__(self) -> None:
         not_empty("eval.path", self.path)
@@ -285,6 +295,8 @@ class EvalConfig:
         at_least("eval.trials", self.trials, 1)
         if self.tasks and self.path is None:
             raise ConfigError("eval.tasks: there is no held-out text to evaluate on; set eval.path, or remove it.")
+        if self.prefill is not None:
+            at_least("eval.prefill", self.prefill, 1)
         if self.every and self.path is None:
             raise ConfigError("eval.every: there is no held-out text to evaluate on; set eval.path, or remove it.")
 

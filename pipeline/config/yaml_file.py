@@ -117,8 +117,10 @@ def _value(hint: Any, value: Any, path: str, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in typing.get_args(hint):
             return None
-        (inner,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        return _value(inner, value, path, where)
+        inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        # Of several plain kinds the value's own, or else the last one's sentence of what is wrong.
+        fitting = [kind for kind in inner if kind is type(value)]
+        return _value((fitting or inner)[-1 if not fitting else 0], value, path, where)
     if origin is tuple:
         return _sequence(hint, value, path, where)
     return _scalar(hint, value, path, where)

@@ -65,6 +65,7 @@ class Evaluator:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.plan, self.spec = config, plan, plan.full_attention
+        self._costs = plan.prefill_costs()
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
@@ -95,6 +96,9 @@ class Evaluator:
         windows = len(range(spread.rank, settings.windows, spread.world)) * len(lengths)
         try:
             with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
+                for cost in self._costs:
+                    progress.say(f"perplexity, {label}: {cost.sentence}")
+                self._costs = ()  # once
                 report = evaluate(
                     self._nll(self.spec),
                     self.tokens_T,

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from parallel.axes.zero3 import FrozenShards
 from parallel.world.context_shard import ContextShard
 from pipeline.config.sections import LoraConfig
-from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.attention.layer import AttentionContext, Past
 from pipeline.model.layers.frozen_weight import FrozenWeight, kept_by
 from pipeline.model.layers.loss import VocabShard, sum_cross_entropy, token_losses, token_scores
 from pipeline.model.layers.rotary import rope_tables
@@ -160,16 +160,16 @@ class LlamaChunk(MegatronModule):
         return VocabShard(self.groups.tp, start, stop - start)
 
     def context(
-        self, layout: SequenceLayout, spec: AttentionSpec, shard: ContextShard | None = None
+        self, layout: SequenceLayout, spec: AttentionSpec, shard: ContextShard | None = None, past: Past | None = None
     ) -> AttentionContext:
         """What the layers share for micro-batches of this layout; RoPE tables are made once a length, in fp32."""
-        start, tokens = (0, layout.sequence) if shard is None else (shard.rank * shard.tokens, shard.tokens)
+        start, tokens = (0, layout.sequence) if shard is None else (shard.start, shard.tokens)
         key = (start, tokens, self.device)
         if key not in self._tables:
             positions = torch.arange(start, start + tokens, dtype=torch.int64, device=self.device)
             # Only the last length is kept: evaluation at many lengths must not pile tables up.
             self._tables = {key: rope_tables(self.rope, self.arch.head_dim, positions)}
-        return AttentionContext(spec, layout, *self._tables[key], shard)
+        return AttentionContext(spec, layout, *self._tables[key], shard, past)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
         """Where megatron's schedules put the previous stage's hidden states [S, B, H]."""

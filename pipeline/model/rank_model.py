@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from parallel.axes.kv_cache import KeyValueCache
 from parallel.axes.pipeline import relay, run_schedule
 from parallel.axes.zero3 import FrozenShards
 from parallel.world.collectives import sum_over
+from parallel.world.context_shard import ContextShard
 from parallel.world.grid import plan_stages
 from parallel.world.groups import Groups
 from pipeline.config.sections import LoraConfig
@@ -24,11 +26,14 @@ from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.chunk import Chunk, LlamaChunk
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.megatron_config import transformer_config
+from pipeline.model.prefill import CachedPast, prefill
+from pipeline.model.streaming import SequenceStream, own_tokens, padded_layout
 from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan
+from pipeline.planning.stream import StreamPlan
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class RankModel(torch.nn.Module):
         kinds: train.trainable, which decides what `shards` takes.
         family: whose classes the layers are of (`spec.FAMILIES`).
         without: optimisations switched off (train.without).
+        stream: train chunk by chunk of so many tokens (`streaming`); None: whole sequences. Needs one stage.
+        prefill: score with full attention chunk by chunk of so many tokens (`prefill`); None: whole sequences.
     """
 
     def __init__(
@@ -74,6 +81,8 @@ class RankModel(torch.nn.Module):
         kinds: Sequence[str] = (),
         family: str = "local",
         without: Sequence[str] = (),
+        stream: int | None = None,
+        prefill: int | None = None,
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -100,6 +109,8 @@ class RankModel(torch.nn.Module):
         if shards is not None:
             (stage,) = self.stages
             shard_stage(stage, kinds, shards)
+        self.prefill, self._cache = prefill, KeyValueCache()
+        self.stream = None if stream is None else SequenceStream(self, stream)
 
     @property
     def stages(self) -> list[LlamaChunk]:
@@ -158,6 +169,12 @@ class RankModel(torch.nn.Module):
     def _context(self, stage: LlamaChunk, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
         return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
 
+    def passes(self, batches: Sequence[Batch]) -> int:
+        """Between how many passes `train_step` calls `between`: of whole micro-batches, or over chunks of each."""
+        if self.stream is None:
+            return len(batches)
+        return sum(self.stream.passes(batch.tokens.shape[1]) for batch in batches)
+
     def train_step(
         self,
         batches: Sequence[Batch],
@@ -176,12 +193,22 @@ class RankModel(torch.nn.Module):
             scale: factor of the loss: one over all scored tokens of the step.
             before_last_backward: called when the last micro-batch's backward comes next; under pipelining once a chunk,
                 with the parameters that train there, as each chunk comes to it at another time.
-            between: called between two micro-batches (not under pipelining); may raise to abandon the step.
+            between: called between two micro-batches, streaming: between two chunks (not under pipelining); may raise
+                to abandon the step.
 
         Returns:
             This rank's sum of losses, fp64 scalar: over its tokens, zero but on the last stage.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        self._cache.close()  # kept from window to window of an evaluation
+        if self.stream is not None:
+            for number, batch in enumerate(batches):
+                if number:
+                    between()
+                final = number == len(batches) - 1
+                arm = (lambda: before_last_backward(None)) if final else (lambda: None)
+                total += self.stream.train(batch, spec, scale, arm, between)
+            return total
         placed = [self.place(batch) for batch in batches]
         contexts = [{id(stage): self._context(stage, batch.layout, spec) for stage in self.stages} for batch in placed]
 
@@ -226,12 +253,20 @@ class RankModel(torch.nn.Module):
 
     def close(self) -> None:
         """Give page-locked host memory back; the model cannot run after it."""
+        self._cache.close()
         if self.shards is not None:
             self.shards.close()
+        if self.stream is not None:
+            self.stream.close()
 
     def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
         """Whether engine zero3 keeps a share of this parameter instead of all of it."""
         return self.shards is not None and self.shards.holds(parameter)
+
+    def _shard(self) -> ContextShard:
+        """This rank's place, of no tokens yet."""
+        groups = self.groups
+        return ContextShard(groups.collection.cp, groups.coordinates.cp, groups.plan.cp, 0)
 
     @torch.no_grad()
     def token_nll(self, tokens_BS: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -270,22 +305,32 @@ class RankModel(torch.nn.Module):
         of: Callable[[LlamaChunk, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """fp32 [kinds, B, S - 1], from the [kinds, B, L] that `of` makes of last stage, hidden states and labels."""
-        batch = self.place(Batch(tokens_BS.cpu(), labels_BS.cpu(), None))
+        batch = Batch(tokens_BS.cpu(), labels_BS.cpu(), None)
         plan = self.groups.plan
+        rows, tokens = tokens_BS.shape
+        at_once = self.prefill if self.prefill is not None and spec.kind == "full" else tokens
+        cut = StreamPlan.of(tokens, at_once if at_once < tokens else plan.cp * plan.shard_tokens(tokens), plan)
+        layout = padded_layout(batch, cut)
+        everything = torch.zeros(kinds, rows, cut.padded, device=self.groups.device)
+        whole = len(cut.starts) == 1
+        for past in prefill(cut, self._shard(), self._cache):
+            shard = past.shard
 
-        def forward(stage: LlamaChunk) -> torch.Tensor:
-            hidden = stage.hidden(batch.tokens, self._context(stage, batch.layout, spec))
-            return of(stage, hidden, batch.labels) if stage.chunk.last else hidden
+            def forward(stage: LlamaChunk, past: CachedPast = past, shard: ContextShard = shard) -> torch.Tensor:
+                mine = self.groups.context_shard(shard.tokens) if whole else shard
+                context = stage.context(layout, spec, mine, None if whole else past)
+                hidden = stage.hidden(own_tokens(batch.tokens, shard, 0, self.groups.device), context)
+                if not stage.chunk.last:
+                    return hidden
+                return of(stage, hidden, own_tokens(batch.labels, shard, IGNORE, self.groups.device))
 
-        share, rows = batch.tokens.shape[1], tokens_BS.shape[0]
-        if plan.pp == 1:
-            scores: torch.Tensor | None = forward(self.stages[0])
-        else:
-            scores = relay(self.groups, self.stages, forward, (share // plan.tp, rows, self.arch.hidden), self.dtype)
-        everything = torch.zeros(kinds, rows, plan.cp * share, device=self.groups.device)
-        if scores is not None:
-            start = self.groups.coordinates.cp * share
-            everything[..., start : start + share] = scores
+            if plan.pp == 1:
+                scores: torch.Tensor | None = forward(self.stages[0])
+            else:
+                shape = (shard.tokens // plan.tp, rows, self.arch.hidden)
+                scores = relay(self.groups, self.stages, forward, shape, self.dtype)
+            if scores is not None:
+                everything[..., shard.start : shard.stop] = scores
         # A sum of disjoint parts is a gather, and reaches the stages that have none.
         sum_over(self.groups.collection.cp, everything)
         if plan.pp > 1:

@@ -16,7 +16,7 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.context_shards import equal_edges, halo_plan
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
 
@@ -40,13 +40,17 @@ class LayerMemory:
     """Of gate and up in the model's dtype: what HOST keeps in host memory."""
 
 
-def layer_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int) -> LayerMemory:
+def layer_memory(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int, at_once: int | None = None
+) -> LayerMemory:
     """Count one layer.
 
     Args:
         width: bytes an element of activations.
+        at_once: tokens of a sequence at work at once; None: all.
     """
-    tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
+    at_once = at_once or config.sequence
+    tokens = config.train.micro_batch * grid.shard_tokens(at_once)
     tp, rank = grid.tp, config.lora.rank
     query, key_value = arch.heads * arch.head_dim // tp, arch.kv_heads * arch.head_dim // tp
     hidden, ffn = arch.hidden // tp, arch.ffn // tp
@@ -95,7 +99,7 @@ def layer_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int)
         POINTWISE: max(rest, wide),
         NONE: max(rest, wide),
     }
-    early = _halo(config, arch, grid) * width
+    early = _halo(config, arch, grid, at_once) * width
     return LayerMemory(
         kept={policy: tokens * size * width + early * (policy is not FULL) for policy, size in kept.items()},
         at_work={policy: size * width + early for policy, size in at_work.items()},
@@ -103,11 +107,11 @@ def layer_memory(config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int)
     )
 
 
-def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> int:
+def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan, at_once: int) -> int:
     """Elements of K and V that a layer gets of other context ranks, of the rank that gets most."""
     if grid.cp == 1:
         return 0
-    rows, tokens, heads = config.train.micro_batch, grid.shard_tokens(config.sequence), arch.heads // grid.tp
+    rows, tokens, heads = config.train.micro_batch, grid.shard_tokens(at_once), arch.heads // grid.tp
     # Full attention, in the last steps too, gathers all keys and values.
     if config.attention.kind == "full" or config.attention.full_last_steps:
         return 2 * rows * grid.cp * tokens * arch.kv_heads // grid.tp * arch.head_dim
@@ -115,7 +119,7 @@ def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan) -> int:
     layout, most = SequenceLayout.dense(rows, grid.cp * tokens), 0
     for first in range(0, arch.heads, heads):
         plan = head_plan(first, heads, arch.heads, arch.kv_heads, spec.shifted_heads)
-        messages = halo_plan(layout, spec, plan, grid.cp, tokens)
+        messages = halo_plan(layout, spec, plan, equal_edges(grid.cp, tokens))
         most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(grid.cp)))
     return most * arch.head_dim
 

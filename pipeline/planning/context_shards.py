@@ -8,8 +8,9 @@ halos nest and the longer one is all that is sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from parallel.axes.halo_plan import HaloPlan, Region, plan_halos
 from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span, Straddle
@@ -35,14 +36,13 @@ def blocks_of(spec: AttentionSpec, heads: HeadPlan) -> tuple[HeadBlock, ...]:
 
 
 def shard_work(
-    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, rank: int, tokens: int, packed: bool
+    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, first: int, last: int, packed: bool
 ) -> ShardWork:
-    """The calls of context rank `rank` with shards of `tokens`; `packed` as in `SequenceLayout.spans`."""
+    """The calls of whoever holds tokens [first, last); `packed` as in `SequenceLayout.spans`."""
     group = spec.group if spec.kind == "s2" else None
     blocks = blocks_of(spec, heads)
 
     def make() -> ShardWork:
-        first, last = rank * tokens, (rank + 1) * tokens
         local: list[tuple[HeadBlock, Span]] = []
         straddling: list[tuple[HeadBlock, Straddle]] = []
         reads: list[Region] = []
@@ -55,21 +55,25 @@ def shard_work(
             )
         return ShardWork(tuple(local), tuple(straddling), tuple(reads), layout.fills(first, last))
 
-    return layout.remember(("shard work", group, blocks, rank, tokens, packed), make)
+    return layout.remember(("shard work", group, blocks, first, last, packed), make)
 
 
 def halo_needs(
-    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, size: int, tokens: int
+    layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, edges: Sequence[int]
 ) -> tuple[tuple[Region, ...], ...]:
-    """Each rank's halo as disjoint regions: of every row and KV head, from the earliest key that a call reads."""
+    """Each shard's halo as disjoint regions: of every row and KV head, from the earliest key that a call reads.
+
+    Args:
+        edges: shard p holds tokens [edges[p], edges[p + 1]).
+    """
     needs = []
-    for rank in range(size):
+    for first, last in pairwise(edges):
         earliest: dict[tuple[int, int], int] = {}
-        for read in shard_work(layout, spec, heads, rank, tokens, False).reads:
+        for read in shard_work(layout, spec, heads, first, last, False).reads:
             for row in range(read.row_start, read.row_stop):
                 for head in range(read.head_start, read.head_stop):
                     earliest[row, head] = min(read.start, earliest.get((row, head), read.start))
-        needs.append(tuple(_boxes(earliest, rank * tokens)))
+        needs.append(tuple(_boxes(earliest, first)))
     return tuple(needs)
 
 
@@ -91,18 +95,18 @@ def _boxes(earliest: dict[tuple[int, int], int], stop: int) -> list[Region]:
     return boxes
 
 
-def halo_plan(layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, size: int, tokens: int) -> HaloPlan:
+def halo_plan(layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, edges: Sequence[int]) -> HaloPlan:
     """Who sends what to whom in one S² layer's forward pass; its backward sends as much the other way.
 
     Args:
-        layout: of the global sequence of size * tokens.
+        layout: of the global sequence.
         spec: kind s2.
         heads: this tensor-parallel rank's head blocks.
-        size: context-parallel ranks.
-        tokens: shard length L.
+        edges: shard p holds tokens [edges[p], edges[p + 1]): context-parallel ranks' (`equal_edges`), or those of a
+            streamed sequence's chunks (`stream.StreamPlan`).
     """
-    key = ("halo plan", spec.group, heads.blocks, size, tokens)
-    return layout.remember(key, lambda: plan_halos(halo_needs(layout, spec, heads, size, tokens), tokens))
+    key = ("halo plan", spec.group, heads.blocks, tuple(edges))
+    return layout.remember(key, lambda: plan_halos(halo_needs(layout, spec, heads, edges), edges))
 
 
 def ring_bytes(batch: int, kv_heads: int, size: int, tokens: int, head_dim: int, element_size: int) -> int:

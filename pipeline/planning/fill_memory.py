@@ -64,7 +64,12 @@ def _spread(counts: dict[RecomputePolicy, int], layers: int) -> list[RecomputePo
 
 
 def fill_memory(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range], gpu_bytes: int | None
+    config: RunConfig,
+    arch: LlamaArch,
+    grid: GridPlan,
+    chunks: Sequence[range],
+    gpu_bytes: int | None,
+    stream: int | None = None,
 ) -> tuple[RecomputePolicy, ...]:
     """The policy of every layer of the whole model.
 
@@ -74,6 +79,7 @@ def fill_memory(
         config: of the run; train.gate_up says where gate and up may be kept that do not fit the GPU as they are.
         chunks: layers of every pipeline chunk.
         gpu_bytes: memory of a GPU; None: there is none here, and one of NODE_GPU is planned for.
+        stream: tokens of a streamed sequence at work at once; None: all.
     """
     asked = config.train.gpu_gib
     limit = round(asked * GIB) if asked is not None else int((gpu_bytes or NODE_GPU) * (1 - LEFT))
@@ -81,7 +87,7 @@ def fill_memory(
     cost = costs(arch, config.group if config.attention.kind == "s2" else config.sequence)
 
     def estimate(policies: Sequence[RecomputePolicy]) -> MemoryEstimate:
-        return estimate_memory(config, arch, grid, policies)
+        return estimate_memory(config, arch, grid, policies, stream)
 
     def fits(counts: dict[RecomputePolicy, int]) -> bool:
         return estimate(_spread(counts, layers)).gpu_total <= limit

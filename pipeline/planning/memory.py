@@ -13,7 +13,9 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.activations import layer_memory, peak_of
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
 from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
 
 GIB = 2**30
@@ -85,7 +87,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy]
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy], stream: int | None = None
 ) -> MemoryEstimate:
     """What training takes on `grid`.
 
@@ -94,6 +96,7 @@ def estimate_memory(
 
     Args:
         recompute: policy of every layer of the whole model (`planning.recompute`).
+        stream: tokens of a streamed sequence at work at once; None: all.
     """
     counts = count_parameters(config, arch)
     width = 4 if config.model.dtype == "fp32" else 2
@@ -106,7 +109,8 @@ def estimate_memory(
         layered //= shards
     trained = counts.trained // grid.tp
     optimizer = OPTIMIZER * trained // shards
-    activations, parked = _activations(config, arch, grid, recompute[:layers], width)
+    at_once = min(stream or config.sequence, config.sequence)
+    activations, parked = _activations(config, arch, grid, recompute[:layers], width, at_once)
     gpu = {
         "frozen norms": counts.norms * width,
         "trained weights": trained * width,
@@ -121,18 +125,47 @@ def estimate_memory(
         # One buffer for the unit at work, which may be the output matrix, and one for each that is fetched ahead.
         unit = max(counts.layer, counts.head, counts.embedding) * width // grid.tp
         gpu["gathered weights"] = (1 + offload.ahead) * unit
+    if stream is not None:
+        spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
+        cut = StreamPlan.of(config.sequence, stream, grid)
+        halos = halo_bytes(cut, arch, spec, grid, config.train.micro_batch, width)
+        host["parked halos"], gpu["halos' gradients"] = halos.parked, halos.carried
     saved = OPTIMIZER * counts.trained
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 
 
+def plan_stream(
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy], gpu: int | None
+) -> int | None:
+    """Tokens of a streamed sequence at work at once; None: whole sequences.
+
+    Args:
+        gpu: bytes of the smallest GPU, for `train.stream: auto`, which takes the largest chunk of `chunk_sizes` that
+            fits by formula, or else the smallest; None: there is none, and the smallest will do.
+    """
+    stream = config.train.stream
+    if not isinstance(stream, str):
+        return stream
+    sizes = chunk_sizes(config.sequence, config.group, grid)
+    fitting = [
+        size
+        for size in sizes
+        if gpu is not None and estimate_memory(config, arch, grid, recompute, size).gpu_total <= gpu
+    ]
+    return max(fitting, default=sizes[0])
+
+
 def _activations(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int, at_once: int
 ) -> tuple[dict[str, int], int]:
     """What layers keep and what the one at work takes, by what it is; bytes of gate and up in host memory.
 
     As many micro-batches are under way as there are stages, of each a stage's layers.
+
+    Args:
+        at_once: tokens of a sequence at work at once.
     """
-    layer = layer_memory(config, arch, grid, width)
+    layer = layer_memory(config, arch, grid, width, at_once)
     stored, at_work = peak_of(layer, policies)
     name = "layer inputs" if set(policies) == {RecomputePolicy.FULL} else "activations"
     parked = layer.gate_up * sum(policy is RecomputePolicy.HOST for policy in policies)

@@ -29,9 +29,10 @@ from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
 from pipeline.planning.fill_memory import LEFT, fill_memory
-from pipeline.planning.memory import MemoryEstimate, estimate_memory
+from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
+from pipeline.planning.stream import PrefillCost, prefill_cost
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -111,12 +112,12 @@ def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, .
 
 
 def plan_policies(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range]
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range], stream: int | None = None
 ) -> tuple[RecomputePolicy, ...]:
     """What every layer keeps; for `auto` by the memory of this machine's GPUs."""
     train = config.train
     if train.recompute == "auto":
-        return fill_memory(config, arch, grid, chunks, smallest_gpu())
+        return fill_memory(config, arch, grid, chunks, smallest_gpu(), stream)
     return plan_recompute(train.recompute, arch.layers, train.gate_up)
 
 
@@ -146,14 +147,17 @@ class RunPlan:
     """What evaluation attends with, and training in its last `attention.full_last_steps` steps."""
     recompute: tuple[RecomputePolicy, ...]
     """Of every layer of the whole model."""
+    stream: int | None
+    """Tokens of a streamed sequence at work at once; None: whole sequences."""
 
     @classmethod
-    def of(cls, config: RunConfig, arch: LlamaArch, rope: RopePlan, world: int) -> RunPlan:
+    def of(cls, config: RunConfig, arch: LlamaArch, rope: RopePlan, world: int, gpu: int | None = None) -> RunPlan:
         """The plan for a model that is known: no file is opened.
 
         Args:
             arch, rope: from `plan_model`.
             world: ranks.
+            gpu: bytes of the smallest GPU, which `train.stream: auto` looks at; None: unknown.
 
         Raises:
             ConfigError: the ranks do not fit the settings or the model.
@@ -161,6 +165,9 @@ class RunPlan:
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
         kernels = "kernels" not in config.train.without
+        # Of both on auto the chunk is chosen first: one as large as fits if nothing is computed again.
+        asked = "none" if config.train.recompute == "auto" else config.train.recompute
+        stream = plan_stream(config, arch, grid, plan_recompute(asked, arch.layers, config.train.gate_up), gpu)
         return cls(
             config=config,
             arch=arch,
@@ -170,7 +177,8 @@ class RunPlan:
             chunks=chunks,
             attention=replace(attention_spec(config.attention, config.group), kernels=kernels),
             full_attention=replace(full_attention(config.attention), kernels=kernels),
-            recompute=plan_policies(config, arch, grid, chunks),
+            recompute=plan_policies(config, arch, grid, chunks, stream),
+            stream=stream,
         )
 
     @classmethod
@@ -190,7 +198,23 @@ class RunPlan:
 
     def memory(self) -> MemoryEstimate:
         """What training takes, by formula."""
-        return estimate_memory(self.config, self.arch, self.grid, self.recompute)
+        found = estimate_memory(self.config, self.arch, self.grid, self.recompute, self.stream)
+        cached = max((cost.host for cost in self.prefill_costs()), default=0)
+        return replace(found, host={**found.host, "evaluation's keys and values": cached}) if cached else found
+
+    @property
+    def prefill(self) -> int | None:
+        """Tokens at work at once in full attention's evaluations; None: whole windows."""
+        return self.config.eval.prefill or self.stream
+
+    def prefill_costs(self) -> tuple[PrefillCost, ...]:
+        """Of each evaluation length that goes through in chunks, in bf16."""
+        settings, at_once = self.config.eval, self.prefill
+        if settings.path is None or at_once is None:
+            return ()
+        lengths = settings.lengths or (self.config.model.context,)
+        width = 4 if self.config.model.dtype == "fp32" else 2
+        return tuple(prefill_cost(self.arch, self.grid, n, at_once, width) for n in lengths if n > at_once)
 
     def balance(self) -> tuple[str, ...]:
         """A sentence for each thing that makes ranks wait for each other."""
@@ -198,7 +222,15 @@ class RunPlan:
 
     def advice(self) -> tuple[str, ...]:
         """What would run and may not be meant, one sentence each."""
-        return (*self.balance(), *replacement_warning(self.arch, self.rope))
+        return (*self.balance(), *replacement_warning(self.arch, self.rope), *self._thrice())
+
+    def _thrice(self) -> tuple[str, ...]:
+        if self.stream is None or self.stream >= self.sequence or RecomputePolicy.FULL not in self.recompute:
+            return ()
+        return (
+            "train.recompute: streaming runs every chunk forward twice, and full recomputes it once more; with none "
+            "and a smaller train.stream, or auto, a step takes about a quarter less.",
+        )
 
     def busiest_rank(self) -> int:
         """The rank that all others wait for."""
@@ -230,4 +262,5 @@ def plan_run(config: RunConfig, world: int) -> RunPlan:
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards{hub}.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world)
+    gpu = smallest_gpu() if config.train.stream == "auto" else None
+    return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world, gpu)

@@ -121,6 +121,8 @@ def _smaller(part: str) -> str:
         return "set parallel.offload.params: cpu, or use more GPUs"
     if part == "activations":
         return "set train.recompute: auto, or train.recompute: full for the least there is"
+    if part == "halos' gradients":
+        return "lower attention.group_size or train.micro_batch"
     return "raise parallel.cp (each rank then holds fewer tokens), or lower data.sequence"
 
 
@@ -131,7 +133,12 @@ def check_host_memory(host: int, limit: str, processes: int, estimate: MemoryEst
     if host < need:
         each = " + ".join(f"{gib(size)} {part}" for part, size in estimate.host.items())
         mend = "give the job more memory"
-        if len(estimate.host) > 1:  # something is offloaded
+        largest = max(estimate.host, key=lambda part: estimate.host[part])
+        if largest == "parked halos":
+            mend += f" ({gib(need - host)} more), or raise train.stream: fewer chunks park fewer halos"
+        elif largest == "evaluation's keys and values":
+            mend += f" ({gib(need - host)} more), or lower eval.lengths"
+        elif len(estimate.host) > 1:  # something is offloaded
             mend += ", spread it over more nodes, or set parallel.offload to none where the GPUs have room"
         problem = (
             f"Host memory: {processes} processes need about {gib(need)} ({each}; each) and {limit} leaves {gib(host)}; "
@@ -154,20 +161,21 @@ def check_shared_memory(free: int | None, processes: int) -> Finding:
 
 
 def check_layout(
-    config: RunConfig, model: tuple[LlamaArch, RopePlan] | None, world: int
+    config: RunConfig, model: tuple[LlamaArch, RopePlan] | None, world: int, gpu: int | None = None
 ) -> tuple[Finding, RunPlan | None]:
     """Grid, batch and model fit each other and the number of processes; and the plan they give.
 
     Args:
         model: what trains; None: nothing is known of it, and there is no plan.
         world: processes.
+        gpu: bytes of the smallest GPU; None: there is none.
     """
     parallel = config.parallel
     axes = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp}"
     needed = f"{world} processes"
     try:
         grid, batch = plan_ranks(config, world)
-        plan = None if model is None else RunPlan.of(config, *model, world)
+        plan = None if model is None else RunPlan.of(config, *model, world, gpu)
     except ConfigError as error:
         return Finding("Layout", axes, needed, str(error)), None
     found = f"{axes} x dp {grid.dp}, {batch.accumulation} micro-batches a step"
@@ -240,7 +248,7 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     if stored is not None:
         settings, model = check_settings(config.model, stored)
         files.append(settings)
-    layout, plan = check_layout(config, model, world)
+    layout, plan = check_layout(config, model, world, min((gpu.total for gpu in machine.gpus), default=None))
     field = config.data.text_field
     batch = config.train.global_batch
     texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]

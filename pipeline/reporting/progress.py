@@ -71,7 +71,11 @@ class TrainProgress(_Display):
         enabled: False shows nothing (every rank but 0).
         every: steps between lines when the output is not a terminal; the first and last step always print.
         console: where to write; None is standard output.
+        clock: seconds.
     """
+
+    WITHIN_S = 60.0
+    """Seconds between lines of one step."""
 
     def __init__(
         self,
@@ -81,10 +85,12 @@ class TrainProgress(_Display):
         enabled: bool = True,
         every: int = 10,
         console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.start, self.enabled, self.every = total, start, enabled, max(every, 1)
         self._console = console or lasting_console()
-        self._seconds = 0.0
+        self._seconds, self._last = 0.0, ""
+        self._clock, self._told = clock, clock()
         self._task: TaskID | None = None
         self._live = _live_display(self._console, transient=False) if enabled else None
 
@@ -92,6 +98,27 @@ class TrainProgress(_Display):
         """Print a line above the bar."""
         if self.enabled:
             _say(self._console, text)
+
+    def within(self, step: int, done: int, total: int) -> None:
+        """Show how far a step under way is; a line in a log once a minute, since most steps take less.
+
+        Args:
+            step: the step, counting from 1.
+            done: passes over micro-batches or chunks.
+            total: of the whole step.
+        """
+        if not self.enabled:
+            return
+        if self._live is not None:
+            self._live.update(self._shown(self._live), facts=f"step {step}: {done / total:.0%}  {self._last}")
+        elif (now := self._clock()) - self._told >= self.WITHIN_S:
+            self._told = now
+            self.say(f"step {step}/{self.total}  {done} of {total} passes done")
+
+    def _shown(self, live: RichProgress) -> TaskID:
+        if self._task is None:
+            self._task = live.add_task("training", total=self.total, facts="")
+        return self._task
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a finished optimizer step.
@@ -104,11 +131,10 @@ class TrainProgress(_Display):
             return
         # Summed from the steps themselves: evaluations and checkpoints in between must not stretch the estimate.
         self._seconds += metrics["seconds"]
-        facts = self._facts(step, metrics)
+        facts = self._last = self._facts(step, metrics)
+        self._told = self._clock()
         if self._live is not None:
-            if self._task is None:
-                self._task = self._live.add_task("training", total=self.total, facts="")
-            self._live.update(self._task, completed=step, facts=facts)
+            self._live.update(self._shown(self._live), completed=step, facts=facts)
         elif step in (self.start + 1, self.total) or step % self.every == 0:
             self.say(f"step {step}/{self.total}  {facts}")
 
@@ -157,6 +183,11 @@ class EvalProgress(_Display):
         if self._live is not None:
             self._task = self._live.add_task(self.label, total=self.windows, facts="")
         return super().__enter__()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            _say(self._console, text)
 
     def advance(self) -> None:
         """Count a finished window."""

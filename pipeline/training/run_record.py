@@ -131,12 +131,14 @@ def starting_line(run: Run) -> str:
     counts = parameter_counts(run)
     total, trained = counts.pop("total"), {kind: n for kind, n in counts.items() if kind != "frozen"}
     groups = f" in groups of {config.group:,}" if attention.kind == "s2" else ""
+    chunks = "" if run.plan.stream is None else f", streamed in chunks of {run.plan.stream:,}"
     stretch = f" x {rope.factor:g}" if rope.factor != 1 else ""
     return (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
-        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}; RoPE {rope.type}{stretch}; "
-        f"of {total:,} parameters " + ", ".join(f"{n:,} {kind}" for kind, n in trained.items()) + f" train; engine "
-        f"{config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
+        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}{chunks}; "
+        f"RoPE {rope.type}{stretch}; of {total:,} parameters "
+        + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
+        + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
 
 

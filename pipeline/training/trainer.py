@@ -75,6 +75,7 @@ class Trainer:
         """A checkpoint this process went on from is not put in doubt: whatever ails the next step came after it, and
         reruns that fail at once must not use up the older ones."""
         self._signals: StopSignals | None = None
+        self._progress: TrainProgress | None = None
         self._rng = rng_state()
         """At the beginning of the step in progress: an abandoned one is done again."""
 
@@ -107,6 +108,7 @@ class Trainer:
         config, saver = self.parts.config, self.parts.saver
         end = self.end(stop_after)
         watch = watch or Watch()
+        self._progress = progress
         while self.step < end:
             watch.progress(self.step + 1)
             self._rng = rng_state()
@@ -280,7 +282,7 @@ class Trainer:
             self._spec(step),
             1 / max(scored, 1),
             before_last_backward=parts.optimizer.arm_reduce,
-            between=self.heed,
+            between=self._pauses(step, parts.model.passes(batches)),
         )
         parts.reduction.finish(parts.optimizer)
         return {
@@ -288,6 +290,19 @@ class Trainer:
             "grad_norm": float(parts.optimizer.grad_norm(parts.reduction.squares)),
             "tokens": tokens,
         }
+
+    def _pauses(self, step: int, passes: int) -> Callable[[], None]:
+        """What is done between two of a step's passes over micro-batches or chunks."""
+        done = 0
+
+        def pause() -> None:
+            nonlocal done
+            done += 1
+            self.heed()
+            if self._progress is not None:
+                self._progress.within(step + 1, done, passes)
+
+        return pause
 
     def update(self, step: int, row: dict[str, Any]) -> None:
         """Clip and apply the gradients unless `row`'s figures are not finite; adds rates and skips to `row`."""

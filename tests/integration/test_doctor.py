@@ -43,8 +43,12 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
     base = make_tiny(tmp_path / "base", "smollm2", num_attention_heads=12, num_key_value_heads=4, head_dim=12)
     context = load_config(write(tmp_path, tp=2, cp=2))
     stages = load_config(write(tmp_path, model=str(base), tp=2, pp=2))
+    chunks = ["attention.group_size=8192", "train.stream=16384"]
+    streamed = load_config(write(tmp_path, cp=2), chunks)  # against one process that does not stream
     reports = run_doctors(
         [
+            (streamed, None),
+            (streamed, "tests.support.plants:lost_halo_gradient"),
             (context, None),
             (stages, None),
             (context, "tests.support.plants:norms_not_summed"),
@@ -57,7 +61,9 @@ def test_right_grids_pass_and_each_planted_fault_is_found(tmp_path: Path) -> Non
         processes=4,
         timeout_s=240,
     )
-    right, tied, unsummed, norms, heads, halo, wrap, frozen = reports
+    assert reports[0].passed and reports[0].shrunk.config.train.stream == 18, failed(reports[0])
+    assert "worst gradient, step 1" in failed(reports[1]) and "loss, step 1" not in failed(reports[1])
+    right, tied, unsummed, norms, heads, halo, wrap, frozen = reports[2:]
     assert not failed(right) and right.passed and len(right.rows) == 14
     assert not failed(tied) and tied.shrunk.model["tie_word_embeddings"]
 

@@ -18,13 +18,13 @@ from tests.support.tiny_models import make_tiny, write_tokenizer
 
 YAML = """
 model: {{path: {base}, context: 128, dtype: {dtype}, rope: {{type: linear, factor: 2}}}}
-attention: {{kind: s2, group_fraction: 0.5, shifted_heads: {shifted}, full_last_steps: 2}}
+attention: {{kind: s2, {group}, shifted_heads: {shifted}, full_last_steps: {full_last}}}
 lora: {{rank: 4, alpha: 6, dropout: {dropout}, targets: [{targets}]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {masked}}}
 train: {{steps: {steps}, global_batch: 4, micro_batch: {micro}, lr: 1.0e-2, lr_embed_norm: 2.0e-3, betas: [0.8, 0.9],
   eps: 3.0e-3, weight_decay: 0.5, schedule: {schedule}, warmup_steps: 2, min_lr_ratio: 0.2, clip: {clip},
-  trainable: [lora, embed, norm, lm_head], recompute: {recompute}, seed: 7}}
-eval: {{path: {held_out}, lengths: [50, 64], windows: 3, stride: {stride}}}
+  trainable: [lora, embed, norm, lm_head], recompute: {recompute}, stream: {stream}, seed: 7}}
+eval: {{path: {held_out}, lengths: [50, 64], windows: 3, stride: {stride}, prefill: {prefill}}}
 parallel: {{tp: {tp}, cp: {cp}, pp: {pp}, engine: {engine}}}
 output: {output}
 """
@@ -51,7 +51,11 @@ def write_case(folder: Path, name: str, model: str = "llama", **over: Any) -> Pa
         "schedule": "cosine",
         "clip": 1.35,  # some steps are clipped
         "recompute": "full",
+        "group": "group_fraction: 0.5",
+        "full_last": 2,
+        "stream": "null",
         "stride": 24,
+        "prefill": "null",
         "tp": 1,
         "cp": 1,
         "pp": 1,

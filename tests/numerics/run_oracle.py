@@ -134,7 +134,8 @@ class Oracle:
         if full:
             return np.broadcast_to(seen, (self.heads, *seen.shape))
         attention = self.yaml["attention"]
-        group = round(at.size * attention["group_fraction"] / 2) * 2
+        fixed = attention.get("group_size")
+        group = fixed or round(at.size * attention["group_fraction"] / 2) * 2
         head = np.arange(self.heads)
         if attention["shifted_heads"] == "upper_half":
             shifted = 2 * head >= self.heads

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.axes.halo_plan import equal_edges
 from parallel.world.rank_env import RankEnv
 from pipeline.config.yaml_file import load_config
 from pipeline.model.layers import loss
@@ -269,7 +270,7 @@ def test_far_models_keys_come_from_several_ranks_before() -> None:
     """61 tokens over CP 4, in shards of 16."""
     far = MODELS["far"]
     heads = head_plan(0, 4, 4, 4, "upper_half")
-    plan = halo_plan(SequenceLayout.dense(1, far.sequence), AttentionSpec("s2", 48), heads, 4, 16)
+    plan = halo_plan(SequenceLayout.dense(1, far.sequence), AttentionSpec("s2", 48), heads, equal_edges(4, 16))
     assert {message.receiver - message.sender for message in plan.messages} == {1, 2}
 
 

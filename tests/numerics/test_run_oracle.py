@@ -48,9 +48,15 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"llama-{grid}": axes for grid, axes in GRIDS.items()},
     # Two sequences a micro-batch, biases, odd groups shifted.
     **{f"qwen2-{grid}": {**GRIDS[grid], "model": "qwen2", "shifted": "alternate"} for grid in ("tp2", "zero3")},
+    "llama-pp2-prefill": {**GRIDS["pp2"], "prefill": 14},  # full attention in chunks, stage after stage
     "qwen2-dp2": {"model": "qwen2", "micro": 2},
     "mistral-pp2": {"pp": 2, "model": "mistral", "masked": "false"},
     **{f"dropout-{grid}": {**GRIDS[grid], "dropout": DROPOUT} for grid in ("tp2", "cp2")},
+    # Chunks spread over context ranks, of which a shard is shorter than half a group; over tensor ranks; replicas.
+    **{
+        f"streamed-{grid}": {**GRIDS[grid], "group": "group_size: 16", "full_last": 0, "stream": 12}
+        for grid in ("tp2", "cp2", "dp2", "zero3")
+    },
     "shared": {"tp": 2, "dropout": DROPOUT, "steps": 2},
     **{f"bf16-{grid}": {**axes, "dtype": "bf16"} for grid, axes in GRIDS.items()},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parallel.axes.halo_plan import equal_edges
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
 from pipeline.planning.context_shards import halo_plan
 
@@ -23,7 +24,7 @@ def halo_bytes(
     if spec.kind == "full":
         shard = 2 * tokens * layout.batch * heads.full_blocks[-1].kv_stop * vector
         return ((shard * (size - 1),) * 2,) * size
-    plan = halo_plan(layout, spec, heads, size, tokens)
+    plan = halo_plan(layout, spec, heads, equal_edges(size, tokens))
     return tuple(
         (
             vector * sum(message.vectors for message in plan.outgoing(rank)),

@@ -11,6 +11,7 @@ import torch
 
 from parallel.axes.context import HaloExchange
 from parallel.axes.halo_plan import Region
+from parallel.axes.stream import ParkedHalos
 from pipeline.model.attention import layer
 from pipeline.model.attention.layer import CoreAttention
 from pipeline.model.layers.norm import RMSNorm
@@ -69,6 +70,14 @@ def shifted_halo() -> Iterator[None]:
         return slice(tokens.start - 1, tokens.stop - 1), rows, heads
 
     with mock.patch.object(HaloExchange, "local_slices", shifted):
+        yield
+
+
+@contextlib.contextmanager
+def lost_halo_gradient() -> Iterator[None]:
+    """What later chunks of a streamed sequence send back is forgotten."""
+    honest = ParkedHalos.take_gradient
+    with mock.patch.object(ParkedHalos, "take_gradient", lambda *given: torch.zeros_like(honest(*given))):
         yield
 
 

@@ -209,7 +209,11 @@ def work(rank: int, world: int, jobs_file: Path) -> None:
             key = (job["config"], job["plant"] if getattr(plant, "everywhere", False) else None)
             job["reference"] = key
             if key not in references:
-                alone = replace(config, parallel=replace(config.parallel, tp=1, cp=1, pp=1, virtual=1))
+                alone = replace(
+                    config,
+                    parallel=replace(config.parallel, tp=1, cp=1, pp=1, virtual=1),
+                    train=replace(config.train, stream=None),
+                )
                 with load_plant(key[1])():
                     references[key] = examine(alone, RankEnv(), keep_world=False)
         ready.touch()

@@ -111,6 +111,7 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: 
             lr_embed_norm=1e-3 * ratio,
             eps=1e-4,
             warmup_steps=min(train.warmup_steps, 1),
+            stream=None if train.stream is None else _chunk(sequence, group, parallel),
         ),
         eval=EvalConfig(),
         save=SaveConfig(every=0),
@@ -162,6 +163,13 @@ def _lengths(config: RunConfig, parallel: ParallelConfig) -> tuple[int, int]:
     while parallel.cp > 1 and not shard % (group // 2):
         group += 2
     return sequence, group
+
+
+def _chunk(sequence: int, group: int, parallel: ParallelConfig) -> int:
+    """Tokens of a streamed chunk: four or so a sequence, at least half a group, and not a group's multiple."""
+    unit = parallel.tp * parallel.cp
+    chunk = -(-max(sequence // 4, group // 2) // unit) * unit
+    return chunk if chunk % group else chunk + unit
 
 
 def _model(arch: LlamaArch, parallel: ParallelConfig) -> dict[str, Any]:

@@ -9,19 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
+from parallel.axes.context import Exchange
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.model.layers.recipe import Make, Recipe, give_recipe, recipe_of
 from pipeline.model.layers.rotary import apply_rope, split_and_rotate
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import ShardWork
+
+
+class Past(Protocol):
+    """What a streamed chunk knows of the tokens before it (`model.streaming`)."""
+
+    def exchange(self, layer: int, heads: HeadPlan, work: ShardWork) -> Exchange:
+        """Of layer number `layer`, counted from 0 in the whole model."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,9 @@ class AttentionContext:
     sin: torch.Tensor
     """RoPE sines, likewise."""
     shard: ContextShard | None = None
-    """This rank's tokens under context parallelism; None: all of them."""
+    """This rank's tokens under context parallelism or streaming; None: all of them."""
+    past: Past | None = None
+    """Where a streamed chunk has its halos from; None: the whole sequence is at work."""
 
 
 def _flat(sources: Sequence[torch.Tensor], start: int, stop: int, make: Make) -> torch.Tensor:
@@ -50,8 +61,16 @@ class CoreAttention(torch.nn.Module):
     kernels of its own are accepted and unused.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any, softmax_scale: float | None = None, **_: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ):
         super().__init__()
+        self.layer = layer_number - 1  # megatron counts from 1
         assert config.num_query_groups is not None
         self.softmax_scale = softmax_scale
         self.total_heads, self.total_kv_heads = config.num_attention_heads, config.num_query_groups
@@ -77,7 +96,9 @@ class CoreAttention(torch.nn.Module):
         if context.shard is None:
             mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)
         else:
-            mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale)
+            past = context.past
+            exchange = None if past is None else lambda work: past.exchange(self.layer, plan, work)
+            mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale, exchange)
         flat, recipe = mixed.flatten(2), recipe_of(mixed)
         if recipe is not None:
             give_recipe(flat, Recipe(recipe.sources, partial(_flat, make=recipe.make)))

@@ -10,11 +10,13 @@ Shape suffixes: L tokens of the shard, B batch rows, H query heads, K KV heads, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from parallel.axes.context import Exchange, Flight, GatherExchange, HaloExchange
+from parallel.axes.halo_plan import equal_edges
 from parallel.errors import ConfigError
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.backends import select_backend
@@ -113,6 +115,7 @@ def context_attend(
     plan: HeadPlan,
     shard: ContextShard,
     softmax_scale: float | None = None,
+    exchange: Callable[[ShardWork], Exchange] | None = None,
 ) -> torch.Tensor:
     """This rank's tokens' part of `attend` over the whole sequence; every rank of `shard.group` must call it.
 
@@ -125,6 +128,8 @@ def context_attend(
         plan: head blocks of this tensor-parallel rank.
         shard: this rank's tokens.
         softmax_scale: None: 1/sqrt(D).
+        exchange: how what the calls read of earlier tokens is had; None: from the other ranks, which hold the rest of
+            the sequence (otherwise they hold the rest of a chunk of it, see `model.streaming`).
 
     Returns:
         Contiguous [L, B, Hq, D] in q's dtype; 0 at padded positions.
@@ -139,7 +144,7 @@ def context_attend(
             f"context_parallel {shard.size}; switch legacy_wrap off or set context_parallel to 1."
         )
     blocks = blocks_of(spec, plan)
-    if layout.sequence != shard.size * shard.tokens:
+    if exchange is None and layout.sequence != shard.size * shard.tokens:
         raise ValueError(f"the layout has {layout.sequence} tokens, not {shard.size} shards of {shard.tokens}")
     sizes = (shard.tokens, layout.batch)
     if q_LBHD.shape[:3] != (*sizes, blocks[-1].q_stop) or k_LBKD.shape[:3] != (*sizes, blocks[-1].kv_stop):
@@ -150,8 +155,8 @@ def context_attend(
     head_dim = q_LBHD.shape[-1]
     backend = select_backend(spec.backend, q_LBHD.device, q_LBHD.dtype, head_dim)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    work = shard_work(layout, spec, plan, shard.rank, shard.tokens, backend.varlen is not None)
-    trip = _Trip(_exchange(layout, spec, plan, shard, work))
+    work = shard_work(layout, spec, plan, shard.start, shard.stop, backend.varlen is not None)
+    trip = _Trip(_exchange(layout, spec, plan, shard, work) if exchange is None else exchange(work))
 
     calls = [*work.local, *((block, _own(straddle)) for block, straddle in work.straddling)]
     q_windows = [Window(span, block.q_start, block.q_stop) for block, span in calls]
@@ -188,4 +193,4 @@ def _exchange(
 ) -> Exchange:
     if spec.kind == "full":
         return GatherExchange(shard, work.reads)
-    return HaloExchange(shard, halo_plan(layout, spec, plan, shard.size, shard.tokens), work.reads)
+    return HaloExchange(shard, halo_plan(layout, spec, plan, equal_edges(shard.size, shard.tokens)), work.reads)

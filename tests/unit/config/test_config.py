@@ -186,6 +186,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "it is not UTF-8 text" in refused(tmp_path / "binary.yaml")
 
 
+STREAM = ["train.stream=4096", "attention.group_size=4096"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -252,6 +255,28 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         (["eval.path=''"], "eval.path: is empty"),
         (["model.rope.type=su"], "model.rope.type: 'su' is not one of"),
         (["parallel.engine=zero3", "parallel.pp=2"], "parallel.pp: engine zero3 has no pipeline stages"),
+        (
+            ["train.stream=4096"],
+            "train.stream: a group that is a fraction of the sequence grows with it; set",
+        ),
+        (["train.stream=8", "attention.kind=full"], "train.stream: full attention needs the whole past"),
+        (
+            [*STREAM, "attention.full_last_steps=1"],
+            "attention.full_last_steps: full attention needs the whole past",
+        ),
+        (
+            [*STREAM, "attention.legacy_wrap=true"],
+            "attention.legacy_wrap: wraps around the whole sequence, which",
+        ),
+        ([*STREAM, "parallel.pp=2"], "parallel.pp: 2 pipeline stages and train.stream are two ways"),
+        (
+            [*STREAM, "train.stream=2047"],
+            "chunks of 2047 tokens are shorter than half a group of 4096; use at",
+        ),
+        ([*STREAM, "parallel.cp=3"], "train.stream: 4096 tokens do not divide over tp 1 x cp 3; use 4098."),
+        ([*STREAM, "train.stream=most"], "train.stream: 'most' is not one of auto."),
+        ([*STREAM, "train.stream=0"], "train.stream: must be at least 1, got 0."),
+        ([*STREAM, "train.stream=1.5"], "train.stream: expected"),
         (["parallel.tp=0"], "parallel.tp: must be at least 1"),
     ],
 )
@@ -279,7 +304,14 @@ def test_evaluating_beyond_the_context_is_a_warning(minimal: Path) -> None:
 
 def test_every_yaml_is_shipped_here() -> None:
     names = {path.stem for path in SHIPPED}
-    assert {"llama2_7b_32k", "llama2_7b_100k", "llama2_13b_64k", "llama2_70b_32k", "smollm2_32k"} <= names
+    assert {
+        "llama2_7b_32k",
+        "llama2_7b_100k",
+        "llama2_13b_64k",
+        "llama2_70b_32k",
+        "smollm2_32k",
+        "llama3_8b_1m",
+    } <= names
     jobs = {ROOT / "launch" / name for name in ("kubernetes.yaml", "skypilot.yaml")}
     assert {path.parent for path in {*(ROOT / "launch").rglob("*.y*ml")} - jobs} == {ROOT / "launch" / "configs"}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.axes.halo_plan import Region, plan_halos
+from parallel.axes.halo_plan import Region, equal_edges, plan_halos
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import (
     halo_needs,
@@ -93,7 +93,7 @@ def vectors(region: Region) -> list[Vector]:
 
 @given(cases())
 def test_every_rank_gets_exactly_the_keys_its_queries_see(case: Case) -> None:
-    plan, sees = halo_plan(*case.args), case.sees()
+    plan, sees = halo_plan(*case.args[:3], equal_edges(*case.args[3:])), case.sees()
     for rank in range(case.size):
         first, last = rank * case.tokens, (rank + 1) * case.tokens
         rows, heads, _, keys = np.nonzero(sees[:, :, first:last, :first])
@@ -114,7 +114,8 @@ def test_the_calls_of_all_ranks_see_what_the_definition_allows(case: Case) -> No
     layout, spec, heads, size, tokens = case.args
     found = np.zeros_like(case.sees())
     for rank in range(size):
-        work, offset = shard_work(layout, spec, heads, rank, tokens, packed=False), rank * tokens
+        offset = rank * tokens
+        work = shard_work(layout, spec, heads, offset, offset + tokens, packed=False)
         for block, span in work.local:
             for index in range(span.count):
                 start = offset + span.start + index * span.length
@@ -163,7 +164,7 @@ def test_70b_at_32k_over_8_ranks_sends_a_fourteenth_of_ring_attention(rule: str)
     assert ring // 14 == 8 * 2**20
     assert tuple(got for _, got in counted) == halo_formula(32768, 1, 8192, LLAMA_70B[rule], 8, 4096, 128, 2)
     # Every rank hears from its predecessor alone.
-    messages = halo_plan(layout, spec, LLAMA_70B[rule], 8, 4096).messages
+    messages = halo_plan(layout, spec, LLAMA_70B[rule], equal_edges(8, 4096)).messages
     assert [(message.sender, message.receiver) for message in messages] == [(rank, rank + 1) for rank in range(7)]
 
 
@@ -183,26 +184,27 @@ def test_work_is_balanced_at_cp_2n_over_g(sequence: int, group: int, rule: str) 
 def test_a_shared_kv_head_is_sent_once_with_the_longer_reach() -> None:
     """9 heads on 3 KV heads: KV head 1 serves unshifted heads 3 and shifted heads 4, 5."""
     layout, spec, heads = SequenceLayout.dense(2, 40), AttentionSpec("s2", 16), head_plan(0, 9, 9, 3, "upper_half")
-    needs = halo_needs(layout, spec, heads, 4, 10)
+    needs = halo_needs(layout, spec, heads, equal_edges(4, 10))
     # Rank 1 starts at 10: unshifted from 0; shifted from 8.
     assert needs[1] == (Region(0, 2, 0, 2, 0, 10), Region(0, 2, 2, 3, 8, 10))
     # Rank 2 starts at 20: unshifted from 16; shifted from 8.
     assert needs[2] == (Region(0, 2, 0, 1, 16, 20), Region(0, 2, 1, 3, 8, 20))
-    assert [message.sender for message in halo_plan(layout, spec, heads, 4, 10).incoming(2)] == [0, 1]
+    assert [message.sender for message in halo_plan(layout, spec, heads, equal_edges(4, 10)).incoming(2)] == [0, 1]
 
 
 def test_plans_are_remembered_by_the_layout() -> None:
     layout, spec, heads = SequenceLayout.dense(1, 32), AttentionSpec("s2", 8), LLAMA_70B["upper_half"]
-    assert halo_plan(layout, spec, heads, 4, 8) is halo_plan(layout, spec, heads, 4, 8)
-    assert halo_plan(layout, spec, heads, 4, 8) is not halo_plan(layout, spec, LLAMA_70B["alternate"], 4, 8)
-    assert halo_plan(layout, spec, heads, 2, 16) != halo_plan(layout, AttentionSpec("s2", 6), heads, 2, 16)
-    work = shard_work(layout, spec, heads, 1, 8, packed=False)
-    assert work is shard_work(layout, spec, heads, 1, 8, packed=False)
-    assert work is not shard_work(layout, spec, heads, 2, 8, packed=False)
+    four, two = equal_edges(4, 8), equal_edges(2, 16)
+    assert halo_plan(layout, spec, heads, four) is halo_plan(layout, spec, heads, four)
+    assert halo_plan(layout, spec, heads, four) is not halo_plan(layout, spec, LLAMA_70B["alternate"], four)
+    assert halo_plan(layout, spec, heads, two) != halo_plan(layout, AttentionSpec("s2", 6), heads, two)
+    work = shard_work(layout, spec, heads, 8, 16, packed=False)
+    assert work is shard_work(layout, spec, heads, 8, 16, packed=False)
+    assert work is not shard_work(layout, spec, heads, 16, 24, packed=False)
 
 
 def test_impossible_needs_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 1 cannot need"):
-        plan_halos([[], [Region(0, 1, 0, 1, 3, 5)]], 4)
+        plan_halos([[], [Region(0, 1, 0, 1, 3, 5)]], equal_edges(2, 4))
     with pytest.raises(ValueError, match="rank 1 needs part of .* twice"):
-        plan_halos([[], [Region(0, 1, 0, 2, 1, 4), Region(0, 1, 1, 2, 3, 4)]], 4)
+        plan_halos([[], [Region(0, 1, 0, 2, 1, 4), Region(0, 1, 1, 2, 3, 4)]], equal_edges(2, 4))

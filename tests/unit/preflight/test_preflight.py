@@ -315,6 +315,26 @@ def test_the_70b_run_needs_what_its_yaml_says(monkeypatch: pytest.MonkeyPatch) -
     assert said in path.read_text()
 
 
+def test_host_memory_too_small_for_the_halos_is_told_by_how_much() -> None:
+    """1M tokens in chunks of 16k: 63 halos of 256 MiB, beside the process and what a save gathers."""
+    from tools.support.shapes import llama3_8b
+
+    def problem(host: int, *settings: str) -> str:
+        config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml", ["train.stream=16384", *settings])
+        estimate = RunPlan.of(config, *plan_model(config.model, llama3_8b()), 1).memory()
+        return survey.check_host_memory(host, "this machine", 1, estimate).problem
+
+    quiet = "eval.lengths=[8192]"
+    told = problem(20 * GIB, quiet)
+    assert "15.8 GiB parked halos" in told and "GiB more), or raise train.stream" in told
+    assert problem(40 * GIB, quiet) == ""
+    assert "GiB evaluation's keys and values" in (told := problem(40 * GIB, "eval.lengths=[262144]"))
+    assert told.endswith("or lower eval.lengths.")
+    config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml")
+    plan = survey.check_layout(config, plan_model(config.model, llama3_8b()), 1, 80 * GIB)[1]
+    assert plan is not None and plan.stream == 16384, "auto is planned for the GPUs that are there"
+
+
 def test_control_groups_limit_the_host(tmp_path: Path) -> None:
     def group(name: str, limit: str, used: int, cache: int) -> None:
         folder = tmp_path / name

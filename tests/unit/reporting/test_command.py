@@ -48,7 +48,7 @@ ELSEWHERE = {
     "tools.init",
     "tools.pages",
     "tools.torchrun",
-    *(f"tools.bench.{name}" for name in "attention context convert save step survive".split()),
+    *(f"tools.bench.{name}" for name in "attention context convert save step stream survive".split()),
 }
 """Commands that take no path, or only one to write."""
 

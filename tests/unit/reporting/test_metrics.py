@@ -150,6 +150,19 @@ def test_log_files_get_few_plain_lines() -> None:
     assert "\x1b" not in text_of(out)
 
 
+def test_a_step_of_minutes_moves() -> None:
+    out = console(terminal=False)
+    clock = iter([0.0, 30.0, 61.0, 90.0, 125.0])
+    with TrainProgress(2, console=out, clock=lambda: next(clock)) as progress:
+        for done in range(1, 5):
+            progress.within(1, done, 9)
+    assert text_of(out).splitlines() == ["step 1/2  2 of 9 passes done", "step 1/2  4 of 9 passes done"]
+    live = console(terminal=True)
+    with TrainProgress(2, console=live) as progress:
+        progress.within(1, 3, 9)
+    assert "step 1: 33%" in text_of(live)
+
+
 def test_a_terminal_gets_a_live_bar_also_around_an_evaluation() -> None:
     out = console(terminal=True)
     with TrainProgress(4, console=out) as progress:

@@ -1,0 +1,190 @@
+"""S² streaming: a sequence of any length through one model in constant memory, with the gradients of one pass.
+
+With a fixed group a chunk needs of the tokens before it only K and V of part of a group, in every layer (the *halo*).
+So: forward, chunk after chunk, without gradients, each layer's halo parked in host memory; then backward, from the last
+chunk to the first: the chunk runs again on its halo, with gradients, and its backward adds to dK and dV what the chunk
+after it sent, and leaves its own halo's for the chunk before. The last chunk runs once. Nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from parallel.axes.context import Exchange
+from parallel.axes.stream import ParkedHalos, Route, StreamExchange
+from parallel.world.context_shard import ContextShard
+from parallel.world.rng import rng_state, set_rng_state
+from pipeline.data.loader import Batch
+from pipeline.data.packing import IGNORE
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
+from pipeline.planning.context_shards import ShardWork, halo_plan
+from pipeline.planning.stream import StreamPlan, halo_bytes
+
+if TYPE_CHECKING:
+    from pipeline.model.rank_model import RankModel
+
+
+class ChunkPast:
+    """Where a chunk's halos come from, in one pass over it (`attention.layer.Past`)."""
+
+    def __init__(
+        self,
+        stream: StreamPlan,
+        chunk: int,
+        shard: ContextShard,
+        layout: SequenceLayout,
+        spec: AttentionSpec,
+        parked: ParkedHalos,
+        parks: bool,
+    ) -> None:
+        self._stream, self._chunk, self._shard = stream, chunk, shard
+        self._layout, self._spec, self._parked, self._parks = layout, spec, parked, parks
+
+    def exchange(self, layer: int, heads: HeadPlan, work: ShardWork) -> Exchange:
+        """As `Past.exchange`."""
+        chunk, rank, size = self._chunk, self._shard.rank, self._shard.size
+
+        def make() -> Route:
+            return Route.of(halo_plan(self._layout, self._spec, heads, self._stream.edges), chunk, rank, size)
+
+        route = self._layout.remember(("route", self._spec.group, heads.blocks, self._stream, chunk, rank), make)
+        return StreamExchange(self._shard, route, work.reads, layer, self._parked, self._parks)
+
+
+class SequenceStream:
+    """Trains on whole sequences chunk by chunk.
+
+    Args:
+        model: of one stage (no pipelining).
+        chunk: tokens at work at once, over all ranks of a replica.
+    """
+
+    def __init__(self, model: RankModel, chunk: int) -> None:
+        self._model, self.chunk = model, chunk
+        self.parked = ParkedHalos(model.groups.device)
+        self._reserved: tuple[int, int, AttentionSpec] | None = None
+
+    def close(self) -> None:
+        """Give host memory back."""
+        self.parked.close()
+
+    def passes(self, sequence: int) -> int:
+        """Passes over chunks that a sequence of so many tokens takes: two over each, one over the last."""
+        return 2 * -(-sequence // self.chunk) - 1
+
+    def reserve(self, rows: int, sequence: int, spec: AttentionSpec) -> None:
+        """Take the host memory that `rows` sequences' halos need, at once and before they are computed.
+
+        Raises:
+            LongspanError: it cannot be page-locked.
+        """
+        model, key = self._model, (rows, sequence, spec)
+        if key == self._reserved:
+            return
+        self._reserved = key
+        cut = StreamPlan.of(sequence, self.chunk, model.groups.plan)
+        need = halo_bytes(cut, model.arch, spec, model.groups.plan, rows, model.dtype.itemsize)
+        self.parked.reserve(need.parked)
+
+    def train(
+        self,
+        batch: Batch,
+        spec: AttentionSpec,
+        scale: float,
+        before_last_backward: Callable[[], None] = lambda: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; gradients of `scale` times its summed loss.
+
+        Args:
+            batch: whole sequences.
+            spec: kind s2.
+            scale: factor of the loss.
+            before_last_backward: called when the first chunk's backward comes next, the last of all.
+            between: called between two chunks; may raise to abandon the step.
+
+        Returns:
+            This rank's sum of losses, fp64 scalar.
+        """
+        model = self._model
+        (stage,) = model.stages
+        rows, sequence = batch.tokens.shape
+        stream = StreamPlan.of(sequence, self.chunk, model.groups.plan)
+        layout = padded_layout(batch, stream)
+        last = len(stream.starts) - 1
+        total = torch.zeros((), dtype=torch.float64, device=model.groups.device)
+        replays = model.lora.dropout > 0.0
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        self.reserve(rows, sequence, spec)
+        self.parked.begin()
+
+        def hidden(number: int, parks: bool) -> torch.Tensor:
+            shard = self._shard(stream, number)
+            past = ChunkPast(stream, number, shard, layout, spec, self.parked, parks)
+            tokens = own_tokens(batch.tokens, shard, 0, model.groups.device)
+            return stage.hidden(tokens, stage.context(layout, spec, shard, past))
+
+        for number in range(last):
+            if replays:
+                states[number] = rng_state()
+            with torch.no_grad():
+                hidden(number, parks=True)
+            between()
+        after: dict[str, torch.Tensor] | None = None
+        for number in range(last, -1, -1):
+            if replays and number < last:
+                set_rng_state(states.pop(number))
+            labels = own_tokens(batch.labels, self._shard(stream, number), IGNORE, model.groups.device)
+            loss = stage.loss_of(hidden(number, parks=False), labels)
+            if replays and number == last:
+                after = rng_state()
+            total.add_(loss.detach().double())
+            if number == 0:
+                before_last_backward()
+            with contextlib.nullcontext() if model.shards is None else model.shards.going_backward():
+                (loss * scale).backward()
+            if number:
+                between()
+        if after is not None:
+            set_rng_state(after)
+        assert not self.parked.waiting, "every gradient of a halo has reached the chunk it belongs to"
+        return total
+
+    def _shard(self, stream: StreamPlan, number: int) -> ContextShard:
+        """This rank's part of chunk `number`."""
+        groups = self._model.groups
+        return ContextShard(
+            groups.collection.cp,
+            groups.coordinates.cp,
+            groups.plan.cp,
+            stream.shards[number],
+            offset=stream.starts[number],
+        )
+
+
+def own_tokens(values_BN: torch.Tensor, shard: ContextShard, filler: int, device: torch.device) -> torch.Tensor:
+    """A shard's tokens [B, L] of whole sequences in host memory, padded on the right, on the device."""
+    values = values_BN[:, shard.start : shard.stop]
+    missing = shard.tokens - values.shape[1]
+    if missing:
+        values = functional.pad(values, (0, missing), value=filler)
+    return values.contiguous().to(device, non_blocking=True)
+
+
+def padded_layout(batch: Batch, stream: StreamPlan) -> SequenceLayout:
+    """Of the whole sequences, with the last chunk's padding."""
+    rows, sequence = batch.tokens.shape
+    padding = stream.padded - sequence
+    documents = None if batch.document_ids is None else batch.document_ids.numpy()
+    mask = None
+    if padding:
+        mask = np.broadcast_to(np.arange(stream.padded) < sequence, (rows, stream.padded))
+        if documents is not None:
+            documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
+    return SequenceLayout.build(rows, stream.padded, mask, documents)

@@ -1,0 +1,146 @@
+"""How a streamed sequence is cut into chunks and shards, by arithmetic; no torch (docs/STREAMING.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.axes.halo_plan import ALIGN
+from parallel.world.grid import GridPlan
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.tensors import PROJECTIONS, projection_shape
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A sequence's chunks, and their shards over context-parallel ranks.
+
+    Every chunk has `chunk` tokens but the last, which is short, and padded to equal shards.
+    """
+
+    chunk: int
+    """Tokens of a chunk, over all ranks; a multiple of tp x cp."""
+    starts: tuple[int, ...]
+    """First token of every chunk."""
+    shards: tuple[int, ...]
+    """Tokens of one rank's shard of every chunk."""
+    cp: int
+
+    @classmethod
+    def of(cls, sequence: int, chunk: int, grid: GridPlan) -> StreamPlan:
+        """The plan for sequences of `sequence` tokens.
+
+        Raises:
+            ValueError: `chunk` does not divide into equal shards.
+        """
+        if chunk % (grid.tp * grid.cp):
+            raise ValueError(f"chunks of {chunk} tokens over tp {grid.tp} x cp {grid.cp}")
+        starts = tuple(range(0, sequence, chunk))
+        lengths = [*([chunk] * (len(starts) - 1)), sequence - starts[-1]]
+        return cls(chunk, starts, tuple(grid.shard_tokens(length) for length in lengths), grid.cp)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of the sequence with the last chunk's padding."""
+        return self.starts[-1] + self.cp * self.shards[-1]
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Edges of all shards, numbered through the chunks: shard c * cp + r is rank r's part of chunk c."""
+        inner = (
+            start + rank * tokens
+            for start, tokens in zip(self.starts, self.shards, strict=True)
+            for rank in range(self.cp)
+        )
+        return (*inner, self.padded)
+
+
+@dataclass(frozen=True)
+class HaloBytes:
+    """What the halos of one micro-batch take on the busiest rank, all layers together; bytes."""
+
+    parked: int
+    """Host memory."""
+    carried: int
+    """The device: gradients that wait for the backward of the chunk they belong to."""
+
+
+def halo_bytes(
+    stream: StreamPlan, arch: LlamaArch, spec: AttentionSpec, grid: GridPlan, rows: int, width: int
+) -> HaloBytes:
+    """Counted from the plan of the halos itself; packed documents need less.
+
+    Args:
+        stream: a sequence's cut.
+        spec: kind s2.
+        rows: sequences a micro-batch.
+        width: bytes of an element.
+    """
+    layout, local = SequenceLayout.dense(rows, stream.padded), arch.heads // grid.tp
+    vector = arch.head_dim * width
+    parked = carried = 0
+    for tp in range(grid.tp):
+        heads = head_plan(tp * local, local, arch.heads, arch.kv_heads, spec.shifted_heads)
+        messages = halo_plan(layout, spec, heads, stream.edges).messages
+        for rank in range(grid.cp):
+            kept, waiting = 0, [0] * (len(stream.starts) + 1)
+            for message in messages:
+                begin, end = message.sender // stream.cp, message.receiver // stream.cp
+                if message.sender % stream.cp == rank and begin < end:
+                    kept += -(-message.vectors * vector // ALIGN) * ALIGN
+                    # From the receiver's backward to the sender's.
+                    for chunk in range(begin + 1, end + 1):
+                        waiting[chunk] += message.vectors * vector
+            parked, carried = max(parked, kept), max(carried, *waiting)
+    return HaloBytes(arch.layers * parked, arch.layers * carried)
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """What one window takes in full attention, chunk by chunk."""
+
+    tokens: int
+    host: int
+    """Bytes of host memory of a rank: keys and values of all chunks but the last."""
+    attention: float
+    """Floating-point operations of all ranks of a replica: 4 D for every query head, query and key that it sees."""
+    products: float
+    """Of the layers' matrices: 2 a parameter and token."""
+
+    @property
+    def sentence(self) -> str:
+        """For the user, before it is spent."""
+        total = self.attention + self.products
+        return (
+            f"a window of {self.tokens:,} tokens takes {total:.1e} floating-point operations, "
+            f"{self.attention / total:.0%} of them full attention, and {self.host / 2**30:.1f} GiB of host memory a "
+            "rank for keys and values"
+        )
+
+
+def prefill_cost(arch: LlamaArch, grid: GridPlan, tokens: int, chunk: int, width: int) -> PrefillCost:
+    """Of a window of `tokens` at `chunk` tokens at once.
+
+    Args:
+        width: bytes of an element.
+    """
+    kept = StreamPlan.of(tokens, chunk, grid).starts[-1]
+    layers = -(-arch.layers // grid.pp)
+    host = 2 * layers * (kept // grid.cp) * (arch.kv_heads // grid.tp) * arch.head_dim * width
+    matrices = sum(rows * columns for rows, columns in (projection_shape(name, arch) for name in PROJECTIONS))
+    pairs = tokens * (tokens + 1) // 2
+    attention = 4.0 * arch.head_dim * arch.heads * arch.layers * pairs
+    return PrefillCost(tokens, host, attention, 2.0 * matrices * arch.layers * tokens)
+
+
+def chunk_sizes(sequence: int, group: int, grid: GridPlan) -> tuple[int, ...]:
+    """Chunks to choose from, rising: a group times powers of two, so that a boundary's halo is half a group.
+
+    The last one is a sequence or more.
+    """
+    unit = grid.tp * grid.cp
+    sizes = [-(-group // unit) * unit]
+    while sizes[-1] < sequence:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)

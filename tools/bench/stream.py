@@ -1,0 +1,234 @@
+"""Time optimizer steps of streamed sequences of several lengths on one GPU, beside the unstreamed step, in one call.
+
+    python -m tools.bench.stream --model llama3-8b --chunk 16384 --lengths 65536 262144 1048576 [--json FILE]
+
+Random weights made in place, LoRA r 8 on q, k, v, o, embedding and norms train, AdamW included. The unstreamed step (of
+`--reference` tokens, full recompute, the same group) is measured first, in the same process; `--reference 0` leaves it
+out. Every length is then run with the same model: peaks of GPU memory are to be alike, and tokens/s no less than the
+unstreamed step's. `--offload` keeps the frozen weights in host memory (engine zero3). Alone, the process may be one
+rank of tp x cp under torch's fake process group, as in `tools.bench.step`: nothing is sent, and losses mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from parallel.axes.zero3 import FrozenShards, deepspeed_config
+from parallel.errors import ConfigError, LongspanError
+from parallel.world.grid import check_model_fits, plan_grid
+from parallel.world.groups import Groups, destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from parallel.world.rng import seed_everything
+from pipeline.config.paths import user_path
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import RECOMPUTE, LoraConfig
+from pipeline.data.loader import Batch
+from pipeline.model.rank_model import RankModel
+from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.rope import plan_rope
+from pipeline.reporting.command import command
+from pipeline.training.optimizer import TrainableAdamW
+from pipeline.training.reduction import GradientReduction
+from tools.support.command_line import add_integers, console_of
+from tools.support.profile import print_profile
+from tools.support.shapes import SIZES, shape_of
+
+MODELS = {"llama3-8b": "8b", **{f"llama2-{size}": size for size in SIZES}}
+KINDS = ("lora", "embed", "norm")
+GIB = 1 << 30
+
+
+def fill(model: RankModel) -> None:
+    """Random weights, wherever they are kept."""
+    with torch.no_grad():
+        for name, parameter in model.canonical_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.fill_(1.0)
+            elif ".adapters." not in name and not model.is_sharded(parameter):
+                parameter.normal_(0.0, 0.02)
+        if model.shards is not None:
+            # Made on the GPU: in host memory random numbers would take minutes.
+            noise = torch.randn(1 << 26, device=model.groups.device, dtype=model.dtype) * 0.02
+            for _, share in model.shards.shares():
+                for start in range(0, share.numel(), noise.numel()):
+                    part = share[start : start + noise.numel()]
+                    part.copy_(noise[: part.numel()])
+    init_adapters(model, 0)
+    mark_trainable(model, KINDS)
+
+
+class Trainee:
+    """A model with its optimizer.
+
+    Args:
+        recompute: policy of every layer.
+        stream: tokens of a chunk; None: whole sequences.
+    """
+
+    def __init__(self, args: argparse.Namespace, groups: Groups, recompute: str, stream: int | None) -> None:
+        arch = shape_of(MODELS[args.model], args.layers)
+        longest = max(*args.lengths, args.reference, arch.max_positions)
+        shards = None
+        if args.offload:
+            plan = groups.plan
+            described = deepspeed_config(torch.bfloat16, 1, args.micro_batches, plan.dp * plan.cp)
+            shards = FrozenShards(groups, torch.bfloat16, True, described)
+        self.model = RankModel(
+            arch,
+            plan_rope(arch, RopeSettings(type="linear"), longest),
+            LoraConfig(),
+            groups,
+            torch.bfloat16,
+            recompute,
+            shards=shards,
+            kinds=KINDS,
+            stream=stream,
+        )
+        fill(self.model)
+        named = ((name, "lora" if kind == "lora" else "other", value) for name, kind, value in trainable(self.model))
+        self.optimizer = TrainableAdamW(named, group=groups.data)
+        self.reduction = GradientReduction(groups, self.model)
+        self.spec = AttentionSpec("s2", args.group, backend=args.backend)
+        self.micro_batches = args.micro_batches
+        self.model.train()
+
+    def step(self, length: int, seed: int) -> float:
+        """Seconds of an optimizer step on sequences of `length` tokens.
+
+        Raises:
+            LongspanError: gradients were not finite: arithmetic on NaN and zeros is faster than on numbers.
+        """
+        tokens = torch.randint(0, self.model.arch.vocab, (1, length), generator=torch.Generator().manual_seed(seed))
+        batches = [Batch(tokens, tokens, None)] * self.micro_batches
+        if self.model.stream is not None:
+            self.model.stream.reserve(1, length, self.spec)  # once a length: not a step's time
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        self.model.train_step(batches, self.spec, 1 / tokens.numel(), self.optimizer.arm_reduce)
+        self.reduction.finish(self.optimizer)
+        norm = float(self.optimizer.grad_norm(self.reduction.squares))
+        self.optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
+        torch.cuda.synchronize()
+        if not 0 < norm < math.inf:
+            raise LongspanError(f"The gradient norm of step {seed} is {norm}: its time says nothing about training.")
+        return time.perf_counter() - began
+
+    def measure(self, length: int, steps: int, ranks: int) -> dict[str, Any]:
+        """Time and peaks of `steps` steps; the fastest counts."""
+        torch.cuda.reset_peak_memory_stats()
+        seconds = min(self.step(length, number) for number in range(steps))
+        parked = 0 if self.model.stream is None else self.model.stream.parked.host_bytes
+        return {
+            "tokens": length,
+            "seconds": seconds,
+            "tokens/s a GPU": length * self.micro_batches / seconds / ranks,
+            "peak allocated GiB": torch.cuda.max_memory_allocated() / GIB,
+            "peak reserved GiB": torch.cuda.max_memory_reserved() / GIB,
+            "parked GiB": parked / GIB,
+        }
+
+
+def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
+    """The unstreamed step, then every length streamed, the shortest first."""
+    rows: list[dict[str, Any]] = []
+    ranks = groups.plan.tp * groups.plan.cp
+    if args.reference:
+        trainee = Trainee(args, groups, "full", None)
+        trainee.step(args.reference, 1000)  # kernels are chosen and memory is found
+        rows.append({"what": "whole, full recompute", **trainee.measure(args.reference, args.reference_steps, ranks)})
+        trainee.model.close()
+        del trainee
+        gc.collect()
+        torch.cuda.empty_cache()
+    trainee = Trainee(args, groups, args.recompute, args.chunk)
+    trainee.step(2 * args.chunk, 1000)
+    for length in sorted(args.lengths):
+        rows.append({"what": f"chunks of {args.chunk}", **trainee.measure(length, args.steps, ranks)})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # a longer one may run out of time
+    if args.profile:
+        print_profile(lambda: trainee.step(4 * args.chunk, 2000), True)
+    trainee.model.close()
+    for row in rows:
+        row["against the first"] = row["tokens/s a GPU"] / rows[0]["tokens/s a GPU"]
+    return rows
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b", help="shape (default llama3-8b)")
+    parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[65536, 262144, 1048576], help="tokens of a streamed sequence"
+    )
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="pointwise", help="within a chunk (default pointwise)")
+    parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
+    parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
+    add_integers(
+        parser,
+        ("--chunk", 16384, "tokens at work at once"),
+        ("--group", 8192, "S² group, tokens"),
+        ("--reference-steps", 3, "timed unstreamed steps"),
+        ("--steps", 1, "timed steps a length, of which the fastest counts"),
+        ("--micro-batches", 1, "sequences a step"),
+        ("--tp", 1, "tensor-parallel ranks"),
+        ("--cp", 1, "context-parallel ranks"),
+    )
+    parser.add_argument("--reference", type=int, default=32768, help="tokens of the unstreamed step; 0: none")
+    parser.add_argument("--rank", type=int, default=0, help="which rank to be, when alone (default 0)")
+    parser.add_argument("--profile", action="store_true", help="also print which kernels a step's time goes to")
+    parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a row")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
+    if 2 * args.chunk < args.group or args.chunk % (args.tp * args.cp):
+        raise ConfigError(f"--chunk: {args.chunk} is below half a group of {args.group}, or no multiple of tp x cp.")
+    try:
+        env = RankEnv.read()
+        world = env.world_size if env.launched else args.tp * args.cp
+        grid = plan_grid(world, args.tp, args.cp, 1)
+        arch = shape_of(MODELS[args.model], args.layers)
+        check_model_fits(grid, arch.heads, arch.kv_heads, arch.ffn)
+        if not env.launched:
+            env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
+        groups = make_groups(grid, env, fake=not env.launched and world > 1)
+        seed_everything(0)
+        rows = measure_all(args, groups)
+    finally:
+        destroy_groups()
+    if env.launched and not env.is_main:
+        return 0
+    told = args.model + (f", {args.layers} layers" if args.layers else "") + (", offloaded" if args.offload else "")
+    title = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, group {args.group}, recompute "
+        f"{args.recompute} within a chunk, tp {args.tp} cp {args.cp}"
+    )
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console_of(160).print(table)
+    if args.json:
+        facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        with args.json.open("a") as file:
+            file.writelines(json.dumps({"title": title, **facts, **row}) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
