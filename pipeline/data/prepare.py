@@ -209,7 +209,7 @@ def _writable(lock: Path) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the lock of `out` against other processes; the kernel drops it if this one dies."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def prepare(
         manifest = up_to_date(source, out, tokenizer, text_field)
         if manifest is not None:  # somebody else's, and as good as ours
             return manifest
-    with _locked(out):
+    with locked(out):
         remove_leftovers(out)
         manifest = up_to_date(source, out, tokenizer, text_field)
         if manifest is not None:

@@ -28,6 +28,8 @@ FORMAT = "longspan-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.npy"
+SCORED = "scored.u8"
+"""A byte a token of conversations: whether the loss counts it."""
 MAX_SHARD_TOKENS = 1 << 28
 """512 MiB of uint16."""
 SCAN_TOKENS = 1 << 28
@@ -80,6 +82,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     """Token shards in order, then documents.npy."""
     sources: tuple[SourceEntry, ...]
+    chat: str = ""
+    """Of conversations: identity of the template and settings they went through; empty for text."""
 
     @property
     def content_hash(self) -> str:
@@ -117,6 +121,7 @@ class ShardWriter:
         self._names: list[str] = []
         self._room = 0
         self._stream: Any = None
+        self._scored: Any = None
         self.tokens = 0
         self.documents = 0
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +133,8 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        if self._scored is not None:
+            self._scored.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # renamed away by finish, so there only after a failure
 
     def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], unfinished: int = 0) -> None:
@@ -164,6 +171,13 @@ class ShardWriter:
             written += piece.size
             self._room -= piece.size
 
+    def add_sample(self, tokens: NDArray[np.uint32], scored: NDArray[np.bool_]) -> None:
+        """Append one conversation with its mask, as a document; not to be mixed with `add`."""
+        if self._scored is None:
+            self._scored = (self._folder / SCORED).open("wb")
+        self.add(tokens, np.array([tokens.size], np.int64))
+        self._scored.write(scored.astype(np.uint8).tobytes())
+
     def _next_shard(self) -> None:
         self._close()
         self._names.append(f"tokens-{len(self._names):05d}.bin")
@@ -175,12 +189,15 @@ class ShardWriter:
             self._stream.close()
             self._stream = None
 
-    def finish(self, sources: tuple[SourceEntry, ...], skipped: int, text_field: str) -> Manifest:
+    def finish(self, sources: tuple[SourceEntry, ...], skipped: int, text_field: str, chat: str = "") -> Manifest:
         """Complete the folder and move it to `out`, replacing an older shard folder there."""
         self._close()
+        scored = [] if self._scored is None else [SCORED]
+        if self._scored is not None:
+            self._scored.close()
         starts = np.concatenate(self._starts) if self._starts else np.zeros(0, np.int64)
         np.save(self._folder / DOCUMENTS, starts.astype("<i8"), allow_pickle=False)
-        names = [*self._names, DOCUMENTS]
+        names = [*self._names, *scored, DOCUMENTS]
         manifest = Manifest(
             format=FORMAT,
             version=VERSION,
@@ -196,6 +213,7 @@ class ShardWriter:
                 FileEntry(name, (self._folder / name).stat().st_size, sha256_of(self._folder / name)) for name in names
             ),
             sources=sources,
+            chat=chat,
         )
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         for file in [*names, MANIFEST, "."]:
@@ -280,12 +298,21 @@ class TokenShards:
         folder: where it is.
         manifest: what it says of itself.
         starts: first token of every document in the stream, int64 [documents], increasing.
+        scored: of conversations, whether the loss counts each token, uint8 [tokens]; None for text.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, maps: list[NDArray[Any]], starts: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        maps: list[NDArray[Any]],
+        starts: NDArray[np.int64],
+        scored: NDArray[np.uint8] | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.starts = starts
+        self.scored = scored
         self._maps = maps
         self._ends = np.cumsum([0] + [len(array) for array in maps])
 
@@ -365,14 +392,17 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
     shards = [folder / entry.name for entry in manifest.files if entry.name.endswith(".bin")]
     try:
         maps: list[NDArray[Any]] = [np.memmap(file, dtype=dtype, mode="r") for file in shards]
+        scored = np.memmap(folder / SCORED, dtype=np.uint8, mode="r") if manifest.chat else None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be opened ({error}); {_MEND}.") from error
+    if scored is not None and scored.size != manifest.tokens:
+        raise DataError(f"{folder / SCORED}: does not hold a mark for each of {manifest.tokens} tokens; {_MEND}.")
     starts = _read_starts(folder / DOCUMENTS)
     if sum(map(len, maps)) != manifest.tokens:
         raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {_MEND}.")
     if not _starts_are_sound(starts, manifest):
         raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {_MEND}.")
-    opened = TokenShards(folder, manifest, maps, starts.astype(np.int64))
+    opened = TokenShards(folder, manifest, maps, starts.astype(np.int64), scored)
     if verify or manifest.tokens <= SCAN_TOKENS:
         opened.check_vocabulary()
     return opened

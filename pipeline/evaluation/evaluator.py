@@ -63,6 +63,8 @@ class Evaluator:
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
+        if self.shards.scored is not None:
+            raise ConfigError("eval.path: holds conversations; perplexity is measured on text, so point it at text.")
         tokens = torch.from_numpy(self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64"))
         self.tokens_T = tokens.to(groups.device)
 
