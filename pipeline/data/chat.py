@@ -158,8 +158,8 @@ class ChatTemplate:
             if not (until.startswith(before) and text.startswith(until)):
                 raise DataError(
                     f"{self.tokenizer.path}: its chat template has no {{% generation %}} marks, and does not render "
-                    "the beginning of a conversation as it stands in the whole, so answers cannot be told; give a template "
-                    "with marks."
+                    "the beginning of a conversation as it stands in the whole, so answers cannot be told; give a "
+                    "template with marks."
                 )
             if wanted:
                 spans.append((len(before), len(until)))

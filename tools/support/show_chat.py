@@ -21,5 +21,10 @@ def shown(sample: Sample, template: ChatTemplate) -> Text:
 def print_sample(console: Console, where: str, sample: Sample, template: ChatTemplate) -> None:
     """Print it under a line that counts it."""
     cut = f", {sample.cut} cut" if sample.cut else ""
-    console.rule(f"{where}: {sample.tokens.size} tokens, {int(sample.scored[1:].sum())} scored{cut}")
+    console.print(
+        f"── {where}: {sample.tokens.size} tokens, {int(sample.scored[1:].sum())} scored{cut} ──",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
     console.print(shown(sample, template), soft_wrap=True, highlight=False)

@@ -171,7 +171,7 @@ def test_an_answer_can_be_left_out_of_the_loss(template: Callable[[str], ChatTem
 
 def test_tools_and_calls_reach_the_template(template: Callable[[str], ChatTemplate]) -> None:
     made = template(
-        "{{ tools[0].name }}{% for m in messages %}<|im_start|>{{ m.role }} "
+        "{{ tools[0].name }}{% for m in messages %}<|im_start|>{{ m.role }}:"
         "{% if m.role == 'assistant' %}{% generation %}"
         "{{ m.content if m.content is defined else m.tool_calls[0].name }}<|im_end|>{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
@@ -186,7 +186,7 @@ def test_tools_and_calls_reach_the_template(template: Callable[[str], ChatTempla
         ],
     }
     sample = made.sample(conversation_of(record))
-    assert made.decode(sample.tokens.tolist()).startswith("lookup<|im_start|>user Where?")
+    assert made.decode(sample.tokens.tolist()).startswith("lookup<|im_start|>user:Where?")
     assert made.decode(sample.tokens[sample.scored].tolist()) == "call<|im_end|>In the sea.<|im_end|>"
 
 
@@ -310,7 +310,6 @@ def test_windows_hold_every_sample_once_with_its_own_labels(
             wanted = [int(t) if s else IGNORE for t, s in zip(one.tokens[1:], one.scored[1:], strict=True)]
             assert labels.tolist() == [*wanted, IGNORE]
     assert sorted(found) == sorted(tuple(sample.tokens.tolist()) for sample in expected)
-    assert data.fill > 0.9
 
 
 def test_conversations_are_trained_masked_and_whole(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
