@@ -131,7 +131,7 @@ class DataConfig:
 
     path: PathText
     """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a
-    folder written by tools.prepare_data."""
+    folder written by tools.prepare_data, of text or (--chat) of conversations."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None

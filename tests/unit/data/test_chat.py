@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import lzma
@@ -353,3 +354,18 @@ def test_packed_lists_are_read(tmp_path: Path) -> None:
         file = tmp_path / f"{number}.json"
         file.write_bytes(pack(json.dumps([LONG, SYSTEM], indent=1).encode()))
         assert [record.value for record in read_records(file)] == [LONG, SYSTEM]
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(
+    template: Callable[[str], ChatTemplate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([LONG]))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.data.shards.sync", full)
+    with pytest.raises(DataError, match="cannot be written .No space left on device"):
+        prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
