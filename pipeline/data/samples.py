@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,18 +28,26 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
         Items of every bin, in the order of the items.
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    rooms: list[int] = []  # those that some bin has left, sorted: no more than `capacity`, however many bins there are
+    having: dict[int, list[int]] = {}  # bins by room, a heap each
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
-        place = bisect_left(rooms, (length, -1))
+        place = bisect_left(rooms, length)
         if place < len(rooms):
-            room, chosen = rooms.pop(place)
+            room = rooms[place]
+            chosen = heappop(having[room])
+            if not having[room]:
+                del having[room], rooms[place]
             bins[chosen].append(item)
         else:
             room, chosen = capacity, len(bins)
             bins.append([item])
-        if room > length:
-            insort(rooms, (room - length, chosen))
+        left = room - length
+        if left:
+            if left not in having:
+                having[left] = []
+                insort(rooms, left)
+            heappush(having[left], chosen)
     return [sorted(items) for items in bins]
 
 
