@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from parallel.errors import DataError
 from pipeline.data.discovery import find_texts
+from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader
 from pipeline.data.segments import Segment, segments
@@ -32,8 +33,6 @@ from pipeline.data.shards import (
     TokenShards,
     is_prepared,
     open_shards,
-    remove_leftovers,
-    sha256_of,
 )
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
 from pipeline.storage.durable import WITHOUT_LOCKS

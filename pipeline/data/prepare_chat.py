@@ -11,6 +11,7 @@ from pathlib import Path
 from parallel.errors import DataError
 from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import Record, RecordError, conversation_files, conversation_of, read_records
+from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.prepare import locked
 from pipeline.data.shards import (
     Manifest,
@@ -18,8 +19,6 @@ from pipeline.data.shards import (
     SourceEntry,
     is_prepared,
     open_shards,
-    remove_leftovers,
-    sha256_of,
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.folders import MEND, read_array, replace_folder, sha256_of
 from pipeline.data.readings import same_tokens
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.storage.durable import sync
@@ -36,7 +36,6 @@ SCAN_TOKENS = 1 << 28
 """Up to so many tokens are checked against the vocabulary when opened; beyond, each window is when it is read."""
 
 _CHUNK = 1 << 22
-_MEND = "prepare the text again with tools.prepare_data"
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,6 @@ class Manifest:
         for entry in self.files:
             digest.update(entry.sha256.encode())
         return digest.hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -218,29 +211,8 @@ class ShardWriter:
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         for file in [*names, MANIFEST, "."]:
             sync(self._folder / file)
-        _replace(self._folder, self._out)
+        replace_folder(self._folder, self._out)
         return manifest
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older shard folder there is renamed away first, as rename needs an empty target."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        folder.rename(out)
-    sync(out.parent)
-
-
-def remove_leftovers(out: Path) -> None:
-    """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
-    for kind in ("writing", "old"):
-        prefix = f".{out.name}.{kind}-"
-        for name in os.listdir(out.parent):
-            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
-                shutil.rmtree(out.parent / name, ignore_errors=True)
 
 
 def is_prepared(path: Path) -> bool:
@@ -260,7 +232,7 @@ def read_manifest(folder: Path) -> Manifest:
         if record["format"] != FORMAT:
             raise ValueError(f"format is {record['format']!r}")
         if record["version"] != VERSION:
-            raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {_MEND}.")
+            raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {MEND}.")
         record["files"] = tuple(FileEntry(**entry) for entry in record["files"])
         record["sources"] = tuple(SourceEntry(**entry) for entry in record["sources"])
         manifest = Manifest(**record)
@@ -270,9 +242,9 @@ def read_manifest(folder: Path) -> Manifest:
         if not manifest.files or manifest.files[-1].name != DOCUMENTS:
             raise ValueError(f"its files do not end with {DOCUMENTS}")
     except FileNotFoundError as error:
-        raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {_MEND}.") from error
+        raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {MEND}.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file}: is damaged ({error}); {_MEND}.") from error
+        raise DataError(f"{file}: is damaged ({error}); {MEND}.") from error
     return manifest
 
 
@@ -360,7 +332,7 @@ class TokenShards:
 
     def _outside(self, token: int) -> None:
         size = self.manifest.vocab_size
-        raise DataError(f"{self.folder}: holds token {token}, outside the vocabulary of {size}; {_MEND}.")
+        raise DataError(f"{self.folder}: holds token {token}, outside the vocabulary of {size}; {MEND}.")
 
 
 def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bool = False) -> TokenShards:
@@ -377,45 +349,35 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
     manifest = read_manifest(folder)
     if tokenizer is not None and not same_tokens(tokenizer, manifest.tokenizer, manifest.eos_id):
         raise DataError(
-            f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {_MEND} and this tokenizer."
+            f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {MEND} and this tokenizer."
         )
     for entry in manifest.files:
         file = folder / entry.name
         if not file.is_file():
-            raise DataError(f"{file}: is missing; {_MEND}.")
+            raise DataError(f"{file}: is missing; {MEND}.")
         size = file.stat().st_size
         if size != entry.size:
-            raise DataError(f"{file}: has {size} bytes where its manifest says {entry.size}; {_MEND}.")
+            raise DataError(f"{file}: has {size} bytes where its manifest says {entry.size}; {MEND}.")
         if verify and sha256_of(file) != entry.sha256:
-            raise DataError(f"{file}: is damaged (its sha256 is not the manifest's); {_MEND}.")
+            raise DataError(f"{file}: is damaged (its sha256 is not the manifest's); {MEND}.")
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     shards = [folder / entry.name for entry in manifest.files if entry.name.endswith(".bin")]
     try:
         maps: list[NDArray[Any]] = [np.memmap(file, dtype=dtype, mode="r") for file in shards]
         scored = np.memmap(folder / SCORED, dtype=np.uint8, mode="r") if manifest.chat else None
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot be opened ({error}); {_MEND}.") from error
+        raise DataError(f"{folder}: cannot be opened ({error}); {MEND}.") from error
     if scored is not None and scored.size != manifest.tokens:
-        raise DataError(f"{folder / SCORED}: does not hold a mark for each of {manifest.tokens} tokens; {_MEND}.")
-    starts = _read_starts(folder / DOCUMENTS)
+        raise DataError(f"{folder / SCORED}: does not hold a mark for each of {manifest.tokens} tokens; {MEND}.")
+    starts = read_array(folder / DOCUMENTS)
     if sum(map(len, maps)) != manifest.tokens:
-        raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {_MEND}.")
+        raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {MEND}.")
     if not _starts_are_sound(starts, manifest):
-        raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {_MEND}.")
+        raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {MEND}.")
     opened = TokenShards(folder, manifest, maps, starts.astype(np.int64), scored)
     if verify or manifest.tokens <= SCAN_TOKENS:
         opened.check_vocabulary()
     return opened
-
-
-def _read_starts(file: Path) -> NDArray[Any]:
-    try:
-        with file.open("rb") as stream:
-            # Not np.load, which opens a zip archive as well.
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except Exception as error:  # NumPy evaluates the header: a damaged one raises nearly anything, MemoryError included
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{file}: is damaged ({reason}); {_MEND}.") from error
 
 
 def _starts_are_sound(starts: NDArray[Any], manifest: Manifest) -> bool:
