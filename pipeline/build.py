@@ -21,9 +21,9 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
-from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import left_out, open_text_or_shards
 from pipeline.data.readings import told_differences
+from pipeline.data.samples import training_windows
 from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -201,7 +201,8 @@ def build(
     if groups.is_main and not is_prepared(Path(config.data.path)):
         for warning in told_differences(tokenizer):
             print(f"warning: {warning}", file=sys.stderr)
-    dataset = PackedDataset(open_tokens(config, config.data.path, tokenizer, groups, watch), config.sequence)
+    tokens = open_tokens(config, config.data.path, tokenizer, groups, watch)
+    dataset = training_windows(tokens, config.sequence, config.data.mask_documents)
     loader = TrainLoader(
         dataset,
         seed=config.train.seed,

@@ -1,22 +1,26 @@
-"""Text to token shards, once: `python -m tools.prepare_data --input TEXT --output DIR --tokenizer MODEL`."""
+"""Text or conversations to token shards: `python -m tools.prepare_data --input IN --output DIR --tokenizer MODEL`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
+from pipeline.data.chat import ChatTemplate
 from pipeline.data.prepare import left_out, prepare
+from pipeline.data.prepare_chat import Account, prepare_chat, samples
 from pipeline.data.readings import told_differences
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
+from tools.support.show_chat import print_sample
 
 
 def _at_least_one(text: str) -> int:
@@ -42,6 +46,22 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     return []
 
 
+def _chat(options: argparse.Namespace, tokenizer: TextTokenizer) -> int:
+    template = ChatTemplate(tokenizer, options.chat_template)
+    if options.show:
+        account = Account()
+        shown = islice(samples(options.input, template, options.max_tokens, account), options.show)
+        for record, sample in shown:
+            print_sample(Console(), record.where, sample, template)
+    manifest, account = prepare_chat(options.input, options.output, template, options.max_tokens)
+    for warning in (*account.sentences(), *_too_many_tokens(options.tokenizer, tokenizer)):
+        print(f"warning: {warning}", file=sys.stderr)
+    skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
+    how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
+    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+    return 0
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
@@ -54,9 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
     parser.add_argument("--text-field", default="text", help="key of the text in .jsonl records (default: text)")
-    parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize (default: 1)")
+    parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
+    parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
+    parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
+    parser.add_argument("--max-tokens", type=_at_least_one, help="truncate longer conversations (default: never)")
+    parser.add_argument("--show", type=_at_least_one, help="print so many conversations with what the loss counts")
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(options.tokenizer)
+    if options.chat:
+        return _chat(options, tokenizer)
+    if options.chat_template or options.max_tokens or options.show:
+        parser.error("--chat-template, --max-tokens and --show are for --chat")
     for warning in told_differences(tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
     with TokenProgress(console=Console(stderr=True)) as progress:

@@ -136,7 +136,8 @@ class DataConfig:
 
     path: DatasetText
     """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a
-    folder written by tools.prepare_data; or the Hub's name of such a data set that was downloaded."""
+    folder written by tools.prepare_data, of text or (--chat) of conversations; or the Hub's name of such a data set
+    that was downloaded."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None

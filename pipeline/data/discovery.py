@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from parallel.errors import DataError
+from pipeline.data.conversations import schema_of
 from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
 from pipeline.data.shards import is_prepared
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
@@ -202,7 +203,10 @@ def _look(file: Path, text_field: str) -> TextFile:
     if kind is None:
         raise _Unread
     if kind == LINES and head.removeprefix(BOM).lstrip()[:1] == b"[":
-        raise _Unread("holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]'")
+        raise _Unread(
+            "holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]' (conversations: "
+            "tools.prepare_data --chat)"
+        )
     if ending in (TEXT, ".json"):
         records = _first_records(file, packing, head)
         lone = len(records) == 1 and not isinstance(records[0].get(text_field), str)
@@ -210,6 +214,8 @@ def _look(file: Path, text_field: str) -> TextFile:
             # A text may begin with a brace, or with one line of JSON.
             kind = LINES if records and isinstance(records[0].get(text_field), str) else TEXT
         elif head.strip() and (not records or lone):
+            if lone and schema_of(records[0]) is not None:
+                raise _Unread("holds a conversation; prepare it with tools.prepare_data --chat")
             raise _Unread
     return TextFile(file, kind, packing)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.data.packing import PackedDataset
+from pipeline.data.packing import Windows
 from pipeline.data.sampler import rank_indices, step_indices
 from pipeline.data.shards import TokenShards
 
@@ -32,7 +32,7 @@ class TrainLoader:
     for its result.
 
     Args:
-        dataset: packed windows.
+        dataset: windows of text or of conversations.
         seed: of the order.
         global_batch: sequences an optimizer step over all ranks.
         micro_batch: sequences a forward pass.
@@ -46,7 +46,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: Windows,
         seed: int,
         global_batch: int,
         micro_batch: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,23 @@ class Window:
     """The next token at every position, or IGNORE, [S]."""
     document_ids: NDArray[np.int32]
     """Index in the stream of the document each token belongs to, non-decreasing, [S]."""
+
+
+class Windows(Protocol):
+    """What training draws its windows from."""
+
+    shards: TokenShards
+    sequence: int
+
+    def __len__(self) -> int:
+        """Windows."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the windows hold."""
+
+    def window(self, index: int, mask_documents: bool = False) -> Window:
+        """Window `index`."""
 
 
 class PackedDataset:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from parallel.errors import DataError
 from pipeline.data.discovery import find_texts
+from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader
 from pipeline.data.segments import Segment, segments
@@ -32,8 +33,6 @@ from pipeline.data.shards import (
     TokenShards,
     is_prepared,
     open_shards,
-    remove_leftovers,
-    sha256_of,
 )
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
 from pipeline.storage.durable import WITHOUT_LOCKS
@@ -209,7 +208,7 @@ def _writable(lock: Path) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the lock of `out` against other processes; the kernel drops it if this one dies."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +256,7 @@ def prepare(
         manifest = up_to_date(source, out, tokenizer, text_field)
         if manifest is not None:  # somebody else's, and as good as ours
             return manifest
-    with _locked(out):
+    with locked(out):
         remove_leftovers(out)
         manifest = up_to_date(source, out, tokenizer, text_field)
         if manifest is not None:

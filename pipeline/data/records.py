@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from parallel.errors import DataError
+from pipeline.data.conversations import schema_of
 from pipeline.data.discovery import BOM, LINES, TextFile, find_texts
 from pipeline.data.packed import opened
 
@@ -187,7 +188,10 @@ def _text_of(line: str, text_field: str, where: str) -> str:
         raise DataError(f'{where} is not a JSON object; write one {{"{text_field}": ...}} a line.')
     if text_field not in record:
         keys = ", ".join(sorted(record)) or "nothing"
-        raise DataError(f"{where} has no field {text_field!r} (it has {keys}); set the text field to one of its own.")
+        how = "set the text field to one of its own"
+        if schema_of(record) is not None:
+            how = "prepare conversations with tools.prepare_data --chat"
+        raise DataError(f"{where} has no field {text_field!r} (it has {keys}); {how}.")
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(f"{where} holds {type(text).__name__} in field {text_field!r}, not a string; mend it.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.folders import MEND, read_array, replace_folder, sha256_of
 from pipeline.data.readings import same_tokens
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.storage.durable import sync
@@ -28,13 +28,14 @@ FORMAT = "longspan-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.npy"
+SCORED = "scored.u8"
+"""A byte a token of conversations: whether the loss counts it."""
 MAX_SHARD_TOKENS = 1 << 28
 """512 MiB of uint16."""
 SCAN_TOKENS = 1 << 28
 """Up to so many tokens are checked against the vocabulary when opened; beyond, each window is when it is read."""
 
 _CHUNK = 1 << 22
-_MEND = "prepare the text again with tools.prepare_data"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     """Token shards in order, then documents.npy."""
     sources: tuple[SourceEntry, ...]
+    chat: str = ""
+    """Of conversations: identity of the template and settings they went through; empty for text."""
 
     @property
     def content_hash(self) -> str:
@@ -88,12 +91,6 @@ class Manifest:
         for entry in self.files:
             digest.update(entry.sha256.encode())
         return digest.hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -117,6 +114,7 @@ class ShardWriter:
         self._names: list[str] = []
         self._room = 0
         self._stream: Any = None
+        self._scored: Any = None
         self.tokens = 0
         self.documents = 0
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +126,8 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        if self._scored is not None:
+            self._scored.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # renamed away by finish, so there only after a failure
 
     def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], unfinished: int = 0) -> None:
@@ -164,6 +164,13 @@ class ShardWriter:
             written += piece.size
             self._room -= piece.size
 
+    def add_sample(self, tokens: NDArray[np.uint32], scored: NDArray[np.bool_]) -> None:
+        """Append one conversation with its mask, as a document; not to be mixed with `add`."""
+        if self._scored is None:
+            self._scored = (self._folder / SCORED).open("wb")
+        self.add(tokens, np.array([tokens.size], np.int64))
+        self._scored.write(scored.astype(np.uint8).tobytes())
+
     def _next_shard(self) -> None:
         self._close()
         self._names.append(f"tokens-{len(self._names):05d}.bin")
@@ -175,12 +182,15 @@ class ShardWriter:
             self._stream.close()
             self._stream = None
 
-    def finish(self, sources: tuple[SourceEntry, ...], skipped: int, text_field: str) -> Manifest:
+    def finish(self, sources: tuple[SourceEntry, ...], skipped: int, text_field: str, chat: str = "") -> Manifest:
         """Complete the folder and move it to `out`, replacing an older shard folder there."""
         self._close()
+        scored = [] if self._scored is None else [SCORED]
+        if self._scored is not None:
+            self._scored.close()
         starts = np.concatenate(self._starts) if self._starts else np.zeros(0, np.int64)
         np.save(self._folder / DOCUMENTS, starts.astype("<i8"), allow_pickle=False)
-        names = [*self._names, DOCUMENTS]
+        names = [*self._names, *scored, DOCUMENTS]
         manifest = Manifest(
             format=FORMAT,
             version=VERSION,
@@ -196,33 +206,13 @@ class ShardWriter:
                 FileEntry(name, (self._folder / name).stat().st_size, sha256_of(self._folder / name)) for name in names
             ),
             sources=sources,
+            chat=chat,
         )
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         for file in [*names, MANIFEST, "."]:
             sync(self._folder / file)
-        _replace(self._folder, self._out)
+        replace_folder(self._folder, self._out)
         return manifest
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older shard folder there is renamed away first, as rename needs an empty target."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        folder.rename(out)
-    sync(out.parent)
-
-
-def remove_leftovers(out: Path) -> None:
-    """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
-    for kind in ("writing", "old"):
-        prefix = f".{out.name}.{kind}-"
-        for name in os.listdir(out.parent):
-            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
-                shutil.rmtree(out.parent / name, ignore_errors=True)
 
 
 def is_prepared(path: Path) -> bool:
@@ -242,7 +232,7 @@ def read_manifest(folder: Path) -> Manifest:
         if record["format"] != FORMAT:
             raise ValueError(f"format is {record['format']!r}")
         if record["version"] != VERSION:
-            raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {_MEND}.")
+            raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {MEND}.")
         record["files"] = tuple(FileEntry(**entry) for entry in record["files"])
         record["sources"] = tuple(SourceEntry(**entry) for entry in record["sources"])
         manifest = Manifest(**record)
@@ -252,9 +242,9 @@ def read_manifest(folder: Path) -> Manifest:
         if not manifest.files or manifest.files[-1].name != DOCUMENTS:
             raise ValueError(f"its files do not end with {DOCUMENTS}")
     except FileNotFoundError as error:
-        raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {_MEND}.") from error
+        raise DataError(f"{folder}: has no {MANIFEST}, so it holds no prepared tokens; {MEND}.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file}: is damaged ({error}); {_MEND}.") from error
+        raise DataError(f"{file}: is damaged ({error}); {MEND}.") from error
     return manifest
 
 
@@ -280,12 +270,21 @@ class TokenShards:
         folder: where it is.
         manifest: what it says of itself.
         starts: first token of every document in the stream, int64 [documents], increasing.
+        scored: of conversations, whether the loss counts each token, uint8 [tokens]; None for text.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, maps: list[NDArray[Any]], starts: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        maps: list[NDArray[Any]],
+        starts: NDArray[np.int64],
+        scored: NDArray[np.uint8] | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.starts = starts
+        self.scored = scored
         self._maps = maps
         self._ends = np.cumsum([0] + [len(array) for array in maps])
 
@@ -333,7 +332,7 @@ class TokenShards:
 
     def _outside(self, token: int) -> None:
         size = self.manifest.vocab_size
-        raise DataError(f"{self.folder}: holds token {token}, outside the vocabulary of {size}; {_MEND}.")
+        raise DataError(f"{self.folder}: holds token {token}, outside the vocabulary of {size}; {MEND}.")
 
 
 def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bool = False) -> TokenShards:
@@ -350,42 +349,35 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
     manifest = read_manifest(folder)
     if tokenizer is not None and not same_tokens(tokenizer, manifest.tokenizer, manifest.eos_id):
         raise DataError(
-            f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {_MEND} and this tokenizer."
+            f"{folder}: its tokens were made with another tokenizer than {tokenizer.path}; {MEND} and this tokenizer."
         )
     for entry in manifest.files:
         file = folder / entry.name
         if not file.is_file():
-            raise DataError(f"{file}: is missing; {_MEND}.")
+            raise DataError(f"{file}: is missing; {MEND}.")
         size = file.stat().st_size
         if size != entry.size:
-            raise DataError(f"{file}: has {size} bytes where its manifest says {entry.size}; {_MEND}.")
+            raise DataError(f"{file}: has {size} bytes where its manifest says {entry.size}; {MEND}.")
         if verify and sha256_of(file) != entry.sha256:
-            raise DataError(f"{file}: is damaged (its sha256 is not the manifest's); {_MEND}.")
+            raise DataError(f"{file}: is damaged (its sha256 is not the manifest's); {MEND}.")
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     shards = [folder / entry.name for entry in manifest.files if entry.name.endswith(".bin")]
     try:
         maps: list[NDArray[Any]] = [np.memmap(file, dtype=dtype, mode="r") for file in shards]
+        scored = np.memmap(folder / SCORED, dtype=np.uint8, mode="r") if manifest.chat else None
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot be opened ({error}); {_MEND}.") from error
-    starts = _read_starts(folder / DOCUMENTS)
+        raise DataError(f"{folder}: cannot be opened ({error}); {MEND}.") from error
+    if scored is not None and scored.size != manifest.tokens:
+        raise DataError(f"{folder / SCORED}: does not hold a mark for each of {manifest.tokens} tokens; {MEND}.")
+    starts = read_array(folder / DOCUMENTS)
     if sum(map(len, maps)) != manifest.tokens:
-        raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {_MEND}.")
+        raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {MEND}.")
     if not _starts_are_sound(starts, manifest):
-        raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {_MEND}.")
-    opened = TokenShards(folder, manifest, maps, starts.astype(np.int64))
+        raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {MEND}.")
+    opened = TokenShards(folder, manifest, maps, starts.astype(np.int64), scored)
     if verify or manifest.tokens <= SCAN_TOKENS:
         opened.check_vocabulary()
     return opened
-
-
-def _read_starts(file: Path) -> NDArray[Any]:
-    try:
-        with file.open("rb") as stream:
-            # Not np.load, which opens a zip archive as well.
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except Exception as error:  # NumPy evaluates the header: a damaged one raises nearly anything, MemoryError included
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{file}: is damaged ({reason}); {_MEND}.") from error
 
 
 def _starts_are_sound(starts: NDArray[Any], manifest: Manifest) -> bool:

@@ -69,6 +69,8 @@ class Evaluator:
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
+        if self.shards.scored is not None:
+            raise ConfigError("eval.path: holds conversations; perplexity is measured on text, so point it at text.")
         self.text_T = self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64")
         self.tokens_T = torch.from_numpy(self.text_T).to(groups.device)
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from parallel.axes.halo_plan import equal_edges
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import equal_edges, halo_plan
+from pipeline.planning.context_shards import halo_plan
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
 

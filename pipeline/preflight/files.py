@@ -119,6 +119,7 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
         batch: windows an optimizer step reads; fewer in all are told.
     """
     needed = f"a window of {length} tokens"
+    advice: tuple[str, ...]
     try:
         if is_prepared(path) or (path / SHARDS_MANIFEST).is_file():
             manifest = read_manifest(path)
@@ -128,13 +129,19 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
                     state = "is not whole" if file.is_file() else "is missing"
                     raise ConfigError(f"{setting}: {file} {state}; prepare the text again with tools.prepare_data.")
             found = f"{manifest.tokens} tokens in {manifest.documents} documents"
+            if manifest.chat:
+                # Packing decides how many windows there are; at most as many as conversations.
+                windows = manifest.documents
+                found = f"{manifest.tokens} tokens in {windows} conversations"
+                advice = (few_windows(windows, batch),) if windows < batch else ()
+                return Finding(setting, found, needed, advice=advice)
             if manifest.tokens <= length:
                 raise ConfigError(
                     f"{setting}: {path} holds {manifest.tokens} tokens and one window needs {length + 1}; give more "
                     "text, or lower the length."
                 )
             windows = (manifest.tokens - 1) // length
-            advice: tuple[str, ...] = (few_windows(windows, batch),) if windows < batch else ()
+            advice = (few_windows(windows, batch),) if windows < batch else ()
             return Finding(setting, found, needed, advice=advice)
         texts = find_texts(path, text_field)
         files = texts.files

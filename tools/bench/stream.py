@@ -175,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[65536, 262144, 1048576], help="tokens of a streamed sequence"
     )
-    parser.add_argument("--recompute", choices=RECOMPUTE, default="pointwise", help="within a chunk (default pointwise)")
+    parser.add_argument(
+        "--recompute", choices=RECOMPUTE, default="pointwise", help="within a chunk (default pointwise)"
+    )
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
     add_integers(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from parallel.errors import DataError
 from pipeline.data import shards as shards_module
+from pipeline.data.folders import remove_leftovers
 from pipeline.data.shards import (
     DOCUMENTS,
     MANIFEST,
@@ -22,7 +23,6 @@ from pipeline.data.shards import (
     is_prepared,
     open_shards,
     read_manifest,
-    remove_leftovers,
     token_dtype,
 )
 from tests.support.data_helpers import BYTES, WIDE, ByteTokenizer, stream_of, write_shards

@@ -1,0 +1,254 @@
+"""Records of conversations: messages, ShareGPT and Alpaca (LongAlpaca's too), as JSON lines or one JSON list.
+
+All become lists of messages as chat templates take them. A record that cannot be trained on is a `RecordError`, which
+the caller counts; a file that cannot be read, or that mixes schemas, is a `DataError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import DataError
+from pipeline.data.packed import PACKINGS, opened, packing_of
+
+_ENDINGS = tuple(
+    kind + packing
+    for kind in (".json", ".jsonl", ".ndjson", ".jsonlines")
+    for packing in ("", *(f".{name}" for name in PACKINGS))
+)
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names of who speaks, as roles."""
+_MAY_FOLLOW = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+"""Roles that may follow a role; "" stands for the beginning."""
+
+
+class RecordError(Exception):
+    """A record is left out; the message is the reason, without the place."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one record says."""
+
+    messages: list[dict[str, Any]]
+    """As chat templates take them: role, content, and whatever else the record gives."""
+    tools: list[Any] | None
+    """JSON schemas of the tools offered."""
+    trained: tuple[bool, ...]
+    """Whether the loss counts each assistant message, in order."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON object and its place."""
+
+    value: dict[str, Any]
+    file: Path
+    number: int
+    """1-based line of JSON lines, or position in a list."""
+    unit: str
+    """`line` or `record`."""
+
+    @property
+    def where(self) -> str:
+        """Place, for messages."""
+        return f"{self.file}: {self.unit} {self.number}"
+
+
+def schema_of(record: dict[str, Any]) -> str | None:
+    """messages | ShareGPT | Alpaca, as a record's keys tell; None: none of them."""
+    if isinstance(record.get("messages"), list):
+        return "messages"
+    if isinstance(record.get("conversations"), list):
+        return "ShareGPT"
+    if "instruction" in record:
+        return "Alpaca"
+    return None
+
+
+def conversation_files(path: Path) -> list[Path]:
+    """The file, or the JSON files of a folder (not hidden ones), sorted by relative path.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder; point it at conversations ({', '.join(_ENDINGS)}).")
+    found = [
+        file
+        for file in path.rglob("*")
+        if file.name.endswith(_ENDINGS)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not found:
+        raise DataError(f"{path}: holds no conversations (no file ending in {', '.join(_ENDINGS)}).")
+    return sorted(found, key=lambda file: file.relative_to(path).parts)
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """The records of one file, all of one schema.
+
+    Raises:
+        DataError: it cannot be read, is not JSON, or its records are of several schemas or of none; the message names
+            the line.
+    """
+    first: tuple[str, Record] | None = None
+    for record in _objects(file):
+        schema = schema_of(record.value)
+        if schema is None:
+            keys = ", ".join(sorted(record.value)) or "nothing"
+            raise DataError(
+                f"{record.where} is no conversation (it has {keys}); give it messages, conversations, or instruction "
+                "and output."
+            )
+        if first is None:
+            first = schema, record
+        elif schema != first[0]:
+            raise DataError(
+                f"{record.where} is of the schema {schema}, {first[1].unit} {first[1].number} of {first[0]}; split the "
+                "file."
+            )
+        yield record
+
+
+def _objects(file: Path) -> Iterator[Record]:
+    try:
+        with file.open("rb") as raw:
+            packing = packing_of(raw.read(16))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
+    with opened(file, packing) as (_, stream):
+        start = stream.readline()
+        number = 1
+        while start and not start.removeprefix(b"\xef\xbb\xbf").strip():
+            start = stream.readline()
+            number += 1
+        if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            listed = _parsed(start + stream.read(), f"{file}:")
+            for place, value in enumerate(listed, 1):
+                yield _record(value, file, place, "record")
+            return
+        line = start
+        while line:
+            if line.strip():
+                yield _record(_parsed(line, f"{file}: line {number}"), file, number, "line")
+            line = stream.readline()
+            number += 1
+
+
+def _record(value: Any, file: Path, number: int, unit: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: {unit} {number} is not a JSON object; mend or remove it.")
+    return Record(value, file, number, unit)
+
+
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where} is not JSON in UTF-8 ({reason}); mend or remove it.") from error
+
+
+def conversation_of(record: dict[str, Any]) -> Conversation:
+    """The conversation that a record of any known schema holds.
+
+    An assistant message with `train: false` or `weight: 0` is shown to the model and not trained on.
+
+    Raises:
+        RecordError: it has no answer, its roles are out of order, or a field is not what the schema says.
+    """
+    schema = schema_of(record)
+    if schema == "Alpaca":
+        messages = _alpaca(record)
+    elif schema == "ShareGPT":
+        messages = [_spoken(turn) for turn in record["conversations"]]
+        system = record.get("system")
+        if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+    else:
+        messages = [dict(message) if isinstance(message, dict) else {} for message in record["messages"]]
+    # Templates print None where they take a missing field well; transformers drops it too.
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    tools = record.get("tools")
+    if isinstance(tools, str):  # as tables hold them
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RecordError("its tools are not JSON") from error
+    if tools is not None and not isinstance(tools, list):
+        raise RecordError("its tools are not a list")
+    return Conversation(messages, tools or None, _checked(messages))
+
+
+def _alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
+    parts = [record.get(name) or "" for name in ("instruction", "input", "output")]
+    if not all(isinstance(part, str) for part in parts):
+        raise RecordError("its instruction, input or output is not a string")
+    instruction, context, output = parts
+    question = f"{instruction}\n\n{context}" if context else instruction
+    system = record.get("system")
+    before = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+
+
+def _spoken(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        return {}
+    if "role" in turn:
+        return dict(turn)
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {**rest, "role": _SPEAKERS.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+
+
+def _checked(messages: list[dict[str, Any]]) -> tuple[bool, ...]:
+    """Check order and content, take the flags out; whether each assistant message is trained on."""
+    trained = []
+    before = ""
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in _MAY_FOLLOW or role == "":
+            raise RecordError(f"a message has the unknown role {role!r}")
+        if role not in _MAY_FOLLOW[before]:
+            raise RecordError(f"its roles are out of order ({role} {'after ' + before if before else 'first'})")
+        if content is not None and not isinstance(content, str):
+            raise RecordError("the content of a message is not a string")
+        wanted, weight = message.pop("train", True), message.pop("weight", 1)
+        if role == "assistant":
+            if not (content or "").strip() and not message.get("tool_calls"):
+                raise RecordError("an answer is empty")
+            if not isinstance(wanted, bool) or weight not in (0, 1):
+                raise RecordError("a message's train is not true or false, or its weight not 0 or 1")
+            trained.append(wanted and bool(weight))
+        elif not isinstance(content, str) or (role == "user" and not content.strip()):
+            raise RecordError(f"a {role} message is empty")
+        before = str(role)
+    if not trained:
+        raise RecordError("it has no answer")
+    if not any(trained):
+        raise RecordError("none of its answers is to be trained on")
+    if before != "assistant":
+        raise RecordError(f"it ends with a {before} message, not with an answer")
+    return tuple(trained)

@@ -1,0 +1,61 @@
+"""A shard folder as a whole: put in its place at once, and what killed writers left beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel.errors import DataError
+from pipeline.storage.durable import sync
+
+MEND = "prepare the text again with tools.prepare_data"
+"""What to do about a damaged folder."""
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def replace_folder(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an older shard folder there is renamed away first, as rename needs an empty target."""
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        out.rename(old)
+        folder.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        folder.rename(out)
+    sync(out.parent)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
+    for kind in ("writing", "old"):
+        prefix = f".{out.name}.{kind}-"
+        for name in os.listdir(out.parent):
+            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
+                shutil.rmtree(out.parent / name, ignore_errors=True)
+
+
+def read_array(file: Path) -> NDArray[Any]:
+    """The array of a .npy file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            # Not np.load, which opens a zip archive as well.
+            return np.lib.format.read_array(stream, allow_pickle=False)
+    except Exception as error:  # NumPy evaluates the header: a damaged one raises nearly anything, MemoryError included
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{file}: is damaged ({reason}); {MEND}.") from error

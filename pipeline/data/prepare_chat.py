@@ -1,0 +1,131 @@
+"""Conversations to a shard folder with masks, once: the work behind `tools.prepare_data --chat`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from parallel.errors import DataError
+from pipeline.data.chat import ChatTemplate, Sample
+from pipeline.data.conversations import Record, RecordError, conversation_files, conversation_of, read_records
+from pipeline.data.folders import remove_leftovers, sha256_of
+from pipeline.data.prepare import locked
+from pipeline.data.shards import (
+    Manifest,
+    ShardWriter,
+    SourceEntry,
+    is_prepared,
+    open_shards,
+)
+
+
+@dataclass
+class Account:
+    """What became of the records."""
+
+    samples: int = 0
+    scored: int = 0
+    """Tokens the loss counts."""
+    truncated: int = 0
+    special: int = 0
+    """Conversations whose text spells a special token."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Records left out, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Place of the first record by reason, and of the first that spells a special token (by that token)."""
+
+    def sentences(self) -> list[str]:
+        """What to warn of."""
+        told = [
+            f"{count} {'record is' if count == 1 else 'records are'} left out: {reason} (first: "
+            f"{self.examples[reason]})."
+            for reason, count in sorted(self.refused.items())
+        ]
+        if self.special:
+            token = next(name for name in self.examples if name not in self.refused)
+            told.append(
+                f"{self.special} conversations spell a special token in their text, which becomes that token (first: "
+                f"{token!r} at {self.examples[token]})."
+            )
+        if self.truncated:
+            told.append(f"{self.truncated} conversations are truncated: the middle of their longest part is left out.")
+        return told
+
+
+def samples(
+    source: Path, template: ChatTemplate, max_tokens: int | None, account: Account
+) -> Iterator[tuple[Record, Sample]]:
+    """Every record that can be trained on, with its tokens; the others are counted in `account`.
+
+    Raises:
+        DataError: a file cannot be read, see `read_records`; the template is not prefix-stable, see `ChatTemplate`.
+    """
+    for file in conversation_files(source):
+        for record in read_records(file):
+            try:
+                conversation = conversation_of(record.value)
+                sample = template.sample(conversation)
+                if max_tokens is not None:
+                    sample = template.truncated(sample, max_tokens)
+            except RecordError as error:
+                account.refused[str(error)] += 1
+                account.examples.setdefault(str(error), record.where)
+                continue
+            except DataError as error:
+                raise DataError(f"{record.where}: {error}") from error
+            spelled = template.holds_special(conversation)
+            if spelled is not None:
+                if not account.special:
+                    account.examples[spelled] = record.where
+                account.special += 1
+            account.samples += 1
+            account.scored += int(sample.scored[1:].sum())
+            account.truncated += sample.cut > 0
+            yield record, sample
+
+
+def prepare_chat(source: Path, out: Path, template: ChatTemplate, max_tokens: int | None) -> tuple[Manifest, Account]:
+    """Tokenize the conversations at `source` into the shard folder `out`, with a mark for every token that is scored.
+
+    A folder made of the same files by the same template is left as it is; its `Account` is empty then.
+
+    Raises:
+        DataError: see `samples`; no record can be trained on; `out` holds something else or cannot be written.
+    """
+    files = conversation_files(source)
+    out = out.resolve()
+    identity = hashlib.sha256(f"{template.identity} {max_tokens}".encode()).hexdigest()
+    with locked(out):
+        remove_leftovers(out)
+        entries = tuple(_entry(file, source) for file in files)
+        if is_prepared(out):
+            try:
+                manifest = open_shards(out, template.tokenizer).manifest
+            except DataError:
+                pass  # damaged or another tokenizer's: made anew
+            else:
+                old = [(entry.name, entry.sha256) for entry in manifest.sources]
+                if manifest.chat == identity and old == [(entry.name, entry.sha256) for entry in entries]:
+                    return manifest, Account()
+        elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
+        account = Account()
+        with ShardWriter(out, template.tokenizer) as writer:
+            for _, sample in samples(source, template, max_tokens, account):
+                writer.add_sample(sample.tokens, sample.scored)
+            if not account.samples:
+                reasons = " ".join(account.sentences()) or "It holds no record."
+                raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
+            return writer.finish(entries, sum(account.refused.values()), "", identity), account
+
+
+def _entry(file: Path, source: Path) -> SourceEntry:
+    try:
+        status = file.stat()
+        name = file.name if file == source else file.relative_to(source).as_posix()
+        return SourceEntry(name, status.st_size, status.st_mtime_ns, sha256_of(file))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); mend or remove it.") from error

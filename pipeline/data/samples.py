@@ -1,0 +1,141 @@
+"""Windows of whole conversations: packed by best fit, each attending to itself only, the loss on its answers."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from heapq import heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel.errors import ConfigError, DataError
+from pipeline.data.packing import IGNORE, PackedDataset, Window, Windows
+from pipeline.data.shards import TokenShards
+
+
+def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each item into the fullest bin that still takes it, the longest items first.
+
+    Items of equal length keep their order, and of equally full bins the oldest is taken, so that the result is one on
+    every machine.
+
+    Args:
+        lengths: of the items, each in [1, capacity].
+        capacity: of a bin.
+
+    Returns:
+        Items of every bin, in the order of the items.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # those that some bin has left, sorted: no more than `capacity`, however many bins there are
+    having: dict[int, list[int]] = {}  # bins by room, a heap each
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            chosen = heappop(having[room])
+            if not having[room]:
+                del having[room], rooms[place]
+            bins[chosen].append(item)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([item])
+        left = room - length
+        if left:
+            if left not in having:
+                having[left] = []
+                insort(rooms, left)
+            heappush(having[left], chosen)
+    return [sorted(items) for items in bins]
+
+
+class SampleDataset:
+    """Windows of `sequence` tokens, each of whole conversations and padding at its end.
+
+    A token's label is the next token of its conversation where that is scored, else IGNORE; padding (EOS) is a document
+    of its own that is not scored.
+
+    Args:
+        shards: prepared conversations.
+        sequence: S, tokens.
+
+    Raises:
+        DataError: a conversation is longer than a window.
+    """
+
+    def __init__(self, shards: TokenShards, sequence: int) -> None:
+        if shards.scored is None:
+            raise ValueError("these shards hold text, not conversations")
+        self.shards = shards
+        self.sequence = sequence
+        self._scored = shards.scored
+        self._lengths = np.diff(np.append(shards.starts, len(shards)))
+        if int(self._lengths.max()) > sequence:
+            raise DataError(
+                f"{shards.folder}: holds a conversation of {int(self._lengths.max())} tokens, but a window has "
+                f"{sequence}; prepare it again with --max-tokens {sequence}, or raise data.sequence."
+            )
+        self._bins = best_fit(self._lengths, sequence)
+
+    def __len__(self) -> int:
+        """Windows."""
+        return len(self._bins)
+
+    @property
+    def fill(self) -> float:
+        """Share of the windows' tokens that is not padding."""
+        return len(self.shards) / (len(self) * self.sequence)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the windows hold: the conversations, their masks and S."""
+        return hashlib.sha256(f"best-fit {self.shards.fingerprint} {self.sequence}".encode()).hexdigest()
+
+    def window(self, index: int, mask_documents: bool = True) -> Window:
+        """Window `index`; `document_ids` count its conversations from 0.
+
+        Args:
+            index: in [0, len(self)).
+            mask_documents: must be true, see `training_windows`.
+
+        Raises:
+            IndexError: no such window.
+            DataError: the shard holds an id outside the vocabulary.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        if not mask_documents:
+            raise ValueError("conversations of one window do not attend to each other")
+        tokens = np.full(self.sequence, self.shards.manifest.eos_id, np.int64)
+        labels = np.full(self.sequence, IGNORE, np.int64)
+        items = self._bins[index]
+        documents = np.full(self.sequence, len(items), np.int32)
+        at = 0
+        for number, item in enumerate(items):
+            start, length = int(self.shards.starts[item]), int(self._lengths[item])
+            ids = self.shards.read(start, start + length)
+            scored = self._scored[start : start + length] != 0
+            tokens[at : at + length] = ids
+            labels[at : at + length - 1] = np.where(scored[1:], ids[1:], IGNORE)
+            documents[at : at + length] = number
+            at += length
+        return Window(tokens, labels, documents)
+
+
+def training_windows(shards: TokenShards, sequence: int, mask_documents: bool) -> Windows:
+    """The windows that prepared tokens are trained in: of packed text, or of whole conversations.
+
+    Raises:
+        ConfigError: conversations would attend to each other.
+        DataError: see `PackedDataset` and `SampleDataset`.
+    """
+    if shards.scored is None:
+        return PackedDataset(shards, sequence)
+    if not mask_documents:
+        raise ConfigError(
+            f"data.mask_documents: {shards.folder} holds conversations, which must not attend to each other; set it to "
+            "true."
+        )
+    return SampleDataset(shards, sequence)

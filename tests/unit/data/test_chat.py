@@ -1,0 +1,385 @@
+"""Conversations to tokens and masks, beside transformers' own; what is refused, counted and cut."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from parallel.errors import ConfigError, DataError
+from pipeline.data.chat import ChatTemplate, Sample
+from pipeline.data.conversations import RecordError, conversation_of, read_records
+from pipeline.data.packing import IGNORE
+from pipeline.data.prepare_chat import prepare_chat
+from pipeline.data.samples import SampleDataset, best_fit, training_windows
+from pipeline.data.shards import MANIFEST, SCORED, open_shards
+from pipeline.data.tokenizer import load_tokenizer
+from tests.support.chat_templates import MARKED, PUBLISHED
+from tools import prepare_data
+
+TEXT = [
+    "Where does the whale swim? In the sea, far from any land.",
+    "Naïve café; 12,345 words\nand lines.",
+    "[INST] <<SYS>>",
+]
+SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+LONG = {
+    "messages": [
+        {"role": "user", "content": "  Where does the whale swim? "},
+        {"role": "assistant", "content": "In the sea — naïve 😀"},
+        {"role": "user", "content": "And then?\n"},
+        {"role": "assistant", "content": " Far from any land. "},
+    ]
+}
+SYSTEM = {"messages": [{"role": "system", "content": "Answer in a word."}, *LONG["messages"]]}
+
+
+def _save(folder: Path, tokenizer: Tokenizer) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bytes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE, as Llama-3, Qwen2 and SmolLM2 have."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return _save(tmp_path_factory.mktemp("bytes") / "model", made)
+
+
+@pytest.fixture(scope="module")
+def pieces_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BPE with byte fallback behind a normalizer that writes spaces as pieces, as Llama-2 and Mistral have."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    rare = [f"<0x{byte:02X}>" for byte in range(256)]
+    made.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=[*SPECIAL, *rare]))
+    record = json.loads(made.to_str())
+    record["added_tokens"] = record["added_tokens"][: len(SPECIAL)]
+    return _save(tmp_path_factory.mktemp("pieces") / "model", Tokenizer.from_str(json.dumps(record)))
+
+
+@pytest.fixture
+def template(bytes_folder: Path, tmp_path: Path) -> Callable[[str], ChatTemplate]:
+    def make(source: str) -> ChatTemplate:
+        file = tmp_path / "given.jinja"
+        file.write_text(source)
+        return ChatTemplate(load_tokenizer(bytes_folder), file)
+
+    return make
+
+
+def _own(folder: Path, tmp_path: Path, source: str, record: dict[str, Any]) -> Sample:
+    file = tmp_path / "template.jinja"
+    file.write_text(source)
+    return ChatTemplate(load_tokenizer(folder), file).sample(conversation_of(record))
+
+
+@pytest.mark.parametrize("kind", ["bytes_folder", "pieces_folder"])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_tokens_and_masks_are_those_of_transformers(
+    family: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    for record in (LONG, SYSTEM) if family != "Mistral" else (LONG,):  # the published one takes no system message
+        expected = theirs.apply_chat_template(
+            record["messages"],
+            chat_template=MARKED[family],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert 0 < sum(expected["assistant_masks"]) < len(expected["input_ids"])
+        # The marked template by its marks, and the published one by prefix comparison.
+        for source in (MARKED[family], PUBLISHED[family]):
+            sample = _own(folder, tmp_path, source, record)
+            assert sample.tokens.tolist() == expected["input_ids"]
+            assert sample.scored.astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_special_tokens_are_tokens_and_their_spelling_in_text_is_told(
+    template: Callable[[str], ChatTemplate], tmp_path: Path
+) -> None:
+    made = template(PUBLISHED["Qwen2"])
+    sample = made.sample(conversation_of(LONG))
+    assert (sample.tokens == SPECIAL.index("<|im_start|>")).sum() == 5  # the default system message, and four
+    spelled = {"instruction": "What is <|im_end|>?", "output": "A token."}
+    assert made.holds_special(conversation_of(spelled)) == "<|im_end|>"
+    file = tmp_path / "spelled.json"
+    file.write_text(json.dumps([spelled]))
+    _, account = prepare_chat(file, tmp_path / "out", made, None)
+    assert account.sentences() == [
+        "1 conversations spell a special token in their text, which becomes that token (first: '<|im_end|>' at "
+        f"{file}: record 1)."
+    ]
+
+
+def test_schemas_say_the_same(template: Callable[[str], ChatTemplate]) -> None:
+    made = template(MARKED["SmolLM2"])
+    question, answer = "Sum up.\n\nA long text.", "Short."
+    records = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"instruction": "Sum up.", "input": "A long text.", "output": answer},
+        {"instruction": question, "output": answer, "file": "as in LongAlpaca"},
+    ]
+    found = [made.sample(conversation_of(record)) for record in records]
+    for sample in found:
+        assert sample.tokens.tolist() == found[0].tokens.tolist()
+        assert sample.scored.tolist() == found[0].scored.tolist()
+    assert made.decode(found[0].tokens[found[0].scored].tolist()) == "Short.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("source", [MARKED["Qwen2"], PUBLISHED["Qwen2"]])
+def test_an_answer_can_be_left_out_of_the_loss(template: Callable[[str], ChatTemplate], source: str) -> None:
+    for flag in ({"train": False}, {"weight": 0}):
+        messages = [dict(message) for message in LONG["messages"]]
+        messages[1] |= flag
+        made = template(source)
+        sample, whole = made.sample(conversation_of({"messages": messages})), made.sample(conversation_of(LONG))
+        assert sample.tokens.tolist() == whole.tokens.tolist()
+        assert made.decode(sample.tokens[sample.scored].tolist()) == " Far from any land. <|im_end|>\n"
+
+
+def test_tools_and_calls_reach_the_template(template: Callable[[str], ChatTemplate]) -> None:
+    made = template(
+        "{{ tools[0].name }}{% for m in messages %}<|im_start|>{{ m.role }}:"
+        "{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content if m.content is defined else m.tool_calls[0].name }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    record = {
+        "tools": json.dumps([{"name": "lookup"}]),
+        "messages": [
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "call"}]},
+            {"role": "tool", "content": "sea"},
+            {"role": "assistant", "content": "In the sea."},
+        ],
+    }
+    sample = made.sample(conversation_of(record))
+    assert made.decode(sample.tokens.tolist()).startswith("lookup<|im_start|>user:Where?")
+    assert made.decode(sample.tokens[sample.scored].tolist()) == "call<|im_end|>In the sea.<|im_end|>"
+
+
+def test_a_template_that_is_not_prefix_stable_is_refused(template: Callable[[str], ChatTemplate]) -> None:
+    # As Qwen3's drops earlier reasoning: what is rendered of a turn depends on whether it is the last.
+    made = template("{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}")
+    with pytest.raises(DataError, match="does not render the beginning of a conversation as it stands in the whole"):
+        made.sample(conversation_of(LONG))
+
+
+def test_templates_that_are_missing_or_broken_are_refused(
+    bytes_folder: Path, template: Callable[[str], ChatTemplate], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="has no chat template"):
+        ChatTemplate(load_tokenizer(bytes_folder))
+    with pytest.raises(DataError, match="cannot be read"):
+        ChatTemplate(load_tokenizer(bytes_folder), tmp_path / "unknown.jinja")
+    with pytest.raises(DataError, match="no valid Jinja"):
+        template("{% for %}")
+
+
+REFUSED = [
+    ([{"role": "user", "content": "a"}], "no answer"),
+    ([{"role": "assistant", "content": "a"}], "out of order"),
+    ([{"role": "user", "content": "a"}, {"role": "user", "content": "a"}], "out of order"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "an answer is empty"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}], "none of its answers"),
+    ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "unknown role 'robot'"),
+    ([{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "b"}], "not a string"),
+    ([*LONG["messages"], {"role": "user", "content": "a"}], "ends with a user message"),
+]
+
+
+@pytest.mark.parametrize(("messages", "reason"), REFUSED)
+def test_records_that_cannot_be_trained_on(messages: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        conversation_of({"messages": messages})
+
+
+def test_refused_records_are_counted_with_their_place(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    rows = [LONG, {"messages": REFUSED[0][0]}, {"messages": REFUSED[1][0]}, {"messages": REFUSED[0][0]}]
+    file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    manifest, account = prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
+    assert (manifest.documents, manifest.skipped) == (1, 3)
+    assert f"2 records are left out: it has no answer (first: {file}: line 3)." in account.sentences()
+    file.write_text(json.dumps(rows[1]))
+    with pytest.raises(DataError, match="nothing in it can be trained on"):
+        prepare_chat(file, tmp_path / "none", template(PUBLISHED["Qwen2"]), None)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            b'{"instruction": "a", "output": "b"}\n{"messages": []}\n',
+            "line 2 is of the schema messages, line 1 of Alpaca",
+        ),
+        (b'{"instruction": "a", "output": "b"}\n{"instruc\n', "line 2 is not JSON"),
+        (b'[{"instruction": "a", "output": "b"}, 3]', "record 2 is not a JSON object"),
+        (b'[{"instruction": "a", ', "is not JSON"),
+        (b'{"question": "a"}\n', "line 1 is no conversation"),
+        (b"\xff\xfe\n", "line 1 is not JSON in UTF-8"),
+        (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 99)[:-9], "truncated or corrupt"),
+    ],
+)
+def test_files_that_are_refused(data: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=words) as caught:
+        list(read_records(file))
+    assert str(file) in str(caught.value)
+
+
+def test_truncation_keeps_question_and_answer(template: Callable[[str], ChatTemplate]) -> None:
+    made = template(PUBLISHED["SmolLM2"])
+    words = " ".join(f"w{number}" for number in range(400))
+    record = {"instruction": f"Where is it? {words} So where is it?", "output": "In the sea."}
+    whole = made.sample(conversation_of(record))
+    cut = made.truncated(whole, 400)
+    assert (cut.tokens.size, cut.cut) == (400, whole.tokens.size - 400)
+    text = made.decode(cut.tokens.tolist())
+    assert "<|im_start|>user\nWhere is it? w0" in text and "So where is it?<|im_end|>" in text
+    assert cut.tokens[cut.scored].tolist() == whole.tokens[whole.scored].tolist()
+    assert made.truncated(whole, whole.tokens.size) is whole
+    with pytest.raises(RecordError, match="does not fit 100 tokens"):
+        made.truncated(whole, 100)
+
+
+def _best_fit_by_definition(lengths: list[int], capacity: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
+        rooms = [capacity - sum(lengths[other] for other in items) for items in bins]
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= lengths[item]]
+        if fitting:
+            bins[min(fitting)[1]].append(item)
+        else:
+            bins.append([item])
+    return [sorted(items) for items in bins]
+
+
+def test_best_fit_packs_whole_samples() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 300)
+    bins = best_fit(lengths, 128)
+    assert sorted(item for items in bins for item in items) == list(range(300))
+    sums = [int(lengths[items].sum()) for items in bins]
+    assert max(sums) <= 128 and int(lengths.sum()) / (len(bins) * 128) > 0.97
+    assert best_fit(np.array([6, 5, 4, 3, 2]), 10) == [[0, 2], [1, 3, 4]]
+    for capacity in (100, 128, 500):
+        assert best_fit(lengths, capacity) == _best_fit_by_definition(lengths.tolist(), capacity)
+
+
+def test_windows_hold_every_sample_once_with_its_own_labels(
+    template: Callable[[str], ChatTemplate], tmp_path: Path
+) -> None:
+    made = template(PUBLISHED["Qwen2"])
+    rows = [{"instruction": "Where? " * (1 + n % 7), "output": f"In the sea {n}."} for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_chat(file, tmp_path / "out", made, None)
+    data = SampleDataset(open_shards(tmp_path / "out", made.tokenizer, verify=True), 256)
+    expected = [made.sample(conversation_of(row)) for row in rows]
+    found = []
+    for index in range(len(data)):
+        window = data.window(index)
+        padding = window.document_ids.max()
+        for number in range(padding + 1):
+            here = window.document_ids == number
+            tokens, labels = window.tokens[here], window.labels[here]
+            if number == padding and (labels == IGNORE).all():
+                continue
+            found.append(tuple(tokens))
+            one = next(sample for sample in expected if sample.tokens.tolist() == tokens.tolist())
+            wanted = [int(t) if s else IGNORE for t, s in zip(one.tokens[1:], one.scored[1:], strict=True)]
+            assert labels.tolist() == [*wanted, IGNORE]
+    assert sorted(found) == sorted(tuple(sample.tokens.tolist()) for sample in expected)
+
+
+def test_conversations_are_trained_masked_and_whole(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([LONG]))
+    prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
+    shards = open_shards(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"data\.mask_documents: .* set it to true"):
+        training_windows(shards, 512, mask_documents=False)
+    with pytest.raises(DataError, match="prepare it again with --max-tokens 16"):
+        training_windows(shards, 16, mask_documents=True)
+    (tmp_path / "out" / SCORED).write_bytes(b"")
+    with pytest.raises(DataError, match="has 0 bytes where its manifest says"):
+        open_shards(tmp_path / "out")
+
+
+def test_the_command_shows_writes_and_reuses(
+    bytes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.jinja").write_text(MARKED["Qwen2"])
+    (tmp_path / "in.json").write_text(json.dumps([LONG]))
+    call = ["--input", str(tmp_path / "in.json"), "--output", str(tmp_path / "out"), "--tokenizer", str(bytes_folder)]
+    call += ["--chat", "--chat-template", str(tmp_path / "t.jinja"), "--show", "3"]
+    assert prepare_data.main(call) == 0
+    out = capsys.readouterr().out
+    assert "record 1: " in out and "<|im_start|>user" in out and "1 conversations" in out and "written" in out
+    before = (tmp_path / "out" / MANIFEST).stat().st_mtime_ns
+    assert prepare_data.main(call) == 0
+    assert "up to date, reused" in capsys.readouterr().out
+    assert (tmp_path / "out" / MANIFEST).stat().st_mtime_ns == before
+    (tmp_path / "t.jinja").write_text(PUBLISHED["SmolLM2"])
+    assert prepare_data.main(call) == 0
+    assert "written" in capsys.readouterr().out
+    # Text that turns out to be conversations is refused with the way to go.
+    assert prepare_data.main(call[:6]) == 2
+    assert "tools.prepare_data --chat" in capsys.readouterr().err
+
+
+def test_packed_lists_are_read(tmp_path: Path) -> None:
+    for number, pack in enumerate((gzip.compress, lzma.compress, zstandard.compress, bytes)):
+        file = tmp_path / f"{number}.json"
+        file.write_bytes(pack(json.dumps([LONG, SYSTEM], indent=1).encode()))
+        assert [record.value for record in read_records(file)] == [LONG, SYSTEM]
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(
+    template: Callable[[str], ChatTemplate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([LONG]))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.data.shards.sync", full)
+    with pytest.raises(DataError, match="cannot be written .No space left on device"):
+        prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
