@@ -96,7 +96,12 @@ def test_a_gpu_makes_the_same_products(form: str) -> None:
     grads = torch.randn(1, 256, 512, generator=generator)
     here, there = made(form, matrix), made(form, matrix.cuda())
     for name, member in here.members().items():
-        assert torch.equal(member.view(torch.uint8), there.members()[name].cpu().view(torch.uint8)), name
+        found = there.members()[name].cpu()
+        if member.dtype is torch.float32:  # means and extremes are summed in another order there
+            torch.testing.assert_close(found, member, rtol=1e-6, atol=0)
+        else:
+            differing = (member.view(torch.uint8) != found.view(torch.uint8)).float().mean()
+            assert differing <= 1e-3, (name, float(differing))  # ties
     rows, grads = rows.bfloat16(), grads.bfloat16()
     assert error(there.product(rows.cuda()).cpu(), here.product(rows)) < 5e-3
     assert error(there.grad_input(grads.cuda()).cpu(), here.grad_input(grads)) < 5e-3
