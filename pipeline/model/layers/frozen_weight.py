@@ -82,14 +82,14 @@ class DenseWeight(FrozenWeight):
 
     def product(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.product`."""
-        return _times(rows, self.parameter.detach().t(), out)
+        return times(rows, self.parameter.detach().t(), out)
 
     def grad_input(self, grads: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.grad_input`."""
-        return _times(grads, self.parameter.detach(), out)
+        return times(grads, self.parameter.detach(), out)
 
 
-def _times(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def times(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """[..., I] times [I, O]. A strided `out` [T, l, O] takes a batched product of equal parts."""
     width = matrix.shape[1]
     if out is not None and not out.is_contiguous():
