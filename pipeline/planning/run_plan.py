@@ -149,6 +149,11 @@ class RunPlan:
             recompute=plan_recompute(config.train.recompute, arch.layers),
         )
 
+    @classmethod
+    def shaped(cls, config: RunConfig, stored: LlamaArch, world: int) -> RunPlan:
+        """The plan for a checkpoint of this shape, which need not be there; see `of` and `plan_model`."""
+        return cls.of(config, *plan_model(config.model, stored), world)
+
     @property
     def sequence(self) -> int:
         """Tokens of a training sequence."""

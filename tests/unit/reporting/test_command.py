@@ -35,6 +35,7 @@ MISSING: dict[str, list[str]] = {
     "tools.import_hf": [GONE, "/nowhere/out"],
     "tools.inspect_checkpoint": [GONE],
     "tools.merge_lora": ["--adapter", GONE, "--base", GONE, "--context", "64", "--output", "/nowhere/out"],
+    "tools.plan": ["--config", GONE],
     "tools.preflight": ["--config", GONE],
     "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
     "tools.report": ["--run", GONE],
