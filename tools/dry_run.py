@@ -40,6 +40,7 @@ from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import command
+from pipeline.training.planned import settled, this_device
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, config_json, llama2
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
@@ -98,22 +99,26 @@ def _stand_in_model(path: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config_json(llama2(known))))
 
 
+def one_micro_batch(config: RunConfig, nproc: int) -> RunConfig:
+    """The run with one micro-batch a rank and step; of a pipeline as many as it has stages."""
+    parallel, micro = config.parallel, config.train.micro_batch
+    replicas = max(1, nproc // (parallel.tp * parallel.cp * parallel.pp))
+    return replace(config, train=replace(config.train, global_batch=micro * replicas * parallel.pp))
+
+
 def prepare(
     config: RunConfig, folder: Path, nproc: int, steps: int
 ) -> tuple[RunConfig, HfCheckpoint | None, list[str]]:
     """The run to measure, its stand-in weights if the real ones are not here, and notes on what differs."""
     notes = ["one micro-batch a step: accumulation only adds more of the same"]
-    parallel = config.parallel
-    replicas = max(1, nproc // (parallel.tp * parallel.cp * parallel.pp))
-    batch = config.train.micro_batch * replicas * (parallel.pp if parallel.pp > 1 else 1)
     changed = replace(
-        config,
-        train=replace(config.train, steps=steps, global_batch=batch, warmup_steps=0),
+        one_micro_batch(config, nproc),
         eval=EvalConfig(),
         save=SaveConfig(every=0),
         output=str(folder / "run"),
         attention=replace(config.attention, full_last_steps=0),
     )
+    changed = replace(changed, train=replace(changed.train, steps=steps, warmup_steps=0))
     base: HfCheckpoint | None = None
     path = Path(config.model.path)
     weights = list(path.glob("*.safetensors")) if path.is_dir() else []
@@ -240,6 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
+            # The one GPU stands in for all of a machine's.
+            changed, chosen = settled(changed, env, replace(this_device(env), here=env.world_size))
+            if chosen:
+                notes.append(chosen.rstrip("."))
+                changed = one_micro_batch(changed, env.world_size)
             plan = plan_run(changed, env.world_size)
             if not torch.cuda.is_available():
                 refuse_without_gpu(plan)
@@ -251,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.launched and not env.is_main:
         return 0
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    grid = config.parallel
+    grid = plan.config.parallel
     title = (
         f"{args.config.stem}: rank {env.rank} of {env.world_size}, {grid.engine}, tp {grid.tp} cp {grid.cp}, {device}"
     )

@@ -18,7 +18,9 @@ from pipeline.planning.run_plan import RunPlan
 OFFLOADS = tuple(OffloadConfig(params, optimizer) for params in ("none", "cpu") for optimizer in ("none", "cpu"))
 MICRO_BATCHES = (1, 2, 4, 8)
 ALIKE = 0.005
-"""Relative difference of times within which the layout that takes less memory is the better one."""
+"""Relative difference of times within which the layout that is safer and simpler is the better one."""
+ROOMY = 0.92
+"""Of a GPU's memory, up to which a layout is as safe as any."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,17 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
 
 
 def ranked(found: list[Candidate]) -> list[Timed]:
-    """Those that fit, the fastest first; of equally fast ones that which takes less memory."""
+    """Those that fit, the fastest first; of equally fast ones what leaves room, then what offloads less."""
     timed = [Timed(candidate, candidate.time()) for candidate in found if candidate.fits]
     if not timed:
         return []
     fastest = min(one.time.total for one in timed)
 
-    def key(one: Timed) -> tuple[int, int]:
-        slower = one.time.total / fastest - 1
-        return int(slower / ALIKE), one.candidate.memory.gpu_total
+    def key(one: Timed) -> tuple[int, bool, int, int]:
+        candidate, offload = one.candidate, one.candidate.plan.config.parallel.offload
+        tight = candidate.memory.gpu_total > ROOMY * candidate.site.gpu.memory
+        away = (offload.params == "cpu") + (offload.optimizer == "cpu")
+        return int((one.time.total / fastest - 1) / ALIKE), tight, away, candidate.memory.gpu_total
 
     return sorted(timed, key=key)
 

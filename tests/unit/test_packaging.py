@@ -146,6 +146,9 @@ RULES: dict[Rule, tuple[str, ...]] = {
     loads_unsafely: (),
     plans_for_itself: (
         "pipeline/planning/run_plan.py",
+        # The planner chooses it, and says what was chosen.
+        "pipeline/planner/auto.py",
+        "pipeline/planner/doomed.py",
         # A model may be made without a run: one chunk a stage, one policy for all layers.
         "pipeline/model/rank_model.py",
         "pipeline/model/chunk.py",
