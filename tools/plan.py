@@ -16,16 +16,17 @@ from pathlib import Path
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import DataConfig, ModelConfig, TrainConfig
+from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planner.choose import Site, Timed, best_layouts, candidates, ranked
 from pipeline.planner.explain import refusal
 from pipeline.planner.gpus import GIB, find_gpu
 from pipeline.planner.models import Model, find_model
 from pipeline.planner.run_file import run_yaml
+from pipeline.planner.scaling import scale
 from pipeline.reporting.command import command
 from tools.support.command_line import console_of
-from tools.support.plan_view import show_layouts, show_plan
+from tools.support.plan_view import show_layouts, show_plan, show_scaling
 from tools.support.quantities import counts, quantity
 
 SHOWN = 4
@@ -47,8 +48,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-memory", help="host memory of one machine, GiB (default: what such a machine has)")
     parser.add_argument("--tokens", help="tokens to train on, such as 2.1B (default: 1000 steps, or the YAML's)")
     parser.add_argument("--batch", type=int, help="sequences an optimizer step (default 64, or the YAML's)")
+    parser.add_argument("--group", help="tokens of an S² group, such as 8k (with --model; default: a quarter)")
     parser.add_argument("--data", default="data/train", help="training text, for the YAML (default data/train)")
     parser.add_argument("--output", type=user_path, help="write the best layout's YAML here")
+    parser.add_argument("--png", type=user_path, help="draw memory by rank and kind here")
     return parser.parse_args(argv)
 
 
@@ -71,7 +74,11 @@ def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Mo
         model = find_model(args.model)
         train = TrainConfig(steps=STEPS)
         name = f"{Path(model.path).name}_{context}"
-        config = RunConfig(ModelConfig(model.path, context), DataConfig(args.data), train, f"runs/{name}")
+        group = None if args.group is None else quantity("--group", args.group, 1024)
+        attention = AttentionConfig(group_size=group)
+        config = RunConfig(
+            ModelConfig(model.path, context), DataConfig(args.data), train, f"runs/{name}", attention=attention
+        )
     train = config.train
     if args.batch is not None:
         train = replace(train, global_batch=args.batch)
@@ -103,13 +110,22 @@ def plan_one(config: RunConfig, model: Model, site: Site) -> list[Timed]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence: nothing fits, or the arguments are wrong."""
     args = parse(argv)
-    (gpus,) = counts("--gpus", args.gpus)
-    context = None if args.context is None else quantity("--context", args.context, 1024)
+    gpus = counts("--gpus", args.gpus)
+    contexts = [None] if args.context is None else list(counts("--context", args.context, 1024))
     host = None if args.host_memory is None else quantity("--host-memory", args.host_memory, 1024) * GIB
-    config, model = wanted(args, context)
-    site = Site.of(find_gpu(args.gpu), gpus, host)
+    gpu, console = find_gpu(args.gpu), console_of(WIDTH, highlight=False, soft_wrap=True)
+    if len(gpus) > 1 or len(contexts) > 1:
+        for name in ("output", "png"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name}: belongs to one plan; give one number to --gpus and to --context.")
+        for context in contexts:
+            config, model = wanted(args, context)
+            for weak in (False, True):
+                show_scaling(console, config, scale(config, model.arch, gpu, gpus, weak=weak, host=host), weak)
+        return 0
+    config, model = wanted(args, contexts[0])
+    site = Site.of(gpu, gpus[0], host)
     best = plan_one(config, model, site)
-    console = console_of(WIDTH, highlight=False, soft_wrap=True)
     show_layouts(console, best)
     show_plan(console, best[0])
     text = run_yaml(best[0].candidate.plan.config)
@@ -117,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text, end="")
     if args.output is not None:
         args.output.write_text(text, encoding="utf-8")
+    if args.png is not None:
+        from tools.support.plan_plots import write_memory  # matplotlib takes longer than the plan
+
+        write_memory(best[0].candidate, args.png)
     return 0
 
 

@@ -40,6 +40,8 @@ class Fitted:
 
 
 FITTED = Fitted()
+NEAR_HOP_S, FAR_HOP_S = 1.5e-6, 6e-6
+"""Seconds a ring takes from one rank to the next, within a machine and over its network: assumed, not measured here."""
 BACKWARD_RATE = 0.92
 """Rate of attention's backward over its forward's, of operations: docs/RESULTS.md, attention alone."""
 
@@ -83,16 +85,20 @@ class _Links:
     far: float
     node: int
     """GPUs of a machine."""
+    waits: bool = True
+    """Whether hops take time: they do not where nothing is sent."""
 
     def seconds(self, received: float, ranks: int, stride: int) -> float:
         """Of a collective of `ranks` that lie `stride` apart: within a machine, or through its network too."""
         if ranks == 1 or not received:
             return 0.0
-        if ranks * stride <= self.node:
-            return received / self.near
+        nodes = max(1, ranks * stride // self.node)
+        hops = ((ranks - nodes) * NEAR_HOP_S + (nodes - 1) * FAR_HOP_S) * self.waits
+        if nodes == 1:
+            return received / self.near + hops
         # Every GPU of a machine brings in its part of what the machine lacks, and they pass it on among themselves.
         together = max(1, self.node // stride)
-        return max(received / self.near if together > 1 else 0.0, received / (self.far * together))
+        return max(received / self.near if together > 1 else 0.0, received / (self.far * together)) + hops
 
 
 def step_time(
@@ -107,7 +113,7 @@ def step_time(
     grid, micro = plan.grid, plan.batch.accumulation
     layer, moved = layer_work(plan, rank), traffic(plan)
     share = float("inf") if alone else fitted.links
-    links = _Links(share * _sold_link(gpu), share * (gpu.sold["network"] or 1.0), gpu.gpus_a_node)
+    links = _Links(share * _sold_link(gpu), share * (gpu.sold["network"] or 1.0), gpu.gpus_a_node, not alone)
     segment = plan.group if plan.attention.kind == "s2" else plan.sequence
     longest = max(_stage_layers(plan))
     policies = Counter(plan.recompute[:longest])

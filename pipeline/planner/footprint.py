@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.planner.traffic import traffic
 from pipeline.planner.work import width_of
-from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS
+from pipeline.planning.memory import CUDA_CONTEXT, GIB, LOGITS, PROCESS, count_parameters
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import projection_shape
 
@@ -88,6 +88,28 @@ def _adapter_elements(plan: RunPlan) -> int:
         return 0
     ends = sum(sum(projection_shape(part, plan.arch)) for part in lora.targets)
     return plan.arch.layers * lora.rank * ends // plan.grid.tp
+
+
+def by_stage(plan: RunPlan, gpus_a_node: int) -> list[dict[str, int]]:
+    """Each pipeline stage's memory by kind; its ranks are alike.
+
+    `footprint` is the first stage's, which has the embedding and most micro-batches under way. A later stage keeps
+    fewer, and the last has the output matrix instead.
+    """
+    first, grid, width = footprint(plan, gpus_a_node).gpu, plan.grid, width_of(plan)
+    counts = count_parameters(plan.config, plan.arch)
+    found = []
+    for stage in range(grid.pp):
+        layers = sum(len(chunk) for chunk in plan.chunks[stage :: grid.pp])
+        share = dict(first)
+        if grid.pp > 1:
+            most = -(-plan.arch.layers // grid.pp)
+            share["kept activations"] = first["kept activations"] * (grid.pp - stage) * layers // (grid.pp * most)
+            ends = counts.embedding * (stage == 0) + counts.head * (stage == grid.pp - 1)
+            both = counts.embedding + counts.head + (most - layers) * counts.layer
+            share["weights"] = max(0, first["weights"] - (both - ends) * width // grid.tp)
+        found.append(share)
+    return found
 
 
 def footprint(plan: RunPlan, gpus_a_node: int) -> Footprint:

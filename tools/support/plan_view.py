@@ -7,14 +7,38 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.config.run import RunConfig
 from pipeline.planner.choose import Timed
 from pipeline.planner.explain import named, why
 from pipeline.planner.gpus import GIB
+from pipeline.planner.scaling import Point, efficiency, where_it_stops
 
 
 def gib(size: float) -> str:
     """Bytes as GiB; a trace of them as such."""
     return f"{size / GIB:.2f}"
+
+
+def show_scaling(console: Console, config: RunConfig, points: Sequence[Point], weak: bool) -> None:
+    """How the best layout scales, and where each kind stops paying."""
+    growing = f"{points[0].batch / points[0].gpus:g} sequences a GPU" if weak else f"{points[0].batch} sequences"
+    title = f"{config.sequence:,} tokens a sequence, {growing} a step: {'weak' if weak else 'strong'} scaling"
+    table = Table(title=title, title_justify="left")
+    for column in ("GPUs", "s a step", "tokens/s/GPU", "efficiency", "GiB"):
+        table.add_column(column, justify="right")
+    table.add_column("best layout", overflow="fold")
+    table.add_column("limited by")
+    for point, share in zip(points, efficiency(points), strict=True):
+        if point.best is None or share is None:
+            table.add_row(str(point.gpus), "-", "-", "-", "-", "nothing fits, or the batch does not divide", "")
+            continue
+        one = point.best
+        size = gib(one.candidate.memory.gpu_total)
+        cells = (f"{one.time.total:.3g}", f"{point.tokens_per_second:,.0f}", f"{share:.0%}", size)
+        table.add_row(str(point.gpus), *cells, named(one.candidate.plan), one.time.largest)
+    console.print(table)
+    for sentence in where_it_stops(points):
+        console.print(sentence)
 
 
 def tokens_per_second(one: Timed) -> float:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from parallel.errors import ConfigError
 from pipeline.config.yaml_file import load_config
 from tools.plan import main
+from tools.support.quantities import counts
 from tools.support.shapes import config_json, llama2
 
 ROOT = Path(__file__).parents[3]
@@ -61,3 +63,28 @@ def test_one_sentence_for_what_is_wrong(arguments: list[str], said: str, capsys:
     assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said in lines[0]
+
+
+def test_scaling_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "llama2-7b", "--context", "16k,32k", "--gpus", "8..32", "--group", "4k"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert told.count("strong scaling") == told.count("weak scaling") == 2 and "pays from 8 to" in told
+    assert main([*arguments, "--png", str(tmp_path / "x.png")]) == 2
+    assert "--png: belongs to one plan" in capsys.readouterr().err
+    assert main([*USERS, "--png", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "found"),
+    [("32k", 1024, (32768,)), ("8..64", 1000, (8, 16, 32, 64)), ("2.1B", 1000, (2_100_000_000,)), ("1,2", 1, (1, 2))],
+)
+def test_quantities(text: str, unit: int, found: tuple[int, ...]) -> None:
+    assert counts("--x", text, unit) == found
+
+
+@pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e3", "nan", "8.."])
+def test_what_is_no_quantity(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x: "):
+        counts("--x", text)
