@@ -198,7 +198,7 @@ def measure(
     tokens = config.train.micro_batch * config.sequence / (grid.tp * grid.cp)
     median = statistics.median(seconds)
     found: dict[str, Any] = {
-        "seconds a step": round(median, 3),
+        "seconds a step": round(median, 5),
         "tokens/s/GPU": round(tokens / median, 1),
         "skipped steps": rows[-1]["skipped"],
         "host GiB (resident)": round(psutil.Process().memory_info().rss / GIB, 2),
@@ -209,8 +209,8 @@ def measure(
     if cuda:
         stats = torch.cuda.memory_stats()
         found |= {
-            "peak GiB allocated": round((torch.cuda.max_memory_allocated() - numbers_bytes()) / GIB, 2),
-            "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 2),
+            "peak GiB allocated": round((torch.cuda.max_memory_allocated() - numbers_bytes()) / GIB, 4),
+            "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 4),
             "allocator flushes": stats["num_alloc_retries"],
         }
     trainer.parts.model.close()
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     title += ", all there" if env.launched else ""
     table = Table(show_header=False)
     for key, value in found.items():
-        table.add_row(key, str(value))
+        table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
     console = Console()
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from parallel.errors import ConfigError
@@ -16,6 +15,7 @@ from pipeline.config.run import RunConfig
 from pipeline.planner.auto import RECORD, Device, plan_record, settle
 from pipeline.planner.choose import Site
 from pipeline.planner.doomed import doomed, out_of_memory
+from pipeline.planner.host_memory import host_limit
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import say
@@ -25,7 +25,7 @@ from pipeline.storage.json_file import write_json
 
 def this_device(env: RankEnv) -> Device:
     """What this rank computes on."""
-    host = psutil.virtual_memory().total
+    host = host_limit()
     if not torch.cuda.is_available():
         return Device("", host, env.world_size, host)
     index = env.local_rank % torch.cuda.device_count()

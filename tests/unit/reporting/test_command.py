@@ -45,7 +45,7 @@ MISSING: dict[str, list[str]] = {
 ELSEWHERE = {
     "tools.pages",
     "tools.torchrun",
-    *(f"tools.bench.{name}" for name in "attention context convert save step survive".split()),
+    *(f"tools.bench.{name}" for name in "attention calibrate context convert plan save step survive".split()),
 }
 """Commands that take no path, or only one to write."""
 
