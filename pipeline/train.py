@@ -19,7 +19,6 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.command import command, program
 
 if TYPE_CHECKING:  # it imports torch
@@ -56,6 +55,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from pipeline.evaluation.evaluator import Evaluator, forget_later
     from pipeline.reporting.trackers import check_installed
     from pipeline.training.lock import locked
+    from pipeline.training.planned import plan_here
     from pipeline.training.run_record import record_config
     from pipeline.training.session import Session, follow
 
@@ -69,7 +69,11 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         with watch.patient("waiting for the output folder's lock"):
             lock = cleanup.enter_context(locked(Path(config.output), env.is_main))
         with watch.patient("loading"):
-            plan = plan_run(config, env.world_size)
+            planned = plan_here(config, env)
+            cleanup.enter_context(planned.explaining_memory())
+            plan, config = planned.plan, planned.plan.config
+            if planned.chosen and env.is_main:
+                print(planned.chosen, flush=True)
             run = build(plan, env, watch=watch, still_ours=None if lock is None else lock.check)
         watch.stacks = StackWriter(Path(config.output) / FOLDER, env.rank)
         parts = run.trainer.parts
@@ -79,6 +83,7 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
         if run.groups.is_main:
             forget_later(run.output, run.trainer.step)
             record_config(run)
+            planned.record(run.output)
         follow(run, watch)
         evaluator, shared = None, ""
         if config.eval.path is not None:

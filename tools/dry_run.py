@@ -40,6 +40,7 @@ from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
 from pipeline.planning.run_plan import RunPlan, on_gpus_of, plan_run
 from pipeline.reporting.command import command, program
+from pipeline.training.planned import settled, this_device
 from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
 from tools.support.shapes import KNOWN, config_json, shape_of
@@ -66,22 +67,26 @@ def _stand_in_model(path: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config_json(shape_of(known))))
 
 
+def one_micro_batch(config: RunConfig, nproc: int) -> RunConfig:
+    """The run with one micro-batch a rank and step; of a pipeline as many as it has stages."""
+    parallel, micro = config.parallel, config.train.micro_batch
+    replicas = max(1, nproc // (parallel.tp * parallel.cp * parallel.pp))
+    return replace(config, train=replace(config.train, global_batch=micro * replicas * parallel.pp))
+
+
 def prepare(
     config: RunConfig, folder: Path, nproc: int, steps: int
 ) -> tuple[RunConfig, WeightSource | None, list[str]]:
     """The run to measure, its stand-in weights if the real ones are not here, and notes on what differs."""
     notes = ["one micro-batch a step: accumulation only adds more of the same"]
-    parallel = config.parallel
-    replicas = max(1, nproc // (parallel.tp * parallel.cp * parallel.pp))
-    batch = config.train.micro_batch * replicas * (parallel.pp if parallel.pp > 1 else 1)
     changed = replace(
-        config,
-        train=replace(config.train, steps=steps, global_batch=batch, warmup_steps=0),
+        one_micro_batch(config, nproc),
         eval=EvalConfig(),
         save=SaveConfig(every=0),
         output=str(folder / "run"),
         attention=replace(config.attention, full_last_steps=0),
     )
+    changed = replace(changed, train=replace(changed.train, steps=steps, warmup_steps=0))
     base: WeightSource | None = None
     path = Path(config.model.path)
     weights = list(path.glob("*.safetensors")) if path.is_dir() else []
@@ -164,7 +169,7 @@ def measure(
     found: dict[str, Any] = {
         "layers keep": ", ".join(f"{count} {policy}" for policy, count in policies.items()),
         "formula GiB": round((plan.memory().gpu_total - CUDA_CONTEXT) / GIB, 2),
-        "seconds a step": round(median, 3),
+        "seconds a step": round(median, 5),
         "tokens/s/GPU": round(tokens / median, 1),
         "skipped steps": rows[-1]["skipped"],
         "host GiB (resident)": round(psutil.Process().memory_info().rss / GIB, 2),
@@ -175,8 +180,8 @@ def measure(
     if cuda:
         stats = torch.cuda.memory_stats()
         found |= {
-            "peak GiB allocated": round((torch.cuda.max_memory_allocated() - numbers_bytes()) / GIB, 2),
-            "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 2),
+            "peak GiB allocated": round((torch.cuda.max_memory_allocated() - numbers_bytes()) / GIB, 4),
+            "peak GiB reserved": round(torch.cuda.max_memory_reserved() / GIB, 4),
             "allocator flushes": stats["num_alloc_retries"],
         }
     trainer.parts.model.close()
@@ -211,6 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
+            # The one GPU stands in for all of a machine's.
+            changed, chosen = settled(changed, env, replace(this_device(env), here=env.world_size))
+            if chosen:
+                notes.append(chosen.rstrip("."))
+                changed = one_micro_batch(changed, env.world_size)
             plan = plan_run(on_gpus_of(changed, args.cap_gib), env.world_size)
             if not torch.cuda.is_available():
                 refuse_without_gpu(plan)
@@ -222,14 +232,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.launched and not env.is_main:
         return 0
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    grid = config.parallel
+    grid = plan.config.parallel
     title = (
         f"{args.config.stem}: rank {env.rank} of {env.world_size}, {grid.engine}, tp {grid.tp} cp {grid.cp}, {device}"
     )
     title += ", all there" if env.launched else ""
     table = Table(show_header=False)
     for key, value in found.items():
-        table.add_row(key, str(value))
+        table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
     console = Console()
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)

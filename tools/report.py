@@ -33,6 +33,7 @@ from pipeline.reporting.command import command, program
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
+from tools.support.report_plan import planned_lines
 
 PAGE = "index.html"
 FIRST, LAST = ("shipped", "before", "untrained", "initial"), ("after",)
@@ -268,6 +269,17 @@ def training_section(record: RunRecord, images: Mapping[str, str]) -> str:
     return section("Training", table([], facts), images.get("loss", ""), images.get("speed_and_memory", ""))
 
 
+def planned_section(record: RunRecord) -> str:
+    """What the planner expected of this layout, beside what was measured; empty where it was not asked."""
+    found = planned_lines(record.folder, record.rows)
+    if found is None:
+        return ""
+    name, compared, details = found
+    measured = table(["", "planned", "measured", "off by"], compared, numbers=True) if compared else ""
+    parts = f"<p>{escape(name)}</p>", measured, table(["", "planned"], details, numbers=True)
+    return section("Planned and measured", *parts)
+
+
 def facts_section(record: RunRecord) -> str:
     """Machine, versions, parameter counts, timings."""
     facts = record.facts
@@ -339,6 +351,7 @@ def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
         + retrieval_section(record, images)
         + notes_section(record)
         + training_section(record, images)
+        + planned_section(record)
         + history_section(record)
         + facts_section(record)
         + section("Configuration", config)

@@ -31,6 +31,9 @@ class OffloadConfig:
         between("parallel.offload.ahead", self.ahead, 1, 8)
 
 
+AXES = ("tp", "cp", "pp", "virtual")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """The rank grid; data parallelism takes what tp x cp x pp leaves of the world."""
@@ -47,15 +50,21 @@ class ParallelConfig:
     """megatron (every rank holds its slice of the weights) | zero3 (DeepSpeed: frozen weights sharded over dp x cp)."""
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     """Host memory instead of the GPU's, for engine zero3."""
+    auto: bool = False
+    """Let the planner choose engine, axes, offload, train.micro_batch and train.recompute for the GPUs there are
+    (`parallel: auto` for short); a resumed run keeps what was chosen."""
     timeout_s: float = 600.0
     """Seconds without progress on any rank after which the job ends; loading, evaluating and saving may take six times
     as long."""
 
     def __post_init__(self) -> None:
         at_least("parallel.timeout_s", self.timeout_s, 1)
-        for axis in ("tp", "cp", "pp", "virtual"):
+        for axis in AXES:
             at_least(f"parallel.{axis}", getattr(self, axis), 1)
         one_of("parallel.engine", self.engine, ("megatron", "zero3"))
+        chosen = any(getattr(self, axis) != 1 for axis in AXES) or self.engine != "megatron"
+        if self.auto and (chosen or self.offload != OffloadConfig()):
+            raise ConfigError("parallel.auto: the planner chooses the layout; remove the other settings of parallel.")
         if self.engine == "zero3" and self.pp > 1:
             raise ConfigError(
                 f"parallel.pp: engine zero3 has no pipeline stages, got {self.pp}; use 1 and give the ranks to "

@@ -29,6 +29,8 @@ _NOUNS = {
     bool: "true or false",
     str: "a text",
 }
+AUTO = "auto"
+"""In place of a section that has a switch of this name: that switch."""
 # YAML 1.1 wants a point and a signed exponent: it reads 2e-5 and 1e5 as texts. A float field takes them.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -172,6 +174,8 @@ def defaults(kind: type = RunConfig, prefix: str = "") -> dict[str, Any]:
 
 def _section[T](kind: type[T], value: Any, path: str, where: str) -> T:
     """Build one config dataclass from a mapping; refuse unknown keys, name missing ones."""
+    if value == AUTO and AUTO in typing.get_type_hints(kind):
+        value = {AUTO: True}
     if not isinstance(value, dict):
         raise _wrong(path, "a section of keys", value, where)
     prefix = f"{path}." if path else ""

@@ -41,6 +41,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
+from pipeline.training.planned import settled
 from pipeline.training.state import check_trained
 
 STATES = ("shipped", "untrained", "trained")
@@ -295,6 +296,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
     """
+    config, _ = settled(config, env)
     trained_with, config = config, fit_ranks(config, env.world_size)
     plan = plan_run(config, env.world_size)
     if state == "shipped":

@@ -211,7 +211,20 @@ def read_arch(folder: Path) -> LlamaArch:
         ConfigError: the file is missing or damaged, or describes a model outside what is supported (named).
     """
     path = Path(folder) / "config.json"
-    read = _Reader(_read_json(path), path)
+    return parse_arch(_read_json(path), path)
+
+
+def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
+    """Check what a config.json says.
+
+    Args:
+        values: its content.
+        path: where it was read, for the sentences.
+
+    Raises:
+        ConfigError: it describes a model outside what is supported (named).
+    """
+    read = _Reader(values, path)
     model_type = _model_type(read)
     if read.config.get("quantization_config"):
         raise read.fail(

@@ -162,6 +162,11 @@ class RunPlan:
         Raises:
             ConfigError: the ranks do not fit the settings or the model.
         """
+        if config.parallel.auto:
+            raise ConfigError(
+                "parallel.auto: no layout was chosen, which this command does not do; write the one that tools.plan "
+                "--config says."
+            )
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
         kernels = "kernels" not in config.train.without

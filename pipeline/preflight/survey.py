@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parallel.errors import ConfigError
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.run import RunConfig
 from pipeline.data.discovery import find_texts
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype
-from pipeline.planning.arch import LlamaArch
+from pipeline.planner.auto import Device
 from pipeline.planning.memory import MemoryEstimate
-from pipeline.planning.rope import RopePlan
-from pipeline.planning.run_plan import RunPlan, plan_ranks
 from pipeline.preflight.files import (
     Finding,
     check_earlier_run,
@@ -33,6 +30,7 @@ from pipeline.preflight.files import (
     existing,
     gib,
 )
+from pipeline.preflight.layout import check_layout, faster, settle_layout
 
 SHARED_MEMORY = 128 * 2**20
 """/dev/shm bytes a process: NCCL puts its buffers between processes of one machine there."""
@@ -160,28 +158,6 @@ def check_shared_memory(free: int | None, processes: int) -> Finding:
     return Finding("/dev/shm", found, gib(need), problem)
 
 
-def check_layout(
-    config: RunConfig, model: tuple[LlamaArch, RopePlan] | None, world: int, gpu: int | None = None
-) -> tuple[Finding, RunPlan | None]:
-    """Grid, batch and model fit each other and the number of processes; and the plan they give.
-
-    Args:
-        model: what trains; None: nothing is known of it, and there is no plan.
-        world: processes.
-        gpu: bytes of the smallest GPU; None: there is none.
-    """
-    parallel = config.parallel
-    axes = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp}"
-    needed = f"{world} processes"
-    try:
-        grid, batch = plan_ranks(config, world)
-        plan = None if model is None else RunPlan.of(config, *model, world, gpu)
-    except ConfigError as error:
-        return Finding("Layout", axes, needed, str(error)), None
-    found = f"{axes} x dp {grid.dp}, {batch.accumulation} micro-batches a step"
-    return Finding("Layout", found, needed, advice=() if plan is None else plan.balance()), plan
-
-
 @dataclass(frozen=True)
 class Space:
     """A folder, what will be written there and what its file system has free; bytes."""
@@ -245,10 +221,18 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     world = launch.processes * launch.nodes
     finding, stored = check_model(Path(config.model.path), verify)
     files, model = [finding], None
+    device = None
+    if machine.gpus:
+        least = min(machine.gpus, key=lambda gpu: gpu.total)
+        device = Device(least.name, least.total, launch.processes, machine.host)
+    config, chosen = settle_layout(config, stored, device, world)
     if stored is not None:
         settings, model = check_settings(config.model, stored)
         files.append(settings)
-    layout, plan = check_layout(config, model, world, min((gpu.total for gpu in machine.gpus), default=None))
+    smallest = min((gpu.total for gpu in machine.gpus), default=None)
+    layout, plan = (chosen, None) if chosen and chosen.problem else check_layout(config, model, world, smallest)
+    if plan is not None and stored is not None and device is not None and not any(f.problem for f in files):
+        layout = replace(layout, advice=(*layout.advice, *faster(plan, stored, device, chosen)))
     field = config.data.text_field
     batch = config.train.global_batch
     texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]

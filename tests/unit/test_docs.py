@@ -52,7 +52,7 @@ def missing_modules(text: str) -> Iterator[str]:
             found = importlib.util.find_spec(name)
         except ModuleNotFoundError:
             found = None
-        if found is None and not re.match(r"parallel\.(tp|cp|pp|virtual|engine|offload|timeout_s)\b", name):
+        if found is None and not re.match(r"parallel\.(tp|cp|pp|virtual|engine|offload|auto|timeout_s)\b", name):
             yield name
 
 

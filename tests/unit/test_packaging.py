@@ -148,6 +148,9 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "pipeline/planning/run_plan.py",
         # Parts of making it: `auto` tries policies by the memory formula.
         "pipeline/planning/fill_memory.py",
+        # The planner chooses it, and says what was chosen.
+        "pipeline/planner/auto.py",
+        "pipeline/planner/doomed.py",
         # A model may be made without a run: one chunk a stage, one policy for all layers.
         "pipeline/model/rank_model.py",
         "pipeline/model/chunk.py",

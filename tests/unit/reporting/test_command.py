@@ -37,6 +37,7 @@ MISSING: dict[str, list[str]] = {
     "tools.inspect_checkpoint": [GONE],
     "tools.launch": ["--config", GONE],
     "tools.merge_lora": ["--adapter", GONE, "--base", GONE, "--context", "64", "--output", "/nowhere/out"],
+    "tools.plan": ["--config", GONE],
     "tools.preflight": ["--config", GONE],
     "tools.mix_text": ["--input", GONE, "--output", "/nowhere/out"],
     "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
@@ -48,7 +49,7 @@ ELSEWHERE = {
     "tools.init",
     "tools.pages",
     "tools.torchrun",
-    *(f"tools.bench.{name}" for name in "attention context convert save step stream survive".split()),
+    *(f"tools.bench.{name}" for name in "attention calibrate context convert plan save step stream survive".split()),
 }
 """Commands that take no path, or only one to write."""
 

@@ -262,3 +262,22 @@ def test_curves_differ_in_more_than_colour() -> None:
 @pytest.mark.parametrize(("tokens", "label"), [(8192, "8k"), (131072, "128k"), (1000, "1,000"), (512, "512")])
 def test_token_labels(tokens: int, label: str) -> None:
     assert plots.tokens_label(tokens) == label
+
+
+def test_planned_stands_beside_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "Planned and measured" not in write_report(run, tmp_path / "none").read_text()
+    record = {
+        "name": "zero3, CP8 <x>",
+        "seconds": {"products": 1.2, "attention": 0.6},
+        "memory": {"weights": 2**29, "logits": 0},
+        "allocated": 2**29,
+    }
+    (run / "plan.json").write_text(json.dumps(record))
+    page = write_report(run, tmp_path / "some").read_text()
+    # Steps took 2.0 s, of which 1.8 were planned; 0.5 GiB were, and 0.56 were taken.
+    for cell in ("Planned and measured", "zero3, CP8 &lt;x&gt;", ">1.8<", ">2<", ">-10.0%<", ">-10.7%<", "0.50 GiB"):
+        assert cell in page, cell
+    assert "memory: logits" not in page
+    (run / "plan.json").write_text('{"seconds": 3}')
+    assert "Planned and measured" not in write_report(run, tmp_path / "damaged").read_text()

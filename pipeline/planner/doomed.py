@@ -1,0 +1,77 @@
+"""A run that will not fit, or did not: what it takes by kind, and the setting that would have fitted."""
+
+from __future__ import annotations
+
+from pipeline.config.parallel import OffloadConfig
+from pipeline.planner.choose import Candidate, Site, Timed, candidates, ranked
+from pipeline.planner.explain import named
+from pipeline.planner.footprint import footprint
+from pipeline.planner.gpus import GIB
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.run_plan import RunPlan
+
+CERTAIN = 0.95
+"""Of what is planned, what a run certainly takes: the formula's worst miss (tools/bench/points.yaml) and more."""
+
+
+def doomed(plan: RunPlan, stored: LlamaArch, site: Site) -> str:
+    """Why a run will end out of memory, one sentence with what would fit; empty: it need not.
+
+    What PyTorch allocates alone must be more than a GPU has: a run that may just fit is let go.
+    """
+    candidate = Candidate(plan, site, footprint(plan, site.a_node))
+    over = int(candidate.memory.allocated * CERTAIN) - site.gpu.memory
+    if over <= 0:
+        return ""
+    largest = max(candidate.memory.gpu, key=lambda kind: candidate.memory.gpu[kind])
+    told = (
+        f"parallel: {named(plan)} takes about {candidate.memory.gpu_total / GIB:.1f} GiB a GPU (most of it {largest}, "
+        f"{candidate.memory.gpu[largest] / GIB:.1f}) and {site.gpu.name} has {site.gpu.memory / GIB:.1f}"
+    )
+    better = instead(plan, stored, site)
+    if better is None:
+        return f"{told}; no layout of these GPUs fits: use more of them, or lower data.sequence."
+    return f"{told}; {named(better.candidate.plan)} would fit ({setting_of(better)}), or set parallel: auto."
+
+
+def instead(plan: RunPlan, stored: LlamaArch, site: Site, most: int | None = None) -> Timed | None:
+    """The fastest layout that fits; None: there is none.
+
+    Args:
+        most: bytes that it may take of a GPU; None: what the GPU has.
+    """
+    found = candidates(plan.config, stored, site)
+    if most is not None:
+        found = [one for one in found if one.memory.gpu_total <= most]
+    return next(iter(ranked(found)), None)
+
+
+def setting_of(one: Timed) -> str:
+    """A layout as the settings of a YAML."""
+    config = one.candidate.plan.config
+    parallel = config.parallel
+    parts = [f"engine: {parallel.engine}", f"tp: {parallel.tp}", f"cp: {parallel.cp}", f"pp: {parallel.pp}"]
+    if parallel.offload != OffloadConfig():
+        parts.append(f"offload: {{params: {parallel.offload.params}, optimizer: {parallel.offload.optimizer}}}")
+    train = config.train
+    rest = f"train.micro_batch: {train.micro_batch}, train.recompute: {train.recompute}"
+    return f"parallel: {{{', '.join(parts)}}}, {rest}"
+
+
+def out_of_memory(plan: RunPlan, stored: LlamaArch, site: Site, allocated: int, reserved: int) -> str:
+    """What to say where the GPU's memory ran out: the plan beside the allocator, and what would have fitted.
+
+    Args:
+        allocated, reserved: PyTorch's peaks, bytes.
+    """
+    memory = footprint(plan, site.a_node)
+    parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.gpu.items() if size >= GIB // 20)
+    told = (
+        f"out of GPU memory: planned {memory.gpu_total / GIB:.1f} GiB ({parts}); PyTorch had allocated "
+        f"{allocated / GIB:.1f} and reserved {reserved / GIB:.1f} of {site.gpu.memory / GIB:.1f}"
+    )
+    # What was planned was too little: only a layout that takes a good deal less is worth a try.
+    better = instead(plan, stored, site, int(0.9 * min(memory.gpu_total, site.gpu.memory)))
+    if better is None:
+        return f"{told}; no layout of these GPUs takes much less: use more of them, or lower data.sequence."
+    return f"{told}; {setting_of(better)} takes {better.candidate.memory.gpu_total / GIB:.1f} and would have fitted."

@@ -1,0 +1,151 @@
+"""Why a layout is the better one, in words and figures; and the sentences where none fits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from parallel.errors import ConfigError
+from pipeline.config.run import RunConfig
+from pipeline.planner.choose import Candidate, Site, Timed, candidates
+from pipeline.planner.gpus import GIB, read_gpus
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.balance import imbalance
+from pipeline.planning.run_plan import RunPlan
+
+UNIT = 1024
+"""Tokens that a shorter sequence is a multiple of."""
+MOST_TIMES = 64
+"""Times as many GPUs that are tried where none fits."""
+
+
+def named(plan: RunPlan) -> str:
+    """A layout in one line."""
+    grid, config = plan.grid, plan.config
+    axes = [f"{name}{size}" for name, size in (("TP", grid.tp), ("CP", grid.cp), ("PP", grid.pp), ("DP", grid.dp))]
+    shown = " x ".join(axis for axis, size in zip(axes, (grid.tp, grid.cp, grid.pp, grid.dp), strict=True) if size > 1)
+    offload = config.parallel.offload
+    away = [what for what, where in (("weights", offload.params), ("optimizer", offload.optimizer)) if where == "cpu"]
+    parts = [config.parallel.engine, shown or "one GPU"]
+    if away:
+        parts.append(f"{' and '.join(away)} in host memory")
+    parts.append(f"recompute {_recompute(plan)}")
+    if config.train.micro_batch > 1:
+        parts.append(f"micro-batch {config.train.micro_batch}")
+    return ", ".join(parts)
+
+
+def _recompute(plan: RunPlan) -> str:
+    """The layers' policies in a word, or how many layers have each."""
+    held = Counter(policy.value for policy in plan.recompute)
+    return next(iter(held)) if len(held) == 1 else ", ".join(f"{policy} of {n} layers" for policy, n in held.items())
+
+
+def why(one: Timed, best: Timed) -> str:
+    """What makes `one` the best, or slower than it."""
+    parts, total = one.time.parts, one.time.total
+    if one is best:
+        first = sorted(parts, key=lambda part: -parts[part])[:2]
+        most = " and ".join(f"{part} {parts[part] / total:.0%}" for part in first)
+        return f"fastest that fits: {most} of the step{_uneven(one.candidate.plan)}"
+    changes = {part: parts.get(part, 0.0) - best.time.parts.get(part, 0.0) for part in {*parts, *best.time.parts}}
+    worse = [part for part in sorted(changes, key=lambda part: -changes[part]) if changes[part] > 0.002 * total][:2]
+    better = [part for part in sorted(changes, key=lambda part: changes[part]) if changes[part] < -0.002 * total][:1]
+    memory = (one.candidate.memory.gpu_total - best.candidate.memory.gpu_total) / GIB
+    told = [f"{part} {changes[part]:+.3g} s" for part in (*worse, *better)] or ["as fast"]
+    if abs(memory) > 0.5:
+        told.append(f"{abs(memory):.1f} GiB {'more' if memory > 0 else 'less'} a GPU")
+    return "; ".join(told)
+
+
+def _uneven(plan: RunPlan) -> str:
+    """What the busiest rank's attention is over the mean's, where that is worth a word."""
+    grid = plan.grid
+    if plan.attention.kind != "s2" or grid.cp == 1:
+        return ""
+    ratio = imbalance(plan.arch, plan.sequence, plan.group, plan.attention.shifted_heads, grid.tp, grid.cp)
+    return f"; the busiest rank attends {ratio:.2f} times the mean" if ratio > 1.01 else ""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A change that makes a run fit."""
+
+    change: str
+    candidate: Candidate
+
+
+def nearest(found: list[Candidate]) -> Candidate:
+    """Of layouts that do not fit, the one that lacks least."""
+    return min(found, key=lambda one: (max(one.over_gpu, 0) + max(one.over_host, 0), one.over_gpu))
+
+
+def _fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | None:
+    try:
+        found = candidates(config, stored, site)
+    except ConfigError:
+        return None
+    return next((one for one in found if one.fits), None)
+
+
+def _fewer_tokens(config: RunConfig, stored: LlamaArch, site: Site) -> Way | None:
+    """The longest sequence that fits, by halving the range."""
+    low, high, best = 0, config.sequence // UNIT, None
+    while high - low > 1:
+        middle = (low + high) // 2
+        tokens = middle * UNIT
+        attention = config.attention
+        if attention.group_size is not None and attention.group_size > tokens:
+            attention = replace(attention, group_size=None)
+        shorter = replace(config, data=replace(config.data, sequence=tokens), attention=attention)
+        one = _fitting(shorter, stored, site)
+        low, high = (middle, high) if one else (low, middle)
+        if one:
+            best = Way(f"data.sequence: {tokens} tokens", one)
+    return best
+
+
+def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
+    """What would make a run fit that does not: fewer tokens, more GPUs, other GPUs, more host memory."""
+    shorter = _fewer_tokens(config, stored, site)
+    if shorter:
+        yield shorter
+    gpus = site.gpus
+    while gpus < MOST_TIMES * site.gpus:
+        gpus *= 2
+        one = _fitting(config, stored, replace(site, gpus=gpus))
+        if one:
+            yield Way(f"{gpus} GPUs", one)
+            break
+    larger = sorted((gpu for gpu in read_gpus().values() if gpu.memory > site.gpu.memory), key=lambda gpu: gpu.memory)
+    for gpu in larger:
+        one = _fitting(config, stored, replace(site, gpu=gpu))
+        if one:
+            yield Way(f"as many {gpu.name}", one)
+            break
+    roomy = _fitting(config, stored, replace(site, host=1 << 50))
+    if roomy:
+        yield Way(f"{-(-roomy.memory.machine // GIB)} GiB of host memory a machine", roomy)
+
+
+def refusal(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: Site) -> ConfigError:
+    """By how much nothing fits, and what would make it fit."""
+    least = nearest(found)
+    lacks = []
+    if least.over_gpu > 0:
+        part = max(least.memory.gpu, key=lambda kind: least.memory.gpu[kind])
+        lacks.append(
+            f"a GPU lacks {least.over_gpu / GIB:.1f} GiB ({least.memory.gpu_total / GIB:.1f} needed, most of it "
+            f"{part}, of {site.gpu.memory / GIB:.1f})"
+        )
+    if least.over_host > 0:
+        lacks.append(
+            f"a machine lacks {least.over_host / GIB:.0f} GiB of host memory ({least.memory.machine / GIB:.0f} needed "
+            f"of {site.host / GIB:.0f})"
+        )
+    ways = [way.change for way in ways_out(config, stored, site)]
+    mend = f"it would fit with {', or '.join(ways)}" if ways else "no change of tokens, GPUs or host memory is enough"
+    return ConfigError(
+        f"No layout fits: with {named(least.plan)} on {site.gpus} x {site.gpu.name} {' and '.join(lacks)}; {mend}."
+    )

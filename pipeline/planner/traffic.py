@@ -1,0 +1,104 @@
+"""What one rank sends, receives and copies in a step, in bytes, and over which link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from parallel.axes.halo_plan import equal_edges
+from parallel.world.grid import GridPlan
+from pipeline.planner.work import tokens_of, trained_elements, width_of
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.memory import GRADIENT, count_parameters
+from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.run_plan import RunPlan
+
+HALOS = 64
+"""Context ranks up to which halos are counted message by message; beyond, by the longest there can be."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a rank receives; a layer's are of one micro-batch."""
+
+    tensor_forward: float
+    """Activations gathered and summed within the tensor-parallel group, a layer's forward pass."""
+    tensor_backward: float
+    tensor_again: float
+    """In the recomputation of a layer that keeps its input alone."""
+    halo: float
+    """Keys and values of other context ranks, a layer, one way; the backward sends as much back."""
+    gather: float
+    """Weights that engine zero3 gathers of other ranks, a layer and pass."""
+    copy: float
+    """Weights that come from host memory, a layer and pass."""
+    once: float
+    """The same two for the output matrix, a micro-batch and pass: gathered."""
+    once_copy: float
+    gradients: float
+    """Gradients summed and weights gathered over the replicas, an optimizer step."""
+    stage: float
+    """Activations handed to the next pipeline stage, a micro-batch and way."""
+
+
+@cache
+def halo_elements(arch: tuple[int, int, int], spec: AttentionSpec, sequence: int, tp: int, cp: int) -> int:
+    """Elements of K and V of one sequence that a layer gets from other ranks, of the rank that gets most."""
+    heads, kv_heads, head_dim = arch
+    if cp == 1:
+        return 0
+    if spec.kind == "full":
+        return 2 * (cp - 1) * -(-sequence // cp) * kv_heads // tp * head_dim
+    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
+    if cp > HALOS:
+        # A shard never needs more than what lies between it and its first group's begin.
+        return 2 * min(spec.group, sequence - tokens) * -(-kv_heads // tp) * head_dim
+    layout, most = SequenceLayout.dense(1, cp * tokens), 0
+    for first in range(0, heads, heads // tp):
+        plan = head_plan(first, heads // tp, heads, kv_heads, spec.shifted_heads)
+        messages = halo_plan(layout, spec, plan, equal_edges(cp, tokens))
+        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(cp)))
+    return most * head_dim
+
+
+def traffic(plan: RunPlan) -> Traffic:
+    """Everything that travels."""
+    config, arch, grid, width = plan.config, plan.arch, plan.grid, width_of(plan)
+    counts = count_parameters(config, arch)
+    tokens = tokens_of(plan)
+    # What one gathering or summing of all hidden states brings a rank.
+    hidden = tokens * arch.hidden * width * (grid.tp - 1) / grid.tp
+    lora_full = any(policy is RecomputePolicy.FULL for policy in plan.recompute)
+    zero3, shards = config.parallel.engine == "zero3", grid.dp * grid.cp
+    away = config.parallel.offload.params == "cpu"
+
+    def passes(elements: int) -> tuple[float, float]:
+        size = elements * width / grid.tp
+        if not zero3:
+            return 0.0, 0.0
+        return size * (shards - 1) / shards, size / shards if away else 0.0
+
+    gather, copy = passes(counts.layer)
+    once, once_copy = passes(counts.head + counts.embedding)
+    replicas = trained_elements(plan) * (GRADIENT + width) * (shards - 1) / shards
+    halo = (
+        halo_elements((arch.heads, arch.kv_heads, arch.head_dim), plan.attention, plan.sequence, grid.tp, grid.cp)
+        * config.train.micro_batch
+        * width
+    )
+    return Traffic(
+        # q k v and gate up gather, o and down sum.
+        tensor_forward=4 * hidden,
+        # The same the other way; a tiled MLP gathers its input once more.
+        tensor_backward=(5 if lora_full else 4) * hidden,
+        # Attention's two; the MLP's are in the backward.
+        tensor_again=2 * hidden,
+        halo=float(halo),
+        gather=gather,
+        copy=copy,
+        once=once,
+        once_copy=once_copy,
+        gradients=replicas,
+        stage=tokens * arch.hidden * width / grid.tp if grid.pp > 1 else 0.0,
+    )

@@ -1,0 +1,156 @@
+"""What one rank has to do in a step, counted from shapes: operations of products and attention, bytes of everything.
+
+Nothing here is fitted or in seconds; `clock` turns counts into time. The rank counted is the one with the most
+attention, for which the others wait.
+
+Shapes: T tokens of a micro-batch that a tensor-parallel group has, I input and O output width of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from parallel.world.grid import GridPlan
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import query_key_pairs
+from pipeline.planning.memory import GRADIENT, count_parameters
+from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.run_plan import RunPlan
+from pipeline.planning.tensors import ROW_PARALLEL, padded_vocab, projection_shape
+
+FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Projections that are one product."""
+FORWARD, BACKWARD = 4, 10
+"""Operations of a (query, key) pair a head dimension: two products forward; backward the scores again and four more."""
+LOSS_BYTES = 40
+"""A logit: written in bf16, and read and written as fp32 for maximum, exponential, sums, gradient, and bf16 again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of one pass over something."""
+
+    products: float = 0.0
+    """Floating-point operations of matrix products."""
+    operands: float = 0.0
+    """Bytes of the products' operands and results."""
+    attention: float = 0.0
+    """Operations of attention."""
+    pointwise: float = 0.0
+    """Bytes that everything else reads and writes: norms, RoPE, SwiGLU, sums, adapters."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, name) + getattr(other, name) for name in FIELDS))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(getattr(self, name) * times for name in FIELDS))
+
+
+FIELDS = ("products", "operands", "attention", "pointwise")
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer and micro-batch."""
+
+    forward: Work
+    backward: Work
+    again: dict[RecomputePolicy, Work]
+    """What a policy computes a second time."""
+
+
+def width_of(plan: RunPlan) -> int:
+    """Bytes of a number."""
+    return 4 if plan.config.model.dtype == "fp32" else 2
+
+
+def tokens_of(plan: RunPlan) -> int:
+    """Tokens T of a micro-batch that a tensor-parallel group works on."""
+    return plan.config.train.micro_batch * plan.grid.shard_tokens(plan.sequence)
+
+
+@cache
+def pairs_by_rank(
+    heads: int, kv_heads: int, spec: AttentionSpec, sequence: int, tp: int, cp: int
+) -> tuple[tuple[int, ...], ...]:
+    """(query head, query, key) triples of every tensor rank's context ranks, of one sequence in one layer."""
+    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
+    layout, local = SequenceLayout.dense(1, cp * tokens), heads // tp
+    plans = [head_plan(rank * local, local, heads, kv_heads, spec.shifted_heads) for rank in range(tp)]
+    known = {plan: query_key_pairs(layout, spec, plan, cp, tokens) for plan in plans}
+    return tuple(known[plan] for plan in plans)
+
+
+def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
+    """Triples (query head, query, key) of a rank's micro-batch in one layer; None: of the busiest rank."""
+    arch, grid = plan.arch, plan.grid
+    found = pairs_by_rank(arch.heads, arch.kv_heads, plan.attention, plan.sequence, grid.tp, grid.cp)
+    if rank is None:
+        return max(max(row) for row in found) * plan.config.train.micro_batch
+    place = grid.coordinates(rank)
+    return found[place.tp][place.cp] * plan.config.train.micro_batch
+
+
+def _product(plan: RunPlan, parts: Iterable[str]) -> Work:
+    """One product over all tokens of the tensor-parallel group, forward; its input gradient counts the same."""
+    tokens, tp, width = tokens_of(plan), plan.grid.tp, width_of(plan)
+    shapes = {part: projection_shape(part, plan.arch) for part in parts}
+    rows, columns = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))[1]
+    if any(part in ROW_PARALLEL for part in shapes):
+        columns //= tp
+    else:
+        rows //= tp
+    return Work(2.0 * tokens * rows * columns, width * float(tokens * (rows + columns) + rows * columns))
+
+
+def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
+    """Counts of one layer of a rank; None: of the busiest."""
+    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), width_of(plan)
+    hidden, ffn = arch.hidden / tp, arch.ffn / tp
+    rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
+    products = {parts: _product(plan, parts) for parts in FUSED}
+    pair = float(attention_pairs(plan, rank)) * arch.head_dim
+    lora = plan.config.lora
+    adapted = lora.targets if lora.rank else ()
+    ends = [projection_shape(part, arch) for part in adapted]
+    inputs, outputs = sum(shape[1] for shape in ends) / tp, sum(shape[0] for shape in ends) / tp
+    # Two norms (read, write), two residual sums (read twice, write), RoPE (read, write), SwiGLU (read two, write one),
+    # adapters (read the input, read and write the output).
+    norms, sums = 4 * hidden, 6 * hidden
+    forward = norms + sums + 2 * rotated + 3 * ffn + inputs + 2 * outputs
+    # Norms' gradients (read input and gradient, write) and sums; RoPE; SwiGLU's (read three, write two); adapters'
+    # (read the gradient twice and the input once, add to the input's gradient).
+    backward = 6 * hidden + sums + 2 * rotated + 5 * ffn + 2 * outputs + 3 * inputs
+    scale = float(tokens * width)
+    every = sum(products.values(), Work())
+    ahead = every + Work(attention=FORWARD * pair, pointwise=forward * scale)
+    back = every + Work(attention=BACKWARD * pair, pointwise=backward * scale)
+    # down_proj's values leave the layer and are not made again, nor is the sum after it.
+    whole = Work(
+        every.products - products[("down",)].products,
+        every.operands - products[("down",)].operands,
+        FORWARD * pair,
+        (forward - 3 * hidden) * scale,
+    )
+    # Outputs of norms that adapters read; and of the MLP gate and up from its input.
+    few = Work(pointwise=norms * scale)
+    again = {"full": whole, "gate_up": products[("gate", "up")] + few, "none": Work()}
+    return LayerWork(ahead, back, {policy: again.get(policy.value, few) for policy in RecomputePolicy})
+
+
+def loss_work(plan: RunPlan) -> Work:
+    """The output matrix's products, its loss and the embedding, forward and backward, of one micro-batch."""
+    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), width_of(plan)
+    rows = padded_vocab(arch, tp) // tp
+    trains = "lm_head" in plan.config.train.trainable or (arch.tied and "embed" in plan.config.train.trainable)
+    times = 3 if trains else 2
+    one = Work(2.0 * tokens * rows * arch.hidden, width * float(tokens * (rows + arch.hidden) + rows * arch.hidden))
+    embedding = tokens * arch.hidden / tp * (2 * width + 2 * GRADIENT)
+    return one * times + Work(pointwise=float(LOSS_BYTES * tokens) * rows + embedding)
+
+
+def trained_elements(plan: RunPlan) -> int:
+    """Trained elements that a rank's tensor-parallel slice has."""
+    return count_parameters(plan.config, plan.arch).trained // plan.grid.tp

@@ -1,0 +1,106 @@
+"""`parallel: auto`, a doomed run and one that ran out of memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import ConfigError
+from pipeline.config.run import RunConfig
+from pipeline.config.yaml_file import dump_config, load_config
+from pipeline.planner.auto import RECORD, Device, plan_record, settle
+from pipeline.planner.doomed import doomed, out_of_memory
+from pipeline.planner.gpus import GIB, find_gpu
+from pipeline.planner.models import find_model
+from pipeline.planning.run_plan import RunPlan
+
+H100 = Device("NVIDIA H100 80GB HBM3", int(79.1 * GIB), 8, 2048 * GIB)
+LLAMA2_70B = find_model("llama2-70b").arch
+
+
+def auto_config(folder: Path, extra: str = "parallel: auto") -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(
+        f"model: {{path: models/Llama-2-70b-hf, context: 32768}}\ndata: {{path: text}}\n"
+        f"train: {{steps: 10}}\noutput: {folder / 'run'}\n{extra}\n"
+    )
+    return load_config(path)
+
+
+def test_the_word_is_read_written_and_alone(tmp_path: Path) -> None:
+    config = auto_config(tmp_path)
+    assert config.parallel.auto and load_config(tmp_path / "run.yaml", ["parallel=auto"]) == config
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+    assert auto_config(tmp_path, "parallel: {auto: true, timeout_s: 60}").parallel.timeout_s == 60
+    for other in ("cp: 2", "engine: zero3", "offload: {params: cpu}"):
+        with pytest.raises(ConfigError, match=r"parallel\.auto: the planner chooses"):
+            auto_config(tmp_path, f"parallel: {{auto: true, {other}}}")
+    with pytest.raises(ConfigError, match=r"model: expected a section"):
+        load_config(tmp_path / "run.yaml", ["model=auto"])
+
+
+def test_nothing_runs_on_a_layout_nobody_chose(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no layout was chosen"):
+        RunPlan.shaped(auto_config(tmp_path), LLAMA2_70B, 8)
+
+
+def test_a_resume_keeps_what_was_chosen_and_other_ranks_choose_anew(tmp_path: Path) -> None:
+    config = auto_config(tmp_path)
+    first = settle(config, LLAMA2_70B, H100, 8)
+    assert first.auto and "chose zero3, CP8" in first.chosen
+    assert first.config.parallel.cp == 8 and first.config.train.recompute == "none"
+    # On smaller GPUs the planner would choose otherwise: the record holds.
+    small = Device("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 8, 2048 * GIB)
+    assert settle(config, LLAMA2_70B, small, 8).config.train.recompute == "full"
+    plan = RunPlan.shaped(first.config, LLAMA2_70B, 8)
+    record = plan_record(plan, H100.site(8), auto=True)
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / RECORD
+    path.write_text(json.dumps(record))
+    again = settle(config, LLAMA2_70B, small, 8)
+    assert again.config == first.config and "keeps what this run began with" in again.chosen
+    other = settle(config, LLAMA2_70B, H100, 4)
+    assert other.config.parallel.cp <= 4 and "before, on 8 ranks" in other.chosen
+    for damaged in ("{", '{"auto": true}', json.dumps({**record, "layout": {"parallel": {"tp": 3}}})):
+        path.write_text(damaged)
+        found = settle(config, LLAMA2_70B, H100, 8)
+        assert found.config == first.config and "could be kept" in found.chosen, damaged
+
+
+def test_a_layout_of_the_users_is_left_alone_whatever_was_recorded(tmp_path: Path) -> None:
+    config = auto_config(tmp_path, "parallel: {cp: 2}")
+    assert settle(config, LLAMA2_70B, H100, 8).config is config
+
+
+def test_gpus_without_a_description_and_cpus_are_planned_for(tmp_path: Path) -> None:
+    config = auto_config(tmp_path)
+    unknown = replace(H100, name="Some Future GPU")
+    assert settle(config, LLAMA2_70B, unknown, 8).config == settle(config, LLAMA2_70B, H100, 8).config
+    tiny = replace(LLAMA2_70B, hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=100)
+    short = replace(config, model=replace(config.model, context=8192))
+    on_cpus = settle(short, tiny, Device("", 16 * GIB, 2, 16 * GIB), 2)
+    assert on_cpus.config.parallel.offload.params == "none"
+
+
+def test_a_doomed_run_is_told_and_one_that_may_fit_is_not(tmp_path: Path) -> None:
+    site = H100.site(8)
+    whole = RunPlan.shaped(auto_config(tmp_path, "parallel: {cp: 8}"), LLAMA2_70B, 8)
+    said = doomed(whole, LLAMA2_70B, site)
+    assert "most of it weights" in said and "engine: zero3" in said and "79.1" in said
+    fits = RunPlan.shaped(settle(auto_config(tmp_path), LLAMA2_70B, H100, 8).config, LLAMA2_70B, 8)
+    assert doomed(fits, LLAMA2_70B, site) == ""
+    # 67.4 GiB were measured: with 66 the formula cannot be sure, with 60 it is.
+    assert doomed(fits, LLAMA2_70B, replace(site, gpu=replace(site.gpu, memory=66 * GIB))) == ""
+    assert doomed(fits, LLAMA2_70B, replace(site, gpu=replace(site.gpu, memory=60 * GIB)))
+
+
+def test_out_of_memory_shows_the_plan_and_what_would_have_fitted(tmp_path: Path) -> None:
+    plan = RunPlan.shaped(settle(auto_config(tmp_path), LLAMA2_70B, H100, 8).config, LLAMA2_70B, 8)
+    said = out_of_memory(plan, LLAMA2_70B, H100.site(8), 70 * GIB, 78 * GIB)
+    assert "kept activations 61.2" in said and "allocated 70.0 and reserved 78.0" in said
+    assert "would have fitted" in said and "train.recompute: full" in said
+    assert find_gpu("h100-80gb").memory == H100.memory

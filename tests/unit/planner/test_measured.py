@@ -1,0 +1,61 @@
+"""The planner against steps that were measured (tools/bench/points.yaml), those its constants never saw apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.planner import clock
+from pipeline.planner.gpus import find_gpu
+from tools.support.plan_points import POINTS, Miss, misses, read_points, summary
+
+BOUNDS = {"seconds": (0.05, 0.10), "allocated": (0.02, 0.05), "reserved": (0.04, 0.05), "host": (0.02, 0.05)}
+"""(median, worst) of the relative misses."""
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Miss]:
+    return misses(read_points())
+
+
+@pytest.mark.parametrize("what", BOUNDS)
+def test_near_what_was_measured(found: list[Miss], what: str) -> None:
+    median, worst, number = summary(found, what)
+    assert number and median <= BOUNDS[what][0] and worst <= BOUNDS[what][1], [
+        f"{miss.point.name}: {miss.relative:+.1%}" for miss in found if miss.what == what
+    ]
+
+
+def test_points_that_were_only_predicted_are_near_too(found: list[Miss]) -> None:
+    median, worst, number = summary(found, "seconds", "held")
+    assert number >= 10 and median <= 0.05 and worst <= 0.10
+
+
+def test_there_are_more_predicted_points_than_constants() -> None:
+    points = read_points()
+    held = [point for point in points if point.use == "held"]
+    assert len(held) > len(clock.Fitted.__dataclass_fields__) and {point.use for point in points} == {"fit", "held"}
+    assert all(point.source for point in points), POINTS
+
+
+@pytest.mark.parametrize("constant", ["products", "attention", "memory", "links", "host_elements"])
+def test_every_constant_matters(constant: str) -> None:
+    """A constant that could be half or twice as large would be one no measured point speaks for."""
+    gpu, fitted = find_gpu("h100-80gb"), clock.FITTED
+    points = [point for point in read_points() if point.use == "fit" and point.seconds is not None]
+
+    def worst(factor: float) -> float:
+        changed = replace(fitted, **{constant: getattr(fitted, constant) * factor})
+        times = [clock.step_time(p.plan(), gpu, changed, alone=p.alone, rank=p.rank).total for p in points]
+        return max(abs(time / (point.seconds or 1.0) - 1) for time, point in zip(times, points, strict=True))
+
+    assert min(worst(0.5), worst(2.0)) > 3 * worst(1.0)
+
+
+def test_where_a_step_goes() -> None:
+    """docs/LOG.md 2026-11-28: of 2.62 s on the busiest of CP8 ranks 1.58 are products and 0.37 attention."""
+    point = next(point for point in read_points() if point.name == "70B CP8 offload none")
+    parts = clock.step_time(point.plan(), find_gpu(point.gpu), alone=True).parts
+    assert parts["products"] == pytest.approx(1.58, rel=0.05)
+    assert parts["attention"] == pytest.approx(0.37, rel=0.05)

@@ -1,0 +1,75 @@
+"""Counts of work against definitions: torch's own operation counter, brute force, and sums over ranks."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.planner.traffic import halo_elements, traffic
+from pipeline.planner.work import FUSED, attention_pairs, layer_work, loss_work
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.run_plan import RunPlan
+from pipeline.planning.tensors import projection_shape
+from tools.support.plan_points import Point
+
+
+def plan_of(model: str = "llama3-8b", ranks: int = 1, context: int = 4096, **settings: object) -> RunPlan:
+    return Point("test", model, ranks, context, {"recompute": "full", **settings}, "held").plan()
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_products_are_what_torch_counts(tp: int) -> None:
+    plan = plan_of(ranks=tp, tp=tp)
+    arch, tokens = plan.arch, plan.sequence
+    with FlopCounterMode(display=False) as counter:
+        for parts in FUSED:
+            rows, columns = sum(projection_shape(p, arch)[0] for p in parts), projection_shape(parts[0], arch)[1]
+            rows, columns = (rows, columns // tp) if parts[0] in ("o", "down") else (rows // tp, columns)
+            torch.empty(tokens, columns, device="meta") @ torch.empty(columns, rows, device="meta")
+        layer = counter.get_total_flops()
+        for _ in range(2):
+            torch.empty(tokens, arch.hidden, device="meta") @ torch.empty(arch.hidden, arch.vocab // tp, device="meta")
+    work = layer_work(plan)
+    assert work.forward.products == work.backward.products == layer
+    assert loss_work(plan).products == counter.get_total_flops() - layer
+    down = 2 * tokens * arch.ffn * arch.hidden // tp
+    (policy,) = set(plan.recompute)
+    assert work.again[policy].products == layer - down, "what leaves the layer is not made again"
+
+
+@pytest.mark.parametrize(("tp", "cp", "group"), [(1, 1, 16), (2, 4, 16), (1, 8, 24), (2, 2, 64)])
+def test_attention_pairs_are_those_of_the_mask(tp: int, cp: int, group: int) -> None:
+    """Brute force: query t of a head sees the keys of its group up to t; a rank has its heads and its tokens."""
+    sequence = 64
+    plan = plan_of(ranks=tp * cp, context=sequence, tp=tp, cp=cp, group=group)
+    heads = plan.arch.heads
+    counted = dict.fromkeys(range(tp * cp), 0)
+    for head, query in product(range(heads), range(sequence)):
+        shift = group // 2 if head >= heads // 2 else 0
+        start = max(0, (query + shift) // group * group - shift)
+        counted[query // (sequence // cp) * tp + head // (heads // tp)] += query - start + 1
+    assert {rank: attention_pairs(plan, rank) for rank in counted} == counted
+    assert attention_pairs(plan) == max(counted.values())
+
+
+def test_halos_are_half_a_group_of_the_shifted_heads() -> None:
+    """docs/RESULTS.md: 8 MiB of K and V at 32k, CP2 and G a quarter; 70B's 8 KV heads of 128 in bf16, half of them."""
+    plan = plan_of("llama2-70b", ranks=2, context=32768, cp=2)
+    assert traffic(plan).halo == 8 * 2**20
+    spec = AttentionSpec("s2", 8192)
+    assert halo_elements((64, 8, 128), spec, 32768, 1, 1) == 0
+    assert halo_elements((64, 8, 128), AttentionSpec("full", 8192), 32768, 1, 2) == 2 * 16384 * 8 * 128
+
+
+def test_weights_pass_once_a_pass_and_gradients_once_a_step() -> None:
+    """DESIGN: ZeRO-3 over CP8 moves 1.7 GB of 70B's weights a layer, of which an eighth is this rank's own."""
+    plan = plan_of("llama2-70b", ranks=8, context=32768, cp=8, engine="zero3", params="cpu", optimizer="cpu")
+    moved = traffic(plan)
+    layer = 855_638_016 * 2
+    assert moved.gather == layer * 7 / 8 and moved.copy == layer / 8
+    assert moved.tensor_forward == 0
+    # 296.2M trained elements: fp32 gradients summed, bf16 weights gathered.
+    assert moved.gradients == pytest.approx(296.2e6 * 6 * 7 / 8, rel=1e-3)

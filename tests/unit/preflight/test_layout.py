@@ -1,0 +1,43 @@
+"""The preflight's layout where the planner chooses it, and where it knows a faster one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config.parallel import ParallelConfig
+from pipeline.config.yaml_file import load_config
+from pipeline.planner.auto import Device
+from pipeline.planning.run_plan import RunPlan
+from pipeline.preflight import layout, survey
+from pipeline.preflight.survey import Launch
+from tests.unit.preflight.test_preflight import A100, GIB, NODE, ROOT, tiny_run
+from tools.preflight import weights_bytes
+from tools.support.shapes import llama2
+
+
+def test_a_layout_is_chosen_and_a_slow_one_is_told(tmp_path: Path) -> None:
+    config, stored = load_config(ROOT / "launch/configs/llama2_70b_32k.yaml"), llama2("70b")
+    node = Device(A100.name, A100.total, 8, 2048 * GIB)
+    plan = RunPlan.shaped(config, stored, 8)
+    (told,) = layout.faster(plan, stored, node, None)
+    assert "cp: 8" in told and "train.recompute: none" in told and "less time a step" in told
+    auto = load_config(ROOT / "launch/configs/llama2_70b_32k.yaml", ["parallel=auto"])
+    chosen, finding = layout.settle_layout(auto, stored, node, 8)
+    assert finding is not None and not finding.problem and chosen.parallel.cp == 8
+    best = RunPlan.shaped(chosen, stored, 8)
+    assert layout.faster(best, stored, node, None) == (), "nothing is faster than the best"
+    for device, shape, lacking in ((None, stored, "GPUs"), (node, None, "a readable model")):
+        found = layout.settle_layout(auto, shape, device, 8)[1]
+        assert found is not None and lacking in found.problem
+    small = layout.settle_layout(auto, stored, replace(node, memory=8 * GIB), 8)[1]
+    assert small is not None and small.problem.startswith("No layout fits")
+
+
+def test_the_survey_settles_auto_for_the_gpus_there_are(tmp_path: Path) -> None:
+    config, _ = tiny_run(tmp_path)
+    auto = replace(config, parallel=ParallelConfig(auto=True))
+    found = {finding.name: finding for finding in survey.survey(auto, Launch(4), NODE, weights_bytes)}
+    assert not found["Layout"].problem and found["Layout"].advice[0].startswith("parallel: auto chose")
+    none = {finding.name: finding for finding in survey.survey(auto, Launch(4), replace(NODE, gpus=()), weights_bytes)}
+    assert "nothing can be chosen without GPUs" in none["Layout"].problem

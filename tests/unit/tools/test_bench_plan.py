@@ -1,0 +1,106 @@
+"""What holds the planner against measured steps: points, straight lines, the fit, and a GPU's description."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from parallel.errors import ConfigError
+from parallel.world.rank_env import RankEnv
+from pipeline.planner.clock import FITTED, step_time
+from pipeline.planner.gpus import GIB, find_gpu
+from tests.support.tiny_models import make_tiny
+from tools.bench.calibrate import description
+from tools.bench.plan import GRID, extended, main, measure_once, read_grid
+from tools.support.plan_fit import FREE, fit
+from tools.support.plan_points import Point, misses, read_points
+
+
+def test_the_grid_covers_what_was_asked_for() -> None:
+    alone, real = read_grid(GRID, None), read_grid(GRID, 2)
+    assert len(alone) >= 20 and len(real) >= 4 and read_grid(GRID, 3) == []
+    points = [point for point, _ in alone]
+    assert {"llama2-7b", "llama3-8b", "llama2-13b", "llama2-70b"} == {point.model for point in points}
+    assert {8192, 524288} <= {point.context for point in points}
+    plans = [point.plan() for point in points]
+    assert {(plan.grid.tp, plan.grid.cp) for plan in plans} >= {(8, 1), (1, 8), (1, 2)}
+    ways = {(plan.config.parallel.engine, plan.config.parallel.offload.params) for plan in plans}
+    assert ways == {("megatron", "none"), ("zero3", "none"), ("zero3", "cpu")}
+    for point, (few, many) in alone + real:
+        assert 2 <= few < many <= point.plan().arch.layers and point.alone == ((point, (few, many)) in alone)
+
+
+def test_a_straight_line() -> None:
+    assert extended({"seconds": 3.0}, {"seconds": 5.0}, (2, 4), 80) == {"seconds": 81.0}
+
+
+def test_a_point_is_measured_by_the_real_trainer(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "llama2")
+    point = Point("tiny", str(tmp_path), 2, 64, {"cp": 2, "recompute": "none", "engine": "zero3"}, "held", alone=True)
+    assert measure_once(point, 1, RankEnv(), steps=1)["seconds"] > 0
+
+
+def test_constants_are_found_again() -> None:
+    """Points made with other constants: the fit finds these, or as good ones."""
+    gpu = find_gpu("h100-80gb")
+    planted = replace(FITTED, products=0.8, attention=0.5, memory=0.6, links=0.3, host_elements=1.5e8)
+    points = [
+        replace(p, use="fit", seconds=step_time(p.plan(), gpu, planted, alone=p.alone, rank=p.rank).total)
+        for p in read_points()
+    ]
+    found = fit(points)
+    for point in points:
+        time = step_time(point.plan(), gpu, found, alone=point.alone, rank=point.rank).total
+        assert time == pytest.approx(point.seconds, rel=0.02), point.name
+    assert found.links == pytest.approx(0.3, rel=0.05) and found.products == pytest.approx(0.8, rel=0.05)
+
+
+def test_the_shipped_constants_are_those_of_the_shipped_points() -> None:
+    """Within what the points can tell: no point's time changes by 3% with a new fit."""
+    gpu, points = find_gpu("h100-80gb"), read_points()
+    again = fit(points)
+    assert again != FITTED and set(FREE) <= set(FITTED.__dataclass_fields__)
+    for point in points:
+        times = [step_time(point.plan(), gpu, c, alone=point.alone, rank=point.rank).total for c in (FITTED, again)]
+        assert times[1] == pytest.approx(times[0], rel=0.03), point.name
+
+
+def test_check_reads_what_a_measurement_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "points.yaml"
+    entry = {"name": "one: two", "model": "llama2-7b", "ranks": 1, "context": 8192, "set": {"recompute": "none"}}
+    path.write_text("- " + json.dumps(entry | {"use": "held", "seconds": 1.0, "allocated": 30.0}) + "\n")
+    assert main(["--check", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "one: two" in told and "seconds, only predicted: 1 points" in told
+    (seconds, allocated) = misses(read_points(path))
+    assert seconds.relative == pytest.approx(seconds.predicted - 1) and allocated.what == "allocated"
+    path.write_text("- {name: x, colour: blue}")
+    with pytest.raises(ConfigError, match="entry 1: is no measured step"):
+        read_points(path)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "Some Future GPU"])
+def test_a_description_is_one_the_planner_reads(tmp_path: Path, device: str) -> None:
+    found = {"bf16": 7e14, "hbm": 2.7e12, "pcie": 5e10, "nvlink": 3e11}
+    path = tmp_path / "gpu.yaml"
+    path.write_text(yaml.safe_dump({"mine": description(found, device, 79 * GIB, 8, 2048 * GIB)}))
+    gpu = find_gpu(str(path))
+    assert gpu.memory == 79 * GIB and gpu.host == 256 * GIB and gpu.rate("bf16") == 7e14
+    assert gpu.sold["nvlink"] == (4.5e11 if "H100" in device else 3e11) and gpu.gpus_a_node == 8
+    assert gpu.sold["network"]
+
+
+@pytest.mark.parametrize("module", ["plan", "calibrate"])
+def test_without_a_gpu_it_is_one_sentence(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib
+
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU to measure")
+    assert importlib.import_module(f"tools.bench.{module}").main([]) == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""`tools.plan` as a user meets it: figures, a YAML, one sentence for what is wrong, and no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import ConfigError
+from pipeline.config.yaml_file import load_config
+from tools.plan import main
+from tools.support.quantities import counts
+from tools.support.shapes import config_json, llama2
+
+ROOT = Path(__file__).parents[3]
+USERS = ["--model", "llama2-70b", "--context", "32k", "--gpus", "8", "--gpu", "h100-80gb"]
+
+
+def test_the_answer_needs_neither_torch_nor_five_seconds(tmp_path: Path) -> None:
+    code = "import sys; from tools.plan import main; assert main(sys.argv[1:]) == 0; print('torch' in sys.modules)"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *USERS, "--output", str(tmp_path / "run.yaml")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert time.monotonic() - began < 5 and done.stdout.endswith("False\n")
+    for kind in ("weights", "kept activations", "CUDA context", "products", "attention", "tokens/s", "GPU hours"):
+        assert kind in done.stdout, kind
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.parallel.cp, config.train.recompute, config.model.context) == (8, "none", 32768)
+
+
+def test_a_hub_config_a_folder_and_a_yaml_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(llama2("7b"))))
+    said = []
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert main(["--model", str(model), "--context", "32k", "--gpus", "1"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["--config", str(ROOT / "launch/configs/llama2_7b_32k.yaml"), "--tokens", "1B"]) == 0
+    assert "steps: 477" in capsys.readouterr().out, "1e9 tokens over 64 sequences of 32768, rounded up"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "llama2-70b", "--context", "32k", "--gpu", "h10"], "nearest: h100-80gb"),
+        (["--model", "lama2-70b", "--context", "32k"], "nearest: llama2-70b"),
+        (["--model", "llama2-70b"], "--context: is missing"),
+        (["--model", "llama2-70b", "--context", "long"], "--context: long is no amount"),
+        (["--model", "llama2-70b", "--context", "32k", "--tokens", "1M"], "less than one optimizer step"),
+        (["--model", "llama2-70b", "--context", "32k", "--set", "a=b"], "--set: overrides a YAML's settings"),
+        (["--model", "llama2-70b", "--context", "32k", "--gpus", "20"], "give 16 or 24"),
+        (["--model", "llama2-70b", "--context", "1M"], "No layout fits"),
+        (["--config", str(ROOT / "launch/configs/llama2_7b_32k.yaml"), "--context", "32k"], "the YAML says it"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_scaling_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "llama2-7b", "--context", "16k,32k", "--gpus", "8..32", "--group", "4k"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert told.count("strong scaling") == told.count("weak scaling") == 2 and "pays from 8 to" in told
+    assert main([*arguments, "--png", str(tmp_path / "x.png")]) == 2
+    assert "--png: belongs to one plan" in capsys.readouterr().err
+    assert main([*USERS, "--png", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "found"),
+    [("32k", 1024, (32768,)), ("8..64", 1000, (8, 16, 32, 64)), ("2.1B", 1000, (2_100_000_000,)), ("1,2", 1, (1, 2))],
+)
+def test_quantities(text: str, unit: int, found: tuple[int, ...]) -> None:
+    assert counts("--x", text, unit) == found
+
+
+@pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e3", "nan", "8.."])
+def test_what_is_no_quantity(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x: "):
+        counts("--x", text)

@@ -1,0 +1,129 @@
+"""Measure the GPU at hand for the planner: `python -m tools.bench.calibrate --output mine.yaml`, under two minutes.
+
+Products in bf16 and 8 bits, copies within its memory, from pinned host memory, and to a second GPU if there is one.
+What its maker sells it with is taken from pipeline/planner/gpus.yaml where it is known there; otherwise it is put so
+that the usual shares of it give what was measured. `python -m tools.plan --gpu mine.yaml` plans with the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from parallel.errors import ConfigError
+from pipeline.config.paths import user_path
+from pipeline.planner.gpus import GIB, RATES, SHARES, Gpu, named_by
+from pipeline.reporting.command import command
+
+SIDE = 8192
+"""Rows and columns of the products: 70B's width."""
+COPIED = GIB
+"""Bytes of a copy."""
+SECONDS = 4.0
+"""Of each measurement, after it has warmed up: as long as a GPU needs to get hot."""
+NETWORK = 25e9
+"""Bytes a second a GPU is taken to have to other machines, where nothing is known of it: 200 Gbit/s."""
+
+
+def seconds_of(work: Callable[[], object], lasting: float = SECONDS) -> float:
+    """Seconds of one `work`, on the current device, the mean of as many as fit."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        work()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    times = max(3, int(lasting / max(begin.elapsed_time(end) / 1e3, 1e-5)))
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
+def products(dtype: torch.dtype) -> float:
+    """Operations a second of a product of random numbers (zeros draw less power, and are faster)."""
+    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    if dtype == torch.bfloat16:
+        return 2 * SIDE**3 / seconds_of(lambda: torch.mm(a, b))
+    scale = torch.ones((), device="cuda")
+    left, right = a.to(dtype), b.to(dtype).t()
+
+    def scaled() -> torch.Tensor:
+        return torch._scaled_mm(left, right, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+
+    return 2 * SIDE**3 / seconds_of(scaled)
+
+
+def measure() -> dict[str, float]:
+    """Every rate that this machine can show."""
+    found = {"bf16": products(torch.bfloat16)}
+    if torch.cuda.get_device_capability() >= (8, 9):
+        found["fp8"] = products(torch.float8_e4m3fn)
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    found["hbm"] = 2 * COPIED / seconds_of(lambda: target.copy_(source))
+    pinned = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+    found["pcie"] = COPIED / seconds_of(lambda: target.copy_(pinned, non_blocking=True))
+    if torch.cuda.device_count() > 1 and torch.cuda.can_device_access_peer(0, 1):
+        other = torch.empty(COPIED, dtype=torch.uint8, device="cuda:1")
+        found["nvlink"] = COPIED / seconds_of(lambda: target.copy_(other))
+    return found
+
+
+def description(found: dict[str, float], device: str, memory: int, gpus: int, host: int) -> dict[str, Any]:
+    """An entry as gpus.yaml has them.
+
+    Args:
+        found: measured rates.
+        device: as PyTorch calls it.
+        memory, host: bytes of the GPU, of the machine.
+        gpus: of the machine.
+    """
+    known: Gpu | None = named_by(device)
+    sold: dict[str, float | None] = {}
+    for name in RATES:
+        guess = found[name] / SHARES[name] if name in found else (NETWORK if name == "network" else None)
+        sold[name] = guess if known is None else known.sold[name]
+    # A copy between two GPUs alone is no collective's rate: it says what the link is sold with, where nobody else does.
+    kept = {name: float(f"{rate:.4g}") for name, rate in found.items() if name != "nvlink"}
+    return {
+        "memory_gib": round(memory / GIB, 2),
+        "sold": {name: None if rate is None else float(f"{rate:.4g}") for name, rate in sold.items()},
+        "measured": kept,
+        "gpus_a_node": gpus if known is None else max(gpus, known.gpus_a_node),
+        "host_gib_a_gpu": max(1, host // gpus // GIB),
+        "source": f"tools.bench.calibrate on {device}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.calibrate", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=user_path, default=Path("gpu.yaml"), help="file to write (default gpu.yaml)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise ConfigError("tools.bench.calibrate: PyTorch sees no GPU to measure; run it on the machine to plan for.")
+    device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    entry = description(measure(), device, memory, torch.cuda.device_count(), psutil.virtual_memory().total)
+    known = named_by(device)
+    name = f"{known.name if known else device.lower().replace(' ', '-')}-here"
+    text = yaml.safe_dump({name: entry}, sort_keys=False)
+    args.output.write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

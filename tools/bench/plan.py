@@ -1,0 +1,182 @@
+"""Hold the planner against measured steps: `python -m tools.bench.plan --json FILE` on a GPU, `--check` anywhere.
+
+On one GPU the process is the busiest rank of each point's many (tools/bench/plan_grid.yaml): the real loader, trainer
+and kernels, nothing sent. A point is measured with two small numbers of layers, and its time and memory extended to the
+model's: both grow by the same with every layer. Under torchrun the points of as many real ranks are measured.
+`--check FILE` shows what the planner says beside what a file of points says (default: tools/bench/points.yaml), and
+`--fit` what constants would suit the points that are marked for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from parallel.errors import ConfigError
+from parallel.world.rank_env import RankEnv
+from pipeline.config.paths import user_path
+from pipeline.planner.clock import FITTED
+from pipeline.planner.gpus import named_by
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.run_plan import plan_run
+from pipeline.reporting.command import command
+from tools.support.command_line import console_of
+from tools.support.plan_fit import fit
+from tools.support.plan_points import MEASURED, POINTS, Point, misses, read_points, summary
+from tools.support.shapes import config_json
+
+GRID = Path(__file__).with_name("plan_grid.yaml")
+READ = {"seconds a step": "seconds", "peak GiB allocated": "allocated", "peak GiB reserved": "reserved"}
+"""What a dry run prints, by the names of MEASURED."""
+
+
+def extended(few: dict[str, float], many: dict[str, float], layers: tuple[int, int], wanted: int) -> dict[str, float]:
+    """Quantities of `wanted` layers from those of two smaller numbers: a straight line."""
+    first, second = layers
+    return {what: few[what] + (many[what] - few[what]) * (wanted - first) / (second - first) for what in few}
+
+
+def _write_config(folder: Path, arch: LlamaArch) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_json(arch)))
+
+
+def measure_once(point: Point, layers: int, env: RankEnv, steps: int) -> dict[str, float]:
+    """A step of the point with fewer layers, on this machine's device, by the names of MEASURED."""
+    from parallel.world.groups import destroy_groups  # torch: --check needs none of it
+    from tools.dry_run import measure, prepare
+
+    small = dataclasses.replace(point, layers=layers).plan()
+    with tempfile.TemporaryDirectory(prefix="longspan-plan-") as name:
+        folder = Path(name)
+        _write_config(folder / "base", small.arch)
+        config = small.config
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "base")))
+        changed, base, _ = prepare(config, folder, point.ranks, steps + 1)
+        plan = plan_run(changed, point.ranks)
+        if not env.launched:
+            rank = plan.busiest_rank() if point.rank is None else point.rank
+            env = dataclasses.replace(env, rank=rank, world_size=point.ranks)
+        try:
+            found = measure(plan, base, env, warmup=1)
+        finally:
+            destroy_groups()
+            release()
+    return {READ[key]: float(value) for key, value in found.items() if key in READ}
+
+
+def release() -> None:
+    """Give the GPU's memory back before the next point."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def read_grid(file: Path, ranks: int | None) -> list[tuple[Point, tuple[int, int]]]:
+    """Points to measure and their numbers of layers.
+
+    Args:
+        ranks: of torchrun: the real points of as many; None: those that one GPU stands in for.
+    """
+    found = []
+    for entry in yaml.safe_load(file.read_text(encoding="utf-8")):
+        first, second = entry.pop("layers")
+        real = entry.pop("real", False)
+        if real == (ranks is not None) and (ranks is None or entry["ranks"] == ranks):
+            found.append((Point(**entry, use="held", alone=not real), (first, second)))
+    return found
+
+
+def measured(point: Point, layers: tuple[int, int], env: RankEnv, steps: int, gpu: str) -> dict[str, Any]:
+    """A point as points.yaml has it, with what was measured of both numbers of layers."""
+    both = [measure_once(point, number, env, steps) for number in layers]
+    whole = extended(both[0], both[1], layers, point.plan().arch.layers)
+    entry = {key: value for key, value in dataclasses.asdict(point).items() if value is not None}
+    return entry | {name: round(value, 4) for name, value in whole.items()} | {"gpu": gpu, "source": "tools.bench.plan"}
+
+
+def measure_all(args: argparse.Namespace, env: RankEnv) -> int:
+    """Measure until the time is up; points are appended to the file as they come."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("tools.bench.plan: PyTorch sees no GPU to measure on; --check compares what was measured.")
+    known = named_by(torch.cuda.get_device_name())
+    if known is None:
+        raise ConfigError(f"tools.bench.plan: {torch.cuda.get_device_name()} is not in pipeline/planner/gpus.yaml.")
+    began, left = time.monotonic(), []
+    for point, layers in read_grid(GRID, env.world_size if env.launched else None):
+        if args.only and not any(word in point.name for word in args.only):
+            continue
+        if time.monotonic() - began > args.seconds:
+            left.append(point.name)
+            continue
+        at = time.monotonic()
+        entry = measured(point, layers, env, args.steps, known.name)
+        if not env.is_main and env.launched:
+            continue
+        print(f"{point.name}: {entry['seconds']:.3f} s a step ({time.monotonic() - at:.1f} s)", flush=True)
+        if args.json:
+            with args.json.open("a") as file:
+                file.write("- " + json.dumps(entry) + "\n")
+    if left:
+        print(f"not measured, {args.seconds} s were over: {', '.join(left)}")
+    return 0
+
+
+def check(file: Path) -> int:
+    """Print what the planner says beside what was measured."""
+    found = misses(read_points(file))
+    table = Table(title=f"The planner against {file}", title_justify="left")
+    for column in ("point", "use", "what", "measured", "planned", "off by"):
+        table.add_column(column, justify="left" if column in ("point", "use", "what") else "right")
+    for miss in found:
+        cells = (f"{miss.measured:.3f}", f"{miss.predicted:.3f}", f"{miss.relative:+.1%}")
+        table.add_row(miss.point.name, miss.point.use, miss.what, *cells)
+    console = console_of(140, highlight=False, soft_wrap=True)
+    console.print(table)
+    for what in MEASURED:
+        for use in ("fit", "held", None):
+            median, worst, number = summary(found, what, use)
+            if number:
+                name = {"fit": "fitted to", "held": "only predicted", None: "all"}[use]
+                console.print(f"{what}, {name}: {number} points, median {median:.1%}, worst {worst:.1%}")
+    return 0
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", type=user_path, nargs="?", const=POINTS, help="a file of points (default: shipped)")
+    parser.add_argument("--fit", type=user_path, nargs="?", const=POINTS, help="the constants that suit a file best")
+    parser.add_argument("--json", type=user_path, help="append each measured point here; --check reads it")
+    parser.add_argument("--seconds", type=float, default=320, help="begin no point after so many (default 320)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each (default 2)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="points with one of these words in their name")
+    args = parser.parse_args(argv)
+    if args.check is not None:
+        return check(args.check)
+    if args.fit is not None:
+        for name, value in dataclasses.asdict(fit(read_points(args.fit))).items():
+            print(f"{name}: {value:.4g} (now {getattr(FITTED, name):.4g})")
+        return 0
+    return measure_all(args, RankEnv.read())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

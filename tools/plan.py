@@ -1,0 +1,144 @@
+"""Will it fit, how fast, which layout: `python -m tools.plan --model llama2-70b --context 32k --gpus 8 --gpu h100-80gb`
+
+Nothing is downloaded, opened or allocated: the answer follows from the model's config.json, the settings and a
+description of the GPU (pipeline/planner/gpus.yaml). `--config run.yaml` plans a run that is written already. Several
+`--gpus` (8..4096) or `--context` (32k,128k) print how the best layout scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from parallel.errors import ConfigError
+from pipeline.config.paths import user_path
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
+from pipeline.config.yaml_file import load_config
+from pipeline.planner.choose import Site, Timed, best_layouts, candidates, ranked
+from pipeline.planner.explain import refusal
+from pipeline.planner.gpus import GIB, find_gpu
+from pipeline.planner.models import Model, find_model
+from pipeline.planner.run_file import run_yaml
+from pipeline.planner.scaling import scale
+from pipeline.reporting.command import command
+from tools.support.command_line import console_of
+from tools.support.plan_view import show_layouts, show_plan, show_scaling
+from tools.support.quantities import counts, quantity
+
+SHOWN = 4
+WIDTH = 120
+STEPS = 1000
+"""Optimizer steps where nothing is said of tokens: the paper's."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="llama2-70b and the like, a hub's config.json, or a checkpoint folder")
+    what.add_argument("--config", type=user_path, help="YAML of a run; its layout is judged beside the best")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of --config")
+    parser.add_argument("--context", help="tokens of a sequence, such as 32k (with --model)")
+    parser.add_argument("--gpus", default="8", help="GPUs of the run (default 8)")
+    parser.add_argument("--gpu", default="h100-80gb", help="kind of GPU, or a file of tools.bench.calibrate")
+    parser.add_argument("--host-memory", help="host memory of one machine, GiB (default: what such a machine has)")
+    parser.add_argument("--tokens", help="tokens to train on, such as 2.1B (default: 1000 steps, or the YAML's)")
+    parser.add_argument("--batch", type=int, help="sequences an optimizer step (default 64, or the YAML's)")
+    parser.add_argument("--group", help="tokens of an S² group, such as 8k (with --model; default: a quarter)")
+    parser.add_argument("--data", default="data/train", help="training text, for the YAML (default data/train)")
+    parser.add_argument("--output", type=user_path, help="write the best layout's YAML here")
+    parser.add_argument("--png", type=user_path, help="draw memory by rank and kind here")
+    return parser.parse_args(argv)
+
+
+def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Model]:
+    """The run to plan and its model.
+
+    Raises:
+        ConfigError: the arguments contradict each other or name nothing.
+    """
+    if args.config is not None:
+        if context is not None:
+            raise ConfigError("--context: the YAML says it; use --set model.context=..., or --model alone.")
+        config = load_config(args.config, args.set)
+        model = find_model(config.model.path)
+    else:
+        if args.set:
+            raise ConfigError("--set: overrides a YAML's settings, and there is none; give --config.")
+        if context is None:
+            raise ConfigError("--context: is missing; say how many tokens a sequence has, such as --context 32k.")
+        model = find_model(args.model)
+        train = TrainConfig(steps=STEPS)
+        name = f"{Path(model.path).name}_{context}"
+        group = None if args.group is None else quantity("--group", args.group, 1024)
+        attention = AttentionConfig(group_size=group)
+        config = RunConfig(
+            ModelConfig(model.path, context), DataConfig(args.data), train, f"runs/{name}", attention=attention
+        )
+    train = config.train
+    if args.batch is not None:
+        train = replace(train, global_batch=args.batch)
+    if args.tokens is not None:
+        tokens, step = quantity("--tokens", args.tokens, 1000), train.global_batch * config.sequence
+        if tokens < step:
+            raise ConfigError(
+                f"--tokens: {args.tokens} is less than one optimizer step of {train.global_batch} sequences of "
+                f"{config.sequence} tokens ({step:,}); give more, or a smaller --batch."
+            )
+        train = replace(train, steps=-(-tokens // step))
+    return replace(config, train=train), model
+
+
+def plan_one(config: RunConfig, model: Model, site: Site) -> list[Timed]:
+    """The best layout of every kind, best first.
+
+    Raises:
+        ConfigError: none fits; by how much, and what would.
+    """
+    found = candidates(config, model.arch, site)
+    best = best_layouts(ranked(found), SHOWN)
+    if not best:
+        raise refusal(found, config, model.arch, site)
+    return best
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence: nothing fits, or the arguments are wrong."""
+    args = parse(argv)
+    gpus = counts("--gpus", args.gpus)
+    contexts = [None] if args.context is None else list(counts("--context", args.context, 1024))
+    host = None if args.host_memory is None else quantity("--host-memory", args.host_memory, 1024) * GIB
+    gpu, console = find_gpu(args.gpu), console_of(WIDTH, highlight=False, soft_wrap=True)
+    if len(gpus) > 1 or len(contexts) > 1:
+        for name in ("output", "png"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name}: belongs to one plan; give one number to --gpus and to --context.")
+        for context in contexts:
+            config, model = wanted(args, context)
+            for weak in (False, True):
+                show_scaling(console, config, scale(config, model.arch, gpu, gpus, weak=weak, host=host), weak)
+        return 0
+    config, model = wanted(args, contexts[0])
+    site = Site.of(gpu, gpus[0], host)
+    best = plan_one(config, model, site)
+    show_layouts(console, best)
+    show_plan(console, best[0])
+    text = run_yaml(best[0].candidate.plan.config)
+    console.print("\nThe YAML, ready to run:\n")
+    print(text, end="")
+    if args.output is not None:
+        args.output.write_text(text, encoding="utf-8")
+    if args.png is not None:
+        from tools.support.plan_plots import write_memory  # matplotlib takes longer than the plan
+
+        write_memory(best[0].candidate, args.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

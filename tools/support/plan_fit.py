@@ -1,0 +1,48 @@
+"""The time model's constants from measured steps: the least squares of relative misses, by coordinate descent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.planner.clock import FITTED, Fitted, step_time
+from pipeline.planner.gpus import find_gpu
+from tools.support.plan_points import Point
+
+FREE = ("products", "attention", "segment", "memory", "layer_s", "links", "host_elements")
+"""Constants that are fitted; the others stay."""
+PRIOR = 2e-4
+"""Weight of a constant's own (relative, squared) change: what no point speaks for stays where it is."""
+ROUNDS = 60
+
+
+def fit(points: Sequence[Point], start: Fitted = FITTED) -> Fitted:
+    """Constants for the points that are marked `fit`.
+
+    Args:
+        points: measured steps.
+        start: where to begin, and what constants stay near that no point depends on.
+    """
+    known = [(point.plan(), find_gpu(point.gpu), point) for point in points if point.use == "fit" and point.seconds]
+
+    def loss(fitted: Fitted) -> float:
+        total = 0.0
+        for plan, gpu, point in known:
+            found = step_time(plan, gpu, fitted, alone=point.alone, rank=point.rank).total
+            total += math.log(found / (point.seconds or 1.0)) ** 2
+        moved = sum(math.log(getattr(fitted, name) / getattr(start, name)) ** 2 for name in FREE)
+        return total + PRIOR * moved
+
+    best, least, step = start, loss(start), 0.1
+    for _ in range(ROUNDS):
+        better = False
+        for name in FREE:
+            for factor in (1 + step, 1 / (1 + step)):
+                tried = replace(best, **{name: getattr(best, name) * factor})
+                found = loss(tried)
+                if found < least:
+                    best, least, better = tried, found, True
+        if not better:
+            step /= 2
+    return best
