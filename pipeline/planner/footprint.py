@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.planner.traffic import traffic
 from pipeline.planner.work import width_of
 from pipeline.planning.activations import LOGITS
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS, count_parameters
@@ -128,8 +127,6 @@ def footprint(plan: RunPlan, gpus_a_node: int) -> Footprint:
     adapters = _adapter_elements(plan) * width
     gpu["adapters"] += adapters
     gpu["weights"] -= adapters
-    # Keys and values that come, and their gradients that go.
-    gpu["gather and halo buffers"] += 2 * int(traffic(plan).halo)
     allocated = sum(gpu.values())
     groups = sum(size > 1 for size in (grid.tp, grid.cp, grid.dp * grid.cp, grid.pp, grid.world_size))
     gpu["CUDA context"], gpu["NCCL"] = CONTEXT, NCCL * groups

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
-from parallel.axes.halo_plan import equal_edges
-from parallel.world.grid import GridPlan
 from pipeline.planner.work import tokens_of, trained_elements, width_of
-from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
-
-HALOS = 64
-"""Context ranks up to which halos are counted message by message; beyond, by the longest there can be."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +33,6 @@ class Traffic:
     """Gradients summed and weights gathered over the replicas, an optimizer step."""
     stage: float
     """Activations handed to the next pipeline stage, a micro-batch and way."""
-
-
-@cache
-def halo_elements(arch: tuple[int, int, int], spec: AttentionSpec, sequence: int, tp: int, cp: int) -> int:
-    """Elements of K and V of one sequence that a layer gets from other ranks, of the rank that gets most."""
-    heads, kv_heads, head_dim = arch
-    if cp == 1:
-        return 0
-    if spec.kind == "full":
-        return 2 * (cp - 1) * -(-sequence // cp) * kv_heads // tp * head_dim
-    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
-    if cp > HALOS:
-        # A shard never needs more than what lies between it and its first group's begin.
-        return 2 * min(spec.group, sequence - tokens) * -(-kv_heads // tp) * head_dim
-    layout, most = SequenceLayout.dense(1, cp * tokens), 0
-    for first in range(0, heads, heads // tp):
-        plan = head_plan(first, heads // tp, heads, kv_heads, spec.shifted_heads)
-        messages = halo_plan(layout, spec, plan, equal_edges(cp, tokens))
-        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(cp)))
-    return most * head_dim
 
 
 def traffic(plan: RunPlan) -> Traffic:

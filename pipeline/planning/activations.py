@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.axes.halo_plan import equal_edges
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
 
@@ -112,17 +111,13 @@ def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan, at_once: int) -> i
     """Elements of K and V that a layer gets of other context ranks, of the rank that gets most."""
     if grid.cp == 1:
         return 0
-    rows, tokens, heads = config.train.micro_batch, grid.shard_tokens(at_once), arch.heads // grid.tp
+    rows = config.train.micro_batch
     # Full attention, in the last steps too, gathers all keys and values.
     if config.attention.kind == "full" or config.attention.full_last_steps:
+        tokens = grid.shard_tokens(at_once)
         return 2 * rows * grid.cp * tokens * arch.kv_heads // grid.tp * arch.head_dim
     spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
-    layout, most = SequenceLayout.dense(rows, grid.cp * tokens), 0
-    for first in range(0, arch.heads, heads):
-        plan = head_plan(first, heads, arch.heads, arch.kv_heads, spec.shifted_heads)
-        messages = halo_plan(layout, spec, plan, equal_edges(grid.cp, tokens))
-        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(grid.cp)))
-    return most * arch.head_dim
+    return rows * halo_elements((arch.heads, arch.kv_heads, arch.head_dim), spec, at_once, grid.tp, grid.cp)
 
 
 def peak_of(layer: LayerMemory, policies: Sequence[RecomputePolicy]) -> tuple[int, int]:

@@ -10,10 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise
 
-from parallel.axes.halo_plan import HaloPlan, Region, plan_halos
-from pipeline.planning.attention_layout import AttentionSpec, HeadBlock, HeadPlan, SequenceLayout, Span, Straddle
+from parallel.axes.halo_plan import HaloPlan, Region, equal_edges, plan_halos
+from parallel.world.grid import GridPlan
+from pipeline.planning.attention_layout import (
+    AttentionSpec,
+    HeadBlock,
+    HeadPlan,
+    SequenceLayout,
+    Span,
+    Straddle,
+    head_plan,
+)
+
+HALOS = 64
+"""Context ranks up to which halos are counted message by message; beyond, by the longest there can be."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,26 @@ def halo_plan(layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, edge
     """
     key = ("halo plan", spec.group, heads.blocks, tuple(edges))
     return layout.remember(key, lambda: plan_halos(halo_needs(layout, spec, heads, edges), edges))
+
+
+@cache
+def halo_elements(arch: tuple[int, int, int], spec: AttentionSpec, sequence: int, tp: int, cp: int) -> int:
+    """Elements of K and V of one sequence that a layer gets from other ranks, of the rank that gets most."""
+    heads, kv_heads, head_dim = arch
+    if cp == 1:
+        return 0
+    if spec.kind == "full":
+        return 2 * (cp - 1) * -(-sequence // cp) * kv_heads // tp * head_dim
+    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
+    if cp > HALOS:
+        # A shard never needs more than what lies between it and its first group's begin.
+        return 2 * min(spec.group, sequence - tokens) * -(-kv_heads // tp) * head_dim
+    layout, most = SequenceLayout.dense(1, cp * tokens), 0
+    for first in range(0, heads, heads // tp):
+        plan = head_plan(first, heads // tp, heads, kv_heads, spec.shifted_heads)
+        messages = halo_plan(layout, spec, plan, equal_edges(cp, tokens))
+        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(cp)))
+    return most * head_dim
 
 
 def ring_bytes(batch: int, kv_heads: int, size: int, tokens: int, head_dim: int, element_size: int) -> int:

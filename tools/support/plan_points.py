@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Point:
     ranks: int
     context: int
     set: dict[str, Any]
-    """tp cp pp engine params optimizer (where they are kept) recompute attention group micro_batch."""
+    """tp cp pp engine recompute attention group micro_batch, and of parallel.offload what is not the default."""
     use: str
     """fit (the constants know its time) | held (they do not)."""
     layers: int | None = None
@@ -52,7 +52,7 @@ class Point:
     def plan(self) -> RunPlan:
         """The plan of the step that was measured."""
         chosen = self.set
-        offload = OffloadConfig(chosen.get("params", "none"), chosen.get("optimizer", "none"))
+        offload = OffloadConfig(**{f.name: chosen[f.name] for f in fields(OffloadConfig) if f.name in chosen})
         axes = {axis: chosen.get(axis, 1) for axis in ("tp", "cp", "pp")}
         parallel = ParallelConfig(**axes, engine=chosen.get("engine", "megatron"), offload=offload)
         micro = chosen.get("micro_batch", 1)

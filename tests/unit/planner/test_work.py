@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.planner.traffic import halo_elements, traffic
+from pipeline.planner.traffic import traffic
 from pipeline.planner.work import FUSED, attention_pairs, layer_work, loss_work
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import projection_shape
 from tools.support.plan_points import Point
