@@ -47,6 +47,7 @@ _ALL = (
     Program("tiny-run", "tools.tiny_run", "The settings shrunk, on CPU processes."),
     Program("import", "tools.import_hf", "Make a clean Hugging Face folder, also from GGUF."),
     Program("prepare", "tools.prepare_data", "Text to token shards, once."),
+    Program("mix-text", "tools.mix_text", "Mix books with code and with notes that refer back."),
     Program("merge", "tools.merge_lora", "Merge an adapter into its base."),
     Program("fetch-demo", "tools.fetch_demo", "Fetch the demo's base model, SmolLM2-135M."),
     Program("report", "tools.report", "Write a run's report: plots and one HTML page."),
@@ -58,9 +59,15 @@ BENCHES = tuple(
     for name, line in (
         ("attention", "S² and full attention, forward and backward."),
         ("context", "Context parallelism: the halo against a ring."),
+        ("calibrate", "Describe the GPU at hand for the planner."),
         ("convert", "Import and export of a large model."),
+        ("peers", "transformers and PEFT beside this program."),
+        ("plan", "The planner held against this GPU."),
+        ("products", "Frozen products in 16, 8 and 4 bits."),
+        ("scaling", "Operations and bytes of a rank, counted."),
         ("save", "Saving checkpoints beside training."),
         ("step", "One rank's training step, of a model of any size."),
+        ("stream", "Streamed steps of any length."),
         ("survive", "A run whose ranks are killed."),
     )
 )

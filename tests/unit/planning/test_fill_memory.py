@@ -21,7 +21,7 @@ from tools.support.shapes import llama2
 
 FULL, GATE_UP, HOST, FP8, POINTWISE, NONE = RecomputePolicy
 CONFIGS = Path(__file__).parents[3] / "launch/configs"
-CP8 = ["parallel.cp=8", "train.recompute=auto"]
+CP8 = ["parallel.cp=8", "train.recompute=auto", "attention.full_last_steps=0"]
 
 
 def _planned(settings: list[str], arch: LlamaArch, ranks: int, name: str = "llama2_70b_32k") -> RunPlan:

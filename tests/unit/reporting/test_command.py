@@ -49,7 +49,10 @@ ELSEWHERE = {
     "tools.init",
     "tools.pages",
     "tools.torchrun",
-    *(f"tools.bench.{name}" for name in "attention calibrate context convert plan save step stream survive".split()),
+    *(
+        f"tools.bench.{name}"
+        for name in "attention calibrate context convert peers plan products save scaling step stream survive".split()
+    ),
 }
 """Commands that take no path, or only one to write."""
 

@@ -64,7 +64,7 @@ def write(folder: Path, *names: str) -> list[str]:
     trackers = Trackers(names, folder, CONFIG, told.append)
     with MetricsWriter(folder, 0, told.append, trackers) as metrics:
         metrics.write(ROW)
-        metrics.write_perplexity(3, {64: 7.5})
+        metrics.write_evaluation(3, {"perplexity/64": 7.5})
     return told
 
 

@@ -122,7 +122,7 @@ def test_without_it_the_folder_of_the_user_would_hide_ours(tmp_path: Path, monke
     ("typed", "offered"),
     [
         ("longspan ev", ["evaluate"]),
-        ("longspan bench s", ["save", "step", "survive"]),
+        ("longspan bench s", ["scaling", "save", "step", "stream", "survive"]),
         ("longspan evaluate --len", ["--lengths"]),
         ("longspan train --nn", ["--nnodes"]),
         ("longspan train ", []),

@@ -31,7 +31,7 @@ def test_the_answer_needs_neither_torch_nor_five_seconds(tmp_path: Path) -> None
     for kind in ("weights", "kept activations", "CUDA context", "products", "attention", "tokens/s", "GPU hours"):
         assert kind in done.stdout, kind
     config = load_config(tmp_path / "run.yaml")
-    assert (config.parallel.cp, config.train.recompute, config.model.context) == (8, "none", 32768)
+    assert (config.parallel.cp, config.train.recompute, config.model.context) == (8, "pointwise", 32768)
 
 
 def test_a_hub_config_a_folder_and_a_yaml_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
