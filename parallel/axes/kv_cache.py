@@ -8,6 +8,7 @@ Shape suffixes: L tokens of a shard, B rows, K KV heads, D head dim, N tokens so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from parallel.axes.context import Flight
 from parallel.axes.halo_plan import Region
-from parallel.axes.pinned import pin, unpin
+from parallel.axes.pinned import pin, unpin, whole_pages
 from parallel.errors import LongspanError
 from parallel.world.context_shard import ContextShard
 from parallel.world.lone_rank import to_receive
@@ -26,7 +27,7 @@ class KeyValueCache:
 
     def __init__(self) -> None:
         self._layers: dict[int, torch.Tensor] = {}
-        self._pinned: list[torch.Tensor] = []
+        self._pinned: dict[int, torch.Tensor] = {}
 
     def keep(self, layer: int, start: int, capacity: int, k_LBKD: torch.Tensor, v_LBKD: torch.Tensor) -> None:
         """Keep a shard's keys and values as this rank's tokens [start, start + L) of `capacity`.
@@ -37,7 +38,7 @@ class KeyValueCache:
         tokens, *rest = k_LBKD.shape
         kept = self._layers.get(layer)
         if kept is None or kept.shape[1:] != (capacity, *rest) or kept.dtype != k_LBKD.dtype:
-            self._layers[layer] = kept = self._allocate((2, capacity, *rest), k_LBKD)
+            self._layers[layer] = kept = self._allocate(layer, (2, capacity, *rest), k_LBKD)
         for place, values in zip(kept, (k_LBKD, v_LBKD), strict=True):
             place[start : start + tokens].copy_(values, non_blocking=True)
 
@@ -49,20 +50,29 @@ class KeyValueCache:
                 target.copy_(place[:tokens], non_blocking=True)
         return found
 
-    def _allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        memory = torch.empty(shape, dtype=like.dtype)
-        if like.is_cuda:
-            if error := pin(memory):
-                raise LongspanError(
-                    f"eval.prefill: {memory.nbytes / 2**30:.1f} GiB of host memory for a layer's keys and values "
-                    f"cannot be pinned (CUDA error {error}); evaluate at a shorter length, or free host memory."
-                )
-            self._pinned.append(memory)
-        return memory
+    def _allocate(self, layer: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        if not like.is_cuda:
+            return torch.empty(shape, dtype=like.dtype)
+        if layer in self._pinned:
+            unpin(self._pinned.pop(layer))
+        size = math.prod(shape) * like.dtype.itemsize
+        memory = whole_pages(size)
+        if error := pin(memory):
+            raise LongspanError(
+                f"eval.prefill: {size / 2**30:.1f} GiB of host memory for a layer's keys and values "
+                f"cannot be pinned (CUDA error {error}); evaluate at a shorter length, or free host memory."
+            )
+        self._pinned[layer] = memory
+        return memory[:size].view(like.dtype).view(shape)
+
+    def __del__(self) -> None:
+        # Memory freed while page-locked could not be page-locked by whom it is given to next.
+        if self._pinned:
+            self.close()
 
     def close(self) -> None:
         """Give the memory back."""
-        for memory in self._pinned:
+        for memory in self._pinned.values():
             unpin(memory)
         self._pinned.clear()
         self._layers.clear()

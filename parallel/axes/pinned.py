@@ -6,6 +6,20 @@ import contextlib
 
 import torch
 
+PAGE = 4096
+"""Bytes that are page-locked together."""
+
+
+def whole_pages(size: int) -> torch.Tensor:
+    """Host memory of at least `size` bytes, uint8, that shares no page with anything else.
+
+    CUDA refuses to page-lock a page that is locked already, as a neighbour's may be.
+    """
+    size = -(-size // PAGE) * PAGE
+    room = torch.empty(size + PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % PAGE
+    return room[start : start + size]
+
 
 def pin(memory: torch.Tensor) -> int:
     """Page-lock a contiguous CPU tensor; the CUDA error code, 0 when it worked. `unpin` it before it is freed."""

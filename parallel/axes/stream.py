@@ -19,13 +19,11 @@ import torch
 
 from parallel.axes.context import Flight, HaloExchange, acquaint
 from parallel.axes.halo_plan import ALIGN, HaloPlan, Message, Region
-from parallel.axes.pinned import pin, unpin
+from parallel.axes.pinned import pin, unpin, whole_pages
 from parallel.errors import LongspanError
 from parallel.world.context_shard import ContextShard
 from parallel.world.lone_rank import to_receive
 
-PAGE = 4096
-"""Bytes that are page-locked together."""
 SLAB = 1 << 26
 """Bytes of host memory taken, and page-locked, at once."""
 
@@ -163,10 +161,7 @@ class ParkedHalos:
     def _new_slab(self, size: int) -> torch.Tensor:
         if not self._pins:
             return torch.empty(size, dtype=torch.uint8)
-        # Whole pages of its own: CUDA refuses a page that is page-locked already, as a neighbour's may be.
-        room = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
-        start = -room.data_ptr() % PAGE
-        slab = room[start : start + -(-size // PAGE) * PAGE]
+        slab = whole_pages(size)
         if error := pin(slab):
             raise LongspanError(
                 f"train.stream: {(self.host_bytes + size) / 2**30:.1f} GiB of host memory for halos cannot be pinned "
