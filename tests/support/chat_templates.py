@@ -1,4 +1,7 @@
-"""Chat templates of model families, as published, and the same with {% generation %} marks set by hand."""
+"""Chat templates in the form of five model families', and the same with {% generation %} marks set by hand.
+
+Written down here, not compared with the Hub's files.
+"""
 
 from __future__ import annotations
 
