@@ -57,9 +57,11 @@ def test_a_signal_to_one_rank_saves_on_all(number: signal.Signals, mark: str, tm
 
 
 def launch(mark: str, path: Path, *settings: str) -> subprocess.Popen[bytes]:
-    """launch/run.sh on two CPU processes, in a session of its own; preflight would ask for GPUs."""
+    """launch/run.sh on two CPU processes, in a session of its own."""
     python, script = path.parent / "python", path.parent / "run_test.sh"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *tools.preflight*) exit 0 ;; esac\nexec {sys.executable} "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *tools.launch*) set -- "$@" --device cpu ;; esac\nexec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
     script.write_text(f"name=run_test config={path}\nsource {ROOT}/launch/run.sh\n")
     words = [word for setting in settings for word in ("--set", setting)]
