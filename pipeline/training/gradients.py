@@ -19,6 +19,22 @@ ALIGN_ELEMENTS = 64
 """Every parameter's span of the flat buffer starts at a multiple of this (256 bytes), for vectorized kernels."""
 
 
+def _taker(reducer: GradientReducer | None, index: int) -> Callable[[torch.Tensor], None]:
+    """A post-accumulate hook that adds a fresh gradient to the fp32 sum and frees it.
+
+    A parameter's hooks are out of the garbage collector's sight: one that led back to the parameter would keep it, and
+    with it the model, for ever.
+    """
+
+    def take(parameter: torch.Tensor) -> None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
+        if reducer is not None:
+            reducer.ready(index)
+
+    return take
+
+
 class FlatGradients:
     """The flat fp32 gradient buffer of some parameters.
 
@@ -44,18 +60,11 @@ class FlatGradients:
         self._index = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self._summed: set[str] = set()
         self.views = []
-        for (start, stop), parameter in zip(spans, self.parameters, strict=True):
+        for index, ((start, stop), parameter) in enumerate(zip(spans, self.parameters, strict=True)):
             view = self.flat[start:stop].view(parameter.shape)
             parameter.main_grad = view  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(self._take)
+            parameter.register_post_accumulate_grad_hook(_taker(self.reducer, index))
             self.views.append(view)
-
-    def _take(self, parameter: torch.Tensor) -> None:
-        """Add a fresh gradient to the fp32 sum and free it (a post-accumulate hook)."""
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-        parameter.grad = None
-        if self.reducer is not None:
-            self.reducer.ready(self._index[id(parameter)])
 
     def own_slice(self) -> torch.Tensor:
         """The part of the buffer, 1-D, whose optimizer state this rank keeps."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -305,3 +307,14 @@ def test_cuda_bf16_equals_torch_fused_adamw() -> None:
         optimizer.step(RATES, float(optimizer.grad_norm()))
         oracle.step()
     assert torch.equal(optimizer.masters()["lora.weight"], oracle_weight)
+
+
+def test_a_model_nobody_uses_any_more_gives_its_memory_back() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    loss_of(model, 0).backward()
+    left = [weakref.ref(parameter) for parameter in model.parameters()]
+    buffer = weakref.ref(flat_gradient(optimizer))
+    del model, optimizer
+    gc.collect()
+    assert buffer() is None and all(parameter() is None for parameter in left)
