@@ -16,7 +16,9 @@ from pipeline.config.rope import RopeSettings
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
-RECOMPUTE = ("full", "gate_up", "pointwise", "none", "auto")
+POLICIES = ("full", "gate_up", "pointwise", "none")
+"""Of all layers alike."""
+RECOMPUTE = (*POLICIES, "auto")
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
 EVAL_TASKS = ("passkey", "needle", "dense_gap")

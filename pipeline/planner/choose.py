@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from parallel.errors import ConfigError
 from pipeline.config.parallel import OffloadConfig
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import RECOMPUTE
+from pipeline.config.sections import POLICIES
 from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.footprint import Footprint, footprint
 from pipeline.planner.gpus import Gpu
@@ -117,7 +117,6 @@ def _axes(arch: LlamaArch, site: Site) -> Iterator[tuple[int, int, int]]:
 
 def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunConfig]:
     """Every configuration that differs in layout alone."""
-    words = [word for word in RECOMPUTE if word != "auto"]
     train, batch = config.train, config.train.global_batch
     for tp, cp, pp in _axes(arch, site):
         if config.attention.legacy_wrap and cp > 1:
@@ -132,7 +131,7 @@ def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunCon
                 if pp > 1 and batch // (micro * replicas) < pp:
                     continue  # stages that never all work
                 parallel = replace(config.parallel, tp=tp, cp=cp, pp=pp, virtual=1, engine=engine, offload=offload)
-                for word in words:
+                for word in POLICIES:
                     yield replace(config, parallel=parallel, train=replace(train, micro_batch=micro, recompute=word))
 
 

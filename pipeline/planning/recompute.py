@@ -39,7 +39,7 @@ def plan_recompute(setting: str, layers: int, gate_up: str = "gpu") -> tuple[Rec
     """The policy of every layer of the model, where one setting names it.
 
     Args:
-        setting: train.recompute, one of `config.sections.RECOMPUTE` but auto.
+        setting: train.recompute, one of `config.sections.POLICIES`.
         layers: of the whole model.
         gate_up: train.gate_up.
     """

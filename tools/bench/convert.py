@@ -46,6 +46,7 @@ from pipeline.reporting.command import command
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
 from pipeline.training.run_record import git_commit
+from tools.support.bench_rows import append_rows
 from tools.support.command_line import console_of
 from tools.support.shapes import config_json, llama2
 
@@ -250,9 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Llama-2-70B, 138 GB, by formula (idle + the rest times {ratio:.2f}, the ratio of largest tensors): "
             f"{row['step']} {peak:.2f} GiB, {hours:.2f} h; bound 2 shards + 1 GiB = {(2 * SHARD_BYTES + GIB) / GIB:.2f}"
         )
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"bytes": size, "commit": git_commit(), **row}) + "\n" for row in rows)
+    append_rows(args.json, rows, bytes=size, commit=git_commit())
     return 0
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from pipeline.config.paths import user_path
 from pipeline.config.sections import RECOMPUTE
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
-from tools.support.command_line import add_integers, console_of
+from tools.support.bench_rows import append_rows, print_rows
+from tools.support.command_line import add_integers
 from tools.support.shapes import SIZES, config_json, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
@@ -187,17 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = next(r for r in rows if r["what"] == f"Longspan, {'full' if full else 's2'}, auto")
         if "tokens_per_second" in row and "tokens_per_second" in ours:
             row["ratio"] = ours["tokens_per_second"] / row["tokens_per_second"]
-    table = Table(title=f"{torch.cuda.get_device_name()}, {args.model}, {args.sequence} tokens, one sequence a step")
+    title = f"{torch.cuda.get_device_name()}, {args.model}, {args.sequence} tokens, one sequence a step"
     columns = ("what", "seconds", "tokens_per_second", "peak_gib", "ratio", "recompute", "failed")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        values = (row.get(column, "") for column in columns)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
-    console_of(160).print(table)
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"model": args.model, "sequence": args.sequence, **row}) + "\n" for row in rows)
+    print_rows(rows, title, 160, columns)
+    append_rows(args.json, rows, model=args.model, sequence=args.sequence)
     return 0
 
 

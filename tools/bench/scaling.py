@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections import defaultdict
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +33,7 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.paths import user_path
 from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import LoraConfig
+from pipeline.config.sections import POLICIES, LoraConfig
 from pipeline.data.loader import Batch
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
@@ -44,7 +42,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import busiest_rank
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
-from tools.support.command_line import console_of
+from tools.support.bench_rows import append_rows, print_rows
 from tools.support.shapes import SIZES, llama2
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
@@ -172,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cp", type=int, nargs="+", default=[8])
     parser.add_argument("--group", type=int, default=8192, help="S² group, tokens (default 8192)")
     parser.add_argument("--attention", choices=("s2", "full"), default="s2")
-    parser.add_argument("--recompute", choices=("full", "gate_up", "pointwise", "none"), default="none")
+    parser.add_argument("--recompute", choices=POLICIES, default="none")
     parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a row")
     args = parser.parse_args(arguments)
     try:
@@ -181,17 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = rows_of(args)
     except LongspanError as error:
         parser.exit(2, f"{error}\n")
-    table = Table(title=f"{args.model}, {args.attention}, group {args.group}, recompute {args.recompute}: a layer")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        values = (row.get(column, "") for column in columns)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
-    console_of(140).print(table)
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"model": args.model, "group": args.group, **row}) + "\n" for row in rows)
+    print_rows(rows, f"{args.model}, {args.attention}, group {args.group}, recompute {args.recompute}: a layer", 140)
+    append_rows(args.json, rows, model=args.model, group=args.group)
     return 0
 
 

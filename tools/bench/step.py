@@ -22,12 +22,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import math
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +33,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
 
 from parallel.errors import ConfigError, LongspanError
 from parallel.world.groups import Groups, destroy_groups, make_groups
@@ -47,19 +43,18 @@ from pipeline.build import build_model
 from pipeline.config.paths import user_path
 from pipeline.config.sections import RECOMPUTE
 from pipeline.config.yaml_file import load_config
-from pipeline.data.loader import Batch
 from pipeline.model.spec import FAMILIES
-from pipeline.model.weights.load import mark_trainable, trainable
+from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.memory import CUDA_CONTEXT, GIB
 from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
-from pipeline.training.optimizer import TrainableAdamW
-from pipeline.training.reduction import GradientReduction
-from tools.support.command_line import add_integers, console_of
+from tools.support.bench_rows import append_rows, print_rows
+from tools.support.command_line import add_integers
 from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
 from tools.support.shapes import SIZES, llama2
+from tools.support.timed_step import TimedStep
 
 MODELS = {f"llama2-{size}": size for size in SIZES}
 
@@ -137,26 +132,11 @@ def stepper(
     config = plan.config
     model = build_model(plan, config.lora, groups, RandomBase(plan.arch), family).train()
     mark_trainable(model, config.train.trainable)
-    named = ((name, "lora" if kind == "lora" else "other", parameter) for name, kind, parameter in trainable(model))
-    optimizer = TrainableAdamW(named, group=groups.data, offload=config.parallel.offload.optimizer == "cpu")
-    reduction = GradientReduction(groups, model)
-    shape = (config.train.micro_batch, config.sequence)
+    steps = TimedStep(model, groups, config.parallel.offload.optimizer == "cpu")
+    shape = config.train.micro_batch, config.sequence
 
     def take(step: int) -> float:
-        # Different tokens each step: repeated ones could flatter caches.
-        tokens = torch.randint(0, model.arch.vocab, shape, generator=torch.Generator().manual_seed(step))
-        batches = [Batch(tokens, tokens, None)] * args.micro_batches
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        model.train_step(batches, plan.attention, 1 / tokens.numel(), optimizer.arm_reduce)
-        reduction.finish(optimizer)
-        norm = float(optimizer.grad_norm(reduction.squares))
-        optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
-        torch.cuda.synchronize()
-        if not 0 < norm < math.inf:
-            raise LongspanError(f"The gradient norm of step {step} is {norm}: its time says nothing about training.")
-        return time.perf_counter() - began
+        return steps.take(*shape, args.micro_batches, plan.attention, step)
 
     return take, model.close
 
@@ -280,16 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
         f"{args.engine}, tp {args.tp} cp {args.cp}, " + ("NCCL" if env.launched else "fake process group")
     )
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console_of(200).print(table)
-    if args.json:
-        facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"title": title, **facts, **row}) + "\n" for row in rows)
+    print_rows(rows, title, 200)
+    append_rows(args.json, rows, title=title, **vars(args))
     return 0
 
 

@@ -14,36 +14,31 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
-from parallel.errors import ConfigError, LongspanError
+from parallel.errors import ConfigError
 from parallel.world.grid import check_model_fits, plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.paths import user_path
 from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import RECOMPUTE, LoraConfig
-from pipeline.data.loader import Batch
+from pipeline.config.sections import POLICIES, LoraConfig
 from pipeline.model.rank_model import RankModel
-from pipeline.model.weights.load import init_adapters, mark_trainable, trainable
+from pipeline.model.weights.load import init_adapters, mark_trainable
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
-from pipeline.training.optimizer import TrainableAdamW
-from pipeline.training.reduction import GradientReduction
-from tools.support.command_line import add_integers, console_of
+from tools.support.bench_rows import append_rows, print_rows
+from tools.support.command_line import add_integers
 from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, shape_of
+from tools.support.timed_step import TimedStep
 
 MODELS = {"llama3-8b": "8b", **{f"llama2-{size}": size for size in SIZES}}
 KINDS = ("lora", "embed", "norm")
@@ -97,9 +92,7 @@ class Trainee:
             stream=stream,
         )
         fill(self.model)
-        named = ((name, "lora" if kind == "lora" else "other", value) for name, kind, value in trainable(self.model))
-        self.optimizer = TrainableAdamW(named, group=groups.data)
-        self.reduction = GradientReduction(groups, self.model)
+        self.steps = TimedStep(self.model, groups)
         self.spec = AttentionSpec("s2", args.group, backend=args.backend)
         self.micro_batches = args.micro_batches
         self.model.train()
@@ -108,23 +101,11 @@ class Trainee:
         """Seconds of an optimizer step on sequences of `length` tokens.
 
         Raises:
-            LongspanError: gradients were not finite: arithmetic on NaN and zeros is faster than on numbers.
+            LongspanError: see `TimedStep.take`.
         """
-        tokens = torch.randint(0, self.model.arch.vocab, (1, length), generator=torch.Generator().manual_seed(seed))
-        batches = [Batch(tokens, tokens, None)] * self.micro_batches
         if self.model.stream is not None:
             self.model.stream.reserve(1, length, self.spec)  # once a length: not a step's time
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        self.optimizer.zero_grad()
-        self.model.train_step(batches, self.spec, 1 / tokens.numel(), self.optimizer.arm_reduce)
-        self.reduction.finish(self.optimizer)
-        norm = float(self.optimizer.grad_norm(self.reduction.squares))
-        self.optimizer.step({"lora": 2e-5, "other": 2e-5}, norm)
-        torch.cuda.synchronize()
-        if not 0 < norm < math.inf:
-            raise LongspanError(f"The gradient norm of step {seed} is {norm}: its time says nothing about training.")
-        return time.perf_counter() - began
+        return self.steps.take(1, length, self.micro_batches, self.spec, seed)
 
     def measure(self, length: int, steps: int, ranks: int) -> dict[str, Any]:
         """Time and peaks of `steps` steps; the fastest counts."""
@@ -176,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--lengths", type=int, nargs="+", default=[65536, 262144, 1048576], help="tokens of a streamed sequence"
     )
     parser.add_argument(
-        "--recompute", choices=RECOMPUTE, default="pointwise", help="within a chunk (default pointwise)"
+        "--recompute",
+        choices=POLICIES,
+        default="pointwise",
+        help="within a chunk (default pointwise)",
     )
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
@@ -219,16 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, group {args.group}, recompute "
         f"{args.recompute} within a chunk, tp {args.tp} cp {args.cp}"
     )
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console_of(160).print(table)
-    if args.json:
-        facts = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        with args.json.open("a") as file:
-            file.writelines(json.dumps({"title": title, **facts, **row}) + "\n" for row in rows)
+    print_rows(rows, title, 160)
+    append_rows(args.json, rows, title=title, **vars(args))
     return 0
 
 
