@@ -36,17 +36,20 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.weight_source import WeightSource
+from pipeline.planner.models import published_config
 from pipeline.planning.arch import read_arch
-from pipeline.planning.memory import CUDA_CONTEXT, PROCESS
-from pipeline.planning.run_plan import RunPlan, on_gpus_of, plan_run
+from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS
+from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import command, program
 from pipeline.training.planned import settled, this_device
+from tools.support.gpu_cap import cap_memory
 from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
 from tools.support.shapes import KNOWN, config_json, shape_of
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
-GIB = 1 << 30
+IDS = {"bos_token_id": 1, "eos_token_id": 2}
+"""Of the stand-in tokenizer."""
 CPU_BYTES = 4 * GIB
 """The most a rank may need, in fp32, where there is no GPU."""
 
@@ -57,14 +60,17 @@ def _stand_in_model(path: Path, folder: Path) -> None:
     Raises:
         ConfigError: it tells none.
     """
-    known = next((size for size in KNOWN if size in path.name.lower()), None)
-    if known is None:
+    values = published_config(path)
+    size = next((size for size in KNOWN if size in path.name.lower()), None)
+    if values is None and size is not None:
+        values = config_json(shape_of(size))
+    if values is None:
         raise ConfigError(
             f"model.path: {path} is not here and its name tells no known size ({', '.join(KNOWN)}); download its "
             "config.json at least."
         )
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(shape_of(known))))
+    (folder / "config.json").write_text(json.dumps(values | IDS))
 
 
 def one_micro_batch(config: RunConfig, nproc: int) -> RunConfig:
@@ -210,18 +216,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = RankEnv.read()
         if not env.launched:
             env = RankEnv(rank=args.rank or 0, world_size=args.nproc)
-        if args.cap_gib and torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(env.local_rank).total_memory / GIB
-            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total), env.local_rank)
+        cap_memory(args.cap_gib, env.local_rank)
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
             changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
             # The one GPU stands in for all of a machine's.
-            changed, chosen = settled(changed, env, replace(this_device(env), here=env.world_size))
+            here = replace(this_device(env), here=env.world_size)
+            if args.cap_gib:
+                here = replace(here, memory=min(here.memory, int(args.cap_gib * GIB)))
+            changed, chosen = settled(changed, env, here)
             if chosen:
                 notes.append(chosen.rstrip("."))
                 changed = one_micro_batch(changed, env.world_size)
-            plan = plan_run(on_gpus_of(changed, args.cap_gib), env.world_size)
+            plan = plan_run(changed, env.world_size, here.memory if here.name else None)
             if not torch.cuda.is_available():
                 refuse_without_gpu(plan)
             if args.rank is None and not env.launched:

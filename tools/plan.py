@@ -20,10 +20,11 @@ from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, T
 from pipeline.config.yaml_file import load_config
 from pipeline.planner.choose import Site, Timed, best_layouts, candidates, ranked
 from pipeline.planner.explain import refusal
-from pipeline.planner.gpus import GIB, find_gpu
+from pipeline.planner.gpus import find_gpu
 from pipeline.planner.models import Model, find_model
 from pipeline.planner.run_file import run_yaml
 from pipeline.planner.scaling import scale
+from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
 from tools.support.command_line import console_of
 from tools.support.plan_view import show_layouts, show_plan, show_scaling

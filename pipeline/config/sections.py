@@ -49,6 +49,11 @@ class ModelConfig:
         at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
         one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
 
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number on a GPU, where auto is bf16."""
+        return 4 if self.dtype == "fp32" else 2
+
 
 @dataclass(frozen=True)
 class AttentionConfig:

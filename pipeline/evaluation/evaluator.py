@@ -296,7 +296,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
     """
-    config, _ = settled(config, env)
+    config, _ = settled(config, env, resumes=False)
     trained_with, config = config, fit_ranks(config, env.world_size)
     plan = plan_run(config, env.world_size)
     if state == "shipped":

@@ -14,8 +14,9 @@ from pipeline.planner.choose import Site, candidates, ranked
 from pipeline.planner.clock import step_time
 from pipeline.planner.explain import named, refusal, why
 from pipeline.planner.footprint import footprint
-from pipeline.planner.gpus import GIB, Gpu, find_gpu, named_by
+from pipeline.planner.gpus import Gpu, find_gpu, named_by
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 from pipeline.storage.json_file import read_object
 
@@ -71,10 +72,15 @@ def _with(config: RunConfig, layout: Mapping[str, Any]) -> RunConfig:
     return replace(config, parallel=ParallelConfig(**parallel), train=train)
 
 
-def settle(config: RunConfig, stored: LlamaArch, device: Device, world: int) -> Settled:
+def settle(config: RunConfig, stored: LlamaArch, device: Device, world: int, *, resumes: bool = True) -> Settled:
     """The configuration with a layout: the user's, the one this run began with, or the planner's.
 
-    Every rank comes to the same: it follows from the arguments and from what an earlier start recorded.
+    It follows from the arguments and from what an earlier start recorded. Ranks of unlike machines may come to
+    different ones: they compare their settings before anything is loaded (`world.agreement`).
+
+    Args:
+        world: ranks.
+        resumes: a run is to go on, for which the record must be of as many ranks; False: any layout it had will do.
 
     Raises:
         ConfigError: nothing fits; by how much, and what would.
@@ -86,15 +92,15 @@ def settle(config: RunConfig, stored: LlamaArch, device: Device, world: int) -> 
     if path.is_file():
         try:
             record = read_object(path)
-            if record["auto"] and record["ranks"] == world:
+            if record["auto"] and (record["ranks"] == world or not resumes):
                 same = _with(config, record["layout"])
-                RunPlan.shaped(same, stored, world)
+                RunPlan.shaped(same, stored, record["ranks"])
                 return Settled(same, f"parallel: auto keeps what this run began with: {record['name']}.", True)
             before = f" (before, on {record['ranks']} ranks: {record['name']})" if record["auto"] else ""
         except (CheckpointError, KeyError, TypeError, ConfigError):
             before = f" ({path} tells no layout that could be kept)"
     site = device.site(world)
-    found = candidates(_bare(config), stored, site)
+    found = candidates(config, stored, site)
     timed = ranked(found)
     if not timed:
         raise refusal(found, config, stored, site)
@@ -105,11 +111,6 @@ def settle(config: RunConfig, stored: LlamaArch, device: Device, world: int) -> 
         f"and {best.candidate.memory.gpu_total / GIB:.1f} of {site.gpu.memory / GIB:.1f} GiB a GPU{before}.",
         True,
     )
-
-
-def _bare(config: RunConfig) -> RunConfig:
-    """Without the word auto, so that layouts can be put in its place."""
-    return replace(config, parallel=replace(config.parallel, auto=False))
 
 
 def plan_record(plan: RunPlan, site: Site, auto: bool) -> dict[str, Any]:

@@ -95,6 +95,12 @@ class Timed:
     time: StepTime
 
     @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        plan = self.candidate.plan
+        return plan.batch.global_batch * plan.sequence / self.time.total / plan.grid.world_size
+
+    @property
     def layout(self) -> tuple[object, ...]:
         """What makes it another layout than others: engine and axes."""
         grid = self.candidate.plan.grid
@@ -130,9 +136,17 @@ def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunCon
             for engine, offload in engines:
                 if pp > 1 and batch // (micro * replicas) < pp:
                     continue  # stages that never all work
-                parallel = replace(config.parallel, tp=tp, cp=cp, pp=pp, virtual=1, engine=engine, offload=offload)
+                axes = {"tp": tp, "cp": cp, "pp": pp, "virtual": 1}
+                parallel = replace(config.parallel, auto=False, **axes, engine=engine, offload=offload)
                 for word in POLICIES:
-                    yield replace(config, parallel=parallel, train=replace(train, micro_batch=micro, recompute=word))
+                    # Where gate and up lie is for what keeps them; the memory to fill for recompute auto.
+                    gate_up = train.gate_up if word == "pointwise" else "gpu"
+                    layers = replace(train, micro_batch=micro, recompute=word, gate_up=gate_up, gpu_gib=None)
+                    try:
+                        settings = replace(config, parallel=parallel, train=layers)
+                    except ConfigError:
+                        continue  # such as a stream that these ranks do not divide
+                    yield settings
 
 
 def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
@@ -144,7 +158,7 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
     """
     found = []
     for settings in _settings(config, stored, site):
-        plan = RunPlan.shaped(settings, stored, site.gpus)
+        plan = RunPlan.shaped(settings, stored, site.gpus, site.gpu.memory)
         found.append(Candidate(plan, site, footprint(plan, site.a_node)))
     if not found:
         raise ConfigError(

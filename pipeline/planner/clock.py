@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pipeline.planner.gpus import Gpu
 from pipeline.planner.traffic import Traffic, traffic
-from pipeline.planner.work import LayerWork, Work, layer_work, loss_work, trained_elements, width_of
+from pipeline.planner.work import LayerWork, Work, layer_work, loss_work, trained_elements
 from pipeline.planning.memory import GRADIENT, OPTIMIZER
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
@@ -157,24 +157,30 @@ def _layer_seconds(
     forward, backward = (_seconds(work, gpu, fitted, segment) for work in (layer.forward, layer.backward))
     backward["attention"] /= BACKWARD_RATE
     again = sum(_seconds(layer.again[policy], gpu, fitted, segment).values())
-    found = {name: forward[name] + backward[name] for name in forward} | {"recompute": again}
+    # A streamed sequence's chunks run forward twice, but for the last.
+    twice = 1.0 if plan.stream is None else 2.0 - 1.0 / -(-plan.sequence // plan.stream)
+    ahead = sum(forward.values())
+    found = {name: forward[name] + backward[name] for name in forward}
+    found["recompute"] = again + (twice - 1.0) * ahead
     whole = policy is RecomputePolicy.FULL
-    exchanged = moved.tensor_forward + moved.tensor_backward + (moved.tensor_again if whole else 0.0)
-    halo = links.seconds(moved.halo * (3 if whole else 2), grid.cp, grid.tp)
+    tiled = policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP)
+    exchanged = twice * moved.tensor_forward + moved.tensor_backward
+    exchanged += (moved.tensor_again if whole else 0.0) + (moved.tensor_tiled if tiled else 0.0)
+    halo = links.seconds(moved.halo * (1 + whole + twice), grid.cp, grid.tp)
     found["communication"] = links.seconds(exchanged, grid.tp, 1) + halo
     # Weights come one layer ahead, copy before gather, beside a layer's pass; what takes longer is waited for.
     gather = links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
     copy = moved.copy / gpu.rate("pcie")
     waits = 0.0
-    passes = (sum(forward.values()), sum(backward.values()) + again)
-    for seconds in passes:
-        waits += max(0.0, gather + copy - seconds)
+    passes = ((twice, ahead), (1.0, sum(backward.values()) + again))
+    for times, seconds in passes:
+        waits += times * max(0.0, gather + copy - seconds)
     # Beside the computation a collective still takes multiprocessors and memory from it: that share is in FITTED.links.
     share = copy / (gather + copy) if copy else 0.0
     found["copies"] = waits * share
     found["communication"] += waits * (1 - share)
     found["waiting"] = fitted.layer_s
-    return found, len(passes) * (gather + copy) - waits
+    return found, (twice + 1.0) * (gather + copy) - waits
 
 
 def _update(plan: RunPlan, moved: Traffic, gpu: Gpu, links: _Links, fitted: Fitted) -> dict[str, float]:
@@ -186,8 +192,8 @@ def _update(plan: RunPlan, moved: Traffic, gpu: Gpu, links: _Links, fitted: Fitt
     bytes_ = 4 * GRADIENT * elements
     seconds = bytes_ / memory
     if plan.config.parallel.offload.optimizer == "cpu":
-        seconds += own / fitted.host_elements + own * (GRADIENT + width_of(plan)) / gpu.rate("pcie")
+        seconds += own / fitted.host_elements + own * (GRADIENT + plan.config.model.element_bytes) / gpu.rate("pcie")
     else:
-        seconds += own * (2 * OPTIMIZER + GRADIENT + width_of(plan)) / memory
+        seconds += own * (2 * OPTIMIZER + GRADIENT + plan.config.model.element_bytes) / memory
     sums = links.seconds(moved.gradients, grid.dp * grid.cp, grid.tp)
     return {"optimizer": seconds + fitted.step_s, "gradients' sums": sums}

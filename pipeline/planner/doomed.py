@@ -6,8 +6,8 @@ from pipeline.config.parallel import OffloadConfig
 from pipeline.planner.choose import Candidate, Site, Timed, candidates, ranked
 from pipeline.planner.explain import named
 from pipeline.planner.footprint import footprint
-from pipeline.planner.gpus import GIB
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
 CERTAIN = 0.95

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.planner.choose import Candidate, Site, Timed, candidates
-from pipeline.planner.gpus import GIB, read_gpus
+from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
 UNIT = 1024

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.planner.work import width_of
 from pipeline.planning.activations import LOGITS
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS, count_parameters
 from pipeline.planning.run_plan import RunPlan
@@ -42,8 +41,11 @@ HELD = {
     "activations": "kept activations",
     "layer inputs": "kept activations",
     "gathered weights": "gather and halo buffers",
+    "halos' gradients": "gather and halo buffers",
 }
 """Kind of each entry of `MemoryEstimate.gpu`; others are a layer's or the loss's work."""
+PINNED = ("frozen weights, shard", "gate and up", "parked halos", "evaluation's keys and values")
+"""Of `MemoryEstimate.host`, what is page-locked."""
 UNSEEN = ("NCCL", "CUDA context", "fragmentation and reserve")
 """Kinds that are none of PyTorch's allocations."""
 
@@ -96,7 +98,7 @@ def by_stage(plan: RunPlan, gpus_a_node: int) -> list[dict[str, int]]:
     `footprint` is the first stage's, which has the embedding and most micro-batches under way. A later stage keeps
     fewer, and the last has the output matrix instead.
     """
-    first, grid, width = footprint(plan, gpus_a_node).gpu, plan.grid, width_of(plan)
+    first, grid, width = footprint(plan, gpus_a_node).gpu, plan.grid, plan.config.model.element_bytes
     counts = count_parameters(plan.config, plan.arch)
     found = []
     for stage in range(grid.pp):
@@ -118,7 +120,7 @@ def footprint(plan: RunPlan, gpus_a_node: int) -> Footprint:
     Args:
         gpus_a_node: ranks that share a machine, at most.
     """
-    estimate, grid, width = plan.memory(), plan.grid, width_of(plan)
+    estimate, grid, width = plan.memory(), plan.grid, plan.config.model.element_bytes
     gpu = dict.fromkeys(KINDS, 0)
     for part, size in estimate.gpu.items():
         if part == "context":
@@ -133,5 +135,5 @@ def footprint(plan: RunPlan, gpus_a_node: int) -> Footprint:
     left = CUDA_CONTEXT - gpu["CUDA context"] - gpu["NCCL"]
     gpu["fragmentation and reserve"] = max(left, int(FRAGMENTS * allocated))
     processes = min(gpus_a_node, grid.world_size)
-    pinned = estimate.host.get("frozen weights, shard", 0) + estimate.host.get("gate and up", 0)
+    pinned = sum(estimate.host.get(part, 0) for part in PINNED)
     return Footprint(gpu, dict(estimate.host), estimate.host_total(processes), pinned)

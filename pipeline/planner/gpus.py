@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
+from pipeline.planning.memory import GIB
 
-GIB = 2**30
 SHIPPED = Path(__file__).with_name("gpus.yaml")
 RATES = ("bf16", "fp8", "hbm", "pcie", "nvlink", "network")
 """FLOP/s of products in two dtypes; bytes a second of its memory, and one way of each link."""
@@ -38,16 +38,13 @@ class Gpu:
     host: int
     """Host memory a GPU, bytes, where the user says nothing."""
     source: str
+    names: tuple[tuple[str, ...], ...] = ()
+    """What PyTorch may call it: a name holds all parts of one of these."""
 
     def rate(self, name: str) -> float:
         """FLOP/s or bytes a second to reckon with; 0 where the GPU lacks it."""
         found = self.measured.get(name)
         return found if found is not None else (self.sold[name] or 0.0) * SHARES[name]
-
-    @property
-    def link(self) -> float:
-        """Bytes a second between GPUs of one machine, one way."""
-        return self.rate("nvlink") or self.rate("pcie")
 
 
 def _number(values: Mapping[str, Any], key: str, where: str, optional: bool = False) -> float | None:
@@ -84,6 +81,7 @@ def _gpu(name: str, content: Any, file: Path) -> Gpu:
         gpus_a_node=int(node),
         host=int(host * GIB),
         source=str(values.get("source") or ""),
+        names=tuple(tuple(map(str, parts)) for parts in values.get("names") or ()),
     )
 
 
@@ -127,8 +125,5 @@ def find_gpu(text: str) -> Gpu:
 
 def named_by(device: str) -> Gpu | None:
     """The description of what PyTorch calls `device`; None: there is none."""
-    listed = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
-    for name, values in listed.items():
-        if any(all(part in device for part in parts) for parts in values["names"]):
-            return read_gpus()[name]
-    return None
+    known = (gpu for gpu in read_gpus().values() if any(all(part in device for part in parts) for parts in gpu.names))
+    return next(known, None)

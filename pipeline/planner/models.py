@@ -33,16 +33,23 @@ def _published() -> dict[str, dict[str, Any]]:
     return {name: values for name, values in listed.items() if not name.startswith("_")}
 
 
-def model_names() -> tuple[str, ...]:
-    """The published models that need no file."""
-    return tuple(_published())
+def _by_folder(path: Path) -> str | None:
+    """The published model whose folder on a hub has this path's name."""
+    folders = {str(values["hub"]).rsplit("/", 1)[-1].lower(): name for name, values in _published().items()}
+    return folders.get(path.name.lower())
+
+
+def published_config(path: Path) -> dict[str, Any] | None:
+    """What config.json says of the model that a hub's folder of this name holds; None: it is not known here."""
+    name = _by_folder(path)
+    return None if name is None else {key: value for key, value in _published()[name].items() if key != "hub"}
 
 
 def find_model(text: str) -> Model:
     """The model that `--model` names.
 
     Args:
-        text: one of `model_names`, in any case; a hub's id of one; a config.json; or a folder that has one.
+        text: one of models.yaml, in any case; a hub's id of one; a config.json; or a folder that has one.
 
     Raises:
         ConfigError: it is none of these, or the model is not supported.
@@ -64,9 +71,9 @@ def find_model(text: str) -> Model:
             raise ConfigError(f"--model: {error}") from None
         return Model(path.stem, str(path.parent), parse_arch(values, path))
     # A checkpoint folder that is not there yet, by the name a hub gives it.
-    by_folder = {str(values["hub"]).rsplit("/", 1)[-1].lower(): name for name, values in listed.items()}
-    if path.name.lower() in by_folder:
-        return replace(find_model(by_folder[path.name.lower()]), path=text)
+    by_folder = _by_folder(path)
+    if by_folder is not None:
+        return replace(find_model(by_folder), path=text)
     near = difflib.get_close_matches(name, listed, n=3, cutoff=0.5) or list(listed)
     raise ConfigError(
         f"--model: {text} is neither a file or folder nor a model known by name (nearest: {', '.join(near)}); give the "

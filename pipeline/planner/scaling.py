@@ -33,9 +33,7 @@ class Point:
     @property
     def tokens_per_second(self) -> float:
         """Of one GPU, under the best layout; 0 where there is none."""
-        if self.best is None:
-            return 0.0
-        return self.batch * self.best.candidate.plan.sequence / self.best.time.total / self.gpus
+        return 0.0 if self.best is None else self.best.tokens_per_second
 
 
 def kind_of(candidate: Candidate) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.planner.work import tokens_of, trained_elements, width_of
+from pipeline.planner.work import tokens_of, trained_elements
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.memory import GRADIENT, count_parameters
-from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
 
 
@@ -18,6 +17,8 @@ class Traffic:
     tensor_forward: float
     """Activations gathered and summed within the tensor-parallel group, a layer's forward pass."""
     tensor_backward: float
+    tensor_tiled: float
+    """The input of an MLP that makes gate and up again in tiles, gathered once more in its backward."""
     tensor_again: float
     """In the recomputation of a layer that keeps its input alone."""
     halo: float
@@ -37,12 +38,11 @@ class Traffic:
 
 def traffic(plan: RunPlan) -> Traffic:
     """Everything that travels."""
-    config, arch, grid, width = plan.config, plan.arch, plan.grid, width_of(plan)
+    config, arch, grid, width = plan.config, plan.arch, plan.grid, plan.config.model.element_bytes
     counts = count_parameters(config, arch)
     tokens = tokens_of(plan)
     # What one gathering or summing of all hidden states brings a rank.
     hidden = tokens * arch.hidden * width * (grid.tp - 1) / grid.tp
-    lora_full = any(policy is RecomputePolicy.FULL for policy in plan.recompute)
     zero3, shards = config.parallel.engine == "zero3", grid.dp * grid.cp
     away = config.parallel.offload.params == "cpu"
 
@@ -63,8 +63,9 @@ def traffic(plan: RunPlan) -> Traffic:
     return Traffic(
         # q k v and gate up gather, o and down sum.
         tensor_forward=4 * hidden,
-        # The same the other way; a tiled MLP gathers its input once more.
-        tensor_backward=(5 if lora_full else 4) * hidden,
+        # The same the other way.
+        tensor_backward=4 * hidden,
+        tensor_tiled=hidden,
         # Attention's two; the MLP's are in the backward.
         tensor_again=2 * hidden,
         halo=float(halo),

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
-from parallel.world.grid import GridPlan
-from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import query_key_pairs
+from pipeline.planning.balance import attention_work
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
@@ -61,32 +58,15 @@ class LayerWork:
     """What a policy computes a second time."""
 
 
-def width_of(plan: RunPlan) -> int:
-    """Bytes of a number."""
-    return 4 if plan.config.model.dtype == "fp32" else 2
-
-
 def tokens_of(plan: RunPlan) -> int:
     """Tokens T of a micro-batch that a tensor-parallel group works on."""
     return plan.config.train.micro_batch * plan.grid.shard_tokens(plan.sequence)
 
 
-@cache
-def pairs_by_rank(
-    heads: int, kv_heads: int, spec: AttentionSpec, sequence: int, tp: int, cp: int
-) -> tuple[tuple[int, ...], ...]:
-    """(query head, query, key) triples of every tensor rank's context ranks, of one sequence in one layer."""
-    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
-    layout, local = SequenceLayout.dense(1, cp * tokens), heads // tp
-    plans = [head_plan(rank * local, local, heads, kv_heads, spec.shifted_heads) for rank in range(tp)]
-    known = {plan: query_key_pairs(layout, spec, plan, cp, tokens) for plan in plans}
-    return tuple(known[plan] for plan in plans)
-
-
 def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
     """Triples (query head, query, key) of a rank's micro-batch in one layer; None: of the busiest rank."""
     arch, grid = plan.arch, plan.grid
-    found = pairs_by_rank(arch.heads, arch.kv_heads, plan.attention, plan.sequence, grid.tp, grid.cp)
+    found = attention_work(arch, plan.sequence, plan.attention, grid.tp, grid.cp)
     if rank is None:
         return max(max(row) for row in found) * plan.config.train.micro_batch
     place = grid.coordinates(rank)
@@ -95,7 +75,7 @@ def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
 
 def _product(plan: RunPlan, parts: Iterable[str]) -> Work:
     """One product over all tokens of the tensor-parallel group, forward; its input gradient counts the same."""
-    tokens, tp, width = tokens_of(plan), plan.grid.tp, width_of(plan)
+    tokens, tp, width = tokens_of(plan), plan.grid.tp, plan.config.model.element_bytes
     shapes = {part: projection_shape(part, plan.arch) for part in parts}
     rows, columns = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))[1]
     if any(part in ROW_PARALLEL for part in shapes):
@@ -107,7 +87,7 @@ def _product(plan: RunPlan, parts: Iterable[str]) -> Work:
 
 def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     """Counts of one layer of a rank; None: of the busiest."""
-    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), width_of(plan)
+    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
     hidden, ffn = arch.hidden / tp, arch.ffn / tp
     rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
     products = {parts: _product(plan, parts) for parts in FUSED}
@@ -142,7 +122,7 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
 
 def loss_work(plan: RunPlan) -> Work:
     """The output matrix's products, its loss and the embedding, forward and backward, of one micro-batch."""
-    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), width_of(plan)
+    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
     rows = padded_vocab(arch, tp) // tp
     trains = "lm_head" in plan.config.train.trainable or (arch.tied and "embed" in plan.config.train.trainable)
     times = 3 if trains else 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from operator import itemgetter
 
 from parallel.world.grid import GridPlan
@@ -15,12 +16,22 @@ EVEN = 1.1
 """Work of the busiest rank over the mean up to which nothing is said."""
 
 
-def attention_work(arch: LlamaArch, sequence: int, spec: AttentionSpec, tp: int, cp: int) -> list[tuple[int, ...]]:
+Work = tuple[tuple[int, ...], ...]
+"""By tensor rank, by context rank."""
+
+
+def attention_work(arch: LlamaArch, sequence: int, spec: AttentionSpec, tp: int, cp: int) -> Work:
     """(query head, query, key) triples of each tensor rank's context ranks, the last one's padding counted."""
+    return _attention_work(arch.heads, arch.kv_heads, sequence, spec, tp, cp)
+
+
+@cache
+def _attention_work(heads: int, kv_heads: int, sequence: int, spec: AttentionSpec, tp: int, cp: int) -> Work:
     tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
-    layout, local = SequenceLayout.dense(1, cp * tokens), arch.heads // tp
-    plans = [head_plan(rank * local, local, arch.heads, arch.kv_heads, spec.shifted_heads) for rank in range(tp)]
-    return [query_key_pairs(layout, spec, plan, cp, tokens) for plan in plans]
+    layout, local = SequenceLayout.dense(1, cp * tokens), heads // tp
+    plans = [head_plan(rank * local, local, heads, kv_heads, spec.shifted_heads) for rank in range(tp)]
+    known = {plan: query_key_pairs(layout, spec, plan, cp, tokens) for plan in plans}
+    return tuple(known[plan] for plan in plans)
 
 
 def busiest_rank(arch: LlamaArch, sequence: int, spec: AttentionSpec, grid: GridPlan) -> int:

@@ -139,7 +139,7 @@ def _most_parked(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     """Layers whose gate and up reach the host while a stage's forward pass is computed."""
     tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
     operations = layers * tokens * _operations(arch, tuple(PROJECTIONS)) / grid.tp
-    width = 4 if config.model.dtype == "fp32" else 2
+    width = config.model.element_bytes
     bytes_a_layer = 2 * tokens * arch.ffn // grid.tp * width
     away = 0.0
     if config.parallel.offload.params == "cpu":

@@ -99,7 +99,7 @@ def estimate_memory(
         stream: tokens of a streamed sequence at work at once; None: all.
     """
     counts = count_parameters(config, arch)
-    width = 4 if config.model.dtype == "fp32" else 2
+    width = config.model.element_bytes
     shards = grid.dp * grid.cp
     zero3 = config.parallel.engine == "zero3"
     offload = config.parallel.offload

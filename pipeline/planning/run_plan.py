@@ -28,7 +28,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
-from pipeline.planning.fill_memory import LEFT, fill_memory
+from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
@@ -112,21 +112,13 @@ def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, .
 
 
 def plan_policies(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range], stream: int | None = None
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, chunks: Sequence[range], gpu: int | None, stream: int | None
 ) -> tuple[RecomputePolicy, ...]:
-    """What every layer keeps; for `auto` by the memory of this machine's GPUs."""
+    """What every layer keeps; for `auto` by the bytes of a GPU."""
     train = config.train
     if train.recompute == "auto":
-        return fill_memory(config, arch, grid, chunks, smallest_gpu(), stream)
+        return fill_memory(config, arch, grid, chunks, gpu, stream)
     return plan_recompute(train.recompute, arch.layers, train.gate_up)
-
-
-def on_gpus_of(config: RunConfig, gib: float | None) -> RunConfig:
-    """The configuration for GPUs of this memory, where `auto` would look at this machine's; None: unchanged."""
-    train = config.train
-    if gib is None or train.recompute != "auto" or train.gpu_gib is not None:
-        return config
-    return replace(config, train=replace(train, gpu_gib=gib * (1 - LEFT)))
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,7 @@ class RunPlan:
         Args:
             arch, rope: from `plan_model`.
             world: ranks.
-            gpu: bytes of the smallest GPU, which `train.stream: auto` looks at; None: unknown.
+            gpu: bytes of the smallest GPU, which train.stream and train.recompute look at on auto; None: unknown.
 
         Raises:
             ConfigError: the ranks do not fit the settings or the model.
@@ -182,14 +174,14 @@ class RunPlan:
             chunks=chunks,
             attention=replace(attention_spec(config.attention, config.group), kernels=kernels),
             full_attention=replace(full_attention(config.attention), kernels=kernels),
-            recompute=plan_policies(config, arch, grid, chunks, stream),
+            recompute=plan_policies(config, arch, grid, chunks, gpu, stream),
             stream=stream,
         )
 
     @classmethod
-    def shaped(cls, config: RunConfig, stored: LlamaArch, world: int) -> RunPlan:
+    def shaped(cls, config: RunConfig, stored: LlamaArch, world: int, gpu: int | None = None) -> RunPlan:
         """The plan for a checkpoint of this shape, which need not be there; see `of` and `plan_model`."""
-        return cls.of(config, *plan_model(config.model, stored), world)
+        return cls.of(config, *plan_model(config.model, stored), world, gpu)
 
     @property
     def sequence(self) -> int:
@@ -213,12 +205,12 @@ class RunPlan:
         return self.config.eval.prefill or self.stream
 
     def prefill_costs(self) -> tuple[PrefillCost, ...]:
-        """Of each evaluation length that goes through in chunks, in bf16."""
+        """Of each evaluation length that goes through in chunks."""
         settings, at_once = self.config.eval, self.prefill
         if settings.path is None or at_once is None:
             return ()
         lengths = settings.lengths or (self.config.model.context,)
-        width = 4 if self.config.model.dtype == "fp32" else 2
+        width = self.config.model.element_bytes
         return tuple(prefill_cost(self.arch, self.grid, n, at_once, width) for n in lengths if n > at_once)
 
     def balance(self) -> tuple[str, ...]:
@@ -246,11 +238,12 @@ class RunPlan:
         return replace(self, rope=plan_rope(self.arch, RopeSettings(), self.arch.max_positions))
 
 
-def plan_run(config: RunConfig, world: int) -> RunPlan:
+def plan_run(config: RunConfig, world: int, gpu: int | None = None) -> RunPlan:
     """The plan of a run, and with it everything that can be refused before torch allocates.
 
     Args:
         world: ranks.
+        gpu: bytes of a GPU; None: of the smallest of this machine's.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each, of grid, batch, files, architecture or RoPE.
@@ -267,5 +260,6 @@ def plan_run(config: RunConfig, world: int) -> RunPlan:
         raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards{hub}.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
-    gpu = smallest_gpu() if config.train.stream == "auto" else None
+    if gpu is None and "auto" in (config.train.stream, config.train.recompute):
+        gpu = smallest_gpu()
     return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world, gpu)

@@ -229,8 +229,8 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     if stored is not None:
         settings, model = check_settings(config.model, stored)
         files.append(settings)
-    smallest = min((gpu.total for gpu in machine.gpus), default=None)
-    layout, plan = (chosen, None) if chosen and chosen.problem else check_layout(config, model, world, smallest)
+    memory = None if device is None else device.memory
+    layout, plan = (chosen, None) if chosen and chosen.problem else check_layout(config, model, world, memory)
     if plan is not None and stored is not None and device is not None and not any(f.problem for f in files):
         layout = replace(layout, advice=(*layout.advice, *faster(plan, stored, device, chosen)))
     field = config.data.text_field

@@ -65,18 +65,22 @@ class Planned:
             raise
 
 
-def settled(config: RunConfig, env: RankEnv, device: Device | None = None) -> tuple[RunConfig, str]:
+def settled(
+    config: RunConfig, env: RankEnv, device: Device | None = None, *, resumes: bool = True
+) -> tuple[RunConfig, str]:
     """The configuration with a layout, and what was chosen (`planner.auto.settle`).
 
     Args:
         device: None: this rank's.
+        resumes: see `settle`.
 
     Raises:
         ConfigError, CheckpointError: nothing fits, or there is no checkpoint to plan for.
     """
     if not config.parallel.auto:
         return config, ""
-    found = settle(config, read_arch(Path(config.model.path)), device or this_device(env), env.world_size)
+    stored, here = read_arch(Path(config.model.path)), device or this_device(env)
+    found = settle(config, stored, here, env.world_size, resumes=resumes)
     return found.config, found.chosen
 
 

@@ -13,7 +13,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.yaml_file import load_config
 from pipeline.planner.auto import RECORD
-from pipeline.planner.gpus import GIB
+from pipeline.planning.memory import GIB
 from pipeline.train import main
 from pipeline.training.planned import settled
 from tests.numerics.test_training import losses, run_here, write_run

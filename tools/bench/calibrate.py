@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
-from pipeline.planner.gpus import GIB, RATES, SHARES, Gpu, named_by
+from pipeline.planner.gpus import RATES, SHARES, Gpu, named_by
+from pipeline.planner.host_memory import host_limit
+from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
 
 SIDE = 8192
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise ConfigError("tools.bench.calibrate: PyTorch sees no GPU to measure; run it on the machine to plan for.")
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    entry = description(measure(), device, memory, torch.cuda.device_count(), psutil.virtual_memory().total)
+    entry = description(measure(), device, memory, torch.cuda.device_count(), host_limit())
     known = named_by(device)
     name = f"{known.name if known else device.lower().replace(' ', '-')}-here"
     text = yaml.safe_dump({name: entry}, sort_keys=False)

@@ -41,6 +41,7 @@ from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_base
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
 from pipeline.storage.json_file import write_json
@@ -50,7 +51,6 @@ from tools.support.bench_rows import append_rows
 from tools.support.command_line import console_of
 from tools.support.shapes import config_json, llama2
 
-GIB = 1 << 30
 CONTEXT = 32768
 TP = 8
 

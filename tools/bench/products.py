@@ -19,10 +19,10 @@ import torch
 
 from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight
 from pipeline.model.layers.quantized_weight import empty
+from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
 
 FORMS = ("dense", "fp8", "nf4")
-GIB = 1 << 30
 
 
 def measure(work: Callable[[], torch.Tensor], repeats: int) -> tuple[float, float]:

@@ -35,6 +35,7 @@ import torch
 import yaml
 
 from parallel.errors import ConfigError, LongspanError
+from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
@@ -51,6 +52,7 @@ from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
+from tools.support.gpu_cap import cap_memory
 from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
 from tools.support.shapes import SIZES, llama2
@@ -119,7 +121,7 @@ def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
     shared = config.parallel.tp * config.parallel.cp
     batch = config.train.micro_batch * args.micro_batches * max(1, world // shared)
     config = replace(config, train=replace(config.train, global_batch=batch))
-    return RunPlan.shaped(config, arch, world)
+    return RunPlan.shaped(config, arch, world, smallest_gpu())
 
 
 def stepper(
@@ -244,9 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, "This benchmark needs a CUDA device; none was found.\n")
     try:
         env = RankEnv.read()
-        if args.cap_gib:
-            total = torch.cuda.get_device_properties(env.local_rank).total_memory / GIB
-            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib / total), env.local_rank)
+        cap_memory(args.cap_gib, env.local_rank)
         world = env.world_size if env.launched else args.tp * args.cp
         rows = measure_all(args, env, world)
     except LongspanError as error:

@@ -32,6 +32,7 @@ from pipeline.config.sections import POLICIES, LoraConfig
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, mark_trainable
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
 from tools.support.bench_rows import append_rows, print_rows
@@ -42,7 +43,6 @@ from tools.support.timed_step import TimedStep
 
 MODELS = {"llama3-8b": "8b", **{f"llama2-{size}": size for size in SIZES}}
 KINDS = ("lora", "embed", "norm")
-GIB = 1 << 30
 
 
 def fill(model: RankModel) -> None:

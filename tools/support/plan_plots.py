@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from pipeline.planner.choose import Candidate
 from pipeline.planner.explain import named
 from pipeline.planner.footprint import KINDS, by_stage
-from pipeline.planner.gpus import GIB
+from pipeline.planning.memory import GIB
 
 COLORS = (
     *("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00"),

@@ -16,8 +16,9 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.planner.clock import step_time
 from pipeline.planner.footprint import footprint
-from pipeline.planner.gpus import GIB, find_gpu
+from pipeline.planner.gpus import find_gpu
 from pipeline.planner.models import find_model
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
 POINTS = Path(__file__).parents[1] / "bench" / "points.yaml"

@@ -10,12 +10,12 @@ from rich.table import Table
 from pipeline.config.run import RunConfig
 from pipeline.planner.choose import Timed
 from pipeline.planner.explain import named, why
-from pipeline.planner.gpus import GIB
 from pipeline.planner.scaling import Point, efficiency, where_it_stops
+from pipeline.planning.memory import GIB
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB; a trace of them as such."""
+    """Bytes as GiB."""
     return f"{size / GIB:.2f}"
 
 
@@ -41,12 +41,6 @@ def show_scaling(console: Console, config: RunConfig, points: Sequence[Point], w
         console.print(sentence)
 
 
-def tokens_per_second(one: Timed) -> float:
-    """Of one GPU."""
-    plan = one.candidate.plan
-    return plan.batch.global_batch * plan.sequence / one.time.total / plan.grid.world_size
-
-
 def show_layouts(console: Console, best: Sequence[Timed]) -> None:
     """The best and the next ones, with why."""
     first = best[0]
@@ -63,7 +57,7 @@ def show_layouts(console: Console, best: Sequence[Timed]) -> None:
         table.add_row(
             named(one.candidate.plan),
             f"{one.time.total:.2f}",
-            f"{tokens_per_second(one):,.0f}",
+            f"{one.tokens_per_second:,.0f}",
             gib(one.candidate.memory.gpu_total),
             why(one, first),
         )
@@ -95,7 +89,7 @@ def show_plan(console: Console, one: Timed) -> None:
     steps = plan.config.train.steps
     hours = steps * time.total / 3600
     console.print(
-        f"{tokens_per_second(one):,.0f} tokens/s a GPU, {tokens_per_second(one) * site.gpus:,.0f} in all; {steps:,} "
+        f"{one.tokens_per_second:,.0f} tokens/s a GPU, {one.tokens_per_second * site.gpus:,.0f} in all; {steps:,} "
         f"steps ({steps * plan.batch.global_batch * plan.sequence / 1e9:.3g}B tokens) take {hours:.1f} hours, "
         f"{hours * site.gpus:.0f} GPU hours; {time.largest} limit it. Evaluations and saves come on top."
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from parallel.errors import CheckpointError
 from pipeline.planner.auto import RECORD
-from pipeline.planner.gpus import GIB
+from pipeline.planning.memory import GIB
 from pipeline.storage.json_file import read_object
 
 LEAST_ROWS = 2

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from pipeline.planner.models import find_model
 from pipeline.planning.arch import LlamaArch
 
-# hidden, FFN, layers, query heads, KV heads
-_LLAMA3_8B = (4096, 14336, 32, 32, 8)
-_LLAMA2 = {
-    "70b": (8192, 28672, 80, 64, 8),
-    "13b": (5120, 13824, 40, 40, 40),
-    "7b": (4096, 11008, 32, 32, 32),
-}
-SIZES = tuple(_LLAMA2)
+SIZES = ("70b", "13b", "7b")
 KNOWN = (*SIZES, "8b")
 
 
 def llama2(size: str, layers: int | None = None) -> LlamaArch:
     """Llama-2 of one of SIZES, optionally with fewer layers."""
-    return _llama(_LLAMA2[size], layers, 32000, 10000.0, 4096)
+    return _shape(f"llama2-{size}", layers)
 
 
 def llama3_8b(layers: int | None = None) -> LlamaArch:
     """Llama-3 8B, optionally with fewer layers."""
-    return _llama(_LLAMA3_8B, layers, 128256, 500000.0, 8192)
+    return _shape("llama3-8b", layers)
 
 
 def shape_of(size: str, layers: int | None = None) -> LlamaArch:
@@ -32,30 +27,10 @@ def shape_of(size: str, layers: int | None = None) -> LlamaArch:
     return llama3_8b(layers) if size == "8b" else llama2(size, layers)
 
 
-def _llama(
-    sizes: tuple[int, int, int, int, int], layers: int | None, vocab: int, theta: float, context: int
-) -> LlamaArch:
-    hidden, ffn, depth, heads, kv_heads = sizes
-    return LlamaArch(
-        model_type="llama",
-        hidden=hidden,
-        ffn=ffn,
-        layers=layers or depth,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=128,
-        vocab=vocab,
-        norm_eps=1e-5,
-        rope_theta=theta,
-        rope_scaling=None,
-        max_positions=context,
-        tied=False,
-        attention_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        bos_id=1,
-        eos_id=2,
-    )
+def _shape(name: str, layers: int | None) -> LlamaArch:
+    """A published model's, with ids that a small stand-in tokenizer has too."""
+    arch = find_model(name).arch
+    return replace(arch, layers=layers or arch.layers, bos_id=1, eos_id=2)
 
 
 def config_json(arch: LlamaArch) -> dict[str, Any]:

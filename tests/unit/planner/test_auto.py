@@ -12,9 +12,13 @@ from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.planner.auto import RECORD, Device, plan_record, settle
+from pipeline.planner.choose import candidates
 from pipeline.planner.doomed import doomed, out_of_memory
-from pipeline.planner.gpus import GIB, find_gpu
+from pipeline.planner.explain import ways_out
+from pipeline.planner.footprint import footprint
+from pipeline.planner.gpus import find_gpu
 from pipeline.planner.models import find_model
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
 H100 = Device("NVIDIA H100 80GB HBM3", int(79.1 * GIB), 8, 2048 * GIB)
@@ -93,14 +97,49 @@ def test_a_doomed_run_is_told_and_one_that_may_fit_is_not(tmp_path: Path) -> Non
     assert "most of it weights" in said and "engine: zero3" in said and "79.1" in said
     fits = RunPlan.shaped(settle(auto_config(tmp_path), LLAMA2_70B, H100, 8).config, LLAMA2_70B, 8)
     assert doomed(fits, LLAMA2_70B, site) == ""
-    # 67.4 GiB were measured: with 66 the formula cannot be sure, with 60 it is.
-    assert doomed(fits, LLAMA2_70B, replace(site, gpu=replace(site.gpu, memory=66 * GIB))) == ""
-    assert doomed(fits, LLAMA2_70B, replace(site, gpu=replace(site.gpu, memory=60 * GIB)))
+    # The formula has missed by 4%: with a little less than what it says it cannot be sure, with much less it is.
+    takes = footprint(fits, 8).allocated
+    assert doomed(fits, LLAMA2_70B, replace(site, gpu=replace(site.gpu, memory=int(0.97 * takes)))) == ""
+    assert doomed(fits, LLAMA2_70B, replace(site, gpu=replace(site.gpu, memory=int(0.94 * takes))))
 
 
 def test_out_of_memory_shows_the_plan_and_what_would_have_fitted(tmp_path: Path) -> None:
     plan = RunPlan.shaped(settle(auto_config(tmp_path), LLAMA2_70B, H100, 8).config, LLAMA2_70B, 8)
     said = out_of_memory(plan, LLAMA2_70B, H100.site(8), 70 * GIB, 78 * GIB)
-    assert "kept activations 57.0" in said and "allocated 70.0 and reserved 78.0" in said
-    assert "would have fitted" in said and "train.recompute: " in said
+    kept = footprint(plan, 8).gpu["kept activations"] / GIB
+    assert f"kept activations {kept:.1f}" in said and "allocated 70.0 and reserved 78.0" in said
+    assert "would have fitted" in said and "cp: 4" in said and "train.recompute: gate_up" in said
     assert find_gpu("h100-80gb").memory == H100.memory
+
+
+def test_settings_that_a_layout_forbids_leave_the_others(tmp_path: Path) -> None:
+    """Such as gate and up in 8 bits, which only what keeps them knows, or a stream that some ranks do not divide."""
+    for extra in ("gate_up: fp8, recompute: pointwise", "recompute: auto, gpu_gib: 40", "stream: 8192"):
+        path = tmp_path / "run.yaml"
+        auto_config(tmp_path, "attention: {group_size: 8192}\nparallel: auto")
+        path.write_text(path.read_text().replace("steps: 10", f"steps: 10, {extra}"))
+        found = settle(load_config(path), LLAMA2_70B, H100, 8)
+        assert found.auto and "chose" in found.chosen, extra
+    asked = load_config(path, ["train.stream=null", "train.recompute=pointwise", "train.gate_up=fp8"])
+    kept = {one.plan.config.train.gate_up for one in candidates(asked, LLAMA2_70B, H100.site(8))}
+    assert kept == {"fp8", "gpu"}
+
+
+def test_a_refusal_says_what_would_fit_also_of_auto(tmp_path: Path) -> None:
+    small = replace(H100, memory=8 * GIB)
+    with pytest.raises(ConfigError) as error:
+        settle(auto_config(tmp_path), LLAMA2_70B, small, 8)
+    config = auto_config(tmp_path, "parallel: {cp: 1}")
+    ways = [way.change for way in ways_out(config, LLAMA2_70B, small.site(8))]
+    assert ways and f"it would fit with {', or '.join(ways)}" in str(error.value)
+
+
+def test_an_evaluation_takes_the_layout_a_run_had_on_any_ranks(tmp_path: Path) -> None:
+    config = auto_config(tmp_path)
+    first = settle(config, LLAMA2_70B, H100, 8)
+    (tmp_path / "run").mkdir()
+    record = plan_record(RunPlan.shaped(first.config, LLAMA2_70B, 8), H100.site(8), auto=True)
+    (tmp_path / "run" / RECORD).write_text(json.dumps(record))
+    assert settle(config, LLAMA2_70B, H100, 1, resumes=False).config == first.config
+    with pytest.raises(ConfigError, match="No layout fits"):
+        settle(config, LLAMA2_70B, replace(H100, host=64 * GIB), 1)

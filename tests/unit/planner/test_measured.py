@@ -10,7 +10,7 @@ from pipeline.planner import clock
 from pipeline.planner.gpus import find_gpu
 from tools.support.plan_points import POINTS, Miss, misses, read_points, summary
 
-BOUNDS = {"seconds": (0.05, 0.10), "allocated": (0.03, 0.05), "reserved": (0.04, 0.05), "host": (0.02, 0.05)}
+BOUNDS = {"seconds": (0.05, 0.10), "allocated": (0.02, 0.05), "reserved": (0.04, 0.05), "host": (0.02, 0.05)}
 """(median, worst) of the relative misses."""
 
 
@@ -55,7 +55,7 @@ def test_every_constant_matters(constant: str) -> None:
 
 def test_where_a_step_goes() -> None:
     """docs/LOG.md 2026-11-28: of 2.62 s on the busiest of CP8 ranks 1.58 are products and 0.37 attention."""
-    point = next(point for point in read_points() if point.name == "70B CP8 offload none")
+    point = next(point for point in read_points() if point.name == "70B CP8 offload pointwise")
     parts = clock.step_time(point.plan(), find_gpu(point.gpu), alone=True).parts
     assert parts["products"] == pytest.approx(1.58, rel=0.05)
     assert parts["attention"] == pytest.approx(0.37, rel=0.05)

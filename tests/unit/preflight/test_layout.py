@@ -22,10 +22,11 @@ def test_a_layout_is_chosen_and_a_slow_one_is_told(tmp_path: Path) -> None:
     node = Device(A100.name, A100.total, 8, 2048 * GIB)
     plan = RunPlan.shaped(config, stored, 8)
     (told,) = layout.faster(plan, stored, node, None)
-    assert "cp: 8" in told and "train.recompute: " in told and "less time a step" in told
+    assert "cp: 8" in told and "less time a step" in told
     auto = load_config(ROOT / "launch/configs/llama2_70b_32k.yaml", ["parallel=auto"])
     chosen, finding = layout.settle_layout(auto, stored, node, 8)
     assert finding is not None and not finding.problem and chosen.parallel.cp == 8
+    assert f"train.recompute: {chosen.train.recompute}" in told
     best = RunPlan.shaped(chosen, stored, 8)
     assert layout.faster(best, stored, node, None) == (), "nothing is faster than the best"
     for device, shape, lacking in ((None, stored, "GPUs"), (node, None, "a readable model")):

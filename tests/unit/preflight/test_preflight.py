@@ -304,13 +304,12 @@ def test_survey_of_a_run_that_has_everything_and_of_one_that_has_nothing(tmp_pat
     assert "GPU memory" not in problems, "nothing is known of it without the model"
 
 
-def test_the_70b_run_needs_what_its_yaml_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_70b_run_needs_what_its_yaml_says() -> None:
     from tools.support.shapes import llama2
 
-    monkeypatch.setattr("pipeline.planning.run_plan.smallest_gpu", lambda: 80 * 10**9)
     path = ROOT / "launch/configs/llama2_70b_32k.yaml"
     config = load_config(path)
-    estimate = RunPlan.of(config, *plan_model(config.model, llama2("70b")), 8).memory()
+    estimate = RunPlan.of(config, *plan_model(config.model, llama2("70b")), 8, 80 * 10**9).memory()
     said = f"About {estimate.gpu_total / GIB:.0f} GiB a GPU, {estimate.host_total(8) / GIB:.0f} GiB of host memory"
     assert said in path.read_text()
 

@@ -12,7 +12,8 @@ import yaml
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.planner.clock import FITTED, step_time
-from pipeline.planner.gpus import GIB, find_gpu
+from pipeline.planner.gpus import find_gpu
+from pipeline.planning.memory import GIB
 from tests.support.tiny_models import make_tiny
 from tools.bench.calibrate import description
 from tools.bench.plan import GRID, extended, main, measure_once, read_grid
