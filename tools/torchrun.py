@@ -83,7 +83,8 @@ class Forwarder:
     def failed(self, error: ChildFailedError) -> int:
         """The exit code of a failed job; tells what its processes cannot have told."""
         codes = {failure.exitcode for failure in error.failures.values()}
-        if self.number and codes <= {-self.number, 128 + self.number}:
+        # A rank that had not begun when the signal came is ended by torchrun, once another was ended by it.
+        if self.number and codes - {-signal.SIGTERM} <= {-self.number, 128 + self.number}:
             say(
                 f"{stop_name(self.number)} came before the first step or after the last: nothing was to be saved; "
                 "rerun the same command to go on."

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from parallel.axes.pinned import pin, unpin
+from parallel.axes.pinned import pin, unpin, whole_pages
 from parallel.errors import LongspanError
 from parallel.world.groups import Groups
 from parallel.world.lone_rank import to_receive
@@ -189,7 +189,9 @@ class FrozenShards:
         if self.offload:
             # One block of our own: DeepSpeed would first copy to another what holds nothing yet, and its pinned blocks
             # are rounded up to powers of two (143 GiB for 128 at 70B).
-            self._arena = torch.empty(sum(unit.numel for unit in self.units) // self.world, dtype=self.dtype)
+            elements = sum(unit.numel for unit in self.units) // self.world
+            size = elements * self.dtype.itemsize
+            self._arena = whole_pages(size)[:size].view(self.dtype)
             if self.device.type == "cuda":
                 self._pin(self._arena)
         begin = 0
@@ -279,6 +281,7 @@ class FrozenShards:
         others = [n for n, held in enumerate(self._holds) if held is None or not any(held is one for one in keep)]
         number = min(others, key=lambda n: self._holds[n] is not None)  # a free one, if there is one
         evicted = self._holds[number]
+        unfinished = None if evicted is None else evicted.ready
         if evicted is not None:
             self._evict(evicted)
         self._holds[number], unit.slot = unit, number
@@ -295,6 +298,9 @@ class FrozenShards:
         copies, gathers = self._streams
         # Kernels launched so far may still read what the buffer held.
         copies.wait_stream(torch.cuda.current_stream())
+        if unfinished is not None:
+            # And it may still be filled: with a unit that was fetched ahead and not used, as a chunk without loss does.
+            copies.wait_event(unfinished)
         mine = share
         with torch.cuda.stream(copies):
             if self.world == 1 or share.device.type == "cpu":

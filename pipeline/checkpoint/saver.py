@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.axes.pinned import pin, unpin
+from parallel.axes.pinned import pin, unpin, whole_pages
 from parallel.errors import CheckpointError, LongspanError
 from parallel.world.collectives import agree
 from parallel.world.groups import Groups
@@ -69,7 +69,8 @@ class HostCopy:
     def __init__(self, pieces: Sequence[StatePiece]) -> None:
         self._elements = sum(tensor.numel() for piece in pieces for tensor in piece.state.values())
         # Zeroed, so that its pages are there when the first save needs them.
-        self._flat = torch.zeros(self._elements, dtype=torch.float32)
+        size = self._elements * torch.float32.itemsize
+        self._flat = whole_pages(size)[:size].view(torch.float32).zero_()
         on_gpu = any(tensor.is_cuda for piece in pieces for tensor in piece.state.values())
         self._registered = bool(on_gpu and self._elements)
         if self._registered:

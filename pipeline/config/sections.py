@@ -242,6 +242,11 @@ class TrainConfig:
                 f"train.gate_up: {self.gate_up} is for train.recompute pointwise and auto; {self.recompute} keeps gate "
                 "and up on the GPU or not at all."
             )
+        if self.gate_up != "gpu" and "kernels" in self.without:
+            raise ConfigError(
+                f"train.without: kernels leaves no way to keep gate and up as train.gate_up: {self.gate_up} says; "
+                "remove one of the two."
+            )
         if self.gpu_gib is not None:
             at_least("train.gpu_gib", self.gpu_gib, 1)
             if self.recompute != "auto":

@@ -63,7 +63,7 @@ class LayerFamily:
     """Whether one kernel cuts q, k and v and applies RoPE."""
 
 
-def _megatrons_mlp(recompute: RecomputePolicy, **kwargs: Any) -> MLP:
+def _megatrons_mlp(recompute: RecomputePolicy, fused: bool, **kwargs: Any) -> MLP:
     return MLP(**kwargs)
 
 
@@ -163,6 +163,7 @@ def _mlp(
         """As megatron's layer builds its MLP."""
         return family.mlp(
             recompute=recompute,
+            fused=family.fused,
             config=config,
             submodules=submodules,
             tp_group=pg_collection.tp,

@@ -185,7 +185,8 @@ def test_a_signal_with_nothing_to_save_ends_it_at_once(mark: str, tmp_path: Path
     """Its processes are still starting, or wait for another machine."""
     job = launch(mark, write_run(tmp_path, "mark"), "train.steps=5000")
     until = time.monotonic() + 60
-    while not psutil.Process(job.pid).children() or "tools.launch" not in " ".join(psutil.Process(job.pid).cmdline()):
+    launcher = psutil.Process(job.pid)
+    while "tools.launch" not in " ".join(launcher.cmdline()) or not launcher.children():
         assert time.monotonic() < until
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)

@@ -195,7 +195,7 @@ class AdaptedLinear(torch.nn.Module):
             now, later = (None, bias) if self.base.skip_bias_add else (bias, None)
             factors = adapters.stacked_a(), adapters.fused_b()
             skip = isinstance(self.base, LastRowParallelLinear) and recomputing()
-            return Joint.apply(input_, *factors, weight, now, adapters.lora.scale, recipe, skip), later
+            return Joint.apply(input_, *factors, weight, now, adapters.lora.scale, recipe, skip, adapters.fused), later
         base, bias = self.base(input_, *args, **kwargs)
         return self.adapters(input_, base), bias
 

@@ -102,6 +102,7 @@ class Joint(torch.autograd.Function):
         scale: float,
         recipe: Recipe | None,
         skip: bool,
+        fused: bool,
     ) -> torch.Tensor:
         low = low_rank(x, a_RI)
         if skip:
@@ -110,7 +111,7 @@ class Joint(torch.autograd.Function):
             out = weight.product(x)
             if bias_O is not None:
                 out.add_(bias_O)
-            add_update(out.view(-1, out.shape[-1]), low.flatten(0, -2), b_OR, scale, True)
+            add_update(out.view(-1, out.shape[-1]), low.flatten(0, -2), b_OR, scale, fused)
         ctx.save_for_backward(a_RI, b_OR, low, *((x,) if recipe is None else recipe.sources))
         ctx.weight, ctx.scale, ctx.tokens = weight, scale, x.shape[0]
         ctx.make = None if recipe is None else recipe.make
@@ -132,4 +133,4 @@ class Joint(torch.autograd.Function):
             grad_a = grad_low.t() @ x.flatten(0, -2)
         if wanted[2]:
             grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale)
-        return grad_x, grad_a, grad_b, None, None, None, None, None
+        return grad_x, grad_a, grad_b, None, None, None, None, None, None

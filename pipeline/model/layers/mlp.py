@@ -46,10 +46,11 @@ class _FrozenMlp(torch.autograd.Function):
         group: dist.ProcessGroup,
         skip: bool,
         recipe: Recipe | None,
+        fused: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(*((own,) if recipe is None else recipe.sources))
         ctx.gate_up, ctx.down = gate_up, down
-        ctx.group, ctx.make = group, None if recipe is None else recipe.make
+        ctx.group, ctx.make, ctx.fused = group, None if recipe is None else recipe.make, fused
         if skip:
             return placeholder(own, own.shape)
         tiles = _tiles(group, own, gate_up)
@@ -57,7 +58,7 @@ class _FrozenMlp(torch.autograd.Function):
         scatter = tiles.scatter(out)
         gathered = tiles.gather(own)
         for span in tiles.spans:
-            sum_product(scatter, span, swiglu(gate_up.product(next(gathered))), down.product)
+            sum_product(scatter, span, swiglu(gate_up.product(next(gathered)), fused), down.product)
         scatter.finish()
         return out
 
@@ -77,12 +78,12 @@ class _FrozenMlp(torch.autograd.Function):
             slope = ctx.down.grad_input(next(gathered))
             # The last tile's sums had two products' time.
             scatter.finish()
-            swiglu_gradient_(gate_up, slope, gate_up)
+            swiglu_gradient_(gate_up, slope, gate_up, ctx.fused)
             del slope
             sum_product(scatter, span, gate_up, ctx.gate_up.grad_input)
             del gate_up
         scatter.finish()
-        return grad_own, None, None, None, None, None
+        return grad_own, None, None, None, None, None, None
 
 
 class TiledMLP(MLP):
@@ -92,11 +93,12 @@ class TiledMLP(MLP):
 
     Args:
         recompute: of the layer it is in.
+        fused: use SwiGLU's kernels in tiles.
     """
 
-    def __init__(self, *args: Any, recompute: RecomputePolicy, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute: RecomputePolicy, fused: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recompute = recompute
+        self.recompute, self.fused = recompute, fused
 
     def forward(  # megatron's arguments for experts have no meaning here
         self, hidden_states: torch.Tensor, **_: Any
@@ -108,8 +110,8 @@ class TiledMLP(MLP):
             if self.recompute is RecomputePolicy.GATE_UP and self.training:
                 return tensor_parallel.checkpoint(lambda hidden: self._whole(hidden)[0], False, hidden_states), None
             return self._whole(hidden_states)
-        group = self.linear_fc1.tp_group
-        return _FrozenMlp.apply(hidden_states, *weights, group, recomputing(), recipe_of(hidden_states)), None
+        where = self.linear_fc1.tp_group, recomputing(), recipe_of(hidden_states)
+        return _FrozenMlp.apply(hidden_states, *weights, *where, self.fused), None
 
     def _whole(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All tokens at once, by megatron's own forward."""

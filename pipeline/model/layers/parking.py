@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from parallel.axes.pinned import pin
+from parallel.axes.pinned import pin, whole_pages
 from parallel.errors import LongspanError
 from pipeline.planning.activations import PARKED
 
@@ -112,7 +112,7 @@ class Parking:
         free = self._free.get((like.numel(), like.dtype))
         if free:
             return free.pop()
-        buffer = torch.empty(like.numel(), dtype=like.dtype)
+        buffer = whole_pages(like.nbytes)[: like.nbytes].view(like.dtype)
         self.bytes += buffer.nbytes
         if self._stream is not None and (error := pin(buffer)):
             raise LongspanError(

@@ -21,21 +21,25 @@ CHUNK_ELEMENTS = 1 << 26
 """Elements of the halves worked on at once in the backward: their scratch is 128 MiB a tensor in bf16."""
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [gate; up] side by side: [..., 2 F] -> [..., F], any float dtype."""
-    kernels = kernels_for(gate_up, gate_up)
+def swiglu(gate_up: torch.Tensor, fused: bool = True) -> torch.Tensor:
+    """silu(gate) * up of [gate; up] side by side: [..., 2 F] -> [..., F], any float dtype.
+
+    Args:
+        fused: use the kernel.
+    """
+    kernels = kernels_for(gate_up, gate_up) if fused else None
     if kernels is not None:
         return cast(torch.Tensor, kernels.swiglu(gate_up))
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
 
 
-def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Tensor) -> None:
+def swiglu_gradient_(gate_up: torch.Tensor, grad: torch.Tensor, result: torch.Tensor, fused: bool = True) -> None:
     """Write the gradient of `gate_up` [..., 2 F] for `grad` [..., F] into `result`, contiguous; it may be `gate_up`.
 
     Chunk by chunk, where kernels cannot do it in place: the widest tensors of a layer meet here.
     """
-    kernels = kernels_for(gate_up, gate_up, grad, result)
+    kernels = kernels_for(gate_up, gate_up, grad, result) if fused else None
     if kernels is not None:
         kernels.swiglu_gradient_(gate_up, grad, result)
         # Torch's own operations tell autograd by themselves that a tensor was written to.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def row(step: int, loss: float = 2.5) -> dict[str, Any]:
 
 
 def write(folder: Path, resume_step: int, steps: range, loss: float = 2.5) -> None:
+    # TensorBoard reads files in the order of their names: a second, and then a count by letters, where 10 is before 9.
+    while any(f".{int(time.time())}." in path.name for path in (folder / TENSORBOARD_FOLDER).glob("*")):
+        time.sleep(0.05)
     with MetricsWriter(folder, resume_step) as writer:
         for step in steps:
             writer.write(row(step, loss))
