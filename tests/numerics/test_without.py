@@ -63,7 +63,7 @@ def test_without_kernels_none_is_asked_for(recompute: str, targets: tuple[str, .
     asked = {}
     for words in ((), ("kernels",)):
         lora, rope = LoraConfig(rank=3, targets=targets), plan_rope(arch, RopeSettings(), 64)
-        model = RankModel(arch, rope, lora, single_groups(), torch.float32, recompute, without=words)
+        model = RankModel(arch, rope, lora, single_groups(), torch.bfloat16, recompute, without=words)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.1)
