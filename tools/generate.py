@@ -21,7 +21,7 @@ from pipeline.config.paths import model_path, user_path
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, program
-from tools.support.sources import load_source
+from tools.support.sources import add_model_arguments, load_source, warn_of
 
 if TYPE_CHECKING:  # it imports torch
     from pipeline.export.trained_model import TrainedModel
@@ -177,13 +177,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("tools.generate"), description="Continue a prompt with a model or with what was trained."
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = add_model_arguments(parser)
     source.add_argument("--model", type=model_path, help="Hugging Face folder, or name of the Hub")
-    source.add_argument("--run", type=user_path, help="output folder of a run; its newest checkpoint is taken")
-    source.add_argument("--checkpoint", type=user_path, help="one checkpoint folder")
-    source.add_argument("--adapter", type=user_path, help="a PEFT adapter, or LongLoRA's two files")
-    parser.add_argument("--base", type=user_path, help="where the base model lies, if it moved since training")
-    parser.add_argument("--context", type=int, help="tokens of the model, where the --adapter's files do not tell")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
     text.add_argument("--prompt-file", type=user_path, help="a file of it")
@@ -192,8 +187,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: though there is a GPU")
-    # What `load_source` reads, for adapters of other programs; export has the options.
-    parser.set_defaults(rope=None, factor=None, theta=None, original_context=None)
     return parser.parse_args(argv)
 
 
@@ -211,7 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnicodeDecodeError:
         raise DataError(f"{args.prompt_file}: is not UTF-8 text; give a text file.") from None
     cpu = args.device == "cpu"
-    loaded = load_folder(args.model, cpu) if args.model is not None else load_trained(load_source(args)[0], cpu)
+    if args.model is not None:
+        loaded = load_folder(args.model, cpu)
+    else:
+        trained, _ = load_source(args)
+        warn_of(trained)
+        loaded = load_trained(trained, cpu)
     prompt = prompt_ids(loaded, text, args.max_new)
     done = continue_prompt(loaded, prompt, args.max_new, args.chunk, args.temperature, args.seed)
     print(loaded.tokenizer.decode(done.tokens))

@@ -164,7 +164,7 @@ def verdict_section(record: RunRecord) -> str:
     own = record.facts.get("base_context")
     if not isinstance(own, int) or not {"shipped", "after"} <= record.evaluations.keys():
         return ""
-    said = verdict(record.folder, own, {"shipped", "after"} <= record.retrieval.keys())
+    said = verdict(record.folder, own)
     items = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in said)
     return section(f"Against the base at its own lengths, up to {own:,} tokens", f"<ul>{items}</ul>")
 

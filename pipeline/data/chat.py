@@ -102,6 +102,10 @@ class ChatTemplate:
             DataError: the template has no marks, and renders the beginning of a conversation otherwise than the whole.
         """
         text, spans = self._rendered(conversation)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RecordError("it escapes half a surrogate pair") from error
         encoding = self._encoder.encode(text, add_special_tokens=False)
         tokens = np.array(encoding.ids, dtype=np.uint32)
         scored = np.zeros(tokens.size, np.bool_)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
-from pipeline.data.packed import PACKINGS, opened, packing_of
+from pipeline.data.discovery import ending_of, walk
+from pipeline.data.packed import opened, packing_of
+from pipeline.data.schemas import schema_of
+from pipeline.storage.lfs import refuse_pointer
 
-_ENDINGS = tuple(
-    kind + packing
-    for kind in (".json", ".jsonl", ".ndjson", ".jsonlines")
-    for packing in ("", *(f".{name}" for name in PACKINGS))
-)
+_KINDS = (".json", ".jsonl", ".ndjson", ".jsonlines")
+"""Endings of files, before that of a packing."""
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -74,17 +74,6 @@ class Record:
         return f"{self.file}: {self.unit} {self.number}"
 
 
-def schema_of(record: dict[str, Any]) -> str | None:
-    """messages | ShareGPT | Alpaca, as a record's keys tell; None: none of them."""
-    if isinstance(record.get("messages"), list):
-        return "messages"
-    if isinstance(record.get("conversations"), list):
-        return "ShareGPT"
-    if "instruction" in record:
-        return "Alpaca"
-    return None
-
-
 def conversation_files(path: Path) -> list[Path]:
     """The file, or the JSON files of a folder (not hidden ones), sorted by relative path.
 
@@ -94,16 +83,11 @@ def conversation_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; point it at conversations ({', '.join(_ENDINGS)}).")
-    found = [
-        file
-        for file in path.rglob("*")
-        if file.name.endswith(_ENDINGS)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+        raise DataError(f"{path}: no such file or folder; point it at conversations ({', '.join(_KINDS)}).")
+    # Not a folder of prepared tokens, which may lie inside.
+    found = [file for file in walk(path) if ending_of(file.name)[0] in _KINDS and file.is_file()]
     if not found:
-        raise DataError(f"{path}: holds no conversations (no file ending in {', '.join(_ENDINGS)}).")
+        raise DataError(f"{path}: holds no conversations (no file ending in {', '.join(_KINDS)}).")
     return sorted(found, key=lambda file: file.relative_to(path).parts)
 
 
@@ -134,6 +118,7 @@ def read_records(file: Path) -> Iterator[Record]:
 
 
 def _objects(file: Path) -> Iterator[Record]:
+    refuse_pointer(file, DataError)
     try:
         with file.open("rb") as raw:
             packing = packing_of(raw.read(16))

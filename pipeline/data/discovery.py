@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from parallel.errors import DataError
-from pipeline.data.conversations import schema_of
 from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
+from pipeline.data.schemas import schema_of
 from pipeline.data.shards import is_prepared
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
@@ -119,7 +119,7 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
     found: list[TextFile] = []
     unread: list[tuple[tuple[str, ...], str]] = []
     data: list[tuple[tuple[str, ...], str]] = []
-    for file in _walk(path):
+    for file in walk(path):
         parts = file.relative_to(path).parts
         try:
             if file.is_dir():  # prepared tokens
@@ -139,7 +139,7 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
     return TextFiles(path, tuple(sorted(found, key=lambda file: file.path.relative_to(path).parts)), left)
 
 
-def _walk(path: Path) -> list[Path]:
+def walk(path: Path) -> list[Path]:
     """Files below a folder, and its folders of prepared tokens, which are not entered."""
     found: list[Path] = []
     visited: set[str] = set()
@@ -161,7 +161,7 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions.") from error
 
 
-def _ending(name: str) -> tuple[str, bool]:
+def ending_of(name: str) -> tuple[str, bool]:
     """A file name's ending without that of a packing, in lower case, and whether it had one."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     packed = bool(suffixes) and suffixes[-1].removeprefix(".") in PACKINGS
@@ -176,7 +176,7 @@ def _look(file: Path, text_field: str) -> TextFile:
         DataError: it cannot be read, or is not what its name says.
         _Unread: it is not one that is read.
     """
-    ending, named_packed = _ending(file.name)
+    ending, named_packed = ending_of(file.name)
     kind = _KINDS.get(ending)
     if not file.is_file() and kind is None:  # a pipe would be waited for, a link to nothing is nothing
         raise _Unread

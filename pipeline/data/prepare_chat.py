@@ -35,7 +35,9 @@ class Account:
     refused: Counter[str] = field(default_factory=Counter)
     """Records left out, by reason."""
     examples: dict[str, str] = field(default_factory=dict)
-    """Place of the first record by reason, and of the first that spells a special token (by that token)."""
+    """Place of the first record by reason."""
+    spelled: tuple[str, str] | None = None
+    """The first special token that a text spells, and its place."""
 
     def sentences(self) -> list[str]:
         """What to warn of."""
@@ -44,11 +46,11 @@ class Account:
             f"{self.examples[reason]})."
             for reason, count in sorted(self.refused.items())
         ]
-        if self.special:
-            token = next(name for name in self.examples if name not in self.refused)
+        if self.spelled is not None:
+            token, place = self.spelled
             told.append(
                 f"{self.special} conversations spell a special token in their text, which becomes that token (first: "
-                f"{token!r} at {self.examples[token]})."
+                f"{token!r} at {place})."
             )
         if self.truncated:
             told.append(f"{self.truncated} conversations are truncated: the middle of their longest part is left out.")
@@ -78,8 +80,7 @@ def samples(
                 raise DataError(f"{record.where}: {error}") from error
             spelled = template.holds_special(conversation)
             if spelled is not None:
-                if not account.special:
-                    account.examples[spelled] = record.where
+                account.spelled = account.spelled or (spelled, record.where)
                 account.special += 1
             account.samples += 1
             account.scored += int(sample.scored[1:].sum())

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from parallel.errors import DataError
-from pipeline.data.conversations import schema_of
 from pipeline.data.discovery import BOM, LINES, TextFile, find_texts
 from pipeline.data.packed import opened
+from pipeline.data.schemas import schema_of
 
 _CHUNK = 1 << 18
 """Bytes, or characters, of a document that are in memory at once."""

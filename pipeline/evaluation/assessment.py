@@ -97,7 +97,7 @@ def eval_path(output: Path, label: str) -> Path:
     return output / f"eval-{label}.json"
 
 
-def verdict(output: Path, base_context: int, retrieval: bool) -> list[str]:
+def verdict(output: Path, base_context: int) -> list[str]:
     """What a finished run lost at the lengths that its base serves, one sentence each, from its reports.
 
     The base as shipped is what it is compared with, or else the weights that it began with.
@@ -105,14 +105,14 @@ def verdict(output: Path, base_context: int, retrieval: bool) -> list[str]:
     Args:
         output: the run's folder.
         base_context: tokens the base was made for.
-        retrieval: whether it was measured.
     """
     for label, against in (("shipped", "the base"), ("initial", "what it began with")):
         try:
             base, mine = (EvalReport.read(eval_path(output, name)) for name in (label, "after"))
             said = reads_worse(mine, base, base_context)
-            if retrieval:
-                before, after = (RetrievalReport.read(report_path(output, name)) for name in (label, "after"))
+            retrieval = [report_path(output, name) for name in (label, "after")]
+            if all(path.exists() for path in retrieval):
+                before, after = map(RetrievalReport.read, retrieval)
                 said = [*lost_and_won(after.cells, before.cells, base_context), *said]
         except DataError:
             continue

@@ -137,7 +137,7 @@ class Evaluator:
         report = self.run(label, step, shown=shown, lengths=within_context(lengths, within))
         sparse = "dense_gap" in asked.tasks and self.config.attention.kind != "full"
         gap = self._gap(label, step) if sparse and within is None else None
-        grids = self._grids(within_context(asked.retrieval_lengths or lengths, within))
+        grids = self._grids(within)
         if not grids:
             return Assessment(report, gap)
         retrieval = run_retrieval(
@@ -192,9 +192,12 @@ class Evaluator:
             print(found.told, flush=True)
         return found
 
-    def _grids(self, lengths: Sequence[int]) -> list[RetrievalSettings]:
-        names = [task for task in self.config.eval.tasks if task in TASKS]
-        return retrieval_grids(self.config.eval, names, lengths) if lengths else []
+    def _grids(self, within: int | None) -> list[RetrievalSettings]:
+        """Of retrieval, in windows of no more tokens than `within`; None: all."""
+        asked = self.config.eval
+        names = [task for task in asked.tasks if task in TASKS]
+        lengths = within_context(asked.retrieval_lengths or asked.lengths or (self.config.model.context,), within)
+        return retrieval_grids(asked, names, lengths) if lengths else []
 
     def assess_base(self, *, shown: bool = True) -> None:
         """Measure the base at the lengths that it was made for, unless that is there already; collective.
@@ -220,7 +223,7 @@ class Evaluator:
     def verdict(self) -> list[str]:
         """What was lost within the base's own context, one sentence each; for rank 0, once all is measured."""
         asked, own = self.config.eval, self.plan.arch.max_positions
-        return verdict(Path(self.config.output), own, bool(self._grids((own,)))) if asked.tasks else []
+        return verdict(Path(self.config.output), own) if asked.tasks else []
 
     def has(self, label: str, step: int) -> bool:
         """Whether the reports of this label and step are there, whole; collective, alike on every rank."""
@@ -228,7 +231,8 @@ class Evaluator:
         def look() -> str:
             try:
                 steps = {EvalReport.read(self._path(label)).step}
-                if self._grids((2,)):
+                # The base is measured within its own context alone.
+                if self._grids(self.plan.arch.max_positions if label == "shipped" else None):
                     steps.add(RetrievalReport.read(report_path(Path(self.config.output), label)).step)
                 return ",".join(map(str, steps))
             except DataError:

@@ -117,16 +117,16 @@ def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
         data["cells"][0]["scores"] = [score]
         (tmp_path / f"retrieval-{label}.json").write_text(json.dumps(data))
 
-    assert verdict(tmp_path, 400, True)[0].startswith("what was lost at short lengths is not known: eval.lengths has")
+    assert verdict(tmp_path, 400)[0].startswith("what was lost at short lengths is not known: eval.lengths has")
     write("shipped", 3.0, 1.0)
     write("after", 3.1, 0.0)
-    lost, worse = verdict(tmp_path, 400, True)
+    lost, worse = verdict(tmp_path, 400)
     assert lost.endswith("0% where the base has 100% (1 prompts): retrieval that the base had is lost.")
     assert worse == "reads 400 tokens 10.5% worse than the base does."
-    (nothing,) = verdict(tmp_path, 100, True)
+    (nothing,) = verdict(tmp_path, 100)
     assert nothing == "nothing that the base can do at its own lengths was lost, of what was measured."
     write("after", 3.005, 1.0)
-    assert verdict(tmp_path, 400, True) == [nothing], "half a percent is nothing"
+    assert verdict(tmp_path, 400) == [nothing], "half a percent is nothing"
 
 
 @pytest.mark.parametrize(

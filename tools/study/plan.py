@@ -231,12 +231,13 @@ def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
     return config
 
 
-def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> str:
+def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str, paced_by: str = "") -> str:
     """Hash of all that decides the weights of a run.
 
     Args:
         base_hash: of the base's weights.
         data: fingerprint of the training tokens.
+        paced_by: key of the run whose seconds end this one; empty: its steps do.
     """
     decisive = {key: value for key, value in config_dict(config).items() if key not in _NOT_DECISIVE}
     decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "path"}
@@ -244,6 +245,6 @@ def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> s
     if recipe.untrained:
         decisive, data = {"model": decisive["model"]}, ""
     if recipe.whole:  # what only adapters and S² look at decides nothing
-        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": recipe.seconds_of or "steps"}
+        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": paced_by or "steps"}
     text = json.dumps([VERSION, decisive, base_hash, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

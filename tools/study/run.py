@@ -146,13 +146,18 @@ class Workshop:
     def key(self, recipe: Recipe, seed: int) -> str:
         """Of the run's weights."""
         data = self.texts[recipe.mix].fingerprint
-        return train_key(recipe, self.configs[recipe, seed], self.base_hash, data)
+        paced_by = "" if recipe.seconds_of is None else self.key(*self._pacer(recipe, seed))
+        return train_key(recipe, self.configs[recipe, seed], self.base_hash, data, paced_by)
+
+    def _pacer(self, recipe: Recipe, seed: int) -> tuple[Recipe, int]:
+        """The run after whose seconds this one ends."""
+        return next(other for other in self.configs if other[0].name == recipe.seconds_of and other[1] == seed)
 
     def _mixed(self, mixture: Mixture, fingerprint: str) -> Path:
         """The folder of a mixture of the training text, written if it is not there."""
         folder = self.places.text_of(mixture)
-        made_from = json.dumps({"text": fingerprint, **asdict(mixture)})
-        mark = folder.with_suffix(".json")
+        made_from = json.dumps({"text": fingerprint, "code from": str(self.places.code or ""), **asdict(mixture)})
+        mark = folder.with_name(f"{folder.name}.json")
         if not mark.exists() or mark.read_text() != made_from:
             counts = write_mixture(self.places.train, folder, mixture, self.places.code)
             self.say(f"{folder}: {counts['text']:,} characters of text and notes, {counts['code']:,} of code")
@@ -298,7 +303,7 @@ class Workshop:
         """Train every weight; a run that is left begins anew."""
         device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
         if recipe.seconds_of is not None:
-            other = next(other for other in self.configs if other[0].name == recipe.seconds_of and other[1] == seed)
+            other = self._pacer(recipe, seed)
             found = self.finished(*other)
             if found is None:
                 raise ConfigError(

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, LlamaForCausalLM
 
+from parallel.errors import ConfigError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.data.loader import TrainLoader
@@ -53,8 +54,15 @@ def train_whole(
         seconds: of optimizer steps, after which no other is begun; None: `train.steps` are taken.
         device: where it trains.
         on_step: told of every step; what it raises ends training.
+
+    Raises:
+        ConfigError: the windows would be other than the product's.
     """
     config, train = plan.config, plan.config.train
+    if shards.scored is not None or config.data.mask_documents:
+        raise ConfigError(
+            "whole: true trains on windows of plain text, without masks; give text, and no data.mask_documents."
+        )
     torch.manual_seed(train.seed)
     model = load_whole(plan, device)
     # As in the product: decay on matrices only.

@@ -171,6 +171,8 @@ def write_mixture(texts: Path, output: Path, mixture: Mixture, code: Path | None
                 f"{int(wanted):,}; name a folder of more code, or lower the share."
             )
         replace_text(output / CODE_FILE, _lines(lines))
+    else:  # an earlier mixture's would be trained on
+        (output / CODE_FILE).unlink(missing_ok=True)
     return written
 
 

@@ -43,15 +43,14 @@ def find_checkpoint(run: Path) -> Path:
     return folder
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that `load_source` and `finish` read."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Arguments that `load_source` reads; returns the group of sources, one of which must be given."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--run", type=user_path, help="output folder of a run, which may go on; its newest checkpoint is taken"
     )
     source.add_argument("--checkpoint", type=user_path, help="one checkpoint folder")
     source.add_argument("--adapter", type=user_path, help="a PEFT adapter, or LongLoRA's two files")
-    parser.add_argument("--output", type=user_path, required=True, help="folder to write")
     parser.add_argument("--base", type=user_path, help="where the base model lies, if it moved since training")
     parser.add_argument("--context", type=int, help="tokens of the result, where the --adapter's files do not tell")
     parser.add_argument("--rope", choices=ROPE_TYPES, help="stretching, likewise; auto is the base's own or linear")
@@ -60,6 +59,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--original-context", type=int, help="tokens before any stretching, where neither the base nor the run tells"
     )
+    return source
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that `load_source` and `finish` read."""
+    add_model_arguments(parser)
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --output")
     parser.add_argument(
         "--verify",
@@ -108,6 +114,12 @@ def _load(options: argparse.Namespace) -> tuple[TrainedModel, str]:
     raise AssertionError("not reached")
 
 
+def warn_of(model: TrainedModel) -> None:
+    """Print what may not be meant of a loaded source."""
+    for warning in (*model.warnings, *map(in_options, replacement_warning(read_arch(model.base), model.rope))):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
 def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> None:
     """Load, export, verify, and print what came of it.
 
@@ -115,8 +127,7 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
         CheckpointError, ConfigError: one sentence each.
     """
     model, name = load_source(options)
-    for warning in (*model.warnings, *map(in_options, replacement_warning(read_arch(model.base), model.rope))):
-        print(f"warning: {warning}", file=sys.stderr)
+    warn_of(model)
     export(model, options.output, form, options.force, embedding, shown=True)
     print(f"{options.output}: {form} of {name}, context {model.context}")
     if options.verify:

@@ -125,6 +125,10 @@ def test_without_it_the_folder_of_the_user_would_hide_ours(tmp_path: Path, monke
         ("longspan bench s", ["scaling", "save", "step", "stream", "survive"]),
         ("longspan evaluate --len", ["--lengths"]),
         ("longspan train --nn", ["--nnodes"]),
+        ("longspan merge --orig", ["--original-context"]),
+        ("longspan export --fo", ["--force", "--format"]),
+        ("longspan generate --th", ["--theta"]),
+        ("longspan generate --fo", []),
         ("longspan train ", []),
     ],
 )
