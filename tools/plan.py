@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="llama2-70b and the like, a hub's config.json, or a checkpoint folder")
-    what.add_argument("--config", type=user_path, help="YAML of a run; its layout is judged beside the best")
+    what.add_argument("--config", type=user_path, help="YAML of a run, of which the layout is planned anew")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of --config")
     parser.add_argument("--context", help="tokens of a sequence, such as 32k (with --model)")
     parser.add_argument("--gpus", default="8", help="GPUs of the run (default 8)")

@@ -231,6 +231,8 @@ def test_full_fine_tuning_reads_the_same_windows_and_is_judged_alike(place: Path
     assert whole["loss"] == pytest.approx(adapters["loss"], rel=1e-5)
     assert results["mixed"]["training"]["loss"] != pytest.approx(adapters["loss"], rel=1e-3)
     assert whole["tokens"] == adapters["tokens"] == 1600
+    (mixed,) = (path for path in place.rglob("mixed/code-0.5-*") if path.is_dir())
+    assert mixed.with_name(f"{mixed.name}.json").is_file(), "a mark of each mixture's own, whatever its shares"
     assert adapters["seconds"] <= in_time["seconds"] and in_time["steps"] < 1000
 
     # The judge's figures are transformers' own of the model that was saved.

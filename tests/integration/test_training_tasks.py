@@ -127,6 +127,10 @@ def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
     assert nothing == "nothing that the base can do at its own lengths was lost, of what was measured."
     write("after", 3.005, 1.0)
     assert verdict(tmp_path, 400) == [nothing], "half a percent is nothing"
+    # Where the base could do no retrieval at its own lengths, perplexity is compared all the same.
+    write("after", 3.1, 0.0)
+    (tmp_path / "retrieval-shipped.json").unlink()
+    assert verdict(tmp_path, 400) == [worse]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from parallel.errors import LongspanError
 from pipeline.model.layers import fp8, parking, swiglu
 from pipeline.model.layers.parking import Parking
 from pipeline.model.layers.swiglu import SwiGlu
@@ -148,5 +149,5 @@ def test_memory_that_cannot_be_pinned_is_one_sentence(monkeypatch: pytest.Monkey
     lot = Parking(torch.device("cpu"))
     monkeypatch.setattr(parking, "pin", lambda memory: 2)
     lot._stream = mock.Mock()
-    with pytest.raises(Exception, match=r"train\.gate_up: host: .* cannot be pinned .*set train\.gate_up: gpu"):
+    with pytest.raises(LongspanError, match=r"train\.gate_up: host: .* cannot be pinned .*set train\.gate_up: gpu"):
         lot.park(torch.zeros(4))

@@ -1,5 +1,6 @@
-"""Training text that keeps what books alone make a model forget: mixed with program code, and with notes that the text
-refers back to.
+"""Training text to compare with books alone: mixed with program code, and with notes that the text refers back to.
+
+What came of it is in docs/RESULTS.md.
 
 Code, which names things and uses them far below, is what ProLong (arXiv 2410.02660, section 4) mixes with books. Notes
 and their recalls are in the spirit of arXiv 2406.19292: made-up facts, asked for further down. Their words are not

@@ -73,7 +73,9 @@ def test_the_command_is_one_that_the_hubs_program_takes() -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([program, *words[1:], "--help"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    wrong = subprocess.run([program, *words[1:], "--no-such-option"], env=environment, capture_output=True, text=True)
+    wrong = subprocess.run(
+        [program, *words[1:], "--no-such-option", "--help"], env=environment, capture_output=True, text=True
+    )
     assert wrong.returncode == 2
 
 

@@ -227,6 +227,15 @@ def test_records_that_cannot_be_trained_on(messages: list[dict[str, Any]], reaso
         conversation_of({"messages": messages})
 
 
+def test_half_a_surrogate_leaves_a_record_out(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "b"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (LONG, {"messages": turns})))
+    _, account = prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
+    assert account.samples == 1
+    assert f"1 record is left out: it escapes half a surrogate pair (first: {file}: line 2)." in account.sentences()
+
+
 def test_refused_records_are_counted_with_their_place(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
     file = tmp_path / "mixed.jsonl"
     rows = [LONG, {"messages": REFUSED[0][0]}, {"messages": REFUSED[1][0]}, {"messages": REFUSED[0][0]}]
@@ -252,6 +261,7 @@ def test_refused_records_are_counted_with_their_place(template: Callable[[str], 
         (b'[{"instruction": "a", ', "is not JSON"),
         (b'{"question": "a"}\n', "line 1 is no conversation"),
         (b"\xff\xfe\n", "line 1 is not JSON in UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
         (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 99)[:-9], "truncated or corrupt"),
     ],
 )
@@ -358,6 +368,16 @@ def test_the_command_shows_writes_and_reuses(
     (tmp_path / "t.jinja").write_text(PUBLISHED["SmolLM2"])
     assert prepare_data.main(call) == 0
     assert "written" in capsys.readouterr().out
+    # Also where what is written lies among what is read, and by a link.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.JSON").write_text(json.dumps([LONG]))
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    inside = ["--input", str(tmp_path / "folder"), "--output", str(tmp_path / "folder" / "out"), *call[4:]]
+    for word in ("written", "up to date, reused"):
+        assert prepare_data.main(inside) == 0
+        out = capsys.readouterr().out
+        assert "1 conversations, " in out and word in out
     # Text that turns out to be conversations is refused with the way to go.
     assert prepare_data.main(call[:6]) == 2
     assert "tools.prepare_data --chat" in capsys.readouterr().err

@@ -24,6 +24,8 @@ from tests.support.halos import halo_bytes, halo_formula
 Vector = tuple[int, int, int]
 """(row, KV head, token)."""
 
+RULES = ["upper_half", "alternate", "none", "all"]
+
 
 @dataclass
 class Case:
@@ -75,7 +77,7 @@ def cases(draw: st.DrawFn, regular: bool = False) -> Case:
         heads,
         kv_heads,
         group,
-        draw(st.sampled_from(["upper_half", "alternate", "none", "all"])),
+        draw(st.sampled_from(RULES)),
         mask,
         ids,
     )
@@ -149,7 +151,6 @@ def test_bytes_are_those_of_the_formula(case: Case) -> None:
     assert counted[-1][0] == 0, "nobody comes after the last rank"
 
 
-RULES = ["upper_half", "alternate", "none", "all"]
 LLAMA_70B = {"upper_half": head_plan(0, 64, 64, 8, "upper_half"), "alternate": head_plan(0, 64, 64, 8, "alternate")}
 
 

@@ -92,6 +92,12 @@ def test_mlflow_goes_on_in_the_run_of_this_output(
         *("set_experiment", "search_runs", "start_run", "log_params"),
         *("log_metrics", "log_metrics", "end_run"),
     ]
+    tag = identity(tmp_path / "run")
+    assert calls[1] == (
+        "search_runs",
+        (),
+        {"filter_string": f"tags.`longspan.run` = '{tag}'", "max_results": 1, "output_format": "list"},
+    )
     assert calls[2][2] == {"run_name": "run", "tags": {"longspan.run": identity(tmp_path / "run")}}
     assert calls[3][1] == ({"model.path": "m", "model.context": "64", "output": "o"},)
     calls.clear()

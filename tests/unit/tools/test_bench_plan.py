@@ -63,8 +63,8 @@ def test_constants_are_found_again() -> None:
 def test_the_shipped_constants_are_those_of_the_shipped_points() -> None:
     """Within what the points can tell: no point's time changes by 3% with a new fit."""
     gpu, points = find_gpu("h100-80gb"), read_points()
-    again = fit(points)
-    assert again != FITTED and set(FREE) <= set(FITTED.__dataclass_fields__)
+    again = fit(points, replace(FITTED, products=0.8, attention=0.5, memory=0.6, links=0.3))
+    assert set(FREE) <= set(FITTED.__dataclass_fields__)
     for point in points:
         times = [step_time(point.plan(), gpu, c, alone=point.alone, rank=point.rank).total for c in (FITTED, again)]
         assert times[1] == pytest.approx(times[0], rel=0.03), point.name

@@ -131,6 +131,24 @@ def test_several_machines_by_options_which_come_before_variables(
     assert started[1][1:11] == [*words, "--nproc-per-node", "8"]
 
 
+def test_several_machines_by_variables(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "1"), ("MASTER_ADDR", "head"), ("MASTER_PORT", "31000")):
+        monkeypatch.setenv(name, value)
+    assert main(["--config", "x.yaml", "--nproc", "8"]) == 75
+    meet = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "head", "--master-port", "31000"]
+    assert started[0][-2:] == ["--nnodes", "2"] and started[1][1:11] == [*meet, "--nproc-per-node", "8"]
+
+
+def test_machines_that_cannot_meet_start_nothing(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    assert main(["--config", "x.yaml", "--nproc", "8"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "NODE_RANK" in told[0] and not started
+
+
 def test_on_a_cpu_there_is_nothing_to_check(started: list[list[str]]) -> None:
     assert main(["--config", "x.yaml", "--nproc", "2", "--device", "cpu"]) == 75
     assert [words[0] for words in started] == ["torchrun"] and os.environ["CUDA_VISIBLE_DEVICES"] == ""

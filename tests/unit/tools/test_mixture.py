@@ -61,6 +61,8 @@ def test_a_mixture_has_its_share_of_code_and_is_text(book: str, tmp_path: Path, 
     assert share == pytest.approx(0.25, abs=1e-3)
     assert any("def " in part for part in code) and all(part.startswith("# ") for part in code)
     assert [d.text for d in RecordReader(tmp_path / "out")] == [*code, *text], "what data.path reads"
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--code", "0"]) == 0
+    assert [d.text for d in RecordReader(tmp_path / "out")] == [book], "the code of before is gone"
     capsys.readouterr()
 
     few = tmp_path / "few"
