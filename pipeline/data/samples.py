@@ -83,12 +83,6 @@ class SampleDataset:
         """Windows."""
         return len(self._bins)
 
-    @property
-    def fill(self) -> float:
-        """Share of the windows' tokens that is not padding."""
-        return len(self.shards) / (len(self) * self.sequence)
-
-    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of what the windows hold: the conversations, their masks and S."""
         return hashlib.sha256(f"best-fit {self.shards.fingerprint} {self.sequence}".encode()).hexdigest()

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import zstandard
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,7 +20,7 @@ from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import RecordError, conversation_of, read_records
 from pipeline.data.packing import IGNORE
 from pipeline.data.prepare_chat import prepare_chat
-from pipeline.data.samples import SampleDataset, best_fit, training_windows
+from pipeline.data.samples import SampleDataset, training_windows
 from pipeline.data.shards import MANIFEST, SCORED, open_shards
 from pipeline.data.tokenizer import load_tokenizer
 from tests.support.chat_templates import MARKED, PUBLISHED
@@ -286,29 +285,6 @@ def test_truncation_keeps_question_and_answer(template: Callable[[str], ChatTemp
     assert made.truncated(whole, whole.tokens.size) is whole
     with pytest.raises(RecordError, match="does not fit 100 tokens"):
         made.truncated(whole, 100)
-
-
-def _best_fit_by_definition(lengths: list[int], capacity: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-        rooms = [capacity - sum(lengths[other] for other in items) for items in bins]
-        fitting = [(room, number) for number, room in enumerate(rooms) if room >= lengths[item]]
-        if fitting:
-            bins[min(fitting)[1]].append(item)
-        else:
-            bins.append([item])
-    return [sorted(items) for items in bins]
-
-
-def test_best_fit_packs_whole_samples() -> None:
-    lengths = np.random.default_rng(0).integers(1, 100, 300)
-    bins = best_fit(lengths, 128)
-    assert sorted(item for items in bins for item in items) == list(range(300))
-    sums = [int(lengths[items].sum()) for items in bins]
-    assert max(sums) <= 128 and int(lengths.sum()) / (len(bins) * 128) > 0.97
-    assert best_fit(np.array([6, 5, 4, 3, 2]), 10) == [[0, 2], [1, 3, 4]]
-    for capacity in (100, 128, 500):
-        assert best_fit(lengths, capacity) == _best_fit_by_definition(lengths.tolist(), capacity)
 
 
 def test_windows_hold_every_sample_once_with_its_own_labels(
