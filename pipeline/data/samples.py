@@ -83,6 +83,7 @@ class SampleDataset:
         """Windows."""
         return len(self._bins)
 
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of what the windows hold: the conversations, their masks and S."""
         return hashlib.sha256(f"best-fit {self.shards.fingerprint} {self.sequence}".encode()).hexdigest()
