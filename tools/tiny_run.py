@@ -98,8 +98,10 @@ def train(path: Path, world: int, log: Path, timeout_s: float, *arguments: str) 
             _end(process)
     if code:
         text = log.read_text(errors="replace")
-        told = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
-        raise RankFailed("\n".join(dict.fromkeys(told)) or f"{log.stem} left with code {code}:\n{text[-3000:]}", code)
+        sentences = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+        raise RankFailed(
+            "\n".join(dict.fromkeys(sentences)) or f"{log.stem} left with code {code}:\n{text[-3000:]}", code
+        )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -160,10 +160,10 @@ def is_communication_error(error: BaseException) -> bool:
     if not isinstance(error, (RuntimeError, OSError)):
         return False
     kinds = (torch.distributed.DistError, ConnectionError)
-    told = re.search(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", str(error), re.IGNORECASE)
+    named = re.search(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", str(error), re.IGNORECASE)
     frames = traceback.extract_tb(error.__traceback__)
     inside = bool(frames) and "torch/distributed/" in frames[-1].filename
-    return isinstance(error, kinds) or bool(told) or inside
+    return isinstance(error, kinds) or bool(named) or inside
 
 
 class Peers:

@@ -210,11 +210,11 @@ class RankWatch(Watch):
             return Verdict(rank, f"rank {rank} was interrupted {place}", INTERRUPT_CODE)
         last = traceback.extract_tb(trace)[-1:]
         line = "".join(f" ({'/'.join(at.filename.split('/')[-3:])}:{at.lineno} in {at.name})" for at in last)
-        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        sentence = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if self._secondary_since is not None:
-            return Verdict(rank, f"rank {rank} lost touch with the others {place}: {told}{line}", 1)
+            return Verdict(rank, f"rank {rank} lost touch with the others {place}: {sentence}{line}", 1)
         detail = "".join(traceback.format_exception(type(error), error, trace))
-        return Verdict(rank, f"rank {rank} failed {place}: {told}{line}", 1, detail)
+        return Verdict(rank, f"rank {rank} failed {place}: {sentence}{line}", 1, detail)
 
     def _run(self) -> None:
         """The thread."""
@@ -373,9 +373,9 @@ class RankWatch(Watch):
             time.sleep(0.05)
         if store.add("teller", 1) == 1:
             self._print(verdict)
-            store.set("told", "1")
+            store.set("verdict-heard", "1")
         until = time.monotonic() + FAREWELL_S
-        while time.monotonic() < until and not store.check(["told"]):
+        while time.monotonic() < until and not store.check(["verdict-heard"]):
             time.sleep(0.05)
         store.add("heard", 1)
         if me != verdict.rank:

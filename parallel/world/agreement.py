@@ -45,21 +45,21 @@ def require_alike(
     store.set(f"{key}/{rank}", json.dumps(facts, sort_keys=True))
     if rank:
         store.wait([f"{key}/verdict"], patience)
-        told = store.get(f"{key}/verdict").decode()
-        store.add(f"{key}/told", 1)
-        if told:
-            raise ConfigError(told)
+        refusal = store.get(f"{key}/verdict").decode()
+        store.add(f"{key}/heard", 1)
+        if refusal:
+            raise ConfigError(refusal)
         return
     keys = [f"{key}/{other}" for other in range(world)]
     store.wait(keys, patience)
     brought = store.multi_get(keys)
-    told = "" if all(text == brought[0] for text in brought) else difference([json.loads(text) for text in brought])
-    store.set(f"{key}/verdict", told)
-    if told:
+    refusal = "" if all(text == brought[0] for text in brought) else difference([json.loads(text) for text in brought])
+    store.set(f"{key}/verdict", refusal)
+    if refusal:
         until = time.monotonic() + FAREWELL_S
-        while time.monotonic() < until and store.add(f"{key}/told", 0) < world - 1:
+        while time.monotonic() < until and store.add(f"{key}/heard", 0) < world - 1:
             time.sleep(0.05)
-        raise ConfigError(told)
+        raise ConfigError(refusal)
 
 
 def difference(brought: Sequence[Mapping[str, str]]) -> str:
@@ -100,6 +100,6 @@ def _ranks(ranks: Sequence[int]) -> str:
             spans[-1][1] = rank
         else:
             spans.append([rank, rank])
-    told = [f"{first}" if first == last else f"{first}-{last}" for first, last in spans]
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(told[:SHOWN]) + more
+    ranges = [f"{first}" if first == last else f"{first}-{last}" for first, last in spans]
+    more = f" and {len(ranges) - SHOWN} more" if len(ranges) > SHOWN else ""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranges[:SHOWN]) + more

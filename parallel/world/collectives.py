@@ -74,17 +74,17 @@ def share_from_main(groups: Groups, make: Callable[[], str]) -> str:
         kind, text = json.loads(store.get(key))
         if kind == "done":
             return str(text)
-        store.add(f"{key}/told", 1)
+        store.add(f"{key}/heard", 1)
         raise _ERRORS[kind](text)
     try:
         text = make()
     except BaseException as error:
         known = type(error).__name__ in _ERRORS
         kind = type(error).__name__ if known else LongspanError.__name__
-        told = str(error) if known else f"Rank 0 failed ({type(error).__name__}: {error}); see its traceback."
-        store.set(key, json.dumps([kind, told]))
+        sentence = str(error) if known else f"Rank 0 failed ({type(error).__name__}: {error}); see its traceback."
+        store.set(key, json.dumps([kind, sentence]))
         others = groups.plan.world_size - 1
-        _pause_until(lambda: store.add(f"{key}/told", 0) >= others, _FAREWELL_S)
+        _pause_until(lambda: store.add(f"{key}/heard", 0) >= others, _FAREWELL_S)
         raise
     store.set(key, json.dumps(["done", text]))
     return text

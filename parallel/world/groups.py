@@ -136,8 +136,8 @@ _meetings = itertools.count()
 def _compare(store: dist.Store, env: RankEnv, device: torch.device, facts: Mapping[str, str] | None) -> None:
     """Before the first collective: under other settings ranks would stand in different ones, and hang."""
     if facts is not None:
-        told = {**facts, "device": device.type}
-        require_alike(store, env.rank, env.world_size, f"meeting-{next(_meetings)}", told, START)
+        compared = {**facts, "device": device.type}
+        require_alike(store, env.rank, env.world_size, f"meeting-{next(_meetings)}", compared, START)
 
 
 def make_groups(

@@ -68,13 +68,13 @@ def refuse_unknown_host(host: str, who: str) -> None:
 
 def cannot_meet(host: str, port: int, error: BaseException, hosting: bool) -> str:
     """One sentence on a store that could not be opened, or hosted."""
-    told = str(error).splitlines()[0]
-    if hosting and (os.strerror(errno.EADDRINUSE) in told or "EADDRINUSE" in told):
+    reason = str(error).splitlines()[0]
+    if hosting and (os.strerror(errno.EADDRINUSE) in reason or "EADDRINUSE" in reason):
         return (
             f"port {port} of this machine is taken, by another job perhaps, so the ranks cannot meet there; set "
             "MASTER_PORT to a free one, on all machines."
         )
     return (
-        f"the ranks cannot meet at {host}:{port} ({told}); see that rank 0's machine is reachable there and the port "
+        f"the ranks cannot meet at {host}:{port} ({reason}); see that rank 0's machine is reachable there and the port "
         "free."
     )

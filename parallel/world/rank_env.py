@@ -165,15 +165,15 @@ def _translated(launcher: Launcher, environment: Mapping[str, str], found: Mappi
             f"Environment: {launcher.world} says that {launcher.name} started {world} processes, but {missing[0]} is "
             "not set; set RANK, WORLD_SIZE and LOCAL_RANK for each, or start with torchrun."
         )
-    told = {ours: environment[theirs] for ours, theirs in names.items()}
+    translated = {ours: environment[theirs] for ours, theirs in names.items()}
     for name, value in found.items():
-        if value != told[name]:
+        if value != translated[name]:
             raise ConfigError(
-                f"Environment: {name} is {value} but {launcher.name} says {told[name]} ({names[name]}); unset {name}, "
-                "or start with torchrun."
+                f"Environment: {name} is {value} but {launcher.name} says {translated[name]} ({names[name]}); unset "
+                f"{name}, or start with torchrun."
             )
-    told["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_host(launcher, environment)
-    if not told["MASTER_ADDR"]:
+    translated["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_host(launcher, environment)
+    if not translated["MASTER_ADDR"]:
         raise ConfigError(
             f"Environment: {launcher.name} started {world} processes on several machines, and MASTER_ADDR does not "
             "say where they meet; set it, on all of them, to the machine of rank 0."
@@ -181,8 +181,8 @@ def _translated(launcher: Launcher, environment: Mapping[str, str], found: Mappi
     job = " ".join(environment[name] for name in launcher.job if name in environment)
     if "MASTER_PORT" not in environment and job:
         low, high = PORTS
-        told["MASTER_PORT"] = str(low + zlib.crc32(job.encode()) % (high - low))
-    return told
+        translated["MASTER_PORT"] = str(low + zlib.crc32(job.encode()) % (high - low))
+    return translated
 
 
 def _first_host(launcher: Launcher, environment: Mapping[str, str]) -> str:

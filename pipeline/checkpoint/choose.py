@@ -33,12 +33,12 @@ def candidates(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def choose(folder: Path, told: Callable[[int], None] = lambda count: None) -> Choice | None:
+def choose(folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Choice | None:
     """The newest checkpoint whose every file matches its checksum; None for a run that never finished a save.
 
     Args:
         folder: `<output>/checkpoints`.
-        told: called with every count of bytes read.
+        on_bytes: called with every count of bytes read.
 
     Raises:
         CheckpointError: there are checkpoints and none is whole, or `latest` names one and there is none: a run must
@@ -50,7 +50,7 @@ def choose(folder: Path, told: Callable[[int], None] = lambda count: None) -> Ch
     for path in found:
         try:
             with CheckpointReader(path) as reader:
-                size, step = reader.verify(told), reader.manifest.step
+                size, step = reader.verify(on_bytes), reader.manifest.step
                 if step != step_of(path.name):
                     raise Damaged(f"{path}: its manifest is of step {step}; resume from another checkpoint.")
         except Damaged as error:

@@ -107,8 +107,8 @@ class DataStart:
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> DataStart:
         """As a manifest tells; releases that do not began at the beginning. KeyError, TypeError: it is damaged."""
-        told = manifest.get("data_start")
-        return cls() if told is None else cls(int(told["step"]), int(told["read"]))
+        declared = manifest.get("data_start")
+        return cls() if declared is None else cls(int(declared["step"]), int(declared["read"]))
 
     def after(self, manifest: Mapping[str, Any], step: int, changes: Sequence[Change]) -> DataStart:
         """Where a run goes on that resumes at `step` under changed settings."""

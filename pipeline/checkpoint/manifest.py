@@ -130,11 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
     if (folder / CHECKSUM).exists() or (folder / CHECKSUM).is_symlink() or version != 1:
-        found, told = hashlib.sha256(data).hexdigest(), read_small(folder / CHECKSUM)
-        if told != checksum_text(found).encode():
+        found, declared = hashlib.sha256(data).hexdigest(), read_small(folder / CHECKSUM)
+        if declared != checksum_text(found).encode():
             raise Damaged(
                 f"{path}: does not match its checksum in {CHECKSUM} (sha256 {found[:16]}, declared "
-                f"{told[:16].decode(errors='replace')}): one of the two is damaged; resume from another checkpoint."
+                f"{declared[:16].decode(errors='replace')}): one of the two is damaged; resume from another checkpoint."
             )
     if type(version) is not int or version not in (1, FORMAT):
         raise CheckpointError(

@@ -49,11 +49,11 @@ class CheckpointReader:
             file.close()
         self._open.clear()
 
-    def verify(self, told: Callable[[int], None] = lambda count: None) -> int:
+    def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> int:
         """Compare every file with its checksum, several at a time; returns the bytes read.
 
         Args:
-            told: called with every count of bytes read.
+            on_bytes: called with every count of bytes read.
 
         Raises:
             Damaged: names the first file that differs, and both checksums.
@@ -69,7 +69,7 @@ class CheckpointReader:
                     f"{manifest.files[name].sha256[:16]}); resume from another checkpoint."
                 )
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda name: facts_of(manifest.folder / name, told), names)
+            found = pool.map(lambda name: facts_of(manifest.folder / name, on_bytes), names)
             for name, facts in zip(names, found, strict=True):
                 if facts != manifest.files[name]:
                     raise Damaged(

@@ -195,11 +195,11 @@ class CheckpointSaver:
         ]
 
     def _write(self, job: _Job, arrays: Sequence[PieceArrays], rng: Mapping[str, np.ndarray]) -> None:
-        def told(count: int) -> None:
+        def on_bytes(count: int) -> None:
             job.written += count
 
         try:
-            write_part(working_folder(self.folder, job.step), self.groups.env.rank, arrays, rng, told)
+            write_part(working_folder(self.folder, job.step), self.groups.env.rank, arrays, rng, on_bytes)
         except BaseException as error:  # on a thread nobody else would hear of it
             job.failure = _reason(error)
 

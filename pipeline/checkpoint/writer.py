@@ -71,7 +71,7 @@ def write_part(
     rank: int,
     pieces: Sequence[PieceArrays],
     rng: Mapping[str, np.ndarray],
-    told: Callable[[int], None] = lambda count: None,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write one rank's share of a checkpoint into its working folder, durably.
 
@@ -80,7 +80,7 @@ def write_part(
         rank: global rank.
         pieces: what this rank keeps, may be none.
         rng: its random state, uint8.
-        told: called with every count of bytes written.
+        on_bytes: called with every count of bytes written.
 
     Raises:
         OSError: the disk refused.
@@ -95,9 +95,9 @@ def write_part(
     for kind, arrays in contents.items():
         if arrays:
             name = rank_file(kind, rank)
-            files[name] = asdict(write_arrays(temporary / name, arrays, told))
-    told_pieces = [[piece.name, list(piece.shape), piece.cut, piece.start, piece.stop] for piece in pieces]
-    write_file(temporary / part_name(rank), [manifest_bytes({"files": files, "pieces": told_pieces})])
+            files[name] = asdict(write_arrays(temporary / name, arrays, on_bytes))
+    piece_rows = [[piece.name, list(piece.shape), piece.cut, piece.start, piece.stop] for piece in pieces]
+    write_file(temporary / part_name(rank), [manifest_bytes({"files": files, "pieces": piece_rows})])
 
 
 def publish(folder: Path, step: int, world: int, manifest: Mapping[str, Any]) -> Path:

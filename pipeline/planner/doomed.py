@@ -24,14 +24,14 @@ def doomed(plan: RunPlan, stored: LlamaArch, site: Site) -> str:
     if over <= 0:
         return ""
     largest = max(candidate.memory.gpu, key=lambda kind: candidate.memory.gpu[kind])
-    told = (
+    sentence = (
         f"parallel: {named(plan)} takes about {candidate.memory.gpu_total / GIB:.1f} GiB a GPU (most of it {largest}, "
         f"{candidate.memory.gpu[largest] / GIB:.1f}) and {site.gpu.name} has {site.gpu.memory / GIB:.1f}"
     )
     better = instead(plan, stored, site)
     if better is None:
-        return f"{told}; no layout of these GPUs fits: use more of them, or lower data.sequence."
-    return f"{told}; {named(better.candidate.plan)} would fit ({setting_of(better)}), or set parallel: auto."
+        return f"{sentence}; no layout of these GPUs fits: use more of them, or lower data.sequence."
+    return f"{sentence}; {named(better.candidate.plan)} would fit ({setting_of(better)}), or set parallel: auto."
 
 
 def instead(plan: RunPlan, stored: LlamaArch, site: Site, most: int | None = None) -> Timed | None:
@@ -66,12 +66,14 @@ def out_of_memory(plan: RunPlan, stored: LlamaArch, site: Site, allocated: int, 
     """
     memory = footprint(plan, site.a_node)
     parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.gpu.items() if size >= GIB // 20)
-    told = (
+    sentence = (
         f"out of GPU memory: planned {memory.gpu_total / GIB:.1f} GiB ({parts}); PyTorch had allocated "
         f"{allocated / GIB:.1f} and reserved {reserved / GIB:.1f} of {site.gpu.memory / GIB:.1f}"
     )
     # What was planned was too little: only a layout that takes a good deal less is worth a try.
     better = instead(plan, stored, site, int(0.9 * min(memory.gpu_total, site.gpu.memory)))
     if better is None:
-        return f"{told}; no layout of these GPUs takes much less: use more of them, or lower data.sequence."
-    return f"{told}; {setting_of(better)} takes {better.candidate.memory.gpu_total / GIB:.1f} and would have fitted."
+        return f"{sentence}; no layout of these GPUs takes much less: use more of them, or lower data.sequence."
+    return (
+        f"{sentence}; {setting_of(better)} takes {better.candidate.memory.gpu_total / GIB:.1f} and would have fitted."
+    )

@@ -54,10 +54,10 @@ def why(one: Timed, best: Timed) -> str:
     worse = [part for part in sorted(changes, key=lambda part: -changes[part]) if changes[part] > 0.002 * total][:2]
     better = [part for part in sorted(changes, key=lambda part: changes[part]) if changes[part] < -0.002 * total][:1]
     memory = (one.candidate.memory.gpu_total - best.candidate.memory.gpu_total) / GIB
-    told = [f"{part} {changes[part]:+.3g} s" for part in (*worse, *better)] or ["as fast"]
+    differences = [f"{part} {changes[part]:+.3g} s" for part in (*worse, *better)] or ["as fast"]
     if abs(memory) > 0.5:
-        told.append(f"{abs(memory):.1f} GiB {'more' if memory > 0 else 'less'} a GPU")
-    return "; ".join(told)
+        differences.append(f"{abs(memory):.1f} GiB {'more' if memory > 0 else 'less'} a GPU")
+    return "; ".join(differences)
 
 
 def _uneven(plan: RunPlan) -> str:

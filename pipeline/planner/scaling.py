@@ -86,14 +86,14 @@ def where_it_stops(points: Sequence[Point]) -> list[str]:
             continue
         last = paying[-1]
         beyond = next((point for point in points if point.gpus > last.gpus and kind in point.kinds), None)
-        told = f"{kind} pays from {paying[0].gpus} to {last.gpus} GPUs"
+        sentence = f"{kind} pays from {paying[0].gpus} to {last.gpus} GPUs"
         if beyond is not None and beyond.best is not None:
             one = beyond.kinds[kind]
             slower = one.time.total / beyond.best.time.total - 1
             parts = {part: s - beyond.best.time.parts.get(part, 0.0) for part, s in one.time.parts.items()}
             cause = max(parts, key=lambda part: parts[part])
-            told += f"; on {beyond.gpus} it takes {slower:.0%} longer than the best ({cause})"
-        found.append(told + ".")
+            sentence += f"; on {beyond.gpus} it takes {slower:.0%} longer than the best ({cause})"
+        found.append(sentence + ".")
     return found
 
 

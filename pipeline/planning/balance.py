@@ -80,7 +80,7 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
     now = imbalance(*settings)
     if now <= EVEN:
         return ()
-    told = (
+    sentence = (
         f"attention: with tp {plan.tp} x cp {plan.cp} and groups of {config.group} tokens the busiest rank computes "
         f"{now:.2f} times the average rank's share of S² attention, and the others wait for it"
     )
@@ -88,7 +88,7 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
     # The smallest change that evens it out; else the one that comes nearest, if that is worth a change.
     found, setting = next((way for way in ways if way[0] <= EVEN), min(ways, key=itemgetter(0)))
     worth = found <= EVEN or found < 0.9 * now
-    return (f"{told}; {setting} brings that to {found:.2f}." if worth else f"{told}.",)
+    return (f"{sentence}; {setting} brings that to {found:.2f}." if worth else f"{sentence}.",)
 
 
 def few_windows(windows: int, batch: int) -> str:

@@ -55,11 +55,11 @@ def command(main: Main) -> Main:
                 raise
             return FAILED
         except Exception as error:
-            told = sentence(error)
-            if told is None:
+            known = sentence(error)
+            if known is None:
                 raise
-            say(f"error: {told[0]}")
-            return told[1]
+            say(f"error: {known[0]}")
+            return known[1]
 
     return run
 

@@ -47,7 +47,7 @@ class LastingOutput:
     """
 
     def __init__(self, stream: Callable[[], IO[str]] = lambda: sys.stdout) -> None:
-        self._stream, self._told = stream, False
+        self._stream, self._warned = stream, False
 
     @property
     def _file(self) -> IO[str]:
@@ -76,9 +76,9 @@ class LastingOutput:
         return getattr(self._file, name)
 
     def _failed(self, error: BaseException) -> None:
-        if self._told:
+        if self._warned:
             return
-        self._told = True
+        self._warned = True
         to_stderr(f"standard output cannot be written ({reason(error)}); training goes on, what it shows may be lost.")
         atexit.register(_leave_quietly)
 

@@ -99,7 +99,7 @@ class MetricsWriter:
         self, folder: Path, resume_step: int, warn: Warn = to_stderr, trackers: Trackers | None = None
     ) -> None:
         self._trackers = trackers
-        self.path, self._warn, self._told = folder / METRICS_FILE, warn, False
+        self.path, self._warn, self._warned = folder / METRICS_FILE, warn, False
         self._handle: int | None = None
         self._size = 0
         """Bytes of whole lines in the file."""
@@ -131,8 +131,8 @@ class MetricsWriter:
             else:
                 self._append(self._handle)
         except OSError as error:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 self._warn(
                     f"{self.path}: cannot be written ({reason(error)}); training goes on, and it is tried again."
                 )

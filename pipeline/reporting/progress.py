@@ -90,7 +90,7 @@ class TrainProgress(_Display):
         self.total, self.start, self.enabled, self.every = total, start, enabled, max(every, 1)
         self._console = console or lasting_console()
         self._seconds, self._last = 0.0, ""
-        self._clock, self._told = clock, clock()
+        self._clock, self._shown_at = clock, clock()
         self._task: TaskID | None = None
         self._live = _live_display(self._console, transient=False) if enabled else None
 
@@ -111,8 +111,8 @@ class TrainProgress(_Display):
             return
         if self._live is not None:
             self._live.update(self._shown(self._live), facts=f"step {step}: {done / total:.0%}  {self._last}")
-        elif (now := self._clock()) - self._told >= self.WITHIN_S:
-            self._told = now
+        elif (now := self._clock()) - self._shown_at >= self.WITHIN_S:
+            self._shown_at = now
             self.say(f"step {step}/{self.total}  {done} of {total} passes done")
 
     def _shown(self, live: RichProgress) -> TaskID:
@@ -132,7 +132,7 @@ class TrainProgress(_Display):
         # Summed from the steps themselves: evaluations and checkpoints in between must not stretch the estimate.
         self._seconds += metrics["seconds"]
         facts = self._last = self._facts(step, metrics)
-        self._told = self._clock()
+        self._shown_at = self._clock()
         if self._live is not None:
             self._live.update(self._shown(self._live), completed=step, facts=facts)
         elif step in (self.start + 1, self.total) or step % self.every == 0:
@@ -266,7 +266,7 @@ class TokenProgress(_Display):
         self.calls = 0
         """Times progress was told; 0: nothing had to be done."""
         self._console, self._touch, self._clock, self._enabled = console or lasting_console(), touch, clock, enabled
-        self._told = clock()
+        self._shown_at = clock()
         self._live: RichProgress | None = None
         self._task: TaskID | None = None
         if enabled and self._console.is_terminal:
@@ -287,6 +287,6 @@ class TokenProgress(_Display):
                 self._live.start()
                 self._task = self._live.add_task("", total=total, tokens=0)
             self._live.update(self._task, completed=done, total=total, tokens=tokens)
-        elif self._enabled and self._clock() - self._told >= self.EVERY_S:
-            self._told = self._clock()
+        elif self._enabled and self._clock() - self._shown_at >= self.EVERY_S:
+            self._shown_at = self._clock()
             _say(self._console, f"tokenizing: {done / max(total, 1):.0%}, {tokens:,} tokens")

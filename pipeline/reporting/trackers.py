@@ -188,8 +188,8 @@ class Trackers:
 
     def _lost(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._warn(f"report_to: {name} failed ({told}); training goes on without it.")
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self._warn(f"report_to: {name} failed ({why}); training goes on without it.")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Give the numbers among `values` to each."""

@@ -86,14 +86,14 @@ def remove(path: Path) -> None:
 
 
 def write_file(
-    path: Path, chunks: Iterable[bytes | np.ndarray], told: Callable[[int], None] = lambda count: None
+    path: Path, chunks: Iterable[bytes | np.ndarray], on_bytes: Callable[[int], None] = lambda count: None
 ) -> FileFacts:
     """Write a new file, mode 0600, on the disk when this returns.
 
     Args:
         path: replaced if it is there: a leftover of an attempt that was cut off.
         chunks: its bytes, in order; arrays are contiguous.
-        told: called with every count of bytes written.
+        on_bytes: called with every count of bytes written.
 
     Raises:
         OSError: the disk refused; a part of the file may be left.
@@ -112,7 +112,7 @@ def write_file(
                     count = os.write(handle, block)
                     block = block[count:]
                     size += count
-                    told(count)
+                    on_bytes(count)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -127,13 +127,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_arrays(
-    path: Path, arrays: Mapping[str, np.ndarray], told: Callable[[int], None] = lambda count: None
+    path: Path, arrays: Mapping[str, np.ndarray], on_bytes: Callable[[int], None] = lambda count: None
 ) -> FileFacts:
     """Write a safetensors file of contiguous arrays of the dtypes in CODES; see `write_file`."""
     codes = {dtype: code for code, dtype in CODES.items()}
     entries = {name: (codes[a.dtype], a.shape, a.itemsize, a.nbytes) for name, a in arrays.items()}
     header, order = layout(entries, {"format": "np"})
-    return write_file(path, [header, *(arrays[name] for name in order)], told)
+    return write_file(path, [header, *(arrays[name] for name in order)], on_bytes)
 
 
 def open_plain(path: Path) -> int:
@@ -178,7 +178,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def facts_of(path: Path, told: Callable[[int], None] = lambda count: None) -> FileFacts:
+def facts_of(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> FileFacts:
     """Size and checksum of a plain file as it lies on the disk; see `open_plain` for the errors."""
     digest, size = hashlib.sha256(), 0
     try:
@@ -186,7 +186,7 @@ def facts_of(path: Path, told: Callable[[int], None] = lambda count: None) -> Fi
             while block := file.read(BLOCK):
                 digest.update(block)
                 size += len(block)
-                told(len(block))
+                on_bytes(len(block))
     except OSError as error:
         raise Damaged(f"{path}: cannot be read ({error.strerror}); mend that, or resume from another.") from None
     return FileFacts(size, digest.hexdigest())

@@ -162,10 +162,10 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
         raw = reader.manifest.raw
         _same_base(folder, raw.get("base_hash"), base_hash)
         try:
-            told = raw["config"]
-            lora = LoraConfig(**{**told["lora"], "targets": tuple(told["lora"]["targets"])})
-            context = int(told["model"]["context"])
-            settings = RopeSettings(**used_rope(told["model"]["rope"]))
+            declared = raw["config"]
+            lora = LoraConfig(**{**declared["lora"], "targets": tuple(declared["lora"]["targets"])})
+            context = int(declared["model"]["context"])
+            settings = RopeSettings(**used_rope(declared["model"]["rope"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: its manifest lacks what a run needs ({type(error).__name__}: {error}); name another."

@@ -65,7 +65,7 @@ class RunChecks:
         changed = (self._sums(self.frozen) != self._frozen_sums).any(dim=1).nonzero().flatten().tolist()
         found = None
         if changed:
-            found = self._told(
+            found = self._sentence(
                 step,
                 f"the frozen weight {self.frozen[changed[0]].name} changed since this process started ({len(changed)} "
                 "such); nothing writes to it, so suspect this rank's memory, and rerun to resume from the last "
@@ -78,7 +78,7 @@ class RunChecks:
         wrong = [one.name for one in self.trained if one.name.endswith(LORA_B) and bool(one.parameter.detach().any())]
         found = None
         if wrong:
-            found = self._told(
+            found = self._sentence(
                 0,
                 f"{wrong[0]} is not zero before the first step ({len(wrong)} such), so training would not start at the "
                 "base model; empty the output folder, and report this if it comes again",
@@ -92,7 +92,7 @@ class RunChecks:
     def _sums(self, chosen: Sequence[Checked]) -> torch.Tensor:
         return bit_sums([one.parameter for one in chosen], self.groups.device)
 
-    def _told(self, step: int, what: str) -> str:
+    def _sentence(self, step: int, what: str) -> str:
         return f"Step {step}, rank {self.groups.env.rank}: {what}."
 
     def _non_finite_weight(self, step: int) -> str | None:
@@ -107,7 +107,7 @@ class RunChecks:
         if not wrong:
             return None
         name = [name for name, tensor in named if tensor.numel()][wrong[0]]
-        return self._told(
+        return self._sentence(
             step,
             f"{name} holds a value that is not finite ({len(wrong)} such tensors); lower train.lr or check the data, "
             "and rerun to resume from the last checkpoint",

@@ -81,25 +81,25 @@ class OutputLock:
                     fcntl.flock(file, fcntl.LOCK_EX)
                 data = file.read(1 << 16)
                 now = (os.fstat(file.fileno()).st_mtime_ns, data)
-                told, living = self._judge(data) if data else ("", False)
+                holder, living = self._judge(data) if data else ("", False)
                 if living is None and seen is None:
                     seen, age = now, self._age()
                     until = began + min(STALE_S, max(STALE_S - age, WATCH_S))
                     print(
-                        f"output: {self.path.parent} was in use by {told}, not heard of for {age:.0f} s; waiting up to "
-                        f"{until - began:.0f} s to see whether it lives.",
+                        f"output: {self.path.parent} was in use by {holder}, not heard of for {age:.0f} s; waiting up "
+                        f"to {until - began:.0f} s to see whether it lives.",
                         file=sys.stderr,
                     )
                 waits = living is None and now == seen and time.monotonic() < until
                 if living or (living is None and now != seen):
                     raise ConfigError(
-                        f"output: {self.path.parent} is in use by another job ({told}); wait for it or end it, or "
+                        f"output: {self.path.parent} is in use by another job ({holder}); wait for it or end it, or "
                         "choose another output."
                     )
                 if not waits:
                     if data:
                         how = "which no longer runs" if living is False else "which did not touch it"
-                        self.took_over = f"{self.path}: was left by {told}, {how}; taken over."
+                        self.took_over = f"{self.path}: was left by {holder}, {how}; taken over."
                     file.seek(0)
                     file.truncate()
                     file.write(json.dumps(self._own).encode())
@@ -113,11 +113,11 @@ class OutputLock:
         try:
             held = parse_json(data)
             pid, started = int(held["pid"]), int(held["started_ticks"])
-            told = f"process {pid} on {str(held['host'])[:80]}, since {str(held['since'])[:40]}"
+            holder = f"process {pid} on {str(held['host'])[:80]}, since {str(held['since'])[:40]}"
             here = bool(held["machine"]) and held["machine"] == self._own["machine"]
         except (ValueError, KeyError, TypeError):
             return "an unreadable holder", None
-        return told, _runs(pid, started) if here else None
+        return holder, _runs(pid, started) if here else None
 
     def _age(self) -> float:
         """Seconds since the lock was touched, by the clock of the file system, which may not be ours."""

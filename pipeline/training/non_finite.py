@@ -120,9 +120,9 @@ class DivergenceGuard:
         """
         if nll and not any(value <= self.ceiling for value in nll.values()):
             self.high = True
-            told = ", ".join(f"{length}: {value:g}" for length, value in nll.items())
+            losses = ", ".join(f"{length}: {value:g}" for length, value in nll.items())
             raise TrainingDiverged(
-                f"The weights of step {self.steps} lose {told} nats a token on the evaluation text, above "
+                f"The weights of step {self.steps} lose {losses} nats a token on the evaluation text, above "
                 f"{self.ceiling:.1f}, more than a uniform guess over {self.vocab} tokens or the run's first step lost: "
                 "training has diverged; lower train.lr."
             )

@@ -183,12 +183,12 @@ class Trainer:
                     f"{error} {refused.filename}: could not be renamed ({refused.strerror}), though it was written "
                     "after training diverged; move it away before the rerun."
                 ) from None
-            told = f" Checkpoints in doubt were renamed: {', '.join(moved)}." if moved else ""
+            renamed = f" Checkpoints in doubt were renamed: {', '.join(moved)}." if moved else ""
             if left is None:
-                return f"{told} No earlier checkpoint is left, so a rerun starts over, and any setting may change."
+                return f"{renamed} No earlier checkpoint is left, so a rerun starts over, and any setting may change."
             return (
-                f"{told} A rerun goes on from step {left}; with resume.allow: [train.lr] (or [data.path]) it takes a "
-                "changed setting."
+                f"{renamed} A rerun goes on from step {left}; with resume.allow: [train.lr] (or [data.path]) it takes "
+                "a changed setting."
             )
 
         return TrainingDiverged(f"{error}{share_from_main(self.parts.groups, mend)}")

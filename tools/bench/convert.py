@@ -153,11 +153,11 @@ def measure(command: Sequence[str], limit: int | None) -> dict[str, Any]:
             time.sleep(0.01)
         code = process.wait()
         out.seek(0)
-        told = out.read()
+        output = out.read()
     if code:
-        raise LongspanError(f"{' '.join(command)}: failed with status {code}: {told[-2000:]}")
+        raise LongspanError(f"{' '.join(command)}: failed with status {code}: {output[-2000:]}")
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "anon_gib": anon / (1 << 20), "rss_gib": whole / (1 << 20), "told": told}
+    return {"seconds": seconds, "anon_gib": anon / (1 << 20), "rss_gib": whole / (1 << 20), "output": output}
 
 
 def compare_hashes(one: Path, other: Path) -> int:
@@ -196,16 +196,16 @@ def run(folder: Path, gb: float) -> list[dict[str, Any]]:
     for name, words, bound in steps:
         row = {"step": name, "limit_gib": bound / GIB if bound else None, **measure(words, bound)}
         if name == "import":
-            row["told"] = f"{compare_hashes(folder / 'base', folder / 'imported')} tensors bit-equal"
+            row["output"] = f"{compare_hashes(folder / 'base', folder / 'imported')} tensors bit-equal"
         elif name.startswith("verify"):
             report = json.loads((folder / "merged/verify.json").read_text())
-            row["told"] = json.dumps(
+            row["output"] = json.dumps(
                 {key: report[key] for key in ("mode", "passed", "tensors", "max_abs_logit_difference")}
             )
         elif name.startswith("load"):
-            row["told"] = row["told"].strip().splitlines()[-1]
+            row["output"] = row["output"].strip().splitlines()[-1]
         else:
-            row["told"] = ""
+            row["output"] = ""
         rows.append(row)
     return rows
 
@@ -240,7 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         limit = "" if row["limit_gib"] is None else f"{row['limit_gib']:.2f}"
         table.add_row(
-            row["step"], f"{row['seconds']:.1f}", f"{row['anon_gib']:.2f}", f"{row['rss_gib']:.2f}", limit, row["told"]
+            row["step"],
+            f"{row['seconds']:.1f}",
+            f"{row['anon_gib']:.2f}",
+            f"{row['rss_gib']:.2f}",
+            limit,
+            row["output"],
         )
     console = console_of(200)
     console.print(table)

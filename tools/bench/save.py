@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for background in (True, False):
             pauses, whole = measure(args.output / f"background-{background}", groups, pieces, background, args.rounds)
-            told = ", ".join(f"{seconds:.3f}" for seconds in pauses)
+            listed = ", ".join(f"{seconds:.3f}" for seconds in pauses)
             print(
-                f"{'beside training' if background else 'training waits':>15}: pause {told} s; whole after "
+                f"{'beside training' if background else 'training waits':>15}: pause {listed} s; whole after "
                 + ", ".join(f"{seconds:.2f}" for seconds in whole)
                 + " s"
             )

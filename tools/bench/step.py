@@ -255,9 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         destroy_groups()
     if env.launched and not env.is_main:
         return 0
-    told = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
+    what = f"{args.model}" + (f", {args.layers} layers" if args.layers else "")
     title = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, {args.sequence} tokens, {args.attention}, "
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {what}, {args.sequence} tokens, {args.attention}, "
         f"{args.engine}, tp {args.tp} cp {args.cp}, " + ("NCCL" if env.launched else "fake process group")
     )
     print_rows(rows, title, 200)

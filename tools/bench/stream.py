@@ -198,9 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         destroy_groups()
     if env.launched and not env.is_main:
         return 0
-    told = args.model + (f", {args.layers} layers" if args.layers else "") + (", offloaded" if args.offload else "")
+    shape = args.model + (f", {args.layers} layers" if args.layers else "") + (", offloaded" if args.offload else "")
     title = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {told}, group {args.group}, recompute "
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}, group {args.group}, recompute "
         f"{args.recompute} within a chunk, tp {args.tp} cp {args.cp}"
     )
     print_rows(rows, title, 160)

@@ -116,8 +116,8 @@ class Job:
         """Process id of a rank, once torchrun has started it."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                told = {f"{name}={value}" for name, value in child.environ().items()}
-                if "pipeline.train" in child.cmdline() and f"RANK={rank}" in told:
+                environment = {f"{name}={value}" for name, value in child.environ().items()}
+                if "pipeline.train" in child.cmdline() and f"RANK={rank}" in environment:
                     return child.pid
         raise RankFailed(f"{self.log}: rank {rank} is not among the launcher's processes.", None)
 
@@ -248,7 +248,7 @@ class Bench:
         if saving and self.cut_off(name, step) is None:
             problems.append(f"none of {kills} kills hit a save")
         files = [] if left is None else [path.stem.endswith(f"-{victim:05d}") for path in left.iterdir()]
-        told = "" if left is None else f"{left.name.removeprefix(WRITING)}: {len(files)} files, {sum(files)} its own"
+        held = "" if left is None else f"{left.name.removeprefix(WRITING)}: {len(files)} files, {sum(files)} its own"
         if not saving:
             step = len(self.rows(name))  # it may have got on a little
         newest = choose(self.folder / name / "checkpoints")
@@ -266,7 +266,7 @@ class Bench:
                 problems.append(f"it did not resume at step {resumed}")
         worst = self.compare(name, resumed, problems)
         at_step = step if saving else step + 1
-        return Case(what, victim, at_step, seconds, code, told, resumed, half, worst, kills, tuple(problems))
+        return Case(what, victim, at_step, seconds, code, held, resumed, half, worst, kills, tuple(problems))
 
     def compare(self, name: str, resumed: int, problems: list[str]) -> float:
         """Largest relative difference of the losses after `resumed`; every step must be there once."""

@@ -111,8 +111,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, deadline: float,
         text = (logs / f"rank-{failed}.log").read_text(errors="replace")
         code = processes[failed].poll()
         # Code 2 is a sentence for the user, which is the log's last line.
-        told = text.strip().splitlines()[-1] if code == 2 else f"rank {failed} left with code {code}:\n{text[-3000:]}"
-        raise RankFailed(told, code)
+        sentence = (
+            text.strip().splitlines()[-1] if code == 2 else f"rank {failed} left with code {code}:\n{text[-3000:]}"
+        )
+        raise RankFailed(sentence, code)
     late = [rank for rank, process in enumerate(processes) if process.poll() is None]
     if late:
         raise RankFailed(f"ranks {late} still ran after {timeout_s:g} s and were ended; raise --timeout.", None)

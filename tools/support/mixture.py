@@ -89,7 +89,7 @@ def with_notes(text: str, every: int, rng: random.Random) -> str:
         text: paragraphs, an empty line between two.
         every: characters between two notes, on average.
     """
-    told: list[tuple[int, str]] = []
+    inserted: list[tuple[int, str]] = []
     at = 0.0
     for what, value in facts(rng):
         at += rng.expovariate(1 / every)
@@ -98,12 +98,12 @@ def with_notes(text: str, every: int, rng: random.Random) -> str:
             break
         if at + distance > len(text):
             continue  # it would never be asked for
-        told.append((int(at), rng.choice(_NOTES).format(what=what, value=value)))
+        inserted.append((int(at), rng.choice(_NOTES).format(what=what, value=value)))
         recall = rng.choice(_RECALLS).format(what=what, value=value)
-        told.append((int(at + distance), recall[0].upper() + recall[1:]))
+        inserted.append((int(at + distance), recall[0].upper() + recall[1:]))
     breaks = [match.end() for match in re.finditer(r"\n[ \t\r]*\n\s*", text)]
     parts, done, number = [], 0, 0
-    for at, sentence in sorted(told):
+    for at, sentence in sorted(inserted):
         while number < len(breaks) and breaks[number] < at:
             number += 1
         if number == len(breaks):

@@ -73,13 +73,13 @@ def _kernels(profiler: torch.profiler.profile) -> list[Kernel]:
     ]
 
 
-def print_profile(work: Callable[[], object], told: bool) -> None:
-    """Run `work` once more and, where `told`, print its kernels by time; every rank calls it, so that none waits."""
+def print_profile(work: Callable[[], object], shown: bool) -> None:
+    """Run `work` once more and, where `shown`, print its kernels by time; every rank calls it, so that none waits."""
     with torch.profiler.profile() as profiler:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    if told:
+    if shown:
         averages = profiler.key_averages()
         print(averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70), flush=True)
         print("\n".join(summary(_kernels(profiler))), flush=True)

@@ -100,9 +100,9 @@ def _load(options: argparse.Namespace) -> tuple[TrainedModel, str]:
         given = options.rope is not None or any(value is not None for value in stretch.values())
         rope = RopeSettings(type=options.rope or "auto", **stretch) if given else None
         return load_adapter(options.adapter, options.base, options.context, rope), str(options.adapter)
-    told = [f"--{name}" for name in ("context", "rope", "factor", "theta") if getattr(options, name) is not None]
-    if told:
-        raise CheckpointError(f"{' and '.join(told)}: a checkpoint tells this; give it with --adapter only.")
+    superfluous = [f"--{name}" for name in ("context", "rope", "factor", "theta") if getattr(options, name) is not None]
+    if superfluous:
+        raise CheckpointError(f"{' and '.join(superfluous)}: a checkpoint tells this; give it with --adapter only.")
     for last in (False, True):
         checkpoint = options.checkpoint or find_checkpoint(options.run)
         try:
