@@ -18,7 +18,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.planner.choose import Site, Timed, best_layouts, candidates, ranked
+from pipeline.planner.choose import Site, Timed, best_layouts, choices, ranked
 from pipeline.planner.explain import refusal
 from pipeline.planner.gpus import find_gpu
 from pipeline.planner.models import Model, find_model
@@ -100,7 +100,7 @@ def plan_one(config: RunConfig, model: Model, site: Site) -> list[Timed]:
     Raises:
         ConfigError: none fits; by how much, and what would.
     """
-    found = candidates(config, model.arch, site)
+    found = choices(config, model.arch, site)
     best = best_layouts(ranked(found), SHOWN)
     if not best:
         raise refusal(found, config, model.arch, site)

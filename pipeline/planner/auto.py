@@ -10,7 +10,7 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.parallel import OffloadConfig, ParallelConfig
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Site, candidates, ranked
+from pipeline.planner.choose import Site, choices, ranked
 from pipeline.planner.clock import step_time
 from pipeline.planner.explain import named, refusal, why
 from pipeline.planner.footprint import footprint
@@ -68,7 +68,18 @@ def _with(config: RunConfig, layout: Mapping[str, Any]) -> RunConfig:
     parallel = dict(layout["parallel"])
     parallel["offload"] = OffloadConfig(**parallel["offload"])
     parallel["timeout_s"] = config.parallel.timeout_s
-    train = replace(config.train, micro_batch=layout["micro_batch"], recompute=layout["recompute"])
+    asked = config.train
+    # Records of earlier releases know of no stream but the user's.
+    stream = layout.get("stream", asked.stream)
+    recompute = layout["recompute"]
+    train = replace(
+        asked,
+        micro_batch=layout["micro_batch"],
+        recompute=recompute,
+        gate_up=layout.get("gate_up", asked.gate_up),
+        gpu_gib=asked.gpu_gib if recompute == "auto" else None,
+        stream=stream,
+    )
     return replace(config, parallel=ParallelConfig(**parallel), train=train)
 
 
@@ -100,7 +111,7 @@ def settle(config: RunConfig, stored: LlamaArch, device: Device, world: int, *, 
         except (CheckpointError, KeyError, TypeError, ConfigError):
             before = f" ({path} tells no layout that could be kept)"
     site = device.site(world)
-    found = candidates(config, stored, site)
+    found = choices(config, stored, site)
     timed = ranked(found)
     if not timed:
         raise refusal(found, config, stored, site)
@@ -121,6 +132,8 @@ def plan_record(plan: RunPlan, site: Site, auto: bool) -> dict[str, Any]:
         "parallel": asdict(config.parallel),
         "micro_batch": config.train.micro_batch,
         "recompute": config.train.recompute,
+        "gate_up": config.train.gate_up,
+        "stream": config.train.stream,
     }
     return {
         "auto": auto,

@@ -13,6 +13,7 @@ from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.footprint import Footprint, footprint
 from pipeline.planner.gpus import Gpu
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
 OFFLOADS = tuple(OffloadConfig(params, optimizer) for params in ("none", "cpu") for optimizer in ("none", "cpu"))
@@ -102,9 +103,13 @@ class Timed:
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What makes it another layout than others: engine and axes."""
-        grid = self.candidate.plan.grid
-        return self.candidate.plan.config.parallel.engine, grid.tp, grid.cp, grid.pp
+        """What makes it another layout than others."""
+        return layout_of(self.candidate.plan)
+
+
+def layout_of(plan: RunPlan) -> tuple[object, ...]:
+    """Engine and axes."""
+    return plan.config.parallel.engine, plan.grid.tp, plan.grid.cp, plan.grid.pp
 
 
 def _divisors(number: int, limit: int) -> list[int]:
@@ -149,23 +154,81 @@ def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunCon
                     yield settings
 
 
+def _candidate(settings: RunConfig, stored: LlamaArch, site: Site) -> Candidate:
+    plan = RunPlan.shaped(settings, stored, site.gpus, site.gpu.memory)
+    return Candidate(plan, site, footprint(plan, site.a_node))
+
+
 def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
-    """Every layout the GPUs could have, fitting or not; the mathematics of the run are the same in all.
+    """Every layout the GPUs could have with one recompute policy in all layers, fitting or not.
+
+    The mathematics of the run are the same in all.
 
     Args:
         config: what is to be computed; its layout is not looked at.
         stored: the checkpoint's shape.
+
+    Raises:
+        ConfigError: the batch cannot be spread over the GPUs.
     """
-    found = []
-    for settings in _settings(config, stored, site):
-        plan = RunPlan.shaped(settings, stored, site.gpus, site.gpu.memory)
-        found.append(Candidate(plan, site, footprint(plan, site.a_node)))
+    found = [_candidate(settings, stored, site) for settings in _settings(config, stored, site)]
     if not found:
         raise ConfigError(
             f"train.global_batch: {config.train.global_batch} sequences cannot be spread over {site.gpus} GPUs by any "
             "layout; use a multiple of their number."
         )
     return found
+
+
+def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
+    """Layouts whose layers have different policies, where one policy for all leaves memory unused.
+
+    Only of layouts that could become the fastest of their kind: what computes nothing again is their bound.
+    """
+    by_layout: dict[object, list[Candidate]] = {}
+    for one in found:
+        by_layout.setdefault((one.plan.config.parallel, one.plan.config.train.micro_batch), []).append(one)
+    open_: list[tuple[float, float, list[Candidate]]] = []
+    fastest: dict[object, float] = {}
+    for alike in by_layout.values():
+        times = [(one.time().total, one.fits) for one in alike]
+        fits = [seconds for seconds, fit in times if fit]
+        if fits:
+            kind = layout_of(alike[0].plan)
+            fastest[kind] = min(fastest.get(kind, float("inf")), *fits)
+            open_.append((min(times)[0], min(fits), alike))
+    mixed: list[Candidate] = []
+    for bound, alone, alike in sorted(open_, key=lambda each: each[:2]):
+        kind = layout_of(alike[0].plan)
+        if bound >= (1 - ALIKE) * fastest[kind] or bound == alone:
+            continue
+        settings = alike[0].plan.config
+        train = replace(settings.train, recompute="auto", gate_up=config.train.gate_up, gpu_gib=config.train.gpu_gib)
+        one = _candidate(replace(settings, train=train), stored, site)
+        if one.fits and (seconds := one.time().total) < alone:
+            mixed.append(one)
+            fastest[kind] = min(fastest[kind], seconds)
+    return mixed
+
+
+def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
+    """All to choose from: `candidates`, mixes of policies, and where nothing else fits a streamed sequence.
+
+    Streaming computes the same as well, but runs chunks forward twice; it is possible where the group is fixed.
+
+    Raises:
+        ConfigError: the batch cannot be spread over the GPUs.
+    """
+    if config.train.gpu_gib is not None:
+        site = replace(site, gpu=replace(site.gpu, memory=min(site.gpu.memory, round(config.train.gpu_gib * GIB))))
+    found = candidates(config, stored, site)
+    if config.train.stream is None and not any(one.fits for one in found):
+        try:
+            streamed = replace(config, train=replace(config.train, stream="auto"))
+        except ConfigError:
+            return found  # a group that grows with the sequence, full attention
+        found += candidates(streamed, stored, site)
+    return found + _mixed(found, config, stored, site)
 
 
 def ranked(found: list[Candidate]) -> list[Timed]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.parallel import OffloadConfig
-from pipeline.planner.choose import Candidate, Site, Timed, candidates, ranked
+from pipeline.planner.choose import Candidate, Site, Timed, choices, ranked
 from pipeline.planner.explain import named
 from pipeline.planner.footprint import footprint
 from pipeline.planning.arch import LlamaArch
@@ -40,7 +40,7 @@ def instead(plan: RunPlan, stored: LlamaArch, site: Site, most: int | None = Non
     Args:
         most: bytes that it may take of a GPU; None: what the GPU has.
     """
-    found = candidates(plan.config, stored, site)
+    found = choices(plan.config, stored, site)
     if most is not None:
         found = [one for one in found if one.memory.gpu_total <= most]
     return next(iter(ranked(found)), None)
@@ -55,6 +55,8 @@ def setting_of(one: Timed) -> str:
         parts.append(f"offload: {{params: {parallel.offload.params}, optimizer: {parallel.offload.optimizer}}}")
     train = config.train
     rest = f"train.micro_batch: {train.micro_batch}, train.recompute: {train.recompute}"
+    if train.stream is not None:
+        rest += f", train.stream: {train.stream}"
     return f"parallel: {{{', '.join(parts)}}}, {rest}"
 
 

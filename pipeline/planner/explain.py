@@ -32,6 +32,8 @@ def named(plan: RunPlan) -> str:
     if away:
         parts.append(f"{' and '.join(away)} in host memory")
     parts.append(f"recompute {_recompute(plan)}")
+    if plan.stream is not None and plan.stream < plan.sequence:
+        parts.append(f"streamed in chunks of {plan.stream} tokens")
     if config.train.micro_batch > 1:
         parts.append(f"micro-batch {config.train.micro_batch}")
     return ", ".join(parts)

@@ -59,7 +59,7 @@ def test_a_resume_keeps_what_was_chosen_and_other_ranks_choose_anew(tmp_path: Pa
     assert first.config.parallel.cp == 8 and first.config.train.recompute == "pointwise"
     # On smaller GPUs the planner would choose otherwise: the record holds.
     small = Device("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 8, 2048 * GIB)
-    assert settle(config, LLAMA2_70B, small, 8).config.train.recompute == "gate_up"
+    assert settle(config, LLAMA2_70B, small, 8).config.train.recompute == "auto"
     plan = RunPlan.shaped(first.config, LLAMA2_70B, 8)
     record = plan_record(plan, H100.site(8), auto=True)
     (tmp_path / "run").mkdir()
@@ -123,6 +123,25 @@ def test_settings_that_a_layout_forbids_leave_the_others(tmp_path: Path) -> None
     asked = load_config(path, ["train.stream=null", "train.recompute=pointwise", "train.gate_up=fp8"])
     kept = {one.plan.config.train.gate_up for one in candidates(asked, LLAMA2_70B, H100.site(8))}
     assert kept == {"fp8", "gpu"}
+
+
+def test_a_resume_keeps_chosen_policies_and_streams(tmp_path: Path) -> None:
+    """Also where the user's own settings are others than the layout's."""
+    (tmp_path / "run").mkdir()
+    small = replace(H100, memory=40 * GIB)
+    for extra, stream in (("gate_up: fp8, recompute: pointwise", None), ("recompute: auto", None), ("", "auto")):
+        auto_config(tmp_path, "attention: {group_size: 8192}\nparallel: auto")
+        path = tmp_path / "run.yaml"
+        path.write_text(path.read_text().replace("steps: 10", f"steps: 10, {extra}" if extra else "steps: 10"))
+        changed = ["model.context=1048576"] if stream else []
+        (tmp_path / "run" / RECORD).unlink(missing_ok=True)
+        config = load_config(path, changed)
+        first = settle(config, LLAMA2_70B, small, 8)
+        assert first.config.train.stream == stream
+        record = plan_record(RunPlan.shaped(first.config, LLAMA2_70B, 8, small.memory), small.site(8), auto=True)
+        (tmp_path / "run" / RECORD).write_text(json.dumps(record))
+        again = settle(config, LLAMA2_70B, small, 8)
+        assert again.config == first.config and "keeps what this run began with" in again.chosen, extra
 
 
 def test_a_refusal_says_what_would_fit_also_of_auto(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planner import models
-from pipeline.planner.choose import Candidate, Site, best_layouts, candidates, ranked
+from pipeline.planner.choose import Candidate, Site, best_layouts, candidates, choices, ranked
 from pipeline.planner.explain import named, refusal, ways_out, why
 from pipeline.planner.footprint import KINDS, footprint
 from pipeline.planner.gpus import SHIPPED, find_gpu, named_by, read_gpus
@@ -81,6 +81,27 @@ def test_the_users_case_is_the_layout_that_measured_fastest() -> None:
     shown = best_layouts(timed, 4)
     assert len({one.layout for one in shown}) == 4
     assert "fastest" in why(shown[0], shown[0]) and " s" in why(shown[2], shown[0])
+
+
+def test_layers_with_different_policies_are_chosen_where_one_for_all_leaves_memory() -> None:
+    config, arch, site = run_of("llama2-7b", 32768), find_model("llama2-7b").arch, Site.of(find_gpu("h100-80gb"), 1)
+    alone, found = ranked(candidates(config, arch, site)), ranked(choices(config, arch, site))
+    best = found[0].candidate
+    assert best.plan.config.train.recompute == "auto" and len(set(best.plan.recompute)) > 1
+    assert found[0].time.total < 0.98 * alone[0].time.total and best.fits
+    assert len({one.layout for one in alone}) == len({one.layout for one in found}), "no layout is lost"
+    capped = replace(config, train=replace(config.train, recompute="auto", gpu_gib=40.0))
+    assert all(one.candidate.memory.gpu_total <= 40 * GIB for one in ranked(choices(capped, arch, site)))
+
+
+def test_a_sequence_is_streamed_where_nothing_else_fits_and_its_group_is_fixed() -> None:
+    config, arch, site = run_of("llama3-8b", 1 << 20), find_model("llama3-8b").arch, Site.of(find_gpu("h100-80gb"), 1)
+    assert not ranked(choices(config, arch, site)), "a group that grows with the sequence"
+    fixed = replace(config, attention=replace(config.attention, group_size=8192))
+    best = ranked(choices(fixed, arch, site))[0].candidate.plan
+    assert best.stream is not None and best.stream < best.sequence and "streamed in chunks" in named(best)
+    short = replace(fixed, model=replace(fixed.model, context=32768))
+    assert all(one.candidate.plan.stream is None for one in ranked(choices(short, arch, site)))
 
 
 def test_without_host_memory_weights_stay_on_the_gpus() -> None:
