@@ -24,6 +24,9 @@ from pipeline.reporting.command import command, program
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
 
+PROFILED = 3
+"""Step that --profile records: the first two load kernels and grow the allocator."""
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the trainer."""
@@ -33,14 +36,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps, to resume later"
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=PROFILED,
+        metavar="N",
+        help=f"record the Nth step from here (default {PROFILED}): trace, memory and a page, in OUTPUT/profile",
+    )
     args = parser.parse_args(argv)
+    if args.profile is not None and args.profile < 1:
+        parser.error(f"--profile: {args.profile} is no number of a step; give 1 or more.")
     if args.stop_after is not None and args.stop_after < 1:
         parser.error(f"--stop-after: {args.stop_after} is no number of optimizer steps; give 1 or more.")
     return args
 
 
-def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch: Watch | None = None) -> int:
+def train(
+    config: RunConfig,
+    env: RankEnv,
+    stop_after: int | None = None,
+    watch: Watch | None = None,
+    profiled: int | None = None,
+) -> int:
     """Compose and run; returns the exit code.
+
+    Args:
+        stop_after: stop, saved, after so many optimizer steps; None: at the end.
+        watch: over all ranks; None: over none.
+        profiled: which step from here to record; None: none.
 
     Raises:
         LongspanError: one sentence for whatever a user can mend.
@@ -53,6 +77,8 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
     from pipeline.build import build
     from pipeline.data.overlap import shared_text
     from pipeline.evaluation.evaluator import Evaluator, forget_later
+    from pipeline.reporting.profile import FOLDER as FOLDER_OF_PROFILES
+    from pipeline.reporting.profile import StepProfile
     from pipeline.reporting.trackers import check_installed
     from pipeline.training.lock import locked
     from pipeline.training.planned import plan_here
@@ -94,7 +120,21 @@ def train(config: RunConfig, env: RankEnv, stop_after: int | None = None, watch:
                 if run.groups.is_main:
                     shared = shared_text(parts.loader.shards, evaluator.shards)
         took_over = "" if lock is None or lock.took_over is None else lock.took_over
-        stopped = Session(run, evaluator, watch, shared=shared, took_over=took_over, began=began).run(stop_after)
+        profile = None
+        # Of the rank that all wait for too: what rank 0 waits for does not show why.
+        if profiled is not None and env.rank in (0, plan.busiest_rank()):
+            profile = StepProfile(run.output / FOLDER_OF_PROFILES, env.rank, profiled)
+        session = Session(
+            run,
+            evaluator,
+            watch,
+            shared=shared,
+            took_over=took_over,
+            began=began,
+            ideal=planned.ideal,
+            profile=profile,
+        )
+        stopped = session.run(stop_after)
     if not stopped:
         return 0
     # A user's wish, not a scheduler's: a script that goes on after 0 must not.
@@ -121,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
         raise
     with _watch_ranks(env, config.parallel.timeout_s) as watch:
-        return train(config, env, args.stop_after, watch)
+        return train(config, env, args.stop_after, watch, args.profile)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import command, program
+from pipeline.reporting.profile import print_profile
 from pipeline.training.planned import settled, this_device
 from tools.support.gpu_cap import cap_memory
-from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
 from tools.support.shapes import KNOWN, config_json, shape_of
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens

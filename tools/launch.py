@@ -123,6 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps")
     parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine, one a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: processes without a GPU")
+    parser.add_argument("--profile", type=int, nargs="?", const=0, metavar="N", help="record the Nth step from here")
     machines = parser.add_argument_group("several machines (or NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT)")
     machines.add_argument("--nnodes", metavar="M", help="how many there are")
     machines.add_argument("--node-rank", metavar="R", help="which of them this is, from 0")
@@ -137,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     run = ["--config", str(args.config), *(word for text in args.set for word in ("--set", text))]
     rest = [] if args.stop_after is None else ["--stop-after", str(args.stop_after)]
+    if args.profile is not None:
+        rest += ["--profile", *([str(args.profile)] if args.profile else ())]
     given = {
         "NNODES": args.nnodes,
         "NODE_RANK": args.node_rank,

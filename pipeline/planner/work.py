@@ -15,7 +15,7 @@ from pipeline.planning.balance import attention_work
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
-from pipeline.planning.tensors import ROW_PARALLEL, padded_vocab, projection_shape
+from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, padded_vocab, projection_shape
 
 FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Projections that are one product."""
@@ -120,15 +120,41 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     return LayerWork(ahead, back, {policy: again.get(policy.value, few) for policy in RecomputePolicy})
 
 
+def trains_head(plan: RunPlan) -> bool:
+    """Whether the output matrix has a gradient."""
+    words = plan.config.train.trainable
+    return "lm_head" in words or (plan.arch.tied and "embed" in words)
+
+
 def loss_work(plan: RunPlan) -> Work:
     """The output matrix's products, its loss and the embedding, forward and backward, of one micro-batch."""
     arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
     rows = padded_vocab(arch, tp) // tp
-    trains = "lm_head" in plan.config.train.trainable or (arch.tied and "embed" in plan.config.train.trainable)
-    times = 3 if trains else 2
+    times = 3 if trains_head(plan) else 2
     one = Work(2.0 * tokens * rows * arch.hidden, width * float(tokens * (rows + arch.hidden) + rows * arch.hidden))
     embedding = tokens * arch.hidden / tp * (2 * width + 2 * GRADIENT)
     return one * times + Work(pointwise=float(LOSS_BYTES * tokens) * rows + embedding)
+
+
+def useful_operations(plan: RunPlan, full: bool = False) -> float:
+    """Floating-point operations of an optimizer step, all ranks together, that its result needs.
+
+    Forward and input gradients of every frozen product, adapters forward and backward, attention's two products forward
+    and four backward, the loss. Nothing that is computed again, no padding, and no gradient of a frozen weight.
+
+    Args:
+        full: the step is one of the last, in full attention.
+    """
+    arch, lora = plan.arch, plan.config.lora
+    tokens = float(plan.batch.global_batch * plan.sequence)
+    matrices = sum(rows * columns for rows, columns in (projection_shape(part, arch) for part in PROJECTIONS))
+    ends = sum(sum(projection_shape(part, arch)) for part in (lora.targets if lora.rank else ()))
+    layer = 4 * matrices + 6 * lora.rank * ends
+    spec = plan.full_attention if full else plan.attention
+    pairs = plan.batch.global_batch * sum(sum(row) for row in attention_work(arch, plan.sequence, spec, 1, 1))
+    times = 6 if trains_head(plan) else 4
+    attention = 3.0 * FORWARD * arch.head_dim * pairs
+    return tokens * (arch.layers * layer + times * arch.vocab * arch.hidden) + arch.layers * attention
 
 
 def trained_elements(plan: RunPlan) -> int:

@@ -143,6 +143,7 @@ class TrainProgress(_Display):
         facts = [
             f"loss {metrics['loss']:.4f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            *([f"MFU {metrics['mfu']:.0%}"] if "mfu" in metrics else ()),
             f"{metrics['memory_gib']:.2f} GiB",
             f"{duration(left)} left",
         ]

@@ -15,7 +15,9 @@ from pipeline.config.run import RunConfig
 from pipeline.planner.auto import RECORD, Device, plan_record, settle
 from pipeline.planner.choose import Site
 from pipeline.planner.doomed import doomed, out_of_memory
+from pipeline.planner.gpus import named_by
 from pipeline.planner.host_memory import host_limit
+from pipeline.planner.work import useful_operations
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import say
@@ -43,6 +45,21 @@ class Planned:
     site: Site
     chosen: str
     """What the planner chose and why; empty: the user chose."""
+
+    rate: float | None = None
+    """FLOP/s in bf16 that all GPUs together are sold with; None: nothing is known of such GPUs."""
+
+    def ideal(self, step: int) -> float | None:
+        """Seconds of optimizer step `step` (from 1) if nothing but what its result needs took time, at that rate.
+
+        Over the seconds it took this is the model FLOP/s utilization (MFU) of PaLM (arXiv 2204.02311, appendix B), with
+        what a frozen base needs not computed left out. None: there is no rate.
+        """
+        if self.rate is None:
+            return None
+        config = self.plan.config
+        full = step > config.train.steps - config.attention.full_last_steps
+        return useful_operations(self.plan, full) / self.rate
 
     def record(self, output: Path) -> None:
         """Write RECORD: the layout and what is expected of it. By one rank."""
@@ -97,4 +114,6 @@ def plan_here(config: RunConfig, env: RankEnv) -> Planned:
     problem = doomed(plan, stored, site) if device.name else ""
     if problem:
         raise ConfigError(problem)
-    return Planned(plan, stored, site, chosen)
+    known = named_by(device.name) if device.name else None
+    sold = None if known is None else known.sold["bf16"]
+    return Planned(plan, stored, site, chosen, None if sold is None else sold * env.world_size)

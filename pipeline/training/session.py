@@ -7,13 +7,17 @@ not import it: the evaluator is handed in.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import torch
+
+from parallel.health.pace import PACE_EVERY, slow_ranks
 from parallel.health.signals import StopSignals, stop_name
 from parallel.health.watch import Watch
 from pipeline.config.yaml_file import config_dict
 from pipeline.reporting.metrics import MetricsWriter
+from pipeline.reporting.profile import StepProfile
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.trackers import Trackers
 from pipeline.training.non_finite import TrainingDiverged
@@ -87,6 +91,9 @@ class Session:
         shared: what the evaluation text shares with the training text; empty: nothing was found.
         took_over: a sentence on the lock that another process left; empty: none did.
         began: `time.perf_counter()` when the process began with the run.
+        ideal: seconds that a step would take if the GPUs did nothing but what its result needs, at the rate they are
+            sold with (`planned.Planned.ideal`); None: not known.
+        profile: records one of the steps.
 
     Raises:
         DataError: the metrics of an earlier session are damaged.
@@ -101,9 +108,12 @@ class Session:
         shared: str = "",
         took_over: str = "",
         began: float,
+        ideal: Callable[[int], float | None] = lambda step: None,
+        profile: StepProfile | None = None,
     ) -> None:
         self._run, self._trainer, self._evaluator, self._watch = run, run.trainer, evaluator, watch
         self._shared, self._took_over, self._began = shared, took_over, began
+        self._ideal, self._profile = ideal, profile
         self._main = run.groups.is_main
         self._progress = TrainProgress(run.config.train.steps, run.trainer.step, enabled=self._main)
         self._metrics = None
@@ -153,7 +163,15 @@ class Session:
             try:
                 self._start(trainer.end(stop_after))
                 with self._progress:
-                    stopped = trainer.run(self._metrics, self._progress, self._on_step, stop_after, self._watch)
+                    stopped = trainer.run(
+                        self._metrics,
+                        self._progress,
+                        self._on_step,
+                        stop_after,
+                        self._watch,
+                        self._figures,
+                        self._profile,
+                    )
                 if stopped:
                     self._say(
                         f"{stop_name(stopped)}: stopped and saved at step {trainer.step}; rerun the same command to go "
@@ -194,9 +212,17 @@ class Session:
             self._say(f"nothing left to train: {step} steps of {end} are done")
 
     def _on_step(self, step: int) -> None:
-        """An evaluation during training, where one is due."""
+        """An evaluation during training, and a look at the ranks' pace, where they are due."""
+        if torch.cuda.is_available() and step % PACE_EVERY == 1:
+            for sentence in slow_ranks(self._run.groups):
+                self._warn(sentence)
         if self._due(step):
             self._assess(_label(step), step, shown=False)
+
+    def _figures(self, step: int, seconds: float) -> Mapping[str, float]:
+        """Model FLOP/s utilization, where the GPU's rate is known."""
+        ideal = self._ideal(step)
+        return {} if ideal is None else {"mfu": ideal / seconds}
 
     def _due(self, step: int) -> bool:
         config = self._run.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipeline.data.packing import IGNORE
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
+from pipeline.reporting.profile import StepProfile
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.versions import versions
 from pipeline.training.invariants import RunChecks
@@ -86,6 +87,8 @@ class Trainer:
         on_step: Callable[[int], None] = lambda step: None,
         stop_after: int | None = None,
         watch: Watch | None = None,
+        figures: Callable[[int, float], Mapping[str, float]] | None = None,
+        profile: StepProfile | None = None,
     ) -> int:
         """Train to the last step, saving as configured.
 
@@ -96,6 +99,8 @@ class Trainer:
                 signals.
             stop_after: stop, saved, once so many steps are done; None: the configured end.
             watch: learns of every step begun, so that a rank that stands still is noticed.
+            figures: more of a finished step (steps done, seconds) for its line of metrics.
+            profile: records one of the steps.
 
         Returns:
             The signal that stopped it, 0 if none did; alike on all ranks, and so is the step saved.
@@ -116,7 +121,8 @@ class Trainer:
                 self.heed()
                 self._show(progress)
                 began = time.perf_counter()
-                row = self._one_step(self.step)
+                with contextlib.nullcontext() if profile is None else profile.around(self.step + 1):
+                    row = self._one_step(self.step)
             except Stopped as stop:
                 self._save_and_leave(progress, watch)
                 return stop.number
@@ -130,6 +136,8 @@ class Trainer:
                 "tokens_per_second": row["tokens"] / seconds,
                 "memory_gib": peak_memory_gib(),
             }
+            if figures is not None:
+                row |= figures(self.step, seconds)
             if metrics is not None:
                 metrics.write(row)
             progress.update(self.step, row | {"saving": saver.progress})

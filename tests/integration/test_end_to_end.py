@@ -29,7 +29,8 @@ def test_train_stop_resume_evaluate_export_report(
     assert train([*common, "--stop-after", "3"]) == 0
     assert (run / "checkpoints/latest").read_text().strip() == "step-000003"
     assert not (run / "eval-after.json").exists()
-    assert train(common) == 0
+    assert train([*common, "--profile", "2"]) == 0
+    assert (run / "profile/step-000005-rank-0.txt").read_text().startswith("step 5, rank 0: ")
     assert "resumed at step 3" in capsys.readouterr().out
     assert (run / "checkpoints/latest").read_text().strip() == "step-000006"
     assert len(losses(run)) == 6 and losses(run)[-1] < losses(run)[0]

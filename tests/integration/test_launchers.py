@@ -185,12 +185,13 @@ def test_the_other_modes_start_their_tools(calls: Path) -> None:
 def test_tiny_trains_stops_and_resumes_on_this_machine(name: str) -> None:
     config = load_config(ROOT / f"launch/configs/{SCRIPTS[name]}.yaml")
     # The 13B and 7B runs differ in shape alone: one of them cuts a sequence in two, for two replicas.
-    cp = 2 if name == "run_13b_64k" else min(config.parallel.cp, PROCESSES)
-    done = launch(name, "--tiny", "--set", f"parallel.cp={cp}")
+    processes = 2 if name == "run_7b_100k" else PROCESSES
+    cp = 2 if name == "run_13b_64k" else min(config.parallel.cp, processes)
+    done = launch(name, "--tiny", "--nproc", str(processes), "--set", f"parallel.cp={cp}")
     assert done.returncode == 0, done.stdout + done.stderr
     first, resumed, expected, *_ = done.stdout.splitlines()
     assert f"engine zero3, {'offload params cpu, optimizer none, ' if name == 'run_70b_32k' else ''}tp 1" in first
-    assert f"cp {cp} x dp {PROCESSES // cp} x pp 1" in first
+    assert f"cp {cp} x dp {processes // cp} x pp 1" in first
     losses = [float(word) for word in resumed.split(": ")[1].split()]
     assert len(losses) == 2 * STOP and all(math.isfinite(loss) for loss in losses)
     assert losses == pytest.approx([float(word) for word in expected.split(": ")[1].split()], rel=1e-4)

@@ -312,7 +312,7 @@ def test_a_second_derivative_is_refused() -> None:
         lora_functions.OfMade.apply(
             functional.rms_norm(x, (8,), weight, 1e-5), torch.randn(4, 8, requires_grad=True), recipe
         ),
-        mlp._FrozenMlp.apply(x, *matrices, single_groups().collection.tp, False, None),
+        mlp._FrozenMlp.apply(x, *matrices, single_groups().collection.tp, False, None, False),
     ):
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):

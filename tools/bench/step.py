@@ -50,10 +50,10 @@ from pipeline.planning import tile_size
 from pipeline.planning.memory import CUDA_CONTEXT, GIB
 from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
+from pipeline.reporting.profile import print_profile
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
 from tools.support.gpu_cap import cap_memory
-from tools.support.profile import print_profile
 from tools.support.random_base import RandomBase
 from tools.support.shapes import SIZES, llama2
 from tools.support.timed_step import TimedStep

@@ -35,9 +35,9 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
+from pipeline.reporting.profile import print_profile
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
-from tools.support.profile import print_profile
 from tools.support.shapes import SIZES, shape_of
 from tools.support.timed_step import TimedStep
 

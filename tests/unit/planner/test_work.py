@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.planner.traffic import traffic
-from pipeline.planner.work import FUSED, attention_pairs, layer_work, loss_work
+from pipeline.planner.work import FORWARD, FUSED, attention_pairs, layer_work, loss_work, useful_operations
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.run_plan import RunPlan
@@ -54,6 +57,37 @@ def test_attention_pairs_are_those_of_the_mask(tp: int, cp: int, group: int) -> 
         counted[query // (sequence // cp) * tp + head // (heads // tp)] += query - start + 1
     assert {rank: attention_pairs(plan, rank) for rank in counted} == counted
     assert attention_pairs(plan) == max(counted.values())
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_useful_operations_are_what_torch_counts_of_peft(head: bool) -> None:
+    """Forward and backward of transformers' model with PEFT's adapters, but for what attention's mask hides."""
+    plan = plan_of("llama2-7b", context=64)
+    shape = replace(plan.arch, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, layers=2, vocab=40)
+    words = ("lora", "norm", "embed", *(["lm_head"] if head else []))
+    settings = replace(plan.config, train=replace(plan.config.train, trainable=words))
+    plan = replace(plan, arch=shape, config=settings, full_attention=AttentionSpec("full", 64))
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=40,
+        attn_implementation="eager",
+    )
+    lora = plan.config.lora
+    targets = [f"{name}_proj" for name in lora.targets]
+    whole = ["embed_tokens", *(["lm_head"] if head else [])]
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=lora.rank, target_modules=targets, modules_to_save=whole)
+    )
+    tokens = torch.randint(40, (plan.batch.global_batch, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    seen, every = 64 * 65 // 2, 64 * 64
+    masked = 3 * FORWARD * shape.head_dim * shape.heads * shape.layers * plan.batch.global_batch * (every - seen)
+    assert useful_operations(plan, full=True) == counter.get_total_flops() - masked
 
 
 def test_halos_are_half_a_group_of_the_shifted_heads() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from parallel.errors import ConfigError
 from pipeline.planning.recompute import RecomputePolicy
+from pipeline.reporting.profile import Kernel, busy, kind_of, summary
 from tools.bench import step
-from tools.support.profile import Kernel, busy, kind_of, summary
 
 
 def test_variants_are_plans_of_one_command_line() -> None:

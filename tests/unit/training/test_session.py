@@ -76,7 +76,18 @@ class Steps:
         self.signals = signals
         yield
 
-    def run(self, metrics: None, progress: Any, on_step: Any, stop_after: int | None, watch: Watch) -> int:
+    def run(
+        self,
+        metrics: None,
+        progress: Any,
+        on_step: Any,
+        stop_after: int | None,
+        watch: Watch,
+        figures: Any,
+        profile: object,
+    ) -> int:
+        # A step of 2 s that would have taken 0.5 s at the GPUs' rate.
+        assert figures(self.step + 1, 2.0) == {"mfu": 0.25}
         while self.step < self._last:
             self.step += 1
             self._log.append(self.step)
@@ -146,7 +157,15 @@ def run_session(
         begun=None,
     )
     watch = Told()
-    made_session = Session(run, Evaluations(log, made, nll), watch, shared="same text", took_over="taken", began=0.0)
+    made_session = Session(
+        run,
+        Evaluations(log, made, nll),
+        watch,
+        shared="same text",
+        took_over="taken",
+        began=0.0,
+        ideal=lambda step: 0.5,
+    )
     return made_session.run(), log, capsys.readouterr().out, watch
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from pipeline.reporting.lasting import Warn, optional_file, to_stderr
+
+FOLDER = "profile"
+"""In a run's output."""
+ROWS = 40
+"""Operations listed."""
+BLOCKS = 200_000
+"""Allocations remembered for the picture of the memory."""
 
 KINDS = {
     "copies between host and GPU": ("Memcpy HtoD", "Memcpy DtoH"),
@@ -73,6 +85,60 @@ def _kernels(profiler: torch.profiler.profile) -> list[Kernel]:
     ]
 
 
+def _page(profiler: torch.profiler.profile) -> str:
+    """Operations by the time they take, and on a GPU what its streams do."""
+    on_gpu = torch.cuda.is_available()
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table = str(profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=70))
+    return "\n".join([table, *(summary(_kernels(profiler)) if on_gpu else ())])
+
+
+class StepProfile:
+    """Records one optimizer step of this process.
+
+    In `folder`: `*.trace.json.gz` for Perfetto or chrome://tracing; `*.txt`, a page that sums it up; on a GPU
+    `*.memory.pickle` for pytorch.org/memory_viz. What cannot be written is said, and training goes on.
+
+    Args:
+        folder: where to write.
+        rank: this process.
+        number: which step of this process's session, from 1.
+    """
+
+    def __init__(self, folder: Path, rank: int, number: int, warn: Warn = to_stderr) -> None:
+        self._folder, self._rank, self._left, self._warn = folder, rank, number, warn
+
+    @contextlib.contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Within, optimizer step `step` (from 1) runs; recorded if it is the one asked for."""
+        self._left -= 1
+        if self._left:
+            yield
+            return
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(max_entries=BLOCKS)
+        began = time.perf_counter()
+        try:
+            with torch.profiler.profile(profile_memory=True) as profiler:
+                yield
+                if on_gpu:
+                    torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            base = self._folder / f"step-{step:06d}-rank-{self._rank}"
+            with optional_file(base, self._warn):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                profiler.export_chrome_trace(f"{base}.trace.json.gz")
+                Path(f"{base}.txt").write_text(
+                    f"step {step}, rank {self._rank}: {seconds:.3f} s while recorded\n{_page(profiler)}\n"
+                )
+                if on_gpu:
+                    torch.cuda.memory._dump_snapshot(f"{base}.memory.pickle")
+        finally:
+            if on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+
 def print_profile(work: Callable[[], object], shown: bool) -> None:
     """Run `work` once more and, where `shown`, print its kernels by time; every rank calls it, so that none waits."""
     with torch.profiler.profile() as profiler:
@@ -80,6 +146,4 @@ def print_profile(work: Callable[[], object], shown: bool) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     if shown:
-        averages = profiler.key_averages()
-        print(averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70), flush=True)
-        print("\n".join(summary(_kernels(profiler))), flush=True)
+        print(_page(profiler), flush=True)
