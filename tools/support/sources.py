@@ -17,6 +17,7 @@ from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.hf.writer import REPORT
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import replacement_warning
+from tools.support.push import Destination
 
 SETTINGS = {
     "model.rope.original_context": "--original-context",
@@ -73,6 +74,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compare every tensor and the logits of the result (default on)",
     )
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="also upload it to this repository (new: private)"
+    )
 
 
 def load_source(options: argparse.Namespace) -> tuple[TrainedModel, str]:
@@ -126,6 +130,7 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
     Raises:
         CheckpointError, ConfigError: one sentence each.
     """
+    destination = Destination(options.push) if options.push is not None else None
     model, name = load_source(options)
     warn_of(model)
     export(model, options.output, form, options.force, embedding, shown=True)
@@ -140,3 +145,5 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
             f"verified ({report['mode']}): {tensors['bit_equal']} tensors bit-equal, {tensors['recomputed']} computed "
             f"again; logits differ by at most {report['max_abs_logit_difference']:.3g}; see {options.output / REPORT}"
         )
+    if destination is not None:
+        print(f"uploaded: {destination.upload(options.output)}")
