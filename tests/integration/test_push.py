@@ -67,7 +67,8 @@ class Requests(BaseHTTPRequestHandler):
                 one = json.loads(line)
                 if one["key"] == "file":
                     self.server.files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            self.answer({"commitUrl": "https://huggingface.co/org/mine/commit/1", "commitOid": "1", "pullRequestUrl": None})
+            seen = "https://huggingface.co/org/mine/commit/1"
+            self.answer({"commitUrl": seen, "commitOid": "1", "pullRequestUrl": None})
         else:
             self.answer({"error": "Forbidden"}, 403)
 

@@ -74,9 +74,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compare every tensor and the logits of the result (default on)",
     )
-    parser.add_argument(
-        "--push", metavar="ORG/NAME", help="also upload it to this repository (new: private)"
-    )
+    parser.add_argument("--push", metavar="ORG/NAME", help="also upload it to this repository (new: private)")
 
 
 def load_source(options: argparse.Namespace) -> tuple[TrainedModel, str]:
