@@ -249,7 +249,7 @@ def slurm(tmp_path: Path) -> tuple[dict[str, str], Path]:
     return os.environ | found, log
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True)])
+@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True), (138, True), (143, True)])
 def test_the_batch_script_requeues_a_run_that_was_stopped(
     code: int, again: bool, slurm: tuple[dict[str, str], Path]
 ) -> None:
