@@ -16,6 +16,7 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.base_form import work_bytes
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
@@ -100,9 +101,14 @@ def layer_memory(
         NONE: max(rest, wide),
     }
     early = _halo(config, arch, grid, at_once) * width
+    form = config.model.base
+    beside = {
+        policy: work_bytes(form, arch, tp, tokens, width, not adapted and policy in (FULL, GATE_UP))
+        for policy in RecomputePolicy
+    }
     return LayerMemory(
         kept={policy: tokens * size * width + early * (policy is not FULL) for policy, size in kept.items()},
-        at_work={policy: size * width + early for policy, size in at_work.items()},
+        at_work={policy: size * width + early + beside[policy] for policy, size in at_work.items()},
         gate_up=2 * tokens * ffn * width,
     )
 

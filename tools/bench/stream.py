@@ -79,7 +79,7 @@ class Trainee:
         if args.offload:
             plan = groups.plan
             described = deepspeed_config(torch.bfloat16, 1, args.micro_batches, plan.dp * plan.cp)
-            shards = FrozenShards(groups, torch.bfloat16, True, described)
+            shards = FrozenShards(groups, True, described)
         self.model = RankModel(
             arch,
             plan_rope(arch, RopeSettings(type="linear"), longest),
