@@ -28,7 +28,8 @@ from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParal
 from pipeline.model.layers.lora import Linear, adapted_column, adapted_row
 from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import RMSNorm, StreamNorm
-from pipeline.model.layers.quantized_weight import FORMS, keep
+from pipeline.model.layers.quantized_linear import keep
+from pipeline.model.layers.quantized_weight import FORMS
 from pipeline.model.layers.residual import Add, last_residual_add, plain_add, residual_add
 from pipeline.model.layers.swiglu import EagerSwiGlu, SwiGlu
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv

@@ -13,6 +13,7 @@ from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.footprint import Footprint, footprint
 from pipeline.planner.gpus import Gpu
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.base_form import check_base, divides
 from pipeline.planning.run_plan import RunPlan
 
 OFFLOADS = tuple(OffloadConfig(params, optimizer) for params in ("none", "cpu") for optimizer in ("none", "cpu"))
@@ -111,10 +112,10 @@ def _divisors(number: int, limit: int) -> list[int]:
     return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
 
 
-def _axes(arch: LlamaArch, site: Site) -> Iterator[tuple[int, int, int]]:
-    """(tp, cp, pp) that divide the GPUs and the model; tensor parallelism stays within a machine."""
+def _axes(arch: LlamaArch, site: Site, form: str) -> Iterator[tuple[int, int, int]]:
+    """(tp, cp, pp) that divide the GPUs, the model and its blocks; tensor parallelism stays within a machine."""
     for tp in _divisors(site.gpus, site.gpu.gpus_a_node):
-        if arch.heads % tp or arch.kv_heads % tp or arch.ffn % tp:
+        if arch.heads % tp or arch.kv_heads % tp or arch.ffn % tp or not divides(form, arch, tp):
             continue
         for cp in _divisors(site.gpus // tp, site.gpus):
             for pp in _divisors(site.gpus // (tp * cp), arch.layers):
@@ -124,7 +125,7 @@ def _axes(arch: LlamaArch, site: Site) -> Iterator[tuple[int, int, int]]:
 def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunConfig]:
     """Every configuration that differs in layout alone."""
     train, batch = config.train, config.train.global_batch
-    for tp, cp, pp in _axes(arch, site):
+    for tp, cp, pp in _axes(arch, site, config.model.base):
         if config.attention.legacy_wrap and cp > 1:
             continue  # it wraps around the whole sequence
         replicas = site.gpus // (tp * cp * pp)
@@ -156,6 +157,7 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
         config: what is to be computed; its layout is not looked at.
         stored: the checkpoint's shape.
     """
+    check_base(config.model.base, stored, 1)
     found = []
     for settings in _settings(config, stored, site):
         plan = RunPlan.shaped(settings, stored, site.gpus, site.gpu.memory)

@@ -69,21 +69,34 @@ def work_bytes(form: str, arch: LlamaArch, tp: int, tokens: int, element: int, t
     return 0
 
 
+def _odd(form: str, arch: LlamaArch, tp: int) -> tuple[str, int, int] | None:
+    """A projection with a width that is no multiple of `UNIT`: (projection, a rank's width, the whole one)."""
+    unit = UNIT.get(form, 1)
+    for part in PROJECTIONS:
+        rows, columns, width = local_shape(part, arch, tp)
+        if columns % unit:
+            return part, columns, width
+        if form == "fp8" and rows % unit:
+            return part, rows, projection_shape(part, arch)[0]
+    return None
+
+
+def divides(form: str, arch: LlamaArch, tp: int) -> bool:
+    """Whether each of `tp` ranks has what the form can keep of every matrix."""
+    return _odd(form, arch, tp) is None
+
+
 def check_base(form: str, arch: LlamaArch, tp: int) -> None:
     """Refuse a grid or a model whose matrices a form cannot keep.
 
     Raises:
         ConfigError: a width is no multiple of `UNIT`.
     """
-    unit = UNIT.get(form)
-    if unit is None:
-        return
-    for part in PROJECTIONS:
-        rows, columns, width = local_shape(part, arch, tp)
-        if columns % unit or (form == "fp8" and rows % unit):
-            wrong = columns if columns % unit else rows
-            mend = "use a smaller parallel.tp, or " if wrong * tp % unit == 0 and tp > 1 else ""
-            raise ConfigError(
-                f"model.base: {form} keeps matrices whose widths are multiples of {unit}, but a rank has {wrong} of "
-                f"{part}_proj's {width if columns % unit else rows * tp}; {mend}set another model.base."
-            )
+    odd = _odd(form, arch, tp)
+    if odd is not None:
+        part, width, whole = odd
+        mend = "use a smaller parallel.tp, or " if divides(form, arch, 1) else ""
+        raise ConfigError(
+            f"model.base: {form} keeps matrices whose widths are multiples of {UNIT[form]}, but a rank has {width} of "
+            f"{part}_proj's {whole}; {mend}set another model.base."
+        )

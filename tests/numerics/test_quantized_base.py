@@ -12,7 +12,7 @@ from pipeline.config.sections import LoraConfig
 from pipeline.data.packing import IGNORE
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaChunk
-from pipeline.model.layers.quantized_weight import Fp8Weight, Nf4Weight, empty
+from pipeline.model.layers.quantized_weight import dequantized, empty
 from pipeline.model.weights.load import mark_trainable, trainable
 from pipeline.planning.attention_layout import SequenceLayout
 from tests.numerics.test_lora_parity import EVERY, peft_name, peft_twin, randomize_b
@@ -25,15 +25,6 @@ from tools.support.parity import Observed, compare
 STEPS = 1
 SIZES = {"hidden_size": 128, "intermediate_size": 192}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def dequantized(form: str, matrix: torch.Tensor) -> torch.Tensor:
-    """What a stored matrix is rounded to; the rounding itself is held against bitsandbytes elsewhere."""
-    weight = empty(form, (matrix.shape[0], matrix.shape[1]), "cpu")
-    weight.write(matrix)
-    if isinstance(weight, Fp8Weight):
-        return weight.weight.detach().float() * weight.scales.detach()
-    return weight.dequantized(torch.float32)
 
 
 def oracle(folder: Path, form: str, stage: LlamaChunk, lora: LoraConfig) -> torch.nn.Module:
@@ -112,10 +103,7 @@ def test_a_share_of_the_columns_is_rounded_as_in_the_whole_row(form: str, ranks:
         first, last = rank * width // ranks, (rank + 1) * width // ranks
         share = empty(form, (3, width), "cpu", (first, last))
         share.write(matrix)
-        if isinstance(share, Nf4Weight):
-            found = share.dequantized(torch.float32)
-        else:
-            found = share.weight.float() * share.scales
+        found = share.dequantized(torch.float32)
         assert torch.equal(found, whole[:, first:last])
 
 

@@ -1,4 +1,4 @@
-"""Frozen matrices in 8 and in 4 bits: `Fp8Weight` and `Nf4Weight`, and the linears that keep theirs so.
+"""Frozen matrices in 8 and in 4 bits: `Fp8Weight` and `Nf4Weight`; linears that keep theirs so: `quantized_linear`.
 
 Both quantize a row of the checkpoint from that row alone, and from all of it: any stretch of rows can be made from
 those rows of a checkpoint, and a tensor-parallel rank that has some of the columns rounds them as one that has them
@@ -19,16 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import cast
 
 import torch
-from megatron.core.tensor_parallel import RowParallelLinear
 from torch.nn import Parameter
 
 from parallel.errors import ConfigError
-from pipeline.model.layers.frozen_weight import KEPT, DenseWeight, FrozenWeight, times
+from pipeline.model.layers.fp8 import round_rows
+from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight, times
+from pipeline.model.layers.kernel_choice import kernels_for
 from pipeline.planning.base_form import BLOCK, GROUP
 
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 AT_ONCE = 1 << 24
 """Values: bounds the float32 copies beside a matrix that is encoded or decoded."""
 
@@ -38,13 +39,6 @@ NF4_CODE = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-
-def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, K] of any float dtype -> e4m3 [n, K] and float32 scales [n, 1]; their product is the rows again."""
-    values = rows.float()
-    scales = (values.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    return (values / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
 
 
 class _Quantized(FrozenWeight):
@@ -87,6 +81,10 @@ class Fp8Weight(_Quantized):
 
     form = "fp8"
 
+    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int) -> None:
+        super().__init__(members, columns, width)
+        self._holds, self._turned = False, cast(torch.Tensor | None, None)
+
     @property
     def weight(self) -> Parameter:
         """e4m3 [O, I]."""
@@ -106,32 +104,45 @@ class Fp8Weight(_Quantized):
         """The e4m3 matrix and its scales."""
         return {"weight": self.weight, "scales": self.scales}
 
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """[O, I]."""
+        return (self.weight.detach().float() * self.scales.detach()).to(dtype)
+
     def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """e4m3 [R, I] and float32 [R, 1] of whole rows [R, W]."""
-        weight, scales = quantize_rows(rows_RI)
+        weight, scales = round_rows(rows_RI)
         return {"weight": weight[:, slice(*self.columns)], "scales": scales}
 
     def product(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.product`; `rows` are quantized, one scale each."""
-        return _fp8_times(rows, rows.flatten(0, -2), self.weight.detach(), self.scales.detach().t(), out)
+        return _fp8_times(rows, self.weight.detach(), self.scales.detach().t(), out)
+
+    def at_hand(self, dtype: torch.dtype) -> FrozenWeight:
+        """See `FrozenWeight.at_hand`: it is turned once for all gradients."""
+        held = Fp8Weight(self._members, self.columns, self.width)
+        held._holds = True
+        return held
 
     def grad_input(self, grads: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.grad_input`; `grads` times the matrix's scales are quantized, one scale a row."""
-        scaled = grads.flatten(0, -2).float() * self.scales.detach().t()
-        # FP8 products on Hopper read both factors along the contracted dimension: the matrix is turned for each.
-        turned = self.weight.detach().t().contiguous()
-        return _fp8_times(grads, scaled, turned, torch.ones_like(scaled[:1, :1]).expand(1, len(turned)), out)
+        turned = self._turned
+        if turned is None:
+            # FP8 products on Hopper read both factors along the contracted dimension: the matrix is turned for each.
+            turned = self.weight.detach().t().contiguous()
+            self._turned = turned if self._holds else None
+        scales = self.scales.detach().flatten()
+        return _fp8_times(grads, turned, scales.new_ones(1, len(turned)), out, scales)
 
 
 def _fp8_times(
     like: torch.Tensor,
-    rows_NK: torch.Tensor,
     matrix_MK: torch.Tensor,
     scales_1M: torch.Tensor,
     out: torch.Tensor | None,
+    factors_K: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """rows times the transposed matrix, [..., M] in the dtype and leading shape of `like`."""
-    quantized, scales_N1 = quantize_rows(rows_NK)
+    """Rows [..., K], times their columns' factors, times the transposed matrix: [..., M] in the rows' dtype."""
+    quantized, scales_N1 = round_rows(like.reshape(-1, like.shape[-1]), factors_K)
     if quantized.is_cuda:
         found = torch._scaled_mm(
             quantized, matrix_MK.t(), scales_N1, scales_1M.contiguous(), out_dtype=torch.bfloat16, use_fast_accum=True
@@ -146,13 +157,19 @@ def _fp8_times(
 
 
 @cache
-def _dynamic_code() -> torch.Tensor:
+def _nf4_code(device: torch.device) -> torch.Tensor:
+    """NF4_CODE, float32 [16]."""
+    return torch.tensor(NF4_CODE, device=device)
+
+
+@cache
+def _dynamic_code(device: torch.device) -> torch.Tensor:
     """The 256 values of signed 8-bit dynamic quantization (arXiv 2110.02861), ascending, float32."""
     magnitudes: list[float] = []
     for exponent in range(7):
         bounds = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
         magnitudes += (10.0 ** (exponent - 6) * (bounds[:-1] + bounds[1:]) / 2).tolist()
-    return torch.tensor(sorted([*magnitudes, *(-value for value in magnitudes), 0.0, 1.0]))
+    return torch.tensor(sorted([*magnitudes, *(-value for value in magnitudes), 0.0, 1.0]), device=device)
 
 
 def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -190,9 +207,9 @@ class Nf4Weight(_Quantized):
         rows = len(rows_RI)
         blocks = rows_RI.float().view(rows, -1, BLOCK)
         largest = blocks.abs().amax(dim=-1)
-        codes = _nearest(
-            blocks * (1.0 / largest.clamp_min(1e-38)).unsqueeze(-1), torch.tensor(NF4_CODE, device=rows_RI.device)
-        ).view(rows, -1, 2)
+        codes = _nearest(blocks * (1.0 / largest.clamp_min(1e-38)).unsqueeze(-1), _nf4_code(rows_RI.device)).view(
+            rows, -1, 2
+        )
         mean = largest.mean(dim=1, keepdim=True)
         rest = largest - mean
         scales = torch.cat([part.abs().amax(dim=1, keepdim=True) for part in rest.split(GROUP, dim=1)], dim=1)
@@ -200,19 +217,26 @@ class Nf4Weight(_Quantized):
         first, last = self.columns
         return {
             "weight": (codes[..., 0] << 4 | codes[..., 1])[:, first // 2 : last // 2],
-            "magnitudes": _nearest(scaled, _dynamic_code().to(rows_RI.device))[:, first // BLOCK : last // BLOCK],
+            "magnitudes": _nearest(scaled, _dynamic_code(rows_RI.device))[:, first // BLOCK : last // BLOCK],
             "second": torch.cat([mean, scales], dim=1),
         }
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I]."""
         weight, magnitudes, second = (member.detach() for member in self._members)
-        code = torch.tensor(NF4_CODE, device=weight.device)
+        first = self.columns[0] // BLOCK
+        if kernels_for(second, weight, magnitudes, second) is not None:
+            from pipeline.model.layers import quantize_kernels  # imports triton, which not every machine has
+
+            tables = _nf4_code(weight.device), _dynamic_code(weight.device)
+            made: torch.Tensor = quantize_kernels.dequantize_nf4(weight, magnitudes, second, *tables, first, dtype)
+            return made
+        code = _nf4_code(weight.device)
         # Both values of a byte at once: [256, 2].
         pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
-        dynamic = _dynamic_code().to(weight.device)
+        dynamic = _dynamic_code(weight.device)
         whole = torch.empty(self.shape, dtype=dtype, device=weight.device)
-        rows, blocks = rows_at_once(whole.shape[1]), slice(self.columns[0] // BLOCK, self.columns[1] // BLOCK)
+        rows, blocks = rows_at_once(whole.shape[1]), slice(first, self.columns[1] // BLOCK)
         for start in range(0, len(whole), rows):
             part = slice(start, start + rows)
             groups = second[part, 1:].repeat_interleave(GROUP, dim=1)[:, blocks]
@@ -276,27 +300,9 @@ def empty(
     return FORMS[form](members, (first, last), width)
 
 
-def keep(linear: torch.nn.Module, form: str) -> torch.nn.Module:
-    """Have a parallel linear keep its matrix in `form`, unset: its `weight` becomes the first member, and the others
-    stand beside it as `weight_<member>`.
-
-    Raises:
-        ConfigError: see `empty`.
-    """
-    weight, width = linear.weight, linear.input_size
-    assert isinstance(weight, Parameter) and isinstance(width, int)
-    rows, columns = weight.shape
-    first = linear.tp_group.rank() * columns if isinstance(linear, RowParallelLinear) else 0
-    part = (first, first + columns)
-    members = empty(form, (rows, width), weight.device, part).members()
-    names = ["weight" if name == "weight" else f"weight_{name}" for name in members]
-    for name, member in zip(names, members.values(), strict=True):
-        vars(member).update(vars(weight))  # megatron's marks: how tensor parallelism placed it
-        setattr(linear, name, member)
-
-    def kept(owner: torch.nn.Module) -> FrozenWeight:
-        # Looked up anew: engine zero3 replaces them.
-        return FORMS[form]([owner.get_parameter(name) for name in names], part, width)
-
-    setattr(linear, KEPT, kept)
-    return linear
+def dequantized(form: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+    """A checkpoint's matrix as a form rounds it, float32 [O, I]: what products are made with but for FP8's rounding of
+    activations."""
+    weight = empty(form, (matrix_OI.shape[0], matrix_OI.shape[1]), matrix_OI.device)
+    weight.write(matrix_OI)
+    return weight.dequantized(torch.float32)

@@ -12,6 +12,9 @@ from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.model.layers.quantized_weight import empty
+from pipeline.planner.choose import Site, candidates
+from pipeline.planner.footprint import footprint
+from pipeline.planner.gpus import find_gpu
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.base_form import check_base, layer_bytes, local_shape
 from pipeline.planning.run_plan import RunPlan, plan_model
@@ -72,6 +75,16 @@ def test_the_memory_formula_is_within_three_percent_of_the_bytes_kept(form: str)
     assert found["gathered weights"] == pytest.approx(buffers * max(one, 8 * head), rel=0.03)
 
 
+def test_70b_at_32k_fits_one_gpu_of_80_gb_in_four_bits_and_no_more() -> None:
+    gpu = find_gpu("h100-80gb").memory
+    path = CONFIG.with_name("llama2_70b_one_gpu.yaml")
+    totals = {}
+    for form in ("nf4", "fp8"):
+        config = load_config(path, [f"model.base={form}"])
+        totals[form] = footprint(RunPlan.shaped(config, LLAMA2_70B, 1, gpu), 1).gpu_total
+    assert totals["nf4"] <= 0.96 * gpu < gpu < totals["fp8"]
+
+
 def test_grids_that_cut_blocks_are_refused() -> None:
     check_base("nf4", LLAMA2_70B, 8)
     check_base("bf16", replace(LLAMA2_70B, ffn=100), 1)
@@ -80,5 +93,8 @@ def test_grids_that_cut_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"nf4 .* of 64, but a rank has 1376 of down_proj's 11008; use a smaller"):
         check_base("nf4", narrow, 8)
     check_base("fp8", narrow, 8)
+    config = load_config(CONFIG, ["model.base=nf4", "train.global_batch=8"])
+    axes = {one.plan.grid.tp for one in candidates(config, narrow, Site.of(find_gpu("h100-80gb"), 8))}
+    assert axes == {1, 2, 4}
     with pytest.raises(ConfigError, match=r"fp8 .* of 16, but a rank has 100 of .* set another model\.base"):
         check_base("fp8", replace(LLAMA2_70B, ffn=100), 1)
