@@ -36,7 +36,15 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.progress import TokenProgress
-from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
+from pipeline.training.init_from import (
+    Start,
+    check_fits,
+    check_source,
+    find_source,
+    open_source,
+    other_form,
+    other_positions,
+)
 from pipeline.training.invariants import run_checks
 from pipeline.training.non_finite import DivergenceGuard
 from pipeline.training.optimizer import TrainableAdamW
@@ -303,6 +311,7 @@ def begin_from(parts: TrainerParts, base: WeightSource) -> Start:
     with open_source(folder, config, parts.manifest["base_hash"]) as source:
         taken = check_fits(source, config, model.arch, model.lora, base)
         load_weights(model, parts.optimizer, taken, source.weights.read)
-        begun = replace(source.start, warnings=other_positions(source, model.rope))
+        warnings = *other_positions(source, model.rope), *other_form(source, config.model.base)
+        begun = replace(source.start, warnings=warnings)
     parts.manifest["init_from"] = begun.recorded()
     return begun

@@ -84,7 +84,8 @@ def layer_memory(
     # values, with GQA first by query heads; two hidden states.
     grouped = arch.kv_heads < arch.heads
     attention = (9 if grouped else 7) * query + 6 * key_value + 2 * hidden
-    tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
+    of_tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp))
+    tile = of_tile * (6 * ffn + 4 * arch.hidden)
     # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.
     mlp = tokens * (3 * hidden + 3 * query + 2 * key_value) + tile
     # The gradient of the product; that of gate and up lies over them. Sequence parallelism sums whole rows.
@@ -101,10 +102,10 @@ def layer_memory(
         NONE: max(rest, wide),
     }
     early = _halo(config, arch, grid, at_once) * width
-    form = config.model.base
+    tiled = {policy: not adapted and policy in (FULL, GATE_UP) for policy in RecomputePolicy}
     beside = {
-        policy: work_bytes(form, arch, tp, tokens, width, not adapted and policy in (FULL, GATE_UP))
-        for policy in RecomputePolicy
+        policy: work_bytes(config.model.base, arch, tp, of_tile if tiles else tokens, width, tiles)
+        for policy, tiles in tiled.items()
     }
     return LayerMemory(
         kept={policy: tokens * size * width + early * (policy is not FULL) for policy, size in kept.items()},

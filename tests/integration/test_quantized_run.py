@@ -31,7 +31,7 @@ STREAMED = {"stream": 16, "group": "group_size: 16", "full_last": 0}
 @pytest.mark.parametrize("over", [{"steps": 4}, {"steps": 3, **STREAMED}], ids=["whole", "streamed"])
 def test_a_run_in_four_bits(over: dict[str, object], tmp_path: Path) -> None:
     path = write_case(tmp_path, "run", "blocks", **over)
-    train_here(path, overrides=("model.base=nf4",))
+    train_here(path, overrides=("model.base=nf4", "checks=true"))
     output, base = tmp_path / "run", tmp_path / "blocks-fp32"
     checkpoint = output / "checkpoints" / (output / "checkpoints" / "latest").read_text().strip()
     if "stream" not in over:

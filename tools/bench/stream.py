@@ -56,7 +56,8 @@ def fill(model: RankModel) -> None:
         if model.shards is not None:
             # Made on the GPU: in host memory random numbers would take minutes.
             noise = torch.randn(1 << 26, device=model.groups.device, dtype=model.dtype) * 0.02
-            for _, share in model.shards.shares():
+            for _, stored in model.shards.shares():
+                share = stored.view(model.dtype)
                 for start in range(0, share.numel(), noise.numel()):
                     part = share[start : start + noise.numel()]
                     part.copy_(noise[: part.numel()])
