@@ -160,8 +160,6 @@ def refusals(path: Path, folder: Path) -> None:
     assert "vocabulary rows and this run" in refused(ConfigError, "model.vocab=140")
     run = begun(path, source, folder / "longer", "model.context=128", "data.sequence=64", "model.rope.factor=4")
     assert run.begun is not None and "was trained with RoPE linear x 2 (context 64)" in run.begun.warnings[0]
-    run = begun(path, source, folder / "eight bits", "model.base=fp8")
-    assert run.begun is not None and "trained on model.base bf16 and this run has fp8" in run.begun.warnings[0]
     ended(run)
     (file,) = (source / "checkpoints/step-000000").glob("trained-00000.safetensors")
     file.write_bytes(file.read_bytes()[:-4])

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.errors import CheckpointError, ConfigError
+from parallel.world.groups import destroy_groups
+from parallel.world.rank_env import RankEnv
 from pipeline.config.rope import RopeSettings
+from pipeline.config.yaml_file import load_config
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
 from pipeline.export.trained_model import load_trained_model
@@ -24,6 +27,7 @@ from tests.numerics import test_run_oracle
 from tests.numerics.run_cases import train_here, write_case
 from tests.numerics.run_oracle import Oracle
 from tests.numerics.test_model_parity import FULL, stage_of
+from tests.support.runs import build_run
 
 STREAMED = {"stream": 16, "group": "group_size: 16", "full_last": 0}
 
@@ -49,6 +53,12 @@ def _resumes_as_it_was(path: Path) -> None:
     for other in ("bf16", "fp8"):
         with pytest.raises(ConfigError, match=rf"model\.base was 'nf4' in the checkpoint and is '{other}' now"):
             train_here(path, overrides=(f"model.base={other}",))
+    output = path.with_suffix("")
+    run = build_run(load_config(path, [f"output={output}-bf16", f"init_from={output}"]), RankEnv())
+    assert run.begun is not None and "on model.base nf4 and this run has bf16" in run.begun.warnings[0]
+    run.trainer.parts.saver.close()
+    run.trainer.parts.loader.close()
+    destroy_groups()
 
 
 def _exports(checkpoint: Path, base: Path, folder: Path) -> None:
