@@ -158,6 +158,8 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
         stored: the checkpoint's shape.
     """
     check_base(config.model.base, stored, 1)
+    if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
+        raise ConfigError(f"model.base: {site.gpu.name} has no FP8 products; use nf4 or bf16, or a newer GPU.")
     found = []
     for settings in _settings(config, stored, site):
         plan = RunPlan.shaped(settings, stored, site.gpus, site.gpu.memory)
