@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from parallel.errors import ConfigError
 from pipeline.config.sections import LoraConfig
 from pipeline.data.packing import IGNORE
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaChunk
 from pipeline.model.layers.quantized_weight import dequantized, empty
+from pipeline.model.spec import FAMILIES, in_form
 from pipeline.model.weights.load import mark_trainable, trainable
 from pipeline.planning.attention_layout import SequenceLayout
 from tests.numerics.test_lora_parity import EVERY, peft_name, peft_twin, randomize_b
@@ -89,6 +91,11 @@ def test_fp8_trains_near_peft_on_the_dequantized_weights(tmp_path: Path) -> None
     loss, gradients = errors(tmp_path, "fp8", LoraConfig(rank=4, alpha=16, targets=EVERY), "gate_up")
     print(loss, max(gradients.values()))
     assert loss <= 5e-3 and max(gradients.values()) <= 0.15
+
+
+def test_megatrons_own_linears_cannot_keep_it() -> None:
+    with pytest.raises(ConfigError, match=r"model\.base: nf4 needs our own linears; use --family local"):
+        in_form(FAMILIES["megatron"], "nf4")
 
 
 @pytest.mark.parametrize("form", ["fp8", "nf4"])

@@ -82,6 +82,34 @@ def test_fp8_products_are_near_those_of_the_original_whatever_the_rows_sizes() -
     assert torch.equal(out, found)
 
 
+def test_rows_are_rounded_to_the_nearest_of_all_e4m3_values() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    every = every[every.isfinite()]
+    rows = torch.randn(4, 300, generator=torch.Generator().manual_seed(7)) * torch.logspace(-6, 0, 300)
+    for factors in (None, torch.rand(300, generator=torch.Generator().manual_seed(8))):
+        values, scales = round_rows(rows, factors)
+        exact = rows.double() if factors is None else rows.double() * factors.double()
+        torch.testing.assert_close(scales[:, 0].double(), exact.abs().amax(1) / 448, rtol=1e-6, atol=0)
+        target = exact / scales.double()
+        least = (target.unsqueeze(-1) - every).abs().amin(-1)
+        assert ((values.double() - target).abs() <= least + 1e-6 * target.abs() + 1e-12).all()
+
+
+def test_fp8_products_are_those_of_rounded_factors() -> None:
+    generator = torch.Generator().manual_seed(9)
+    matrix, rows = torch.randn(48, 64, generator=generator), torch.randn(2, 5, 64, generator=generator)
+    grads = torch.randn(2, 5, 48, generator=generator)
+    weight = made("fp8", matrix)
+    kept = weight.members()["weight"].double()
+    scales = weight.members()["scales"].double()
+    x, of_x = (part.double() for part in round_rows(rows.view(10, 64)))
+    assert error(weight.product(rows).view(10, 48), (x * of_x) @ (kept * scales).t()) < 1e-6
+    g, of_g = (part.double() for part in round_rows((grads.view(10, 48).double() * scales.t()).float()))
+    for one in (weight, weight.at_hand(torch.float32)):
+        for _ in range(2):  # the second time with the matrix that was turned
+            assert error(one.grad_input(grads).view(10, 64), (g * of_g) @ kept) < 1e-6
+
+
 def test_rows_of_zeros_stay_zero() -> None:
     values, scales = round_rows(torch.zeros(2, 64))
     assert torch.equal(values.float() * scales, torch.zeros(2, 64))
