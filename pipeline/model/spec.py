@@ -124,11 +124,11 @@ WITHOUT: dict[str, dict[str, Any]] = {
 """What a family is without an optimisation, by its word in train.without."""
 
 
-def _keeping(linear: Linear, form: str) -> Linear:
+def _keeping(linear: Linear, form: str, fused: bool) -> Linear:
     """The same linear, its matrix kept in `form`."""
 
     def build(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        return keep(linear(*args, **kwargs), form)
+        return keep(linear(*args, **kwargs), form, fused)
 
     return build
 
@@ -143,7 +143,8 @@ def in_form(family: LayerFamily, form: str) -> LayerFamily:
         return family
     if not family.keeps:
         raise ConfigError(f"model.base: {form} needs our own linears; use --family local, or model.base: bf16.")
-    column, row, last_row = (_keeping(linear, form) for linear in (family.column, family.row, family.last_row))
+    linears = family.column, family.row, family.last_row
+    column, row, last_row = (_keeping(linear, form, family.fused) for linear in linears)
     return replace(family, column=column, row=row, last_row=last_row)
 
 
@@ -271,9 +272,10 @@ def block_submodules(
     Raises:
         ConfigError: the family cannot keep matrices so.
     """
-    classes = in_form(FAMILIES[family], base)
+    classes = FAMILIES[family]
     for word in without:
         classes = replace(classes, **WITHOUT.get(word, {}))
+    classes = in_form(classes, base)
     return TransformerBlockSubmodules(
         layer_specs=[_layer(arch, lora, policy, classes) for policy in recompute], layer_norm=classes.norm
     )

@@ -9,18 +9,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parallel.errors import ConfigError
+from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
 from pipeline.data.packing import IGNORE
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.chunk import LlamaChunk
-from pipeline.model.layers.quantized_weight import dequantized, empty
+from pipeline.model.layers.quantized_weight import FORMS, dequantized, empty
+from pipeline.model.rank_model import RankModel
 from pipeline.model.spec import FAMILIES, in_form
 from pipeline.model.weights.load import mark_trainable, trainable
+from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import SequenceLayout
+from pipeline.planning.rope import plan_rope
 from tests.numerics.test_lora_parity import EVERY, peft_name, peft_twin, randomize_b
 from tests.numerics.test_model_parity import FULL, stage_of
 from tests.numerics.test_parallel_parity import CP2, OFFLOAD, PP2, TP2, Grid, _observe, observe_alone, write_config
 from tests.support.ranks import run_ranks
+from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
 from tools.support.parity import Observed, compare
 
@@ -96,6 +101,18 @@ def test_fp8_trains_near_peft_on_the_dequantized_weights(tmp_path: Path) -> None
 def test_megatrons_own_linears_cannot_keep_it() -> None:
     with pytest.raises(ConfigError, match=r"model\.base: nf4 needs our own linears; use --family local"):
         in_form(FAMILIES["megatron"], "nf4")
+
+
+@pytest.mark.parametrize("form", ["fp8", "nf4"])
+def test_train_without_kernels_reaches_the_matrices(form: str, tmp_path: Path) -> None:
+    arch = read_arch(make_tiny(tmp_path, "llama3", **SIZES))
+    rope = plan_rope(arch, RopeSettings(), arch.max_positions)
+    for without in ((), ("kernels",)):
+        lora, groups = LoraConfig(rank=0), single_groups()
+        model = RankModel(arch, rope, lora, groups, torch.float32, "none", without=without, base=form)
+        kept = [matrix for _, matrix in model.frozen_matrices()]
+        assert len(kept) == 4 * arch.layers
+        assert {matrix.fused for matrix in kept if isinstance(matrix, FORMS[form])} == {not without}
 
 
 @pytest.mark.parametrize("form", ["fp8", "nf4"])

@@ -32,13 +32,16 @@ def _kernels(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
     return fp8_kernels
 
 
-def round_rows(rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def round_rows(
+    rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None, fused: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, K] of any float dtype -> e4m3 [N, K] and float32 scales [N, 1]; their product is the rows again.
 
     Args:
         factors_K: float32; what the columns are multiplied with before they are rounded.
+        fused: use a kernel where there is one.
     """
-    if _kernels(rows_NK, rows_NK) is not None:
+    if fused and _kernels(rows_NK, rows_NK) is not None:
         from pipeline.model.layers import quantize_kernels
 
         pair: tuple[torch.Tensor, torch.Tensor] = quantize_kernels.round_rows(rows_NK, factors_K)

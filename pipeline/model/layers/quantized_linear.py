@@ -10,9 +10,12 @@ from pipeline.model.layers.frozen_weight import KEPT, FrozenWeight
 from pipeline.model.layers.quantized_weight import FORMS, empty
 
 
-def keep(linear: torch.nn.Module, form: str) -> torch.nn.Module:
+def keep(linear: torch.nn.Module, form: str, fused: bool = True) -> torch.nn.Module:
     """Have a parallel linear keep its matrix in `form`, unset: its `weight` becomes the first member, and the others
     stand beside it as `weight_<member>`.
+
+    Args:
+        fused: use kernels.
 
     Raises:
         ConfigError: see `empty`.
@@ -30,7 +33,7 @@ def keep(linear: torch.nn.Module, form: str) -> torch.nn.Module:
 
     def kept(owner: torch.nn.Module) -> FrozenWeight:
         # Looked up anew: engine zero3 replaces them.
-        return FORMS[form]([owner.get_parameter(name) for name in names], part, width)
+        return FORMS[form]([owner.get_parameter(name) for name in names], part, width, fused)
 
     setattr(linear, KEPT, kept)
     return linear

@@ -48,12 +48,13 @@ class _Quantized(FrozenWeight):
         members: in the order of `members()`.
         columns: [start, stop) of the checkpoint's columns that this rank has.
         width: the checkpoint's columns W.
+        fused: use kernels.
     """
 
     whole_rows = True
 
-    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int) -> None:
-        self._members, self.columns, self.width = tuple(members), columns, width
+    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int, fused: bool = True) -> None:
+        self._members, self.columns, self.width, self.fused = tuple(members), columns, width, fused
 
     @property
     def given_shape(self) -> torch.Size:
@@ -81,8 +82,8 @@ class Fp8Weight(_Quantized):
 
     form = "fp8"
 
-    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int) -> None:
-        super().__init__(members, columns, width)
+    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int, fused: bool = True) -> None:
+        super().__init__(members, columns, width, fused)
         self._holds, self._turned = False, cast(torch.Tensor | None, None)
 
     @property
@@ -110,16 +111,16 @@ class Fp8Weight(_Quantized):
 
     def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """e4m3 [R, I] and float32 [R, 1] of whole rows [R, W]."""
-        weight, scales = round_rows(rows_RI)
+        weight, scales = round_rows(rows_RI, fused=self.fused)
         return {"weight": weight[:, slice(*self.columns)], "scales": scales}
 
     def product(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.product`; `rows` are quantized, one scale each."""
-        return _fp8_times(rows, self.weight.detach(), self.scales.detach().t(), out)
+        return self._times(rows, self.weight.detach(), self.scales.detach().t(), out)
 
     def at_hand(self, dtype: torch.dtype) -> FrozenWeight:
         """See `FrozenWeight.at_hand`: it is turned once for all gradients."""
-        held = Fp8Weight(self._members, self.columns, self.width)
+        held = Fp8Weight(self._members, self.columns, self.width, self.fused)
         held._holds = True
         return held
 
@@ -131,29 +132,34 @@ class Fp8Weight(_Quantized):
             turned = self.weight.detach().t().contiguous()
             self._turned = turned if self._holds else None
         scales = self.scales.detach().flatten()
-        return _fp8_times(grads, turned, scales.new_ones(1, len(turned)), out, scales)
+        return self._times(grads, turned, scales.new_ones(1, len(turned)), out, scales)
 
-
-def _fp8_times(
-    like: torch.Tensor,
-    matrix_MK: torch.Tensor,
-    scales_1M: torch.Tensor,
-    out: torch.Tensor | None,
-    factors_K: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Rows [..., K], times their columns' factors, times the transposed matrix: [..., M] in the rows' dtype."""
-    quantized, scales_N1 = round_rows(like.reshape(-1, like.shape[-1]), factors_K)
-    if quantized.is_cuda:
-        found = torch._scaled_mm(
-            quantized, matrix_MK.t(), scales_N1, scales_1M.contiguous(), out_dtype=torch.bfloat16, use_fast_accum=True
-        ).to(like.dtype)
-    else:
-        # No dtype narrower than the rows': a test's float64 stays one.
-        wide = torch.promote_types(like.dtype, torch.float32)
-        found = (quantized.to(wide) @ matrix_MK.to(wide).t() * scales_N1 * scales_1M).to(like.dtype)
-    if out is None:
-        return found.view(*like.shape[:-1], -1)
-    return out.copy_(found.view(out.shape))
+    def _times(
+        self,
+        like: torch.Tensor,
+        matrix_MK: torch.Tensor,
+        scales_1M: torch.Tensor,
+        out: torch.Tensor | None,
+        factors_K: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows [..., K], times their columns' factors, times the transposed matrix: [..., M] in the rows' dtype."""
+        quantized, scales_N1 = round_rows(like.reshape(-1, like.shape[-1]), factors_K, self.fused)
+        if quantized.is_cuda:
+            found = torch._scaled_mm(
+                quantized,
+                matrix_MK.t(),
+                scales_N1,
+                scales_1M.contiguous(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            ).to(like.dtype)
+        else:
+            # No dtype narrower than the rows': a test's float64 stays one.
+            wide = torch.promote_types(like.dtype, torch.float32)
+            found = (quantized.to(wide) @ matrix_MK.to(wide).t() * scales_N1 * scales_1M).to(like.dtype)
+        if out is None:
+            return found.view(*like.shape[:-1], -1)
+        return out.copy_(found.view(out.shape))
 
 
 @cache
@@ -225,7 +231,7 @@ class Nf4Weight(_Quantized):
         """[O, I]."""
         weight, magnitudes, second = (member.detach() for member in self._members)
         first = self.columns[0] // BLOCK
-        if kernels_for(second, weight, magnitudes, second) is not None:
+        if self.fused and kernels_for(second, weight, magnitudes, second) is not None:
             from pipeline.model.layers import quantize_kernels  # imports triton, which not every machine has
 
             tables = _nf4_code(weight.device), _dynamic_code(weight.device)
