@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
+from parallel.errors import ConfigError
 from parallel.health.watch import Watch, collective_timeout_s
 from parallel.world.collectives import on_main_first, require_same, share_from_main
 from parallel.world.groups import Groups, make_groups
@@ -35,7 +36,15 @@ from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.progress import TokenProgress
-from pipeline.training.init_from import Start, check_fits, check_source, find_source, open_source, other_positions
+from pipeline.training.init_from import (
+    Start,
+    check_fits,
+    check_source,
+    find_source,
+    open_source,
+    other_form,
+    other_positions,
+)
 from pipeline.training.invariants import run_checks
 from pipeline.training.non_finite import DivergenceGuard
 from pipeline.training.optimizer import TrainableAdamW
@@ -46,6 +55,9 @@ from pipeline.training.run_record import Run
 from pipeline.training.shared_output import check_shared
 from pipeline.training.state import load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
+
+FP8_DEVICES = (9, 0)
+"""Oldest CUDA capability whose `torch._scaled_mm` takes a scale for each row."""
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -68,12 +80,18 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
 
 
 def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> torch.dtype:
-    """The dtype the model has on this device, in which attention.backend can run there.
+    """The dtype the model has on this device, in which attention.backend and model.base can run there.
 
     Raises:
-        ConfigError: it cannot. Asked before anything is tokenized or loaded, not at the first forward.
+        ConfigError: it cannot, or model.base cannot be multiplied with there.
+            Asked before anything is tokenized or loaded, not at the first forward.
     """
     dtype = compute_dtype(config.model.dtype, device)
+    if config.model.base == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_DEVICES:
+        raise ConfigError(
+            f"model.base: fp8 needs a GPU that multiplies e4m3 with a scale a row (Hopper and newer), and "
+            f"{torch.cuda.get_device_name(device)} does not; set model.base: nf4 or bf16."
+        )
     select_backend(config.attention.backend, device, dtype, arch.head_dim)
     return dtype
 
@@ -100,7 +118,7 @@ def build_model(
     if parallel.engine == "zero3":
         offload, grid = parallel.offload.params == "cpu", plan.grid
         described = deepspeed_config(dtype, train.micro_batch, plan.batch.accumulation, grid.dp * grid.cp)
-        shards = FrozenShards(groups, dtype, offload, described, parallel.offload.ahead)
+        shards = FrozenShards(groups, offload, described, parallel.offload.ahead)
     model = RankModel(
         plan.arch,
         plan.rope,
@@ -115,6 +133,7 @@ def build_model(
         without=train.without,
         stream=plan.stream,
         prefill=plan.prefill,
+        base=plan.config.model.base,
     )
     load_base(model, base)
     init_adapters(model, train.seed)
@@ -292,6 +311,7 @@ def begin_from(parts: TrainerParts, base: WeightSource) -> Start:
     with open_source(folder, config, parts.manifest["base_hash"]) as source:
         taken = check_fits(source, config, model.arch, model.lora, base)
         load_weights(model, parts.optimizer, taken, source.weights.read)
-        begun = replace(source.start, warnings=other_positions(source, model.rope))
+        warnings = *other_positions(source, model.rope), *other_form(source, config.model.base)
+        begun = replace(source.start, warnings=warnings)
     parts.manifest["init_from"] = begun.recorded()
     return begun

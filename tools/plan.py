@@ -16,7 +16,7 @@ from pathlib import Path
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
+from pipeline.config.sections import BASES, AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planner.choose import Site, Timed, best_layouts, choices, ranked
 from pipeline.planner.explain import refusal
@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-memory", help="host memory of one machine, GiB (default: what such a machine has)")
     parser.add_argument("--tokens", help="tokens to train on, such as 2.1B (default: 1000 steps, or the YAML's)")
     parser.add_argument("--batch", type=int, help="sequences an optimizer step (default 64, or the YAML's)")
+    parser.add_argument("--base", choices=BASES, help="form of the frozen matrices (default bf16, or the YAML's)")
     parser.add_argument("--group", help="tokens of an S² group, such as 8k (with --model; default: a quarter)")
     parser.add_argument("--data", default="data/train", help="training text, for the YAML (default data/train)")
     parser.add_argument("--output", type=user_path, help="write the best layout's YAML here")
@@ -80,6 +81,8 @@ def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Mo
         config = RunConfig(
             ModelConfig(model.path, context), DataConfig(args.data), train, f"runs/{name}", attention=attention
         )
+    if args.base is not None:
+        config = replace(config, model=replace(config.model, base=args.base))
     train = config.train
     if args.batch is not None:
         train = replace(train, global_batch=args.batch)

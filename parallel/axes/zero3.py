@@ -1,11 +1,11 @@
 """ZeRO-3 for frozen weights: DeepSpeed's partitioned parameters, one flat parameter a unit, gathered in a known order.
 
-A unit is what is used together: the matrices of one layer, the output matrix, a frozen embedding. DeepSpeed's
-`zero.Init` cuts its flat parameter into one share a rank and keeps it on the GPU or in host memory. DeepSpeed's own
-coordinator is not used: it learns the order of modules from a trace, allocates a new buffer for every gather, copies
-from host memory synchronously and cannot leave trained parameters whole. A transformer's order is known, so that a few
-static buffers suffice: while one unit is computed with, the next ones are copied and gathered into the others. Copies
-and gathers have a stream each: one unit is copied while the one before it is gathered.
+A unit is what is used together: the matrices of one layer, the output matrix, a frozen embedding. It is bytes, so that
+matrices and scales of any dtype share it. DeepSpeed's `zero.Init` cuts its flat parameter into one share a rank.
+DeepSpeed's own coordinator is not used: it learns the order of modules from a trace, allocates a new buffer for every
+gather, copies from host memory synchronously and cannot leave trained parameters whole. A transformer's order is known,
+so that a few static buffers suffice: while one unit is computed with, the next ones are copied and gathered into the
+others. Copies and gathers have a stream each: one unit is copied while the one before it is gathered.
 
 What trains stays whole on every rank, with its gradient sums; its optimizer state is sharded by
 `pipeline.training.optimizer`.
@@ -30,8 +30,8 @@ from parallel.world.groups import Groups
 from parallel.world.lone_rank import to_receive
 from parallel.world.rank_env import local_rank_exported
 
-ALIGN_ELEMENTS = 64
-"""Every parameter starts at a multiple of this in its unit: matrix kernels want 16-byte addresses."""
+ALIGN = 128
+"""Bytes: every parameter starts at a multiple of this in its unit; matrix kernels want 16-byte addresses."""
 
 
 class _Mpu:
@@ -93,15 +93,15 @@ def deepspeed_config(dtype: torch.dtype, micro_batch: int, accumulation: int, re
 
 @dataclass
 class Unit:
-    """Matrices that are used together, as one flat parameter."""
+    """Matrices that are used together, as one flat parameter of bytes."""
 
     name: str
     parameters: list[Parameter]
     shapes: list[torch.Size]
     spans: list[tuple[int, int]]
-    """[start, stop) of every parameter in the flat one, elements."""
-    numel: int
-    """Elements of all shares together."""
+    """[start, stop) of every parameter in the flat one, bytes."""
+    size: int
+    """Bytes of all shares together."""
     flat: Any = None
     """DeepSpeed's partitioned parameter; `flat.ds_tensor` is this rank's share."""
     slot: int | None = None
@@ -118,9 +118,33 @@ class ShardPiece:
     shape: torch.Size
     """The parameter's, when whole."""
     start: int
-    """First element, counted in the flattened parameter."""
+    """First byte, counted in the flattened parameter."""
     target: torch.Tensor
-    """Where its values go, 1-D: a view of the share."""
+    """Where its values go, uint8, 1-D: a view of the share."""
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return self.shape[1:].numel() * self.parameter.element_size()
+
+    def rows(self, first: int, last: int) -> tuple[int, int] | None:
+        """[start, stop) of the parameter's rows within [first, last) that this holds some of; None: none."""
+        low = max(first, self.start // self.row)
+        high = min(last, -(-(self.start + len(self.target)) // self.row))
+        return (low, high) if low < high else None
+
+    def fill(self, first: int, rows: torch.Tensor) -> int:
+        """Copy what this holds of rows `first` and on, of any dtype and device; returns how many bytes that is.
+
+        A share begins and ends anywhere: of its first and last row it may hold a part.
+        """
+        values = rows.to(self.parameter.dtype).contiguous().view(torch.uint8).flatten()
+        offset = first * self.row
+        begin, end = max(offset, self.start), min(offset + len(values), self.start + len(self.target))
+        if begin >= end:
+            return 0
+        self.target[begin - self.start : end - self.start].copy_(values[begin - offset : end - offset])
+        return end - begin
 
 
 class FrozenShards:
@@ -131,16 +155,13 @@ class FrozenShards:
 
     Args:
         groups: shards are made over `groups.data`.
-        dtype: of all weights.
         offload: keep the shares in (pinned) host memory.
         config: from `deepspeed_config`.
         ahead: units that are fetched before they are needed, 1 or more; there is a buffer for each and one more.
     """
 
-    def __init__(
-        self, groups: Groups, dtype: torch.dtype, offload: bool, config: dict[str, Any], ahead: int = 1
-    ) -> None:
-        self.groups, self.dtype, self.offload, self.config = groups, dtype, offload, config
+    def __init__(self, groups: Groups, offload: bool, config: dict[str, Any], ahead: int = 1) -> None:
+        self.groups, self.offload, self.config = groups, offload, config
         self.ahead = ahead
         self.group, self.device = groups.data, groups.device
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
@@ -160,15 +181,16 @@ class FrozenShards:
         """Shard these parameters, never allocated whole; returns the unit's position.
 
         Args:
-            parameters: empty ones, on the device of the model. One is empty again while it is not gathered, so that
-                using it then is an error, never a wrong value.
+            parameters: empty ones, on the device of the model, of any dtypes. One is empty again while it is not
+                gathered, so that using it then is an error, never a wrong value.
             shapes: theirs when whole.
         """
         end, spans = 0, []
-        for shape in shapes:
-            spans.append((end, end + shape.numel()))
-            end += -(-shape.numel() // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-        share = -(-end // (self.world * ALIGN_ELEMENTS)) * ALIGN_ELEMENTS
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            size = shape.numel() * parameter.element_size()
+            spans.append((end, end + size))
+            end += -(-size // ALIGN) * ALIGN
+        share = -(-end // (self.world * ALIGN)) * ALIGN
         unit = Unit(name, list(parameters), list(shapes), spans, self.world * share)
         self.units.append(unit)
         self._ids |= {id(parameter) for parameter in parameters}
@@ -189,9 +211,8 @@ class FrozenShards:
         if self.offload:
             # One block of our own: DeepSpeed would first copy to another what holds nothing yet, and its pinned blocks
             # are rounded up to powers of two (143 GiB for 128 at 70B).
-            elements = sum(unit.numel for unit in self.units) // self.world
-            size = elements * self.dtype.itemsize
-            self._arena = whole_pages(size)[:size].view(self.dtype)
+            size = sum(unit.size for unit in self.units) // self.world
+            self._arena = whole_pages(size)[:size]
             if self.device.type == "cuda":
                 self._pin(self._arena)
         begin = 0
@@ -200,24 +221,24 @@ class FrozenShards:
             for unit in self.units:
                 unit.flat = self._partition(zero, unit)
                 share = unit.flat.ds_tensor.ds_numel
-                assert share * self.world == unit.numel
+                assert share * self.world == unit.size
                 if self._arena is not None:
                     # Before the next unit: the GPU never holds shares of more than one.
                     unit.flat.ds_tensor.data = self._arena[begin : begin + share]
                     begin += share
-        largest = max(unit.numel for unit in self.units)
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        largest = max(unit.size for unit in self.units)
+        like = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._slots = [to_receive(like, (largest,), self.group) for _ in self._holds]
 
     def _partition(self, zero: Any, unit: Unit) -> Any:
         """A unit's flat parameter as DeepSpeed keeps it."""
         holder = torch.nn.Module()
-        holder.flat = Parameter(torch.empty(unit.numel, dtype=self.dtype, device=self.device), requires_grad=False)
+        holder.flat = Parameter(torch.empty(unit.size, dtype=torch.uint8, device=self.device), requires_grad=False)
         zero.Init(
             module=holder,
             data_parallel_group=self.group,
             config_dict_or_path=self.config,
-            dtype=self.dtype,
+            dtype=torch.bfloat16,  # of floating parameters, which bytes are not; it wants to be told one
             mpu=_Mpu(self.groups),
         )
         return holder.flat
@@ -233,7 +254,7 @@ class FrozenShards:
                     yield ShardPiece(parameter, shape, low - start, share[low - first : high - first])
 
     def shares(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(unit, this rank's share), 1-D; padding between parameters has any value."""
+        """(unit, this rank's share), bytes, 1-D; padding between parameters has any value."""
         for unit in self.units:
             yield unit.name, unit.flat.ds_tensor.data
 
@@ -285,10 +306,10 @@ class FrozenShards:
         if evicted is not None:
             self._evict(evicted)
         self._holds[number], unit.slot = unit, number
-        whole = self._slots[number][: unit.numel]
+        whole = self._slots[number][: unit.size]
         share = unit.flat.ds_tensor.data
         for parameter, (start, stop), shape in zip(unit.parameters, unit.spans, unit.shapes, strict=True):
-            parameter.data = whole[start:stop].view(shape)
+            parameter.data = whole[start:stop].view(parameter.dtype).view(shape)
         if self._streams is None:
             if self.world == 1:
                 whole.copy_(share)
@@ -315,17 +336,14 @@ class FrozenShards:
                 unit.ready = gathers.record_event()
 
     def _gather(self, whole: torch.Tensor, mine: torch.Tensor) -> Any:
-        # As bytes: no backend then needs to know the dtype.
-        return dist.all_gather_into_tensor(
-            whole.view(torch.uint8), mine.view(torch.uint8), group=self.group, async_op=True
-        )
+        return dist.all_gather_into_tensor(whole, mine, group=self.group, async_op=True)
 
     def _evict(self, unit: Unit) -> None:
         if unit.ready is not None and self._streams is None:
             unit.ready.wait()
         unit.slot, unit.ready = None, None
         for parameter in unit.parameters:
-            parameter.data = torch.empty(0, dtype=self.dtype, device=self.device)
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
 
     def _pin(self, arena: torch.Tensor) -> None:
         """Page-lock host memory as it is, without rounding."""

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.text_field",
     "data.mask_documents",
     "model.dtype",
+    "model.base",
 )
 """What `resume.allow` may name. The rest decides what the trained tensors are or mean: another value is another run.
 

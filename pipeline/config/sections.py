@@ -19,6 +19,8 @@ TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
 POLICIES = ("full", "gate_up", "pointwise", "none")
 """Of all layers alike."""
 RECOMPUTE = (*POLICIES, "auto")
+BASES = ("bf16", "fp8", "nf4")
+"""Forms the frozen matrices of the layers may be kept in."""
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
 EVAL_TASKS = ("passkey", "needle", "dense_gap")
@@ -38,6 +40,10 @@ class ModelConfig:
     """Target context, tokens: what rope scaling is set for and the default sequence length of training."""
     dtype: str = "auto"
     """Compute and frozen-weight dtype: bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)."""
+    base: str = "bf16"
+    """How the frozen matrices of the layers are kept: bf16 (as model.dtype says) | fp8 (e4m3, one scale a row; products
+    in FP8, Hopper and newer) | nf4 (4 bits, QLoRA's). Quantized while the checkpoint is read; adapters, norms,
+    embedding and lm_head are never. docs/BASE.md."""
     rope: RopeSettings = field(default_factory=RopeSettings)
     vocab: int | None = None
     """Embedding rows, more than the checkpoint's where tokens were added (new rows: mean of the old); None: its own."""
@@ -48,6 +54,7 @@ class ModelConfig:
         self.rope.check_stretch(self.context)
         at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
         one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
+        one_of("model.base", self.base, BASES)
 
     @property
     def element_bytes(self) -> int:

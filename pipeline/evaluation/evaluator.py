@@ -317,6 +317,8 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
         model = build_model(plan, lora, groups, base)
         base_hash = share_from_main(groups, base.base_hash)
         identity = {"base": base_hash, "rope": asdict(plan.rope), "vocab": plan.arch.vocab, "dtype": str(model.dtype)}
+        if config.model.base != "bf16":
+            identity["form"] = config.model.base
         step = 0
         if state == "trained":
             own = {"base_hash": base_hash, "config": config_dict(trained_with)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import BASES
 from pipeline.hf.writer import NOTE
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
@@ -41,6 +42,8 @@ class AdapterNote:
     """How positions were stretched meanwhile; never without `context`."""
     tensors: int | None = None
     """Trained tensors written; None in notes of before they were counted."""
+    form: str = "bf16"
+    """How the base's matrices were kept in training (model.base)."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,7 +120,11 @@ def read_note(folder: Path) -> AdapterNote:
             raise bad("context is missing beside rope_plan")
     if found.get("context", 1) < 1:
         raise bad(f"context is {found['context']!r}")
-    return AdapterNote(found.get("base_hash"), found.get("step", 0), found.get("context"), plan, found.get("tensors"))
+    form = found.get("trained_on", "bf16")
+    if form not in BASES:
+        raise bad(f"trained_on is {form!r}")
+    known_facts = found.get("base_hash"), found.get("step", 0), found.get("context"), plan, found.get("tensors")
+    return AdapterNote(*known_facts, form)
 
 
 def stretch(

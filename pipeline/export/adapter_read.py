@@ -334,6 +334,7 @@ def load_adapter(
         folder,
         names_pad=two_files,
         warnings=checkpoint.warnings,
+        form=note.form,
     )
     check_tokenizer(model)
     return model

@@ -40,15 +40,21 @@ base = AutoModelForCausalLM.from_pretrained({base!r}, config=config{mismatch})
 ```
 
 Made at step {step} from a base whose hash is `{base_hash}`. Needs peft >= {peft} (tested with {tested}); embedding
-and norms are in {saved}.
+and norms are in {saved}.{form}
 """
 LONGLORA_README = """# LongLoRA's two files, context {context}
 
 `{trainable}.safetensors` and `.bin` (the same tensors; LongLoRA's scripts read the `.bin`) hold embedding and norms,
 `{adapter}.safetensors` the LoRA factors. Merge with `python -m tools.merge_lora --adapter THIS --base BASE --context
 {context}`, or with LongLoRA's `merge_lora_weights_and_save_hf_model.py`. RoPE: {rope}.
-Base hash `{base_hash}`, step {step}.
+Base hash `{base_hash}`, step {step}.{form}
 """
+FORM_NOTES = {"bf16": ""} | {
+    form: f"\n\nTrained on a base whose matrices were kept in {said} (`model.base: {form}`); it is to be used with, "
+    "and merged into, the matrices as they are in the base's folder. Its loss was measured with the rounded ones."
+    for form, said in (("fp8", "8 bits, FP8"), ("nf4", "4 bits, NF4 as QLoRA's"))
+}
+"""What a README says of the base in training, by model.base."""
 
 
 def _changed_rows(model: TrainedModel, base: HfCheckpoint) -> list[int] | None:
@@ -237,7 +243,7 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     plan = dataclasses.asdict(model.rope)
     note = {"format": 1, "base": str(model.base), "base_hash": model.base_hash, "step": model.step}
     # Counted, so that a reader notices a file or tensor that was lost on the way.
-    note |= {"context": model.context, "tensors": tensors}
+    note |= {"context": model.context, "tensors": tensors, "trained_on": model.form}
     rope = {"type": model.rope.type, "theta": model.rope.theta, "factor": model.rope.factor}
     write_json(folder / NOTE, {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
     rows = model.arch.vocab
@@ -257,5 +263,6 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
         mismatch=", ignore_mismatched_sizes=True" if model.grown else "",
         adapter=ADAPTER,
         trainable=TRAINABLE,
+        form=FORM_NOTES[model.form],
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.rope import RopeSettings, used_rope
-from pipeline.config.sections import LoraConfig
+from pipeline.config.sections import BASES, LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import (
     add_pad_token,
@@ -100,6 +100,9 @@ class TrainedModel:
     """One added row that no token names is LongLoRA's `[PAD]`; False: whose it is, is not known."""
     warnings: tuple[str, ...] = ()
     """What was passed over when this was read, one sentence each; for the user's eyes."""
+    form: str = "bf16"
+    """How the base's matrices were kept in training (model.base). A merge is into those of the checkpoint all the same:
+    what was trained is added to them, not to what they were rounded to."""
 
     def __post_init__(self) -> None:
         allowed = names.hf_tensor_shapes(self.arch) | names.adapter_shapes(self.arch, self.lora)
@@ -206,6 +209,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | N
         adapters = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
         context, recorded, expected = int(model["context"]), str(manifest["base"]), str(manifest["base_hash"])
         vocab, named = model.get("vocab"), config.get("data", {}).get("tokenizer")
+        form = known_form(model.get("base", "bf16"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: its manifest lacks what an export needs ({type(error).__name__}: {error}); export another "
@@ -243,9 +247,17 @@ def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | N
         # Rows for another tokenizer's tokens are that one's.
         names_pad=tokenizer is None,
         warnings=warnings,
+        form=form,
     )
     check_tokenizer(model)
     return model
+
+
+def known_form(told: Any) -> str:
+    """model.base as a manifest or an adapter's note tells it. ValueError: there is no such form."""
+    if told not in BASES:
+        raise ValueError(f"model.base is {told!r}")
+    return str(told)
 
 
 def grown_arch(folder: Path, vocab: int | None, where: str) -> LlamaArch:

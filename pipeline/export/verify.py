@@ -117,6 +117,37 @@ def _logits(model: TrainedModel, folder: Path, form: str, tokens: torch.Tensor, 
     }
 
 
+def rounding_effect(model: TrainedModel, tokens_BS: torch.Tensor, length: int) -> dict[str, Any]:
+    """How far the merged model's logits are from those that training saw, whose base was rounded; with a sentence.
+
+    Both by the product's own mathematics, adapters apart, in fp32: what remains is the base's rounding alone. Of FP8
+    the rounding of activations is not in it.
+
+    Args:
+        length: tokens the result declares, over which positions are spread.
+    """
+    positions = list(sample_positions(tokens_BS.shape[1], length).values())[-1:]
+    rounded, stored = verify_logits.training_weights(model), verify_logits.trained_weights(model, "adapter", apart=True)
+    (seen,) = own_logits(model, rounded, tokens_BS, positions, True)
+    (plain,) = own_logits(model, stored, tokens_BS, positions, True)
+    difference = plain - seen
+    apart = (difference.norm() / seen.norm()).item()
+    same = (plain.argmax(-1) == seen.argmax(-1)).float().mean().item()
+    most = difference.abs().max().item()
+    sentence = (
+        f"Trained on the base in {model.form} and exported for the matrices as stored: fp32 logits are {apart:.2%} "
+        f"(root mean square) and at most {most:.3g} from those that training saw, and the likeliest token is the same "
+        f"at {same:.1%} of {tokens_BS.numel()} random tokens."
+    )
+    return {
+        "base_form": model.form,
+        "relative_rms": apart,
+        "max_abs_difference": most,
+        "same_likeliest_token": same,
+        "sentence": sentence,
+    }
+
+
 def _statements(model: TrainedModel, form: str, layerwise: bool) -> tuple[list[str], list[str]]:
     """What was checked, what was not; sentences."""
     reader = "transformers" if form == "merged" else "transformers and PEFT"
@@ -125,6 +156,8 @@ def _statements(model: TrainedModel, form: str, layerwise: bool) -> tuple[list[s
         checked[1] = "RoPE, context, LoRA scale and vocabulary as read back from the folder."
     checked.append("config.json as transformers reads it: sizes, constants and RoPE are those of the trained model.")
     missing = ["Logits of long sequences: few tokens were placed at long positions instead."]
+    if model.form == "fp8":
+        missing.append("The rounding of activations in training: the logits that it saw are made without it.")
     if layerwise:
         size = verify_logits.whole_bytes(model) / 2**30
         checked.append("fp32 logits, one layer in memory at a time, transformers' layers with the export's files.")
@@ -190,6 +223,8 @@ def verify(
     # Not `difference > tolerance`: a NaN must fail.
     passed = all(difference <= tolerance for difference in differences)
     worst = next((d for d in differences if d != d), max(differences))
+    if model.form != "bf16":
+        report["rounding"] = rounding_effect(model, tokens, model.context)
     report |= {"logits": logits, "max_abs_logit_difference": worst, "passed": passed}
     write_json(folder / REPORT, report)
     if not passed:

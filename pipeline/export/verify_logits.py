@@ -20,6 +20,7 @@ from pipeline.export.trained_model import TrainedModel
 from pipeline.export.verify_config import check_rotary, read_hf_config
 from pipeline.export.verify_reference import Weight
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.layers.quantized_weight import FORMS, dequantized
 from pipeline.planning import tensors as names
 
 ROOM = 0.7
@@ -147,6 +148,17 @@ def trained_weights(model: TrainedModel, form: str, apart: bool = False) -> Weig
             # Adapters keep whole tensors in the base's dtype too.
             return model.trained[name].to(stored.dtype)
         return stored if apart else model.merged(name, stored.float())
+
+    return weight
+
+
+def training_weights(model: TrainedModel) -> Weight:
+    """The base's matrices as training had them (model.base), with whole trained tensors; adapters stay apart."""
+    plain = trained_weights(model, "adapter", apart=True)
+
+    def weight(name: str) -> torch.Tensor:
+        projection = names.to_ours(name)[1] is not None and name.endswith(".weight")
+        return dequantized(model.form, plain(name)) if projection and model.form in FORMS else plain(name)
 
     return weight
 

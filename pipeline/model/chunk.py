@@ -58,6 +58,7 @@ class LlamaChunk(MegatronModule):
         recompute: policy of every layer of the whole model; None: nothing is recomputed.
         family: whose classes the layers are of (`spec.FAMILIES`).
         without: optimisations switched off (train.without).
+        base: how frozen matrices are kept (model.base).
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LlamaChunk(MegatronModule):
         recompute: Sequence[RecomputePolicy] | None = None,
         family: str = "local",
         without: Sequence[str] = (),
+        base: str = "bf16",
     ) -> None:
         super().__init__(config=config)
         self.arch, self.rope, self.lora, self.groups = arch, rope, lora, groups
@@ -91,7 +93,7 @@ class LlamaChunk(MegatronModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_submodules(arch, lora, [policies[layer] for layer in self.chunk.layers], family, without),
+            spec=block_submodules(arch, lora, [policies[layer] for layer in self.chunk.layers], family, without, base),
             pg_collection=groups,
             pre_process=self.chunk.first,
             post_process=self.chunk.last,

@@ -66,6 +66,7 @@ class RankModel(torch.nn.Module):
         without: optimisations switched off (train.without).
         stream: train chunk by chunk of so many tokens (`streaming`); None: whole sequences. Needs one stage.
         prefill: score with full attention chunk by chunk of so many tokens (`prefill`); None: whole sequences.
+        base: how frozen matrices are kept (model.base).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class RankModel(torch.nn.Module):
         without: Sequence[str] = (),
         stream: int | None = None,
         prefill: int | None = None,
+        base: str = "bf16",
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -104,7 +106,7 @@ class RankModel(torch.nn.Module):
             )
             with home:
                 self.chunks.append(
-                    LlamaChunk(arch, rope, lora, config, groups.collection, chunk, policies, family, without)
+                    LlamaChunk(arch, rope, lora, config, groups.collection, chunk, policies, family, without, base)
                 )
         if shards is not None:
             (stage,) = self.stages

@@ -20,6 +20,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from parallel.errors import ConfigError
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import CoreAttention, LongAttention
 from pipeline.model.layers.layer import LlamaLayer
@@ -27,6 +28,8 @@ from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParal
 from pipeline.model.layers.lora import Linear, adapted_column, adapted_row
 from pipeline.model.layers.mlp import TiledMLP
 from pipeline.model.layers.norm import RMSNorm, StreamNorm
+from pipeline.model.layers.quantized_linear import keep
+from pipeline.model.layers.quantized_weight import FORMS
 from pipeline.model.layers.residual import Add, last_residual_add, plain_add, residual_add
 from pipeline.model.layers.swiglu import EagerSwiGlu, SwiGlu
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
@@ -61,6 +64,8 @@ class LayerFamily:
     """Whether a frozen product and its adapters are one autograd function."""
     fused_qkv: bool
     """Whether one kernel cuts q, k and v and applies RoPE."""
+    keeps: bool
+    """Whether the linears speak to a `FrozenWeight`, in whatever form."""
 
 
 def _megatrons_mlp(recompute: RecomputePolicy, fused: bool, **kwargs: Any) -> MLP:
@@ -81,6 +86,7 @@ FAMILIES = {
         layer_norm=StreamNorm,
         joint=True,
         fused_qkv=True,
+        keeps=True,
     ),
     # Whole sequences are gathered before a product and whole rows summed after it, an MLP holds its wide tensors for
     # all tokens, a recomputed layer repeats all that its forward did, norms' outputs are kept, and pointwise work is
@@ -99,6 +105,7 @@ FAMILIES = {
         layer_norm=partial(RMSNorm, fused=False),
         joint=False,
         fused_qkv=False,
+        keeps=False,
     ),
 }
 """By name."""
@@ -115,6 +122,30 @@ WITHOUT: dict[str, dict[str, Any]] = {
     },
 }
 """What a family is without an optimisation, by its word in train.without."""
+
+
+def _keeping(linear: Linear, form: str, fused: bool) -> Linear:
+    """The same linear, its matrix kept in `form`."""
+
+    def build(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        return keep(linear(*args, **kwargs), form, fused)
+
+    return build
+
+
+def in_form(family: LayerFamily, form: str) -> LayerFamily:
+    """A family whose linears keep their matrices as model.base says.
+
+    Raises:
+        ConfigError: its linears read their weight as it is.
+    """
+    if form not in FORMS:
+        return family
+    if not family.keeps:
+        raise ConfigError(f"model.base: {form} needs our own linears; use --family local, or model.base: bf16.")
+    linears = family.column, family.row, family.last_row
+    column, row, last_row = (_keeping(linear, form, family.fused) for linear in linears)
+    return replace(family, column=column, row=row, last_row=last_row)
 
 
 def _again(family: LayerFamily, recompute: RecomputePolicy) -> bool:
@@ -228,6 +259,7 @@ def block_submodules(
     recompute: Sequence[RecomputePolicy],
     family: str = "local",
     without: Sequence[str] = (),
+    base: str = "bf16",
 ) -> TransformerBlockSubmodules:
     """Specs of Llama layers, one a policy, and the final norm; adapted projections get adapters beside them.
 
@@ -235,10 +267,15 @@ def block_submodules(
         recompute: policy of every layer, of which there are so many.
         family: name of a LayerFamily.
         without: optimisations switched off, keys of WITHOUT.
+        base: model.base.
+
+    Raises:
+        ConfigError: the family cannot keep matrices so.
     """
     classes = FAMILIES[family]
     for word in without:
         classes = replace(classes, **WITHOUT.get(word, {}))
+    classes = in_form(classes, base)
     return TransformerBlockSubmodules(
         layer_specs=[_layer(arch, lora, policy, classes) for policy in recompute], layer_norm=classes.norm
     )

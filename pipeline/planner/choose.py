@@ -13,6 +13,7 @@ from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.footprint import Footprint, footprint
 from pipeline.planner.gpus import Gpu
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.base_form import check_base, divides
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
@@ -116,10 +117,10 @@ def _divisors(number: int, limit: int) -> list[int]:
     return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
 
 
-def _axes(arch: LlamaArch, site: Site) -> Iterator[tuple[int, int, int]]:
-    """(tp, cp, pp) that divide the GPUs and the model; tensor parallelism stays within a machine."""
+def _axes(arch: LlamaArch, site: Site, form: str) -> Iterator[tuple[int, int, int]]:
+    """(tp, cp, pp) that divide the GPUs, the model and its blocks; tensor parallelism stays within a machine."""
     for tp in _divisors(site.gpus, site.gpu.gpus_a_node):
-        if arch.heads % tp or arch.kv_heads % tp or arch.ffn % tp:
+        if arch.heads % tp or arch.kv_heads % tp or arch.ffn % tp or not divides(form, arch, tp):
             continue
         for cp in _divisors(site.gpus // tp, site.gpus):
             for pp in _divisors(site.gpus // (tp * cp), arch.layers):
@@ -129,7 +130,7 @@ def _axes(arch: LlamaArch, site: Site) -> Iterator[tuple[int, int, int]]:
 def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunConfig]:
     """Every configuration that differs in layout alone."""
     train, batch = config.train, config.train.global_batch
-    for tp, cp, pp in _axes(arch, site):
+    for tp, cp, pp in _axes(arch, site, config.model.base):
         if config.attention.legacy_wrap and cp > 1:
             continue  # it wraps around the whole sequence
         replicas = site.gpus // (tp * cp * pp)
@@ -169,8 +170,11 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
         stored: the checkpoint's shape.
 
     Raises:
-        ConfigError: the batch cannot be spread over the GPUs.
+        ConfigError: the batch cannot be spread over the GPUs, or they lack what model.base needs.
     """
+    check_base(config.model.base, stored, 1)
+    if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
+        raise ConfigError(f"model.base: {site.gpu.name} has no FP8 products; use nf4 or bf16, or a newer GPU.")
     found = [_candidate(settings, stored, site) for settings in _settings(config, stored, site)]
     if not found:
         raise ConfigError(
@@ -217,7 +221,7 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
     Streaming computes the same as well, but runs chunks forward twice; it is possible where the group is fixed.
 
     Raises:
-        ConfigError: the batch cannot be spread over the GPUs.
+        ConfigError: the batch cannot be spread over the GPUs, or they lack what model.base needs.
     """
     if config.train.gpu_gib is not None:
         site = replace(site, gpu=replace(site.gpu, memory=min(site.gpu.memory, round(config.train.gpu_gib * GIB))))

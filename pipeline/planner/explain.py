@@ -29,6 +29,8 @@ def named(plan: RunPlan) -> str:
     offload = config.parallel.offload
     away = [what for what, where in (("weights", offload.params), ("optimizer", offload.optimizer)) if where == "cpu"]
     parts = [config.parallel.engine, shown or "one GPU"]
+    if config.model.base != "bf16":
+        parts.append(f"base {config.model.base}")
     if away:
         parts.append(f"{' and '.join(away)} in host memory")
     parts.append(f"recompute {_recompute(plan)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.planning.activations import LOGITS
+from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS, count_parameters
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import projection_shape
@@ -108,8 +109,9 @@ def by_stage(plan: RunPlan, gpus_a_node: int) -> list[dict[str, int]]:
             most = -(-plan.arch.layers // grid.pp)
             share["kept activations"] = first["kept activations"] * (grid.pp - stage) * layers // (grid.pp * most)
             ends = counts.embedding * (stage == 0) + counts.head * (stage == grid.pp - 1)
-            both = counts.embedding + counts.head + (most - layers) * counts.layer
-            share["weights"] = max(0, first["weights"] - (both - ends) * width // grid.tp)
+            missing = (most - layers) * layer_bytes(plan.config.model.base, plan.arch, grid.tp, width)
+            both = (counts.embedding + counts.head - ends) * width // grid.tp
+            share["weights"] = max(0, first["weights"] - both - missing)
         found.append(share)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.planner.work import tokens_of, trained_elements
+from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.run_plan import RunPlan
@@ -46,14 +47,13 @@ def traffic(plan: RunPlan) -> Traffic:
     zero3, shards = config.parallel.engine == "zero3", grid.dp * grid.cp
     away = config.parallel.offload.params == "cpu"
 
-    def passes(elements: int) -> tuple[float, float]:
-        size = elements * width / grid.tp
+    def passes(size: float) -> tuple[float, float]:
         if not zero3:
             return 0.0, 0.0
         return size * (shards - 1) / shards, size / shards if away else 0.0
 
-    gather, copy = passes(counts.layer)
-    once, once_copy = passes(counts.head + counts.embedding)
+    gather, copy = passes(layer_bytes(config.model.base, arch, grid.tp, width))
+    once, once_copy = passes((counts.head + counts.embedding) * width / grid.tp)
     replicas = trained_elements(plan) * (GRADIENT + width) * (shards - 1) / shards
     halo = (
         halo_elements((arch.heads, arch.kv_heads, arch.head_dim), plan.attention, plan.sequence, grid.tp, grid.cp)

@@ -16,6 +16,7 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.base_form import work_bytes
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
@@ -83,7 +84,8 @@ def layer_memory(
     # values, with GQA first by query heads; two hidden states.
     grouped = arch.kv_heads < arch.heads
     attention = (9 if grouped else 7) * query + 6 * key_value + 2 * hidden
-    tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
+    of_tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp))
+    tile = of_tile * (6 * ffn + 4 * arch.hidden)
     # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.
     mlp = tokens * (3 * hidden + 3 * query + 2 * key_value) + tile
     # The gradient of the product; that of gate and up lies over them. Sequence parallelism sums whole rows.
@@ -100,9 +102,14 @@ def layer_memory(
         NONE: max(rest, wide),
     }
     early = _halo(config, arch, grid, at_once) * width
+    tiled = {policy: not adapted and policy in (FULL, GATE_UP) for policy in RecomputePolicy}
+    beside = {
+        policy: work_bytes(config.model.base, arch, tp, of_tile if tiles else tokens, width, tiles)
+        for policy, tiles in tiled.items()
+    }
     return LayerMemory(
         kept={policy: tokens * size * width + early * (policy is not FULL) for policy, size in kept.items()},
-        at_work={policy: size * width + early for policy, size in at_work.items()},
+        at_work={policy: size * width + early + beside[policy] for policy, size in at_work.items()},
         gate_up=2 * tokens * ffn * width,
     )
 

@@ -214,6 +214,18 @@ def read_arch(folder: Path) -> LlamaArch:
     return parse_arch(_read_json(path), path)
 
 
+def _quantized(config: Mapping[str, Any]) -> str:
+    """What to say of weights that another library quantized."""
+    settings = config["quantization_config"]
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    origin = config.get("_name_or_path")
+    named = f", such as {origin}" if isinstance(origin, str) and origin and not Path(origin).exists() else ""
+    return (
+        f"the weights are quantized (quantization_config: {method or 'of an unknown method'}); give the bf16, fp16 or "
+        f"fp32 release they were made from{named}, and set model.base: nf4 or fp8 to have it quantized while it is read"
+    )
+
+
 def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
     """Check what a config.json says.
 
@@ -227,9 +239,7 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
     read = _Reader(values, path)
     model_type = _model_type(read)
     if read.config.get("quantization_config"):
-        raise read.fail(
-            "the weights are quantized (quantization_config); use the bf16, fp16 or fp32 release of this model"
-        )
+        raise read.fail(_quantized(read.config))
     activation = read.config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise read.fail(f"hidden_act {activation!r} is not supported; only silu (SwiGLU models) is")

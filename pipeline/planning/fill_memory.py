@@ -13,6 +13,7 @@ from itertools import combinations
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.memory import GIB, MemoryEstimate, estimate_memory
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.tensors import PROJECTIONS, projection_shape
@@ -144,6 +145,6 @@ def _most_parked(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int
     away = 0.0
     if config.parallel.offload.params == "cpu":
         # Shares of the weights come over the same wires, and the backward pass has both.
-        each = _operations(arch, tuple(PROJECTIONS)) // 2 * width / (grid.tp * grid.dp * grid.cp)
+        each = layer_bytes(config.model.base, arch, grid.tp, width) / (grid.dp * grid.cp)
         away = layers * each
     return min(layers, max(0, int((operations * BYTES_AN_OPERATION - away) // bytes_a_layer)))

@@ -14,6 +14,7 @@ from pipeline.config.run import RunConfig
 from pipeline.planning.activations import layer_memory, peak_of
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
 from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
@@ -34,7 +35,7 @@ class ParameterCounts:
     """Elements of a whole model."""
 
     layer: int
-    """Matrices and biases of one layer: frozen."""
+    """Elements of the matrices and biases of one layer: frozen. What they take: `base_form.layer_bytes`."""
     head: int
     """Frozen output matrix; 0 when it is tied to the embedding or trains."""
     embedding: int
@@ -104,7 +105,8 @@ def estimate_memory(
     zero3 = config.parallel.engine == "zero3"
     offload = config.parallel.offload
     layers = -(-arch.layers // grid.pp)
-    layered = (layers * counts.layer + counts.head + counts.embedding) * width // grid.tp
+    layer = layer_bytes(config.model.base, arch, grid.tp, width)
+    layered = layers * layer + (counts.head + counts.embedding) * width // grid.tp
     if zero3:
         layered //= shards
     trained = counts.trained // grid.tp
@@ -123,7 +125,7 @@ def estimate_memory(
     (host if offload.optimizer == "cpu" else gpu)["optimizer"] = optimizer
     if zero3:
         # One buffer for the unit at work, which may be the output matrix, and one for each that is fetched ahead.
-        unit = max(counts.layer, counts.head, counts.embedding) * width // grid.tp
+        unit = max(layer, max(counts.head, counts.embedding) * width // grid.tp)
         gpu["gathered weights"] = (1 + offload.ahead) * unit
     if stream is not None:
         spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)

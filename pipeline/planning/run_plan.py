@@ -28,6 +28,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
+from pipeline.planning.base_form import check_base
 from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
@@ -161,6 +162,7 @@ class RunPlan:
             )
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
+        check_base(config.model.base, arch, grid.tp)
         kernels = "kernels" not in config.train.without
         # Of both on auto the chunk is chosen first: one as large as fits if nothing is computed again.
         asked = "none" if config.train.recompute == "auto" else config.train.recompute

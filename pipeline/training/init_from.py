@@ -22,6 +22,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.export.adapter_notes import CONFIG, read_note
 from pipeline.export.adapter_read import load_adapter
+from pipeline.export.trained_model import known_form
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.hf.weight_source import WeightSource
 from pipeline.planning import tensors as names
@@ -100,6 +101,8 @@ class Source:
     lora: LoraConfig
     rope: RopePlan
     context: int
+    form: str = "bf16"
+    """model.base in that training."""
 
 
 def check_source(path: str) -> None:
@@ -156,7 +159,7 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
             base_hash,
         )
         start = Start(folder, model.step, ())
-        yield Source(start, AdapterWeights(model.trained), model.lora, model.rope, model.context)
+        yield Source(start, AdapterWeights(model.trained), model.lora, model.rope, model.context, model.form)
         return
     with CheckpointReader(folder) as reader:
         raw = reader.manifest.raw
@@ -166,12 +169,13 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
             lora = LoraConfig(**{**declared["lora"], "targets": tuple(declared["lora"]["targets"])})
             context = int(declared["model"]["context"])
             settings = RopeSettings(**used_rope(declared["model"]["rope"]))
+            form = known_form(declared["model"].get("base", "bf16"))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: its manifest lacks what a run needs ({type(error).__name__}: {error}); name another."
             ) from None
         rope = plan_rope(read_arch(Path(config.model.path)), settings, context)
-        yield Source(Start(folder, reader.manifest.step, ()), CheckpointWeights(reader), lora, rope, context)
+        yield Source(Start(folder, reader.manifest.step, ()), CheckpointWeights(reader), lora, rope, context, form)
 
 
 def _same_base(folder: Path, found: Any, own: str) -> None:
@@ -232,6 +236,16 @@ def _is_base(source: Source, name: str, shape: tuple[int, ...], base: WeightSour
         return False
     own = grown_tensor(base, name, arch.vocab)
     return torch.equal(source.weights.read(name, None, 0, own.numel()), own.reshape(-1).float())
+
+
+def other_form(source: Source, form: str) -> tuple[str, ...]:
+    """A warning where the weights were trained beside a base kept otherwise than the run's."""
+    if source.form == form:
+        return ()
+    return (
+        f"init_from: {source.start.folder} was trained on model.base {source.form} and this run has {form}: its "
+        "weights have yet to get used to how that one is rounded.",
+    )
 
 
 def other_positions(source: Source, rope: RopePlan) -> tuple[str, ...]:

@@ -3,6 +3,7 @@ start at zero, nothing non-finite."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -13,6 +14,8 @@ from pipeline.model.rank_model import RankModel
 from pipeline.planning import tensors as names
 from pipeline.training.optimizer import TrainableAdamW
 
+BESIDE = re.compile(r"\.weight_\w+$")
+"""How the names end of what a matrix in 8 or 4 bits has beside its codes (`quantized_linear.keep`)."""
 LORA_B = ".lora_B.weight"
 """How the canonical names of B factors end."""
 
@@ -123,13 +126,15 @@ def run_checks(groups: Groups, model: RankModel, optimizer: TrainableAdamW) -> R
             continue
         checked.append(
             Checked(
-                # A fused frozen weight goes by the first of the tensors it holds.
-                name=names.to_hf(name)[0][0],
+                # A fused frozen weight goes by the first of the tensors it holds, and so do its scales.
+                name=names.to_hf(BESIDE.sub(".weight", name))[0][0],
                 parameter=parameter,
                 trained=parameter.requires_grad,
                 tied=tied and name == "embedding.weight",
             )
         )
     if model.shards is not None:
-        checked += [Checked(name, share, trained=False, sharded=True) for name, share in model.shards.shares()]
+        # Four bytes at a time: sums of single ones would take four times as long.
+        words = ((name, share.view(torch.int32)) for name, share in model.shards.shares())
+        checked += [Checked(name, share, trained=False, sharded=True) for name, share in words]
     return RunChecks(groups, checked, optimizer.own_moments)

@@ -27,6 +27,7 @@ SCRIPTS = {
     "run_13b_64k": "llama2_13b_64k",
     "run_7b_100k": "llama2_7b_100k",
     "run_8b_1m": "llama3_8b_1m",
+    "run_70b_one_gpu": "llama2_70b_one_gpu",
 }
 STAND_IN = """#!{bash}
 # A Python that writes down how it was called, and fails where it is told to.
@@ -181,7 +182,7 @@ def test_the_other_modes_start_their_tools(calls: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "run_8b_1m"])  # minutes each
+@pytest.mark.parametrize("name", ["run_70b_32k", "run_13b_64k", "run_7b_100k"])  # minutes each
 def test_tiny_trains_stops_and_resumes_on_this_machine(name: str) -> None:
     config = load_config(ROOT / f"launch/configs/{SCRIPTS[name]}.yaml")
     # The 13B and 7B runs differ in shape alone: one of them cuts a sequence in two, for two replicas.

@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama2", "num_key_value_heads": 2, "vocab_size": 131},
     "qwen2": {"kind": "qwen2"},
     "mistral": {"kind": "mistral"},
+    # Whole blocks of 64 columns.
+    "blocks": {"kind": "llama2", "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 131},
 }
 LAYERS = 2
 

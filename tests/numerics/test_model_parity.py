@@ -19,6 +19,7 @@ from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
+from pipeline.planning.recompute import plan_recompute
 from pipeline.planning.rope import hf_rope_fields, plan_rope
 from tests.support.single import single_groups
 from tests.support.tiny_models import KINDS, make_tiny
@@ -28,12 +29,19 @@ CPU = torch.device("cpu")
 
 
 def stage_of(
-    folder: Path, settings: RopeSettings | None = None, context: int | None = None, lora: LoraConfig | None = None
+    folder: Path,
+    settings: RopeSettings | None = None,
+    context: int | None = None,
+    lora: LoraConfig | None = None,
+    base: str = "bf16",
+    recompute: str = "none",
 ) -> LlamaChunk:
     arch = read_arch(folder)
     rope = plan_rope(arch, settings or RopeSettings(), context or arch.max_positions)
     config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU)
-    stage = LlamaChunk(arch, rope, lora or LoraConfig(rank=0), config, single_groups().collection)
+    policies = plan_recompute(recompute, arch.layers)
+    groups = single_groups().collection
+    stage = LlamaChunk(arch, rope, lora or LoraConfig(rank=0), config, groups, recompute=policies, base=base)
     load_base(stage, HfCheckpoint(folder))
     init_adapters(stage, 0)
     return stage.eval()

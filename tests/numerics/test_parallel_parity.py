@@ -32,7 +32,7 @@ STEPS = 3
 MOVED = 1e-4
 """Error of an update over its size."""
 YAML = """
-model: {{path: {base}, context: 64, dtype: fp32, rope: {{type: linear, factor: 2}}}}
+model: {{path: {base}, context: 64, dtype: fp32, base: {kept}, rope: {{type: linear, factor: 2}}}}
 attention: {attention}
 lora: {{rank: 4, targets: [{targets}]}}
 data: {{path: {text}, sequence: {sequence}, mask_documents: {packed}, cache: {cache}}}
@@ -59,6 +59,9 @@ class Model:
     """train.trainable; empty: all that can train."""
     targets: str = "q, k, v, o, gate, up, down"
     """lora.targets; a checkpointed MLP without any is computed in tiles."""
+
+    kept: str = "bf16"
+    """model.base."""
 
     @property
     def tied(self) -> bool:
@@ -121,7 +124,22 @@ FROZEN_ENDS = {
     "frozen": Model("llama2", {"num_hidden_layers": 5, "vocab_size": 131}, sequence=61, trainable="lora, norm"),
     "frozen tied": Model("smollm2", {"num_hidden_layers": 3}, recompute="full", trainable="lora", targets="q, k, v, o"),
 }
-MODELS |= FROZEN_ENDS
+_BLOCKS = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "vocab_size": 131,
+}
+"""Whole blocks of 64 columns on two tensor-parallel ranks; 4 query and 2 KV heads."""
+QUANTIZED = {
+    "nf4": Model("llama2", _BLOCKS, sequence=61, packed=True, recompute="gate_up", kept="nf4"),
+    # Frozen MLPs in tiles.
+    "nf4 tiled": Model("llama2", _BLOCKS, recompute="full", targets="q, v, o", trainable="lora, norm", kept="nf4"),
+    "fp8": Model("llama2", _BLOCKS, recompute="full", targets="q, v, o", trainable="lora, norm", kept="fp8"),
+}
+"""In test_quantized_base.py."""
+MODELS |= FROZEN_ENDS | QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,7 @@ def write_config(folder: Path, name: str, grid: Grid) -> Path:
     path.write_text(
         YAML.format(
             base=base,
+            kept=model.kept,
             text=text,
             cache=folder / "cache",
             attention=model.attention,
@@ -200,9 +219,8 @@ def _observe(rank: int, world: int, paths: list[str], steps: int) -> list[dict[s
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
     """What one process computes, by model."""
-    return observe_alone(
-        tmp_path_factory.mktemp("reference"), [name for name in MODELS if name not in FROZEN_ENDS], STEPS
-    )
+    names = [name for name in MODELS if name not in FROZEN_ENDS and name not in QUANTIZED]
+    return observe_alone(tmp_path_factory.mktemp("reference"), names, STEPS)
 
 
 def observe_alone(folder: Path, names: list[str], steps: int) -> dict[str, Observed]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from parallel.errors import ConfigError
+from pipeline.model.layers import quantized_weight
+from pipeline.model.layers.fp8 import round_rows
 from pipeline.model.layers.frozen_weight import FrozenWeight
-from pipeline.model.layers.quantized_weight import Nf4Weight, empty, quantize_rows
+from pipeline.model.layers.quantized_weight import Nf4Weight, empty
+from tests.support.interpreted import interpret
 
 # Relative Frobenius errors on normal data, with a quarter above what was measured (0.0267 a factor; NF4 0.092).
 FP8_PRODUCT = 0.047
@@ -78,16 +82,83 @@ def test_fp8_products_are_near_those_of_the_original_whatever_the_rows_sizes() -
     assert torch.equal(out, found)
 
 
+def test_rows_are_rounded_to_the_nearest_of_all_e4m3_values() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    every = every[every.isfinite()]
+    rows = torch.randn(4, 300, generator=torch.Generator().manual_seed(7)) * torch.logspace(-6, 0, 300)
+    for factors in (None, torch.rand(300, generator=torch.Generator().manual_seed(8))):
+        values, scales = round_rows(rows, factors)
+        exact = rows.double() if factors is None else rows.double() * factors.double()
+        torch.testing.assert_close(scales[:, 0].double(), exact.abs().amax(1) / 448, rtol=1e-6, atol=0)
+        target = exact / scales.double()
+        least = (target.unsqueeze(-1) - every).abs().amin(-1)
+        assert ((values.double() - target).abs() <= least + 1e-6 * target.abs() + 1e-12).all()
+
+
+def test_fp8_products_are_those_of_rounded_factors() -> None:
+    generator = torch.Generator().manual_seed(9)
+    matrix, rows = torch.randn(48, 64, generator=generator), torch.randn(2, 5, 64, generator=generator)
+    grads = torch.randn(2, 5, 48, generator=generator)
+    weight = made("fp8", matrix)
+    kept = weight.members()["weight"].double()
+    scales = weight.members()["scales"].double()
+    x, of_x = (part.double() for part in round_rows(rows.view(10, 64)))
+    assert error(weight.product(rows).view(10, 48), (x * of_x) @ (kept * scales).t()) < 1e-6
+    g, of_g = (part.double() for part in round_rows((grads.view(10, 48).double() * scales.t()).float()))
+    for one in (weight, weight.at_hand(torch.float32)):
+        for _ in range(2):  # the second time with the matrix that was turned
+            assert error(one.grad_input(grads).view(10, 64), (g * of_g) @ kept) < 1e-6
+
+
 def test_rows_of_zeros_stay_zero() -> None:
-    values, scales = quantize_rows(torch.zeros(2, 64))
+    values, scales = round_rows(torch.zeros(2, 64))
     assert torch.equal(values.float() * scales, torch.zeros(2, 64))
     for form in ("fp8", "nf4"):
         assert not made(form, torch.zeros(3, 64)).product(torch.ones(1, 64)).any()
 
 
 def test_nf4_refuses_rows_of_no_whole_number_of_blocks() -> None:
-    with pytest.raises(ConfigError, match=r"blocks of 64, but a rank has 96 columns"):
-        empty("nf4", (2, 96), "cpu").encode(torch.zeros(2, 96))
+    with pytest.raises(ConfigError, match=r"blocks of 64, but a rank has 96 of 192 columns"):
+        empty("nf4", (2, 192), "cpu", (96, 192))
+
+
+def _kernels_agree(device: str) -> None:
+    """With torch's operations: widths of several programs and part of one, a group that ends within a share."""
+    from pipeline.model.layers import quantize_kernels as kernels
+    from pipeline.model.layers.quantized_weight import _dynamic_code, _nf4_code
+
+    generator = torch.Generator().manual_seed(6)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 2 if device == "cpu" else 3]:
+        rows = torch.randn(3, 9000, generator=generator).to(device, dtype)
+        rows[1] = 0
+        factors = torch.rand(9000, generator=generator).to(device)
+        for given in (None, factors):
+            values, scales = kernels.round_rows(rows, given)
+            exact = rows.double() if given is None else rows.double() * given.double()
+            torch.testing.assert_close(scales[:, 0].double()[::2], exact.abs().amax(1)[::2] / 448, rtol=1e-6, atol=0)
+            # The interpreter rounds to e4m3 with errors of a half.
+            slack = 0.6 if device == "cpu" else 2**-4
+            off = (values.double() * scales.double() - exact).abs() - slack * exact.abs()
+            assert (off <= scales.double() * 2**-8).all() and not (values[1].float() * scales[1]).any()
+    for part in (None, (64 * 250, 64 * 270)):
+        matrix = torch.randn(2, 64 * 270, generator=generator)
+        weight = empty("nf4", (2, 64 * 270), device, part)
+        weight.write(matrix.to(device))
+        codes, magnitudes, second = (member.detach() for member in weight.members().values())
+        tables = _nf4_code(codes.device), _dynamic_code(codes.device)
+        first = 0 if part is None else 250
+        found = kernels.dequantize_nf4(codes, magnitudes, second, *tables, first, torch.float32)
+        with mock.patch.object(quantized_weight, "kernels_for", return_value=None):
+            assert torch.equal(found, weight.dequantized(torch.float32))
+
+
+def test_kernels_interpreted() -> None:
+    interpret("test_quantized_weight._kernels_agree('cpu')")
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    _kernels_agree("cuda")
 
 
 @pytest.mark.gpu

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.axes.zero3 import ALIGN_ELEMENTS, FrozenShards, Unit, deepspeed_config
+from parallel.axes.zero3 import ALIGN, FrozenShards, Unit, deepspeed_config
 from parallel.errors import ConfigError
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import open_base, read_arch
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.evaluator import Evaluator
+from pipeline.training.gradients import ALIGN_ELEMENTS
 from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
 from tests.support.optimizer_state import state_bytes
@@ -46,7 +47,7 @@ def _look(rank: int, world: int, path: str) -> dict[str, Any]:
     sharded = {name: p for name, p in named.items() if shards.holds(p)}
     found: dict[str, Any] = {
         "share": sum(share.numel() * share.element_size() for _, share in shards.shares()),
-        "dtypes": sorted({str(share.dtype) for _, share in shards.shares()}),
+        "dtypes": sorted({str(parameter.dtype) for parameter in sharded.values()}),
         "elements": [sum(shape.numel() for shape in unit.shapes) for unit in shards.units],
         "empty before": all(p.numel() == 0 for p in sharded.values()),
         "frozen state": [name for name, p in named.items() if not p.requires_grad and hasattr(p, "main_grad")],
@@ -94,8 +95,8 @@ def test_frozen_weights_cost_two_bytes_over_all_ranks_and_nothing_else(
 ) -> None:
     ranks, _ = observed
     for found in ranks:
-        padding = 2 * ALIGN_ELEMENTS * 8 * len(found["elements"])
-        assert found["dtypes"] == ["torch.bfloat16"]
+        padding = ALIGN * 8 * len(found["elements"])
+        assert found["dtypes"] == ["torch.bfloat16"]  # of the sharded parameters; a share is bytes
         assert abs(found["share"] - sum(found["elements"])) <= padding  # 2 bytes an element, two ranks
         assert found["frozen state"] == found["gradients of frozen"] == []
         # fp32 master and two moments of what trains, half of it each, and the padding of its slices.
@@ -123,13 +124,15 @@ def test_units_are_there_before_they_are_used(ahead: int) -> None:
     """Forward, backward and forward again through five units, one used at both ends, with a buffer for each ahead."""
     shards = FrozenShards.__new__(FrozenShards)
     shards.ahead, shards.world, shards.rank, shards._backward, shards._streams = ahead, 1, 0, False, None
-    shards.dtype, shards.device = torch.float32, torch.device("cpu")
-    shards._holds, shards._slots = [None] * (ahead + 1), [torch.full((4,), -1.0) for _ in range(ahead + 1)]
+    shards.device = torch.device("cpu")
+    shards._holds = [None] * (ahead + 1)
+    shards._slots = [torch.full((4,), -1.0).view(torch.uint8) for _ in range(ahead + 1)]
     units = [
-        Unit(str(n), [torch.nn.Parameter(torch.empty(0), False)], [torch.Size((4,))], [(0, 4)], 4) for n in range(5)
+        Unit(str(n), [torch.nn.Parameter(torch.empty(0), False)], [torch.Size((4,))], [(0, 16)], 16) for n in range(5)
     ]
     for number, unit in enumerate(units):
-        unit.flat = SimpleNamespace(ds_tensor=SimpleNamespace(data=torch.full((4,), float(number))))
+        share = torch.full((4,), float(number)).view(torch.uint8)
+        unit.flat = SimpleNamespace(ds_tensor=SimpleNamespace(data=share))
     shards.order = [*units, units[0]]
     fetched: list[str] = []
     fetch = shards._fetch
@@ -142,7 +145,8 @@ def test_units_are_there_before_they_are_used(ahead: int) -> None:
             ends = (position, position + way.step * ahead)
             near = shards.order[max(0, min(ends)) : max(ends) + 1]
             assert all(unit.slot is not None for unit in near) and sum(u.slot is not None for u in units) <= ahead + 1
-            assert torch.equal(shards.order[position].parameters[0], shards.order[position].flat.ds_tensor.data)
+            unit = shards.order[position]
+            assert torch.equal(unit.parameters[0].view(torch.uint8), unit.flat.ds_tensor.data)
     # What is still there when the direction turns is not fetched again.
     assert len(fetched) <= 5 + 3 * 6 - 2 * (ahead + 1)
 

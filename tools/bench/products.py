@@ -51,10 +51,7 @@ def made(form: str, matrix: torch.Tensor) -> FrozenWeight:
     if form == DenseWeight.form:
         return DenseWeight(torch.nn.Parameter(matrix, requires_grad=False))
     weight = empty(form, (matrix.shape[0], matrix.shape[1]), matrix.device)
-    # By stretches of rows: encoding makes float32 copies.
-    for start in range(0, len(matrix), 4096):
-        for name, rows in weight.encode(matrix[start : start + 4096]).items():
-            weight.members()[name].data[start : start + 4096] = rows
+    weight.write(matrix)
     return weight
 
 

@@ -42,7 +42,7 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.build import build_model
 from pipeline.config.paths import user_path
-from pipeline.config.sections import RECOMPUTE
+from pipeline.config.sections import BASES, RECOMPUTE
 from pipeline.config.yaml_file import load_config
 from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import mark_trainable
@@ -86,6 +86,7 @@ def settings_of(args: argparse.Namespace) -> list[str]:
         f"parallel.engine={args.engine}",
         f"attention.kind={args.attention}",
         f"attention.backend={args.backend}",
+        f"model.base={args.base}",
     ]
     if args.group:
         settings.append(f"attention.group_size={args.group}")
@@ -214,6 +215,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument(
         "--tile-scale", type=float, nargs="+", default=[1.0], help="tiles this many times the product's (default 1)"
     )
+    parser.add_argument("--base", choices=BASES, default="bf16", help="form of the frozen matrices (default bf16)")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="full")
     parser.add_argument("--engine", choices=("megatron", "zero3"), default="megatron")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")

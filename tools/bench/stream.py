@@ -56,7 +56,8 @@ def fill(model: RankModel) -> None:
         if model.shards is not None:
             # Made on the GPU: in host memory random numbers would take minutes.
             noise = torch.randn(1 << 26, device=model.groups.device, dtype=model.dtype) * 0.02
-            for _, share in model.shards.shares():
+            for _, stored in model.shards.shares():
+                share = stored.view(model.dtype)
                 for start in range(0, share.numel(), noise.numel()):
                     part = share[start : start + noise.numel()]
                     part.copy_(noise[: part.numel()])
@@ -79,7 +80,7 @@ class Trainee:
         if args.offload:
             plan = groups.plan
             described = deepspeed_config(torch.bfloat16, 1, args.micro_batches, plan.dp * plan.cp)
-            shards = FrozenShards(groups, torch.bfloat16, True, described)
+            shards = FrozenShards(groups, True, described)
         self.model = RankModel(
             arch,
             plan_rope(arch, RopeSettings(type="linear"), longest),

@@ -20,6 +20,7 @@ from pipeline.config.parallel import ParallelConfig
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
 from pipeline.planning.arch import ARCHITECTURES, LlamaArch, read_arch
+from pipeline.planning.base_form import UNIT
 from pipeline.planning.run_plan import plan_chunks
 from tools.support.shapes import llama2
 
@@ -120,7 +121,7 @@ def shrink(config: RunConfig, folder: Path, processes: int | None = None, most: 
         # The doctor calls each invariant itself and tells them apart.
         checks=False,
     )
-    return Shrunk(tiny, _model(arch, parallel), count, tuple(notes))
+    return Shrunk(tiny, _model(arch, parallel, config.model.base), count, tuple(notes))
 
 
 def _fit(asked: ParallelConfig, processes: int | None, most: int) -> tuple[ParallelConfig, int]:
@@ -172,23 +173,28 @@ def _chunk(sequence: int, group: int, parallel: ParallelConfig) -> int:
     return chunk if chunk % group else chunk + unit
 
 
-def _model(arch: LlamaArch, parallel: ParallelConfig) -> dict[str, Any]:
-    """config.json of the tiny model."""
+def _model(arch: LlamaArch, parallel: ParallelConfig, base: str) -> dict[str, Any]:
+    """config.json of the tiny model; its widths are such as model.base can keep."""
     kv_heads = parallel.tp
     # A few heads a rank, an odd number where the model's is: then the split of the heads falls inside a KV group.
     while kv_heads < min(arch.kv_heads, 3) or (arch.kv_heads % 2 == 0 and kv_heads % 2):
         kv_heads += parallel.tp
+    heads = kv_heads * arch.heads // arch.kv_heads
+    unit = UNIT.get(base, 1)
+    head_dim = HEAD_DIM
+    while heads * head_dim % (unit * parallel.tp) or (base == "fp8" and kv_heads * head_dim % (unit * parallel.tp)):
+        head_dim += HEAD_DIM
     chunks = parallel.pp * parallel.virtual
     scaling = dict(arch.rope_scaling) if arch.rope_scaling else None
     return {
         "architectures": [name for name, kind in ARCHITECTURES.items() if kind == arch.model_type],
         "model_type": arch.model_type,
         "hidden_size": WIDTH,
-        "intermediate_size": 24 * max(2, parallel.tp),
+        "intermediate_size": -(-24 // unit) * unit * max(2, parallel.tp),
         "num_hidden_layers": max(2, chunks + 1),
-        "num_attention_heads": kv_heads * arch.heads // arch.kv_heads,
+        "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "vocab_size": VOCAB,
         "hidden_act": "silu",
         "rms_norm_eps": arch.norm_eps,

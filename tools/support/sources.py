@@ -143,5 +143,7 @@ def finish(options: argparse.Namespace, form: str, embedding: str = "whole") -> 
             f"verified ({report['mode']}): {tensors['bit_equal']} tensors bit-equal, {tensors['recomputed']} computed "
             f"again; logits differ by at most {report['max_abs_logit_difference']:.3g}; see {options.output / REPORT}"
         )
+        if "rounding" in report:
+            print(report["rounding"]["sentence"])
     if destination is not None:
         print(f"uploaded: {destination.upload(options.output)}")

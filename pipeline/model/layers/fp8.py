@@ -1,11 +1,11 @@
-"""Gate and up in 8 bits while they wait for their backward: e4m3, one scale for each token's gate and one for its up.
+"""Rows rounded to e4m3 with a scale each; so are gate and up while they wait for their backward, a scale for each.
 
 A value's relative error is at most 2^-4 (three bits of mantissa), and values below amax 2^-15 have an absolute one of
 at most amax 2^-19. The forward pass is made with the values as they are; of the backward, the gradients of gate and up
 alone are made with rounded ones: on random numbers they are off by 3% (root mean square), and unbiased. The formats:
 arXiv 2209.05433.
 
-Shapes: F local FFN width.
+Shapes: N rows, K their width, F local FFN width.
 """
 
 from __future__ import annotations
@@ -32,16 +32,34 @@ def _kernels(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
     return fp8_kernels
 
 
+def round_rows(
+    rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None, fused: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] of any float dtype -> e4m3 [N, K] and float32 scales [N, 1]; their product is the rows again.
+
+    Args:
+        factors_K: float32; what the columns are multiplied with before they are rounded.
+        fused: use a kernel where there is one.
+    """
+    if fused and _kernels(rows_NK, rows_NK) is not None:
+        from pipeline.model.layers import quantize_kernels
+
+        pair: tuple[torch.Tensor, torch.Tensor] = quantize_kernels.round_rows(rows_NK, factors_K)
+        return pair
+    values = rows_NK.float() if factors_K is None else rows_NK.float() * factors_K
+    # A row of zeros stays one.
+    scales = (values.abs().amax(dim=1, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (values / scales).clamp_(-LARGEST, LARGEST).to(E4M3), scales
+
+
 def to_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., 2 F] of any float dtype -> e4m3 of the same shape, and what to multiply each half with, fp32 [..., 2]."""
     kernels = _kernels(gate_up, gate_up)
     if kernels is not None:
         pair: tuple[torch.Tensor, torch.Tensor] = kernels.to_fp8(gate_up)
         return pair
-    halves = gate_up.unflatten(-1, (2, -1)).float()
-    scales = halves.abs().amax(dim=-1) / LARGEST
-    # A half of zeros stays one.
-    return (halves / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).to(E4M3).flatten(-2), scales
+    rounded, scales = round_rows(gate_up.reshape(-1, gate_up.shape[-1] // 2))
+    return rounded.view(gate_up.shape), scales.view(*gate_up.shape[:-1], 2)
 
 
 def from_fp8(rounded: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A frozen [O, I] matrix is multiplied with activations in the forward pass and with gradients in the backward pass; it
 has no gradient of its own. Linears, the MLP, loading, ZeRO-3 units and hashing speak to a `FrozenWeight`, so that
-another form (8 or 4 bits) is another class here and nothing else.
+another form (8 or 4 bits: `quantized_weight`) is another class and nothing else.
 
 Shapes: O output width, I input width, n rows, R rows of the matrix.
 """
@@ -10,7 +10,7 @@ Shapes: O output width, I input width, n rows, R rows of the matrix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import Parameter
@@ -22,17 +22,31 @@ class FrozenWeight(ABC):
     form: str
     """Name of the form, as manifests and reports spell it."""
 
+    whole_rows = False
+    """`encode` and `write` are given whole rows of the checkpoint's matrix, also where tensor parallelism leaves this
+    rank some of its columns: what the rows are rounded to does not depend on how they are cut."""
+
     @property
     @abstractmethod
     def shape(self) -> torch.Size:
         """[O, I]; of a matrix that engine zero3 has not gathered, empty."""
+
+    @property
+    def given_shape(self) -> torch.Size:
+        """Of what `write` is given: [O, I], with `whole_rows` [O, columns of the checkpoint's matrix]."""
+        return self.shape
+
+    def at_hand(self, dtype: torch.dtype) -> FrozenWeight:
+        """The same for several products one after the other with rows of `dtype`: what each of them would make of the
+        matrix first is made once, and let go of with the result."""
+        return self
 
     @abstractmethod
     def members(self) -> Mapping[str, Parameter]:
         """The tensors it consists of, by name: what is allocated, sharded, gathered, offloaded and hashed.
 
         Each has O rows, and its rows depend on the same rows of the matrix alone: any stretch of rows can be made from
-        those rows of the checkpoint.
+        those rows of the checkpoint. The first is called "weight".
         """
 
     @abstractmethod
@@ -106,8 +120,15 @@ def times(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None) ->
     return torch.mm(flat, matrix).view(*rows.shape[:-1], width)
 
 
+KEPT = "kept"
+"""Attribute of a linear whose matrix is not dense: makes the `FrozenWeight` of the parameters it has now."""
+
+
 def kept_by(linear: torch.nn.Module) -> FrozenWeight:
     """The matrix of a parallel linear, in the form it is kept in."""
+    kept: Callable[[torch.nn.Module], FrozenWeight] | None = getattr(linear, KEPT, None)
+    if kept is not None:
+        return kept(linear)
     weight = linear.weight
     assert isinstance(weight, Parameter)
     return DenseWeight(weight)

@@ -85,8 +85,9 @@ class _Column(torch.autograd.Function):
         tiles = _product_tiles(group, own.shape, weight)
         out = own.new_empty((own.shape[0] * tiles.size, *own.shape[1:-1], weight.shape[0]))
         gathered = tiles.gather(own)
+        held = weight.at_hand(own.dtype)
         for span in tiles.spans:
-            product_into(tiles, span, out, next(gathered), weight.product)
+            product_into(tiles, span, out, next(gathered), held.product)
         return out if bias_O is None else out.add_(bias_O)
 
     @staticmethod
@@ -95,8 +96,9 @@ class _Column(torch.autograd.Function):
         tiles = _product_tiles(ctx.group, ctx.shape, ctx.weight)
         grad_own = grad.new_empty(ctx.shape)
         scatter = tiles.scatter(grad_own)
+        held = ctx.weight.at_hand(grad.dtype)
         for span in tiles.spans:
-            sum_product_of(scatter, tiles, span, grad, ctx.weight.grad_input)
+            sum_product_of(scatter, tiles, span, grad, held.grad_input)
         scatter.finish()
         return grad_own, None, None, None
 
@@ -119,8 +121,9 @@ class _Row(torch.autograd.Function):
         own = input_SBI.new_empty(shape)
         tiles = _product_tiles(group, shape, weight)
         scatter = tiles.scatter(own)
+        held = weight.at_hand(input_SBI.dtype)
         for span in tiles.spans:
-            sum_product_of(scatter, tiles, span, input_SBI, weight.product)
+            sum_product_of(scatter, tiles, span, input_SBI, held.product)
         scatter.finish()
         return own
 
@@ -132,8 +135,9 @@ class _Row(torch.autograd.Function):
             return ctx.weight.grad_input(grad), None, None, None
         grad_input = grad.new_empty((grad.shape[0] * tiles.size, *grad.shape[1:-1], ctx.weight.shape[1]))
         gathered = tiles.gather(grad)
+        held = ctx.weight.at_hand(grad.dtype)
         for span in tiles.spans:
-            product_into(tiles, span, grad_input, next(gathered), ctx.weight.grad_input)
+            product_into(tiles, span, grad_input, next(gathered), held.grad_input)
         return grad_input, None, None, None
 
 

@@ -57,6 +57,7 @@ class _FrozenMlp(torch.autograd.Function):
         out = own.new_empty(own.shape)
         scatter = tiles.scatter(out)
         gathered = tiles.gather(own)
+        gate_up, down = gate_up.at_hand(own.dtype), down.at_hand(own.dtype)
         for span in tiles.spans:
             sum_product(scatter, span, swiglu(gate_up.product(next(gathered)), fused), down.product)
         scatter.finish()
@@ -72,15 +73,16 @@ class _FrozenMlp(torch.autograd.Function):
         scatter = tiles.scatter(grad_own)
         own = kept[0] if ctx.make is None else Recipe(kept, ctx.make).rows
         gathered = tiles.gather(own, grad)
+        weights, down = ctx.gate_up.at_hand(grad.dtype), ctx.down.at_hand(grad.dtype)
         for span in tiles.spans:
             # Every tile is let go of as soon as it was used: this is where a layer's memory peaks.
-            gate_up = ctx.gate_up.product(next(gathered))
-            slope = ctx.down.grad_input(next(gathered))
+            gate_up = weights.product(next(gathered))
+            slope = down.grad_input(next(gathered))
             # The last tile's sums had two products' time.
             scatter.finish()
             swiglu_gradient_(gate_up, slope, gate_up, ctx.fused)
             del slope
-            sum_product(scatter, span, gate_up, ctx.gate_up.grad_input)
+            sum_product(scatter, span, gate_up, weights.grad_input)
             del gate_up
         scatter.finish()
         return grad_own, None, None, None, None, None, None
@@ -119,7 +121,8 @@ class TiledMLP(MLP):
 
     def _frozen(self) -> tuple[FrozenWeight, FrozenWeight] | None:
         """Both weights, if they are frozen and nothing else is here: no adapters, no biases."""
-        if len(list(self.parameters())) != 2:
+        linears = self.linear_fc1, self.linear_fc2
+        if any(not hasattr(linear, "weight") or linear.bias is not None for linear in linears):
             return None
         gate_up, down = frozen_weight(self.linear_fc1), frozen_weight(self.linear_fc2)
         return None if gate_up is None or down is None else (gate_up, down)

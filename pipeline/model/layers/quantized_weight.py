@@ -1,6 +1,8 @@
-"""Frozen matrices in 8 and in 4 bits: `Fp8Weight` and `Nf4Weight`.
+"""Frozen matrices in 8 and in 4 bits: `Fp8Weight` and `Nf4Weight`; linears that keep theirs so: `quantized_linear`.
 
-Both quantize a row from that row alone, so that any stretch of rows can be made from those rows of a checkpoint.
+Both quantize a row of the checkpoint from that row alone, and from all of it: any stretch of rows can be made from
+those rows of a checkpoint, and a tensor-parallel rank that has some of the columns rounds them as one that has them
+all. So the numbers are the same on every grid.
 
 FP8 (e4m3): one float32 scale a row. The activations are quantized too, one scale a token. The backward product g W
 contracts over the rows of W, whose scales cannot be taken out of that sum; they are multiplied into g before g is
@@ -9,27 +11,27 @@ quantized, so that one copy of the matrix serves both products.
 NF4 (QLoRA, arXiv 2305.14314): 4-bit codes of blocks of 64 columns, and the blocks' largest magnitudes in 8 bits. As
 bitsandbytes does it, given one row at a time; bitsandbytes given a whole matrix lets these groups run across rows.
 
-Shapes: O output width, I input width, R rows of the matrix, B = I / 64 blocks of a row, G = ceil(B / 256) groups.
+Shapes: O output width, I input width that a rank has of the checkpoint's W, R rows of the matrix, B = I / 64 blocks of
+a rank's row, G = ceil(W / 64 / 256) groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import cast
 
 import torch
 from torch.nn import Parameter
 
 from parallel.errors import ConfigError
-from pipeline.model.layers.frozen_weight import FrozenWeight, times
+from pipeline.model.layers.fp8 import round_rows
+from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight, times
+from pipeline.model.layers.kernel_choice import kernels_for
+from pipeline.planning.base_form import BLOCK, GROUP
 
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-BLOCK = 64
-"""Columns that share a largest magnitude in NF4."""
-GROUP = 256
-"""Blocks that share a scale of their 8-bit magnitudes."""
-DEQUANTIZED_AT_ONCE = 1 << 24
-"""Values: bounds the float32 copies beside a dequantized matrix."""
+AT_ONCE = 1 << 24
+"""Values: bounds the float32 copies beside a matrix that is encoded or decoded."""
 
 # The quantiles of a normal distribution that QLoRA's appendix E lists.
 NF4_CODE = (
@@ -39,23 +41,60 @@ NF4_CODE = (
 )  # fmt: skip
 
 
-def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, K] of any float dtype -> e4m3 [n, K] and float32 scales [n, 1]; their product is the rows again."""
-    values = rows.float()
-    scales = (values.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    return (values / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
+class _Quantized(FrozenWeight):
+    """What both forms share.
 
-
-class Fp8Weight(FrozenWeight):
-    """Args:
-    weight: e4m3 [O, I].
-    scales: float32 [O, 1].
+    Args:
+        members: in the order of `members()`.
+        columns: [start, stop) of the checkpoint's columns that this rank has.
+        width: the checkpoint's columns W.
+        fused: use kernels.
     """
+
+    whole_rows = True
+
+    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int, fused: bool = True) -> None:
+        self._members, self.columns, self.width, self.fused = tuple(members), columns, width, fused
+
+    @property
+    def given_shape(self) -> torch.Size:
+        """See `FrozenWeight.given_shape`."""
+        return torch.Size((*self.shape[:1], self.width))
+
+    @torch.no_grad()
+    def write(self, whole_OI: torch.Tensor) -> None:
+        """See `FrozenWeight.write`; encoded where the members lie, some rows at a time."""
+        members = self.members()
+        rows = rows_at_once(self.width)
+        for start in range(0, len(whole_OI), rows):
+            part = whole_OI[start : start + rows].to(next(iter(members.values())).device)
+            for name, found in self.encode(part).items():
+                members[name][start : start + rows].copy_(found)
+
+
+def rows_at_once(width: int) -> int:
+    """Rows of `width` columns that are encoded or decoded at a time."""
+    return max(1, AT_ONCE // width)
+
+
+class Fp8Weight(_Quantized):
+    """weight: e4m3 [O, I]; scales: float32 [O, 1], of whole rows of the checkpoint."""
 
     form = "fp8"
 
-    def __init__(self, weight: Parameter, scales: Parameter) -> None:
-        self.weight, self.scales = weight, scales
+    def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int, fused: bool = True) -> None:
+        super().__init__(members, columns, width, fused)
+        self._holds, self._turned = False, cast(torch.Tensor | None, None)
+
+    @property
+    def weight(self) -> Parameter:
+        """e4m3 [O, I]."""
+        return self._members[0]
+
+    @property
+    def scales(self) -> Parameter:
+        """float32 [O, 1]."""
+        return self._members[1]
 
     @property
     def shape(self) -> torch.Size:
@@ -66,51 +105,77 @@ class Fp8Weight(FrozenWeight):
         """The e4m3 matrix and its scales."""
         return {"weight": self.weight, "scales": self.scales}
 
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """[O, I]."""
+        return (self.weight.detach().float() * self.scales.detach()).to(dtype)
+
     def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """e4m3 [R, I] and float32 [R, 1]."""
-        weight, scales = quantize_rows(rows_RI)
-        return {"weight": weight, "scales": scales}
+        """e4m3 [R, I] and float32 [R, 1] of whole rows [R, W]."""
+        weight, scales = round_rows(rows_RI, fused=self.fused)
+        return {"weight": weight[:, slice(*self.columns)], "scales": scales}
 
     def product(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.product`; `rows` are quantized, one scale each."""
-        return _fp8_times(rows, rows.flatten(0, -2), self.weight.detach(), self.scales.detach().t(), out)
+        return self._times(rows, self.weight.detach(), self.scales.detach().t(), out)
+
+    def at_hand(self, dtype: torch.dtype) -> FrozenWeight:
+        """See `FrozenWeight.at_hand`: it is turned once for all gradients."""
+        held = Fp8Weight(self._members, self.columns, self.width, self.fused)
+        held._holds = True
+        return held
 
     def grad_input(self, grads: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.grad_input`; `grads` times the matrix's scales are quantized, one scale a row."""
-        scaled = grads.flatten(0, -2).float() * self.scales.detach().t()
-        # FP8 products on Hopper read both factors along the contracted dimension: the matrix is turned for each.
-        turned = self.weight.detach().t().contiguous()
-        return _fp8_times(grads, scaled, turned, torch.ones_like(scaled[:1, :1]).expand(1, len(turned)), out)
+        turned = self._turned
+        if turned is None:
+            # FP8 products on Hopper read both factors along the contracted dimension: the matrix is turned for each.
+            turned = self.weight.detach().t().contiguous()
+            self._turned = turned if self._holds else None
+        scales = self.scales.detach().flatten()
+        return self._times(grads, turned, scales.new_ones(1, len(turned)), out, scales)
 
-
-def _fp8_times(
-    like: torch.Tensor,
-    rows_NK: torch.Tensor,
-    matrix_MK: torch.Tensor,
-    scales_1M: torch.Tensor,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """rows times the transposed matrix, [..., M] in the dtype and leading shape of `like`."""
-    quantized, scales_N1 = quantize_rows(rows_NK)
-    if quantized.is_cuda:
-        found = torch._scaled_mm(
-            quantized, matrix_MK.t(), scales_N1, scales_1M.contiguous(), out_dtype=torch.bfloat16, use_fast_accum=True
-        ).to(like.dtype)
-    else:
-        found = (quantized.float() @ matrix_MK.float().t() * scales_N1 * scales_1M).to(like.dtype)
-    if out is None:
-        return found.view(*like.shape[:-1], -1)
-    return out.copy_(found.view(out.shape))
+    def _times(
+        self,
+        like: torch.Tensor,
+        matrix_MK: torch.Tensor,
+        scales_1M: torch.Tensor,
+        out: torch.Tensor | None,
+        factors_K: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows [..., K], times their columns' factors, times the transposed matrix: [..., M] in the rows' dtype."""
+        quantized, scales_N1 = round_rows(like.reshape(-1, like.shape[-1]), factors_K, self.fused)
+        if quantized.is_cuda:
+            found = torch._scaled_mm(
+                quantized,
+                matrix_MK.t(),
+                scales_N1,
+                scales_1M.contiguous(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            ).to(like.dtype)
+        else:
+            # No dtype narrower than the rows': a test's float64 stays one.
+            wide = torch.promote_types(like.dtype, torch.float32)
+            found = (quantized.to(wide) @ matrix_MK.to(wide).t() * scales_N1 * scales_1M).to(like.dtype)
+        if out is None:
+            return found.view(*like.shape[:-1], -1)
+        return out.copy_(found.view(out.shape))
 
 
 @cache
-def _dynamic_code() -> torch.Tensor:
+def _nf4_code(device: torch.device) -> torch.Tensor:
+    """NF4_CODE, float32 [16]."""
+    return torch.tensor(NF4_CODE, device=device)
+
+
+@cache
+def _dynamic_code(device: torch.device) -> torch.Tensor:
     """The 256 values of signed 8-bit dynamic quantization (arXiv 2110.02861), ascending, float32."""
     magnitudes: list[float] = []
     for exponent in range(7):
         bounds = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
         magnitudes += (10.0 ** (exponent - 6) * (bounds[:-1] + bounds[1:]) / 2).tolist()
-    return torch.tensor(sorted([*magnitudes, *(-value for value in magnitudes), 0.0, 1.0]))
+    return torch.tensor(sorted([*magnitudes, *(-value for value in magnitudes), 0.0, 1.0]), device=device)
 
 
 def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -118,17 +183,19 @@ def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(values, (code[:-1] + code[1:]) / 2).to(torch.uint8)
 
 
-class Nf4Weight(FrozenWeight):
-    """Args:
-    weight: uint8 [O, I / 2]; of two codes the first is in the upper half.
+class Nf4Weight(_Quantized):
+    """weight: uint8 [O, I / 2]; of two codes the first is in the upper half.
+
     magnitudes: uint8 [O, B], the blocks' largest magnitudes less the row's mean of them, in 8-bit dynamic codes.
-    second: float32 [O, 1 + G]: the row's mean, then every group's scale.
+    second: float32 [O, 1 + G]: the row's mean, then every group's scale; of whole rows of the checkpoint.
     """
 
     form = "nf4"
 
-    def __init__(self, weight: Parameter, magnitudes: Parameter, second: Parameter) -> None:
-        self.weight, self.magnitudes, self.second = weight, magnitudes, second
+    @property
+    def weight(self) -> Parameter:
+        """uint8 [O, I / 2]."""
+        return self._members[0]
 
     @property
     def shape(self) -> torch.Size:
@@ -139,51 +206,54 @@ class Nf4Weight(FrozenWeight):
 
     def members(self) -> Mapping[str, Parameter]:
         """The codes, and two levels of scales."""
-        return {"weight": self.weight, "magnitudes": self.magnitudes, "second": self.second}
+        return dict(zip(("weight", "magnitudes", "second"), self._members, strict=True))
 
     def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """See the members.
-
-        Raises:
-            ConfigError: a row is no whole number of blocks.
-        """
-        rows, width = rows_RI.shape
-        if width % BLOCK:
-            raise ConfigError(
-                f"NF4 cuts rows into blocks of {BLOCK}, but a rank has {width} columns of a matrix; use a smaller "
-                "parallel.tp."
-            )
+        """See the members; of whole rows [R, W]."""
+        rows = len(rows_RI)
         blocks = rows_RI.float().view(rows, -1, BLOCK)
         largest = blocks.abs().amax(dim=-1)
-        codes = _nearest(
-            blocks * (1.0 / largest.clamp_min(1e-38)).unsqueeze(-1), torch.tensor(NF4_CODE, device=rows_RI.device)
-        ).view(rows, -1, 2)
+        codes = _nearest(blocks * (1.0 / largest.clamp_min(1e-38)).unsqueeze(-1), _nf4_code(rows_RI.device)).view(
+            rows, -1, 2
+        )
         mean = largest.mean(dim=1, keepdim=True)
         rest = largest - mean
         scales = torch.cat([part.abs().amax(dim=1, keepdim=True) for part in rest.split(GROUP, dim=1)], dim=1)
         scaled = rest * (1.0 / scales.clamp_min(1e-38)).repeat_interleave(GROUP, dim=1)[:, : rest.shape[1]]
+        first, last = self.columns
         return {
-            "weight": codes[..., 0] << 4 | codes[..., 1],
-            "magnitudes": _nearest(scaled, _dynamic_code().to(rows_RI.device)),
+            "weight": (codes[..., 0] << 4 | codes[..., 1])[:, first // 2 : last // 2],
+            "magnitudes": _nearest(scaled, _dynamic_code(rows_RI.device))[:, first // BLOCK : last // BLOCK],
             "second": torch.cat([mean, scales], dim=1),
         }
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I]."""
-        weight, magnitudes, second = self.weight.detach(), self.magnitudes.detach(), self.second.detach()
-        code = torch.tensor(NF4_CODE, device=weight.device)
+        weight, magnitudes, second = (member.detach() for member in self._members)
+        first = self.columns[0] // BLOCK
+        if self.fused and kernels_for(second, weight, magnitudes, second) is not None:
+            from pipeline.model.layers import quantize_kernels  # imports triton, which not every machine has
+
+            tables = _nf4_code(weight.device), _dynamic_code(weight.device)
+            made: torch.Tensor = quantize_kernels.dequantize_nf4(weight, magnitudes, second, *tables, first, dtype)
+            return made
+        code = _nf4_code(weight.device)
         # Both values of a byte at once: [256, 2].
         pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
-        dynamic = _dynamic_code().to(weight.device)
+        dynamic = _dynamic_code(weight.device)
         whole = torch.empty(self.shape, dtype=dtype, device=weight.device)
-        rows = max(1, DEQUANTIZED_AT_ONCE // whole.shape[1])
+        rows, blocks = rows_at_once(whole.shape[1]), slice(first, self.columns[1] // BLOCK)
         for start in range(0, len(whole), rows):
             part = slice(start, start + rows)
-            groups = second[part, 1:].repeat_interleave(GROUP, dim=1)[:, : magnitudes.shape[1]]
+            groups = second[part, 1:].repeat_interleave(GROUP, dim=1)[:, blocks]
             largest = dynamic[magnitudes[part].int()] * groups + second[part, :1]
             values = pairs[weight[part].int()].view(*largest.shape, BLOCK) * largest.unsqueeze(-1)
             whole[part] = values.flatten(1)
         return whole
+
+    def at_hand(self, dtype: torch.dtype) -> FrozenWeight:
+        """See `FrozenWeight.at_hand`: the dequantized matrix."""
+        return DenseWeight(Parameter(self.dequantized(dtype), requires_grad=False))
 
     def product(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.product`; in the dtype of `rows`."""
@@ -194,15 +264,51 @@ class Nf4Weight(FrozenWeight):
         return times(grads, self.dequantized(grads.dtype), out)
 
 
-def empty(form: str, shape: tuple[int, int], device: torch.device | str) -> FrozenWeight:
-    """A matrix [O, I] of form `fp8` or `nf4`, its members allocated and unset."""
-
-    def member(width: int, dtype: torch.dtype) -> Parameter:
-        return Parameter(torch.empty(shape[0], width, dtype=dtype, device=device), requires_grad=False)
-
+def _member_shapes(form: str, columns: int, width: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Columns and dtype of every member of a matrix of which a rank has `columns` of `width` columns."""
     if form == Fp8Weight.form:
-        return Fp8Weight(member(shape[1], torch.float8_e4m3fn), member(1, torch.float32))
-    blocks = shape[1] // BLOCK
-    return Nf4Weight(
-        member(shape[1] // 2, torch.uint8), member(blocks, torch.uint8), member(1 - (-blocks // GROUP), torch.float32)
-    )
+        return {"weight": (columns, torch.float8_e4m3fn), "scales": (1, torch.float32)}
+    groups = -(-(width // BLOCK) // GROUP)
+    return {
+        "weight": (columns // 2, torch.uint8),
+        "magnitudes": (columns // BLOCK, torch.uint8),
+        "second": (1 + groups, torch.float32),
+    }
+
+
+FORMS: dict[str, type[Fp8Weight | Nf4Weight]] = {Fp8Weight.form: Fp8Weight, Nf4Weight.form: Nf4Weight}
+"""By name, as model.base spells it."""
+
+
+def empty(
+    form: str, shape: tuple[int, int], device: torch.device | str, part: tuple[int, int] | None = None
+) -> Fp8Weight | Nf4Weight:
+    """A matrix of form `fp8` or `nf4`, its members allocated and unset.
+
+    Args:
+        shape: of the checkpoint's rows, [O, W].
+        part: [start, stop) of the columns it is to have; None: all.
+
+    Raises:
+        ConfigError: these columns are no whole number of blocks.
+    """
+    rows, width = shape
+    first, last = part or (0, width)
+    if form == Nf4Weight.form and ((last - first) % BLOCK or first % BLOCK or width % BLOCK):
+        raise ConfigError(
+            f"model.base: nf4 cuts rows into blocks of {BLOCK}, but a rank has {last - first} of {width} columns of a "
+            "matrix; use a smaller parallel.tp, or model.base: fp8."
+        )
+    members = [
+        Parameter(torch.empty(rows, size, dtype=dtype, device=device), requires_grad=False)
+        for size, dtype in _member_shapes(form, last - first, width).values()
+    ]
+    return FORMS[form](members, (first, last), width)
+
+
+def dequantized(form: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+    """A checkpoint's matrix as a form rounds it, float32 [O, I]: what products are made with but for FP8's rounding of
+    activations."""
+    weight = empty(form, (matrix_OI.shape[0], matrix_OI.shape[1]), matrix_OI.device)
+    weight.write(matrix_OI)
+    return weight.dequantized(torch.float32)

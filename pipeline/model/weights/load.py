@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from parallel.axes.zero3 import FrozenShards
+from parallel.axes.zero3 import FrozenShards, ShardPiece
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
@@ -37,40 +37,49 @@ class Part(Protocol):
         """(our name, matrix) of the layers' linears."""
 
 
+ROWS = 4096
+"""Of a sharded matrix, read and encoded at a time."""
 VOCABULARY = ("embedding.weight", "output_layer.weight")
 """Parameters whose rows are tokens, padded to a multiple of tp."""
 
 
-def _cut(checkpoint: WeightSource, hf_name: str, part: Part) -> torch.Tensor:
-    """This rank's slice of a stored tensor; only its bytes are read."""
+def _cut(checkpoint: WeightSource, hf_name: str, part: Part, whole_rows: bool = False) -> torch.Tensor:
+    """This rank's slice of a stored tensor; only its bytes are read. With `whole_rows`, all columns."""
     if hf_name in VOCABULARY_HF:
         return read_rows(checkpoint, hf_name, *names.vocab_range(part.arch, part.tp_rank, part.tp_size))
     found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
-    return checkpoint.tensor(hf_name) if found is None else checkpoint.slice(hf_name, *found)
+    return (
+        checkpoint.tensor(hf_name) if found is None or (whole_rows and found[0]) else checkpoint.slice(hf_name, *found)
+    )
 
 
 def load_base(part: Part, checkpoint: WeightSource) -> None:
     """Fill every parameter but the adapters from a Hugging Face checkpoint, casting to the parameter's dtype.
 
-    Each rank reads its own layers and slices. Vocabulary rows that only pad it to a multiple of tp are zero; those the
+    Each rank reads its own layers and slices, one matrix at a time; of a matrix kept in another form whole rows, which
+    are encoded where it lies. Vocabulary rows that only pad it to a multiple of tp are zero; those the
     architecture has beyond the stored ones (added tokens) are the mean of all stored ones, alike on every rank.
 
     Raises:
         CheckpointError: a tensor is missing or misshaped (named).
     """
     matrices = dict(part.frozen_matrices())
+    beside = {id(member) for matrix in matrices.values() for key, member in matrix.members().items() if key != "weight"}
     with torch.no_grad():
         for name, parameter in part.canonical_parameters():
-            if kind_of(name) == "lora" or (part.shards is not None and part.shards.holds(parameter)):
+            if kind_of(name) == "lora" or id(parameter) in beside:
+                continue
+            if part.shards is not None and part.shards.holds(parameter):
                 continue
             sources = [hf_name for hf_name, _ in names.to_hf(name)]
             if name in VOCABULARY:
                 _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
                 continue
-            whole = _assemble(name, [_cut(checkpoint, source, part) for source in sources], part.arch)
             matrix = matrices.get(name)
-            if whole.shape != (parameter if matrix is None else matrix).shape:
-                raise _misshaped(sources[0], whole, parameter)
+            rows = matrix is not None and matrix.whole_rows
+            whole = _assemble(name, [_cut(checkpoint, source, part, rows) for source in sources], part.arch)
+            if whole.shape != (wanted := parameter.shape if matrix is None else matrix.given_shape):
+                raise _misshaped(sources[0], whole, wanted)
             if matrix is None:
                 parameter.copy_(whole)
             else:
@@ -80,38 +89,56 @@ def load_base(part: Part, checkpoint: WeightSource) -> None:
 
 
 def _fill_shares(part: Part, shards: FrozenShards, checkpoint: WeightSource) -> None:
-    """Read this rank's stretch of every sharded matrix, and no other row, into its share."""
-    known = {id(parameter): name for name, parameter in part.canonical_parameters()}
+    """Read the rows that this rank's shares hold some of, and no others, into them.
+
+    A matrix and its scales may lie in two ranks' shares; both then read its rows.
+    """
     matrices = dict(part.frozen_matrices())
+    where = {id(member): (name, key) for name, matrix in matrices.items() for key, member in matrix.members().items()}
+    known = {id(parameter): (name, "weight") for name, parameter in part.canonical_parameters()} | where
+    held: dict[str, list[tuple[str, ShardPiece]]] = {}
     for piece in shards.pieces():
-        name = known[id(piece.parameter)]
-        columns = piece.shape[1]
-        first, last = piece.start // columns, -(-(piece.start + len(piece.target)) // columns)
-        filled = 0
-        for run in names.row_runs(name, part.arch, part.tp_rank, part.tp_size):
-            low, high = max(run.row, first), min(run.row + run.count, last)
-            if low < high:
-                source = run.source + low - run.row
-                span = (source, source + high - low)
-                if run.hf_name in VOCABULARY_HF:
-                    found = read_rows(checkpoint, run.hf_name, *span)
-                else:
-                    found = checkpoint.block(run.hf_name, span, run.columns)
-                if name in matrices:
-                    found = matrices[name].encode(found)["weight"]
-                # A share begins and ends anywhere: of its first and last row it may hold a part.
-                begin, end = max(low * columns, piece.start), min(high * columns, piece.start + len(piece.target))
-                values = found.reshape(-1)[begin - low * columns : end - low * columns]
-                piece.target[begin - piece.start : end - piece.start].copy_(values)
-                filled += end - begin
-        if filled < len(piece.target):
+        name, key = known[id(piece.parameter)]
+        held.setdefault(name, []).append((key, piece))
+    for name, pieces in held.items():
+        _fill_pieces(name, matrices.get(name), pieces, part, checkpoint)
+
+
+def _fill_pieces(
+    name: str,
+    matrix: FrozenWeight | None,
+    pieces: Sequence[tuple[str, ShardPiece]],
+    part: Part,
+    checkpoint: WeightSource,
+) -> None:
+    """Fill stretches of one matrix's members, some rows at a time."""
+    filled = dict.fromkeys(range(len(pieces)), 0)
+    for run in names.row_runs(name, part.arch, part.tp_rank, part.tp_size):
+        for first in range(run.row, run.row + run.count, ROWS):
+            block = first, min(first + ROWS, run.row + run.count)
+            touched = [rows for _, piece in pieces if (rows := piece.rows(*block)) is not None]
+            if not touched:
+                continue
+            low, high = min(start for start, _ in touched), max(stop for _, stop in touched)
+            source = run.source + low - run.row
+            if run.hf_name in VOCABULARY_HF:
+                found = read_rows(checkpoint, run.hf_name, source, source + high - low)
+            else:
+                columns = None if matrix is not None and matrix.whole_rows else run.columns
+                found = checkpoint.block(run.hf_name, (source, source + high - low), columns)
+            device = pieces[0][1].parameter.device
+            encoded = {"weight": found} if matrix is None else matrix.encode(found.to(device))
+            for number, (key, piece) in enumerate(pieces):
+                filled[number] += piece.fill(low, encoded[key])
+    for number, (_, piece) in enumerate(pieces):
+        if filled[number] < len(piece.target):
             # Rows that only pad the vocabulary, behind all others.
-            piece.target[filled:].zero_()
+            piece.target[filled[number] :].zero_()
 
 
-def _misshaped(hf_name: str, found: torch.Tensor, parameter: torch.Tensor) -> CheckpointError:
+def _misshaped(hf_name: str, found: torch.Tensor, wanted: Sequence[int]) -> CheckpointError:
     return CheckpointError(
-        f"{hf_name}: shape {tuple(found.shape)} in the checkpoint does not fit the {tuple(parameter.shape)} that "
+        f"{hf_name}: shape {tuple(found.shape)} in the checkpoint does not fit the {tuple(wanted)} that "
         "config.json describes; the two files belong to different models."
     )
 
@@ -120,7 +147,7 @@ def _fill_rows(hf_name: str, parameter: torch.Tensor, rows: torch.Tensor, part: 
     """Copy a vocabulary slice, and zero the padding rows behind it."""
     first, last = names.vocab_range(part.arch, part.tp_rank, part.tp_size)
     if rows.shape != (last - first, *parameter.shape[1:]):
-        raise _misshaped(hf_name, rows, parameter[: last - first])
+        raise _misshaped(hf_name, rows, (last - first, *parameter.shape[1:]))
     parameter[: len(rows)].copy_(rows)
     parameter[len(rows) :].zero_()
 

@@ -245,6 +245,10 @@ CONFIG = {
         ({"attention": {"kind": "full"}}, r"attention\.kind was 's2'"),
         ({"data": {"sequence": 32}}, r"data\.sequence was 64 .* 32 now"),
         ({"model": CONFIG["model"] | {"context": 128}}, r"model\.context was 64"),
+        (
+            {"model": CONFIG["model"] | {"base": "nf4"}},
+            r"model\.base was 'bf16' in the checkpoint and is 'nf4' now, .* set resume\.allow: \[model\.base\]",
+        ),
     ],
 )
 def test_other_mathematics_are_refused(change: dict[str, Any], named: str) -> None:

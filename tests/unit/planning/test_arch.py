@@ -69,7 +69,12 @@ def test_lists_biases_and_missing_keys(tmp_path: Path) -> None:
         ("llama2", {"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported; use one of Llama"),
         ("llama2", {"architectures": [], "model_type": "gemma"}, "'gemma' is not supported"),
         ("llama2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("llama2", {"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        (
+            "llama2",
+            {"quantization_config": {"quant_method": "bitsandbytes"}, "_name_or_path": "meta-llama/Llama-2-7b-hf"},
+            "release they were made from, such as meta-llama/Llama-2-7b-hf, and set model.base: nf4 or fp8",
+        ),
+        ("llama2", {"quantization_config": "fp8"}, "unknown method"),
         ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "the same without, so set rope_scaling"),
         ("llama2", {"rope_scaling": {"type": "su", "factor": 2.0}}, "'su' is not supported; supported are"),
         ("llama2", {"rope_scaling": {"type": "linear"}}, "factor must be a positive number"),

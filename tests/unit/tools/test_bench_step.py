@@ -13,7 +13,7 @@ from tools.bench import step
 def test_variants_are_plans_of_one_command_line() -> None:
     _, args = step.parse(
         ["--cp", "8", "--engine", "zero3", "--offload", "--layers", "20", "--family", "local", "megatron"]
-        + ["--set", "lora.rank=16", "--variant", "train.recompute=pointwise"]
+        + ["--set", "lora.rank=16", "--base", "nf4", "--variant", "train.recompute=pointwise"]
         + ["--variant", "train.recompute=auto train.gpu_gib=20", "--micro-batches", "2"]
     )  # fmt: skip
     variants = list(step.variants_of(args))
@@ -26,7 +26,11 @@ def test_variants_are_plans_of_one_command_line() -> None:
     plans = [step.plan_of(args, variant, 8) for variant in variants]
     assert set(plans[0].recompute) == {RecomputePolicy.POINTWISE} != set(plans[1].recompute)
     for plan in plans:
-        assert plan.config.lora.rank == 16 and plan.config.parallel.offload.params == "cpu"
+        assert (
+            plan.config.lora.rank == 16
+            and plan.config.model.base == "nf4"
+            and plan.config.parallel.offload.params == "cpu"
+        )
         assert plan.batch.accumulation == 2 and plan.arch.layers == 20 and plan.group == 8192
         # Rank 0 has no past: half the others' attention.
         assert plan.busiest_rank() == 7

@@ -45,6 +45,14 @@ def test_a_hub_config_a_folder_and_a_yaml_are_planned(tmp_path: Path, capsys: py
     assert "steps: 477" in capsys.readouterr().out, "1e9 tokens over 64 sequences of 32768, rounded up"
 
 
+def test_70b_on_one_gpu_with_its_base_in_four_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "llama2-70b", "--context", "32k", "--gpus", "1"]
+    assert main(asked) == 2
+    assert main([*asked, "--base", "nf4"]) == 0
+    told = capsys.readouterr().out
+    assert "one GPU, base nf4" in told and "base: nf4" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -56,6 +64,7 @@ def test_a_hub_config_a_folder_and_a_yaml_are_planned(tmp_path: Path, capsys: py
         (["--model", "llama2-70b", "--context", "32k", "--set", "a=b"], "--set: overrides a YAML's settings"),
         (["--model", "llama2-70b", "--context", "32k", "--gpus", "20"], "give 16 or 24"),
         (["--model", "llama2-70b", "--context", "1M"], "No layout fits"),
+        (["--model", "llama2-70b", "--context", "32k", "--base", "fp8", "--gpu", "a100-80gb"], "no FP8 products"),
         (["--config", str(ROOT / "launch/configs/llama2_7b_32k.yaml"), "--context", "32k"], "the YAML says it"),
     ],
 )

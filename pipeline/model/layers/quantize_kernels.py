@@ -1,0 +1,110 @@
+"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 in two readings, NF4 dequantized in one.
+
+See `layers.fp8` and `layers.quantized_weight`, whose torch operations make the same in many passes with float32 copies
+of everything.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pipeline.model.layers.triton_kernels import WHY
+from pipeline.planning.base_form import BLOCK, GROUP
+
+_COLUMNS = 4096
+_BYTES = 1024
+
+
+@triton.jit
+def _round_rows(  # type: ignore[no-untyped-def]
+    x_ptr, factor_ptr, out_ptr, scale_ptr, width, FACTORS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    largest = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for part in range(PARTS):
+        start = part * COLUMNS
+        inside = start + column < width
+        x = tl.load(x_ptr + row * width + start + column, mask=inside, other=0.0).to(tl.float32)
+        if FACTORS:
+            x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
+    # The second reading finds a row in the cache.
+    for part in range(PARTS):
+        start = part * COLUMNS
+        inside = start + column < width
+        x = tl.load(x_ptr + row * width + start + column, mask=inside, other=0.0).to(tl.float32)
+        if FACTORS:
+            x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
+        rounded = tl.minimum(tl.maximum(x / scale, -448.0), 448.0).to(tl.float8e4nv)
+        tl.store(out_ptr + row * width + start + column, rounded, mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+def round_rows(rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fp8.round_rows`; contiguous [N, K]."""
+    count, width = rows_NK.shape
+    assert rows_NK.is_contiguous() and (factors_K is None or factors_K.numel() == width), WHY
+    out = torch.empty_like(rows_NK, dtype=torch.float8_e4m3fn)
+    scales = rows_NK.new_empty((count, 1), dtype=torch.float32)
+    if out.numel():
+        factors = scales if factors_K is None else factors_K.contiguous()
+        columns = min(_COLUMNS, triton.next_power_of_2(width))
+        _round_rows[(count,)](
+            rows_NK, factors, out, scales, width, FACTORS=factors_K is not None,
+            COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8,
+        )  # fmt: skip
+    return out, scales
+
+
+@triton.jit
+def _dequantize_nf4(  # type: ignore[no-untyped-def]
+    code_ptr, magnitude_ptr, second_ptr, values_ptr, dynamic_ptr, out_ptr, half, groups, first,
+    HALF_BLOCK: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    inside = byte < half
+    codes = tl.load(code_ptr + row * half + byte, mask=inside, other=0).to(tl.int32)
+    block = byte // HALF_BLOCK
+    magnitude = tl.load(magnitude_ptr + row * (half // HALF_BLOCK) + block, mask=inside, other=0).to(tl.int32)
+    second = second_ptr + row * (1 + groups)
+    scale = tl.load(second + 1 + (first + block) // GROUP, mask=inside, other=0.0)
+    largest = tl.load(dynamic_ptr + magnitude) * scale + tl.load(second)
+    upper = tl.load(values_ptr + (codes >> 4)) * largest
+    lower = tl.load(values_ptr + (codes & 15)) * largest
+    column = tl.program_id(1) * 2 * BYTES + tl.arange(0, 2 * BYTES)
+    both = tl.interleave(upper, lower).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * 2 * half + column, both, mask=column < 2 * half)
+
+
+def dequantize_nf4(
+    codes: torch.Tensor,
+    magnitudes: torch.Tensor,
+    second: torch.Tensor,
+    values: torch.Tensor,
+    dynamic: torch.Tensor,
+    first: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `quantized_weight.Nf4Weight.dequantized`: [O, I] in `dtype`.
+
+    Args:
+        codes, magnitudes, second: the members, contiguous.
+        values: float32 [16], of the 4-bit codes.
+        dynamic: float32 [256], of the 8-bit ones.
+        first: number of the first block in the checkpoint's row.
+    """
+    rows, half = codes.shape
+    assert codes.is_contiguous() and magnitudes.is_contiguous() and second.is_contiguous(), WHY
+    out = torch.empty(rows, 2 * half, dtype=dtype, device=codes.device)
+    if out.numel():
+        size = min(_BYTES, triton.next_power_of_2(half))
+        _dequantize_nf4[(rows, triton.cdiv(half, size))](
+            codes, magnitudes, second, values, dynamic, out, half, second.shape[1] - 1, first,
+            HALF_BLOCK=BLOCK // 2, GROUP=GROUP, BYTES=size, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

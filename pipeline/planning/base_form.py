@@ -1,0 +1,102 @@
+"""The forms of a frozen base (`model.base`), by their bytes and by what a grid must divide; no torch.
+
+What each form is, and its numbers: `pipeline.model.layers.quantized_weight`. Only the matrices of the layers' linears
+are kept in 8 or 4 bits; norms, biases, embedding and output matrix are not.
+
+Shapes: O output width, I input width that a rank has of the checkpoint's W.
+"""
+
+from __future__ import annotations
+
+from parallel.errors import ConfigError
+from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, has_bias, projection_shape
+
+BLOCK = 64
+"""Columns that share a largest magnitude in NF4."""
+GROUP = 256
+"""Blocks that share a scale of their 8-bit magnitudes."""
+UNIT = {"nf4": BLOCK, "fp8": 16}
+"""What the widths of a rank's matrices must be multiples of: whole blocks; FP8 products want 16."""
+SCALE = 4
+"""Bytes of a float32."""
+
+
+def matrix_bytes(form: str, rows: int, columns: int, width: int, element: int) -> int:
+    """Bytes of a matrix [rows, columns] that is `columns` of a checkpoint's `width` ones.
+
+    Args:
+        element: bytes of an element where the form is the model's dtype.
+    """
+    if form == "fp8":
+        return rows * (columns + SCALE)
+    if form == "nf4":
+        groups = -(-width // (BLOCK * GROUP))
+        return rows * (columns // 2 + columns // BLOCK + SCALE * (1 + groups))
+    return rows * columns * element
+
+
+def local_shape(part: str, arch: LlamaArch, tp: int) -> tuple[int, int, int]:
+    """(O, I, W) of a projection on one of `tp` tensor-parallel ranks."""
+    rows, width = projection_shape(part, arch)
+    return (rows, width // tp, width) if part in ROW_PARALLEL else (rows // tp, width, width)
+
+
+def layer_bytes(form: str, arch: LlamaArch, tp: int, element: int) -> int:
+    """Bytes of one layer's matrices and biases on a rank; `element` as in `matrix_bytes`."""
+    total = 0
+    for part in PROJECTIONS:
+        rows, columns, width = local_shape(part, arch, tp)
+        total += matrix_bytes(form, rows, columns, width, element) + has_bias(part, arch) * rows * element
+    return total
+
+
+def work_bytes(form: str, arch: LlamaArch, tp: int, tokens: int, element: int, tiled: bool) -> int:
+    """Bytes that the products of a layer take beside activations, at the most.
+
+    NF4: the matrix, dequantized; of an MLP that goes tile by tile, both. FP8: the matrix of gate and up turned for the
+    input's gradient, and the rounded gradients it is multiplied with.
+
+    Args:
+        tokens: that one product is made with.
+        tiled: some MLP makes gate and up again in tiles (`layers.mlp`).
+    """
+    wide = 2 * arch.ffn // tp
+    if form == "nf4":
+        return arch.hidden * (wide + tiled * arch.ffn // tp) * element
+    if form == "fp8":
+        return wide * (arch.hidden + tokens)
+    return 0
+
+
+def _odd(form: str, arch: LlamaArch, tp: int) -> tuple[str, int, int] | None:
+    """A projection with a width that is no multiple of `UNIT`: (projection, a rank's width, the whole one)."""
+    unit = UNIT.get(form, 1)
+    for part in PROJECTIONS:
+        rows, columns, width = local_shape(part, arch, tp)
+        if columns % unit:
+            return part, columns, width
+        if form == "fp8" and rows % unit:
+            return part, rows, projection_shape(part, arch)[0]
+    return None
+
+
+def divides(form: str, arch: LlamaArch, tp: int) -> bool:
+    """Whether each of `tp` ranks has what the form can keep of every matrix."""
+    return _odd(form, arch, tp) is None
+
+
+def check_base(form: str, arch: LlamaArch, tp: int) -> None:
+    """Refuse a grid or a model whose matrices a form cannot keep.
+
+    Raises:
+        ConfigError: a width is no multiple of `UNIT`.
+    """
+    odd = _odd(form, arch, tp)
+    if odd is not None:
+        part, width, whole = odd
+        mend = "use a smaller parallel.tp, or " if divides(form, arch, 1) else ""
+        raise ConfigError(
+            f"model.base: {form} keeps matrices whose widths are multiples of {UNIT[form]}, but a rank has {width} of "
+            f"{part}_proj's {whole}; {mend}set another model.base."
+        )
