@@ -235,8 +235,8 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         config = {**kept, **hf_rope_fields(rope, arch, arch.max_positions)}
         state = model.state_dict()
         facts = {}
-        # Of these tensors llama.cpp's names are the same in every architecture that is read here.
-        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, arch.layers)
+        # Of these tensors llama.cpp's names are the same in every architecture read here, but for norms of heads.
+        theirs = get_tensor_name_map(MODEL_ARCH.QWEN3 if arch.qk_norm else MODEL_ARCH.LLAMA, arch.layers)
         for name, shape in names.hf_tensor_shapes(arch).items():
             # transformers gives random values to what it does not find, and leaves out what it has no place for.
             called = theirs.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -69,6 +69,7 @@ def transformer_config(
         use_te_activation_func=True,
         add_bias_linear=False,
         add_qkv_bias=arch.attention_bias,
+        qk_layernorm=arch.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,

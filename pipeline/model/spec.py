@@ -63,6 +63,11 @@ class LayerFamily:
     """Whether one kernel cuts q, k and v and applies RoPE."""
 
 
+HEAD_NORM = partial(RMSNorm, fused=False)
+"""Of queries and keys, in every family: the kernel of the gradient goes through rows as wide as the hidden state one by
+one, and those of heads are short and many."""
+
+
 def _megatrons_mlp(recompute: RecomputePolicy, fused: bool, **kwargs: Any) -> MLP:
     return MLP(**kwargs)
 
@@ -200,6 +205,8 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                         partial(fuse_qkv, arch=arch),
                     ),
                     core_attention=CoreAttention,
+                    q_layernorm=HEAD_NORM if arch.qk_norm else None,
+                    k_layernorm=HEAD_NORM if arch.qk_norm else None,
                     linear_proj=_row(family, recompute, lora, "o", adapted),
                 ),
             ),

@@ -60,8 +60,10 @@ def layer_memory(
     attended = 2 * query + 2 * key_value + 4 * arch.heads // tp // width
     low = {target: rank * (tp if target in COLUMN else 1) for target in targets}
     inner = sum(low.get(target, 0) for target in ("gate", "up", "down")) // tp
+    # What norms of queries and keys keep: their inputs.
+    heads = query + key_value if arch.qk_norm else 0
     # The input of both norms, and of the adapters what the frozen products do not keep.
-    base = 2 * hidden + attended + sum(low.values()) // tp
+    base = 2 * hidden + attended + heads + sum(low.values()) // tp
     product = ffn * ("down" in targets)
     again = (
         query * ("o" in targets)
@@ -85,7 +87,7 @@ def layer_memory(
     attention = (9 if grouped else 7) * query + 6 * key_value + 2 * hidden
     tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp)) * (6 * ffn + 4 * arch.hidden)
     # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.
-    mlp = tokens * (3 * hidden + 3 * query + 2 * key_value) + tile
+    mlp = tokens * (3 * hidden + 3 * query + 2 * key_value + heads) + tile
     # The gradient of the product; that of gate and up lies over them. Sequence parallelism sums whole rows.
     wide = tokens * (ffn + 3 * hidden + arch.hidden * (tp > 1))
     if adapted:

@@ -13,12 +13,19 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.storage.json_file import read_object
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")
 DEFAULT_THETA = 10000.0
-KV_HEADS = {"mistral": 8, "qwen2": 32}
-POSITIONS = {"mistral": 131072, "qwen2": 32768}
-"""transformers' defaults where config.json has none; elsewhere as many KV heads as query heads, and 2048 positions."""
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+POSITIONS = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+HEAD_DIM = {"qwen3": 128}
+"""transformers' defaults where config.json has none; elsewhere as many KV heads as query heads, 2048 positions, and
+heads that share the hidden width."""
 MISTRAL_WINDOW = 4096
 """transformers' default where a Mistral config.json has no `sliding_window`."""
 
@@ -28,7 +35,7 @@ class LlamaArch:
     """Sizes and constants of a Llama-class model."""
 
     model_type: str
-    """transformers' name: llama | mistral | qwen2."""
+    """transformers' name: llama | mistral | qwen2 | qwen3."""
     hidden: int
     """Width of the residual stream."""
     ffn: int
@@ -62,6 +69,8 @@ class LlamaArch:
     """The first one where config.json lists several."""
     sliding_window: int | None = None
     """Mistral's window, tokens, never below max_positions (that is refused); None: none."""
+    qk_norm: bool = False
+    """Queries and keys of every head go through RMSNorms of `head_dim` weights before RoPE (Qwen3)."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def _model_type(read: _Reader) -> str:
     if name not in ARCHITECTURES:
         raise read.fail(
             f"architecture {name or model_type!r} is not supported; use one of {', '.join(ARCHITECTURES)} (Llama-2, "
-            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral and Qwen2 without sliding window)"
+            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral, Qwen2 and dense Qwen3, without sliding window)"
         )
     return ARCHITECTURES[name]
 
@@ -185,7 +194,7 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
 def _window(read: _Reader, model_type: str, max_positions: int) -> int | None:
     # Qwen2 declares a window that it does not use unless told to; transformers 5 then lists the layers that do.
     kinds = read.config.get("layer_types") or []
-    if model_type == "qwen2" and (read.flag("use_sliding_window") or "sliding_attention" in kinds):
+    if model_type in ("qwen2", "qwen3") and (read.flag("use_sliding_window") or "sliding_attention" in kinds):
         raise read.fail(
             "sliding-window attention is not supported; set use_sliding_window to false if you can do without"
         )
@@ -237,17 +246,18 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
     kv_heads = read.positive("num_key_value_heads", KV_HEADS.get(model_type, heads))
     if heads % kv_heads:
         raise read.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if read.config.get("head_dim") is None and hidden % heads:
+    own_width = HEAD_DIM.get(model_type)
+    if read.config.get("head_dim") is None and own_width is None and hidden % heads:
         raise read.fail(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
         )
-    head_dim = read.positive("head_dim", hidden // heads)
+    head_dim = read.positive("head_dim", own_width or hidden // heads)
     if head_dim % 2:
         raise read.fail(f"head_dim {head_dim} is odd, but RoPE rotates pairs; check that this is the model's own file")
     max_positions = read.positive("max_position_embeddings", POSITIONS.get(model_type, 2048))
     theta, scaling = _scaling(read, max_positions)
-    # transformers' Llama has one switch for q, k, v and o; its Mistral has none, its Qwen2 always q's, k's and v's.
-    bias = model_type == "llama" and read.flag("attention_bias")
+    # transformers' Llama and Qwen3 have one switch for q, k, v and o, Mistral has none, Qwen2 always those of q, k, v.
+    bias = model_type in ("llama", "qwen3") and read.flag("attention_bias")
     return LlamaArch(
         model_type=model_type,
         hidden=hidden,
@@ -268,4 +278,5 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
         bos_id=read.token("bos_token_id"),
         eos_id=read.token("eos_token_id"),
         sliding_window=_window(read, model_type, max_positions),
+        qk_norm=model_type == "qwen3",
     )

@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama2", "num_key_value_heads": 2, "vocab_size": 131},
     "qwen2": {"kind": "qwen2"},
     "mistral": {"kind": "mistral"},
+    # Norms of heads, whose width is not the hidden one's share.
+    "qwen3": {"kind": "qwen3"},
 }
 LAYERS = 2
 

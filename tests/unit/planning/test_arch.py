@@ -84,6 +84,7 @@ def test_lists_biases_and_missing_keys(tmp_path: Path) -> None:
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama2", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ("qwen2", {"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ("qwen3", {"use_sliding_window": True}, "sliding-window attention is not supported"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
         ("mistral", {"sliding_window": 32}, "sliding_window 32 is shorter than the context 64"),
         ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window 4096"),
