@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from parallel.axes.zero3 import FrozenShards
+from parallel.errors import ConfigError
 from parallel.world.context_shard import ContextShard
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import AttentionContext, Past
@@ -162,7 +163,18 @@ class LlamaChunk(MegatronModule):
     def context(
         self, layout: SequenceLayout, spec: AttentionSpec, shard: ContextShard | None = None, past: Past | None = None
     ) -> AttentionContext:
-        """What the layers share for micro-batches of this layout; RoPE tables are made once a length, in fp32."""
+        """What the layers share for micro-batches of this layout; RoPE tables are made once a length, in fp32.
+
+        Raises:
+            ConfigError: full attention would see further than the model's sliding window.
+        """
+        window = self.arch.sliding_window
+        if window is not None and spec.kind == "full" and layout.sequence > window:
+            # Of a run's settings it was told before (`run_plan.check_window`); a prompt may come from anywhere.
+            raise ConfigError(
+                f"Full attention over {layout.sequence} tokens sees further than the model's sliding_window of "
+                f"{window}; give shorter texts, or run the export in transformers."
+            )
         start, tokens = (0, layout.sequence) if shard is None else (shard.start, shard.tokens)
         key = (start, tokens, self.device)
         if key not in self._tables:

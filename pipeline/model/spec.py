@@ -122,6 +122,17 @@ WITHOUT: dict[str, dict[str, Any]] = {
 """What a family is without an optimisation, by its word in train.without."""
 
 
+def _with_bias(wanted: bool, linear: Linear) -> Linear:
+    """The linear, with a bias that it adds itself: megatron has one switch for all projections but q, k and v."""
+    if not wanted:
+        return linear
+
+    def build(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        return linear(*args, **{**kwargs, "bias": True, "skip_bias_add": False})
+
+    return build
+
+
 def _again(family: LayerFamily, recompute: RecomputePolicy) -> bool:
     return family.fused and recompute is not RecomputePolicy.NONE
 
@@ -207,7 +218,7 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                     core_attention=CoreAttention,
                     q_layernorm=HEAD_NORM if arch.qk_norm else None,
                     k_layernorm=HEAD_NORM if arch.qk_norm else None,
-                    linear_proj=_row(family, recompute, lora, "o", adapted),
+                    linear_proj=_with_bias(arch.o_bias, _row(family, recompute, lora, "o", adapted)),
                 ),
             ),
             self_attn_bda=family.add,
@@ -217,11 +228,19 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                 recompute,
                 arch.ffn,
                 MLPSubmodules(
-                    linear_fc1=_column(
-                        family, recompute, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
+                    linear_fc1=_with_bias(
+                        arch.mlp_bias,
+                        _column(
+                            family,
+                            recompute,
+                            lora,
+                            [t for t in adapted if t in ("gate", "up")],
+                            mlp_parts,
+                            fuse_gate_up,
+                        ),
                     ),
                     activation_func=partial(family.activation, recompute=recompute),
-                    linear_fc2=_row(family, recompute, lora, "down", adapted),
+                    linear_fc2=_with_bias(arch.mlp_bias, _row(family, recompute, lora, "down", adapted)),
                 ),
             ),
             mlp_bda=family.last_add,

@@ -55,7 +55,8 @@ def layer_memory(
     query, key_value = arch.heads * arch.head_dim // tp, arch.kv_heads * arch.head_dim // tp
     hidden, ffn = arch.hidden // tp, arch.ffn // tp
     targets = config.lora.targets if rank and "lora" in config.train.trainable else ()
-    adapted = any(target in ("gate", "up", "down") for target in targets)
+    # An MLP with biases goes the way of one with adapters: not through tiles.
+    adapted = arch.mlp_bias or any(target in ("gate", "up", "down") for target in targets)
     # What enters and leaves attention's kernels, and fp32 log-sum-exps.
     attended = 2 * query + 2 * key_value + 4 * arch.heads // tp // width
     low = {target: rank * (tp if target in COLUMN else 1) for target in targets}

@@ -19,6 +19,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+CONVERTED = {"Phi3ForCausalLM"}
+"""What an import makes one of those (`hf.fused`)."""
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")
 DEFAULT_THETA = 10000.0
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
@@ -26,8 +28,8 @@ POSITIONS = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 HEAD_DIM = {"qwen3": 128}
 """transformers' defaults where config.json has none; elsewhere as many KV heads as query heads, 2048 positions, and
 heads that share the hidden width."""
-MISTRAL_WINDOW = 4096
-"""transformers' default where a Mistral config.json has no `sliding_window`."""
+SLIDING_WINDOW, WINDOW_LAYERS = 4096, 28
+"""transformers' defaults of `sliding_window` and `max_window_layers`, where a config.json has none."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class LlamaArch:
     eos_id: int | None
     """The first one where config.json lists several."""
     sliding_window: int | None = None
-    """Mistral's window, tokens, never below max_positions (that is refused); None: none."""
+    """Tokens that some layer's queries see, their own among them; None: all before them. Attention here never sees
+    further (`run_plan.check_window`), so that it need not know which layers."""
     qk_norm: bool = False
     """Queries and keys of every head go through RMSNorms of `head_dim` weights before RoPE (Qwen3)."""
 
@@ -131,10 +134,15 @@ def _model_type(read: _Reader) -> str:
     model_type = read.config.get("model_type")
     if name is None and model_type in ARCHITECTURES.values():
         return str(model_type)
+    if name in CONVERTED:
+        raise read.fail(
+            f"architecture {name!r} keeps projections fused; make the same model of class Llama or Mistral with python "
+            "-m tools.import_hf, and use that"
+        )
     if name not in ARCHITECTURES:
         raise read.fail(
             f"architecture {name or model_type!r} is not supported; use one of {', '.join(ARCHITECTURES)} (Llama-2, "
-            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral, Qwen2 and dense Qwen3, without sliding window)"
+            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral, Qwen2, dense Qwen3, and imports of Phi-3)"
         )
     return ARCHITECTURES[name]
 
@@ -191,26 +199,33 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
     return theta, scaling
 
 
-def _window(read: _Reader, model_type: str, max_positions: int) -> int | None:
-    # Qwen2 declares a window that it does not use unless told to; transformers 5 then lists the layers that do.
+def _window(read: _Reader, model_type: str, layers: int) -> int | None:
+    """Tokens of the sliding window that some layer attends within; None: none does."""
     kinds = read.config.get("layer_types") or []
-    if model_type in ("qwen2", "qwen3") and (read.flag("use_sliding_window") or "sliding_attention" in kinds):
-        raise read.fail(
-            "sliding-window attention is not supported; set use_sliding_window to false if you can do without"
-        )
-    if model_type != "mistral":
+    if model_type in ("qwen2", "qwen3"):
+        # They declare a window that they do not use unless told to, and then in their last layers only; transformers 5
+        # then lists the layers.
+        first = read.config.get("max_window_layers", WINDOW_LAYERS)
+        slides = "sliding_attention" in kinds or (not kinds and isinstance(first, int) and first < layers)
+        if not read.flag("use_sliding_window") or not slides:
+            return None
+    elif model_type != "mistral":
         return None
-    window = read.config.get("sliding_window", MISTRAL_WINDOW)
+    window = read.config.get("sliding_window", SLIDING_WINDOW)
     if window is None:
         return None
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise read.fail(f"sliding_window must be null or a positive integer, got {window!r}")
-    if window < max_positions:
-        raise read.fail(
-            f"sliding_window {window} is shorter than the context {max_positions}, and sliding-window attention is not "
-            "supported; use a Mistral release without it (v0.2 or later)"
-        )
     return window
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`folder`/config.json, not looked at.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    return _read_json(Path(folder) / "config.json")
 
 
 def read_arch(folder: Path) -> LlamaArch:
@@ -277,6 +292,6 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
         mlp_bias=model_type == "llama" and read.flag("mlp_bias"),
         bos_id=read.token("bos_token_id"),
         eos_id=read.token("eos_token_id"),
-        sliding_window=_window(read, model_type, max_positions),
+        sliding_window=_window(read, model_type, read.positive("num_hidden_layers")),
         qk_norm=model_type == "qwen3",
     )

@@ -47,12 +47,40 @@ def check_growth(stored: int, wanted: int, where: str) -> None:
         )
 
 
-def refuse_biases(arch: LlamaArch) -> None:
-    """Raise ConfigError for a checkpoint with biases that megatron's layers cannot place."""
-    if arch.o_bias or arch.mlp_bias:
+def check_window(config: RunConfig, arch: LlamaArch) -> None:
+    """Refuse attention that sees further than a checkpoint with a sliding window does wherever it is served.
+
+    S² within a window trains it as it is: no query of a group is a window away from a key of it. Full attention is no
+    other attention than the model's up to the window's length.
+
+    Raises:
+        ConfigError: training or evaluation would see further.
+    """
+    window, attention, sequence = arch.sliding_window, config.attention, config.sequence
+    if window is None:
+        return
+    beyond = f"further than the checkpoint's sliding_window of {window} tokens, in which it is served"
+    if sequence > window and attention.kind == "full":
         raise ConfigError(
-            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
-            "use a Llama-class checkpoint without them."
+            f"attention.kind: full attention over {sequence} tokens sees {beyond}; use kind: s2 with a group_size of "
+            f"at most {window // 2 * 2}, or a checkpoint without a window."
+        )
+    if min(sequence, config.group) > window:
+        raise ConfigError(
+            f"attention.group_size: groups of {config.group} tokens see {beyond}; set at most {window // 2 * 2}, or "
+            "use a checkpoint without a window."
+        )
+    if sequence > window and attention.full_last_steps:
+        raise ConfigError(
+            f"attention.full_last_steps: full attention over {sequence} tokens sees {beyond}; set it to 0, or use a "
+            "checkpoint without a window."
+        )
+    asked = max(config.eval.lengths or (config.model.context,))
+    asked = max(asked, *config.eval.retrieval_lengths, 0)
+    if config.eval.path is not None and asked > window:
+        raise ConfigError(
+            f"eval.lengths: evaluation in full attention over {asked} tokens sees {beyond}; give lengths of at most "
+            f"{window}, or set eval.path to null."
         )
 
 
@@ -69,7 +97,6 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
     if settings.vocab is not None:
         check_growth(stored.vocab, settings.vocab, "model.vocab")
         arch = replace(stored, vocab=settings.vocab)
-    refuse_biases(arch)
     rope, served = settings.rope, served_context(arch, settings.rope.original_context)
     own_linear = arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "linear"
     # Not in plan_rope: checkpoints of earlier releases, which took it, must still export.
@@ -159,6 +186,7 @@ class RunPlan:
                 "parallel.auto: no layout was chosen, which this command does not do; write the one that tools.plan "
                 "--config says."
             )
+        check_window(config, arch)
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
         kernels = "kernels" not in config.train.without

@@ -19,6 +19,7 @@ from tests.support.ranks import run_ranks
 
 ONE: dict[str, dict[str, Any]] = {
     "qwen3": {"micro": 2, "recompute": "none"},
+    "biased": {"targets": "q, v, o"},
 }
 TOGETHER = {"steps": 3, "full_last": 1}
 GRIDS: dict[str, dict[str, Any]] = {"tp2": {"tp": 2}, "cp2": {"cp": 2, "recompute": "none"}, "zero3": ZERO3}

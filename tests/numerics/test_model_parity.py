@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import sliding_window_causal_mask_function
 
+from parallel.errors import ConfigError
 from parallel.world.grid import plan_grid
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
@@ -102,3 +104,33 @@ def test_token_nll_is_the_logits_nll(tmp_path: Path) -> None:
     logits = stage.logits(tokens, SequenceLayout.dense(2, 33), FULL)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     assert torch.allclose(model.token_nll(tokens, FULL), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("mistral", {}), ("qwen3", {"use_sliding_window": True})])
+def test_a_windows_model_is_computed_up_to_its_window(kind: str, key: dict, tmp_path: Path) -> None:
+    """And no further: there transformers computes something else than full attention."""
+    make_tiny(tmp_path, kind, sliding_window=16, max_window_layers=1, **key)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stage = stage_of(tmp_path)
+    tokens = torch.randint(0, stage.arch.vocab, (1, 48), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        short, long = theirs(tokens[:, :16]).logits, theirs(tokens).logits
+    assert (stage.logits(tokens[:, :16], SequenceLayout.dense(1, 16), FULL) - short).abs().max() <= 1e-4
+    with pytest.raises(ConfigError, match="over 17 tokens sees further than the model's sliding_window of 16"):
+        stage.logits(tokens[:, :17], SequenceLayout.dense(1, 17), FULL)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": None, "use_sliding_window": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    full = stage_of(tmp_path).logits(tokens, SequenceLayout.dense(1, 48), FULL)
+    assert (full - long)[:, :16].abs().max() <= 1e-4 < 1e-2 < (full - long)[:, 16:].abs().max()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("window", [16, 15])
+def test_groups_of_a_windows_length_lie_inside_it(window: int, shifted: bool) -> None:
+    """Of S2 with groups of 16 a window of transformers' takes nothing away; one token less takes some."""
+    at = torch.arange(64)
+    group = (at + 8 * shifted) // 16
+    sparse = (at[:, None] >= at) & (group[:, None] == group)
+    rule = sliding_window_causal_mask_function(window)
+    inside = torch.tensor([[bool(rule(0, 0, query, key)) for key in at] for query in at])
+    assert torch.equal(sparse & inside, sparse) is (window == 16)

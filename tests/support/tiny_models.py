@@ -97,6 +97,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "max_window_layers": 2,
     },
+    "biased": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "codellama": {"rope_theta": 1000000.0, "hidden_size": 48, "vocab_size": 144},
 }
 """What each kind changes of the common config; head widths stay even and small."""

@@ -113,3 +113,29 @@ def test_making_a_plan_imports_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["attention={kind: full}"],
+            "attention.kind: full attention over 64 tokens sees further than the checkpoint's",
+        ),
+        (["attention.group_size=18"], "attention.group_size: groups of 18 tokens see"),
+        ([], "attention.full_last_steps: full attention over 64 tokens"),
+        (["attention.full_last_steps=0", "eval.path=text", "eval.lengths=[8, 17]"], "eval.lengths: .* over 17 tokens"),
+        (["attention.full_last_steps=0", "eval.path=text"], "eval.lengths: .* over 128 tokens"),
+        (["attention.full_last_steps=0", "eval.path=text", "eval.lengths=[16]"], None),
+        (["attention.full_last_steps=0", "attention.group_size=16"], None),
+        (["attention={kind: full}", "data.sequence=16"], None),
+    ],
+)
+def test_attention_stays_inside_a_sliding_window(tmp_path: Path, settings: list[str], words: str | None) -> None:
+    config = make(tmp_path, "parallel.pp=1", *settings)
+    stored = read_arch(make_tiny(tmp_path / "window", "mistral", max_position_embeddings=64, sliding_window=16))
+    if words is None:
+        RunPlan.shaped(config, stored, 1)
+        return
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        RunPlan.shaped(config, stored, 1)
