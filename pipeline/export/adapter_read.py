@@ -29,7 +29,7 @@ from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.storage.lfs import refuse_pointer
+from pipeline.storage.pickled import read_pickled
 
 EMBEDDING, HEAD = VOCABULARY_HF
 PREFIX = "base_model.model."
@@ -39,29 +39,6 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 BELOW = ".token_adapter.base_layer.weight"
 """PEFT's suffix of the whole matrix that such rows replace rows of; written where the vocabulary grew."""
 _PART_OF = {module.split(".")[-1]: part for part, (module, _) in names.PROJECTIONS.items()}
-
-
-def read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """A file of torch.save that holds a dict of tensors and nothing that runs code.
-
-    Raises:
-        CheckpointError: it is no zip file of torch >= 1.6, is damaged, or holds anything else.
-    """
-    mend = "convert it to .safetensors where you trust it, and give that"
-    refuse_pointer(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch tells damage and refusal by half a dozen types, UnpicklingError among them
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(
-            f"{path}: is no plain torch.save of tensors, so it is not read ({reason}); {mend}."
-        ) from (None)
-    if not isinstance(found, dict) or not all(isinstance(k, str) and type(v) is torch.Tensor for k, v in found.items()):
-        raise CheckpointError(f"{path}: holds other things than named tensors; {mend}.")
-    for name, tensor in found.items():
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise CheckpointError(f"{path}: {name} has dtype {tensor.dtype}, which is not a plain float; {mend}.")
-    return found
 
 
 def _tensors(folder: Path, stem: str) -> Mapping[str, torch.Tensor] | None:

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parallel.errors import CheckpointError, ConfigError
-from pipeline.export.adapter_read import load_adapter, read_pickled
+from pipeline.export.adapter_read import load_adapter
 from pipeline.export.adapter_write import export_adapter
 from pipeline.export.formats import export
 from pipeline.export.verify import verify
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning.arch import read_arch
+from pipeline.storage.pickled import read_pickled
 from tests.integration.test_import_export import trained_model
 from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.import_hf import main as import_main
