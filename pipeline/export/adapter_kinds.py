@@ -90,12 +90,14 @@ def own_settings(
             alpha = float(_by_pattern(alphas, module, lora.alpha))
         except (re.error, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{path}: rank_pattern or alpha_pattern is no list of patterns and numbers ({error}); download it again."
+                f"{path}: rank_pattern or alpha_pattern is no list of patterns and numbers ({error}); download it "
+                "again."
             ) from None
         stored = tensors[factor].shape[0]
         if rank != stored or rank < 1:
             raise CheckpointError(
-                f"{path}: gives {module} rank {rank}, and its tensors have {stored}; the two files do not belong together."
+                f"{path}: gives {module} rank {rank}, and its tensors have {stored}, so the two files do not belong "
+                "together; download both again."
             )
         own = Own(rank, alpha / (math.sqrt(rank) if lora.rslora else rank))
         if own != Own(lora.rank, lora.scale) or module in VOCABULARY_MODULES:
@@ -125,9 +127,7 @@ def own_shapes(arch: LlamaArch, own: Mapping[str, Own], dora: Iterable[str]) -> 
     return shapes | {module + MAGNITUDE: (size(module)[0],) for module in dora}
 
 
-def refuse_vocabulary(
-    tensors: Iterable[str], arch: LlamaArch, stored: int, dora: bool, folder: Path
-) -> None:
+def refuse_vocabulary(tensors: Iterable[str], arch: LlamaArch, stored: int, dora: bool, folder: Path) -> None:
     """Refuse adapters of the vocabulary's matrices that PEFT computes otherwise than merged weights would, or resizes.
 
     Args:
@@ -146,7 +146,9 @@ def refuse_vocabulary(
             f"weights would compute something else; {mend}."
         )
     if arch.vocab != stored:
-        raise CheckpointError(f"{folder}: adapts {adapted[0]} and has rows for added tokens, which is not supported; {mend}.")
+        raise CheckpointError(
+            f"{folder}: adapts {adapted[0]} and has rows for added tokens, which is not supported; {mend}."
+        )
     if dora and "model.embed_tokens" in adapted:
         raise CheckpointError(f"{folder}: adapts the embedding with DoRA, which is not supported; {mend}.")
 
@@ -158,7 +160,7 @@ def add_delta(
     scale: float,
     magnitude_O: torch.Tensor | None,
 ) -> torch.Tensor:
-    """W + scale * left right, in fp32; with magnitudes m each row r of it becomes m_r row / |row| (DoRA, equation 5)."""
+    """W + scale * left right, in fp32; with magnitudes m row r of it becomes m_r row / |row| (DoRA, equation 5)."""
     found = base.float() + scale * (left_OR @ right_RI)
     if magnitude_O is None:
         return found

@@ -15,6 +15,7 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
+from pipeline.export.adapter_kinds import VOCABULARY_MODULES, canonical, module_of, own_settings, refuse_vocabulary
 from pipeline.export.adapter_notes import (
     CONFIG,
     AdapterNote,
@@ -75,7 +76,7 @@ def _canonical(name: str) -> str:
     name = name.removeprefix(PREFIX)
     for inserted in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
         name = name.replace(inserted, ".")
-    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    return canonical(name)
 
 
 def _matrix(stored: str, suffix: str) -> str:
@@ -84,7 +85,8 @@ def _matrix(stored: str, suffix: str) -> str:
 
 
 def _lora(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> LoraConfig:
-    modules = {name.split(".")[-3] for name in tensors if ".lora_A." in name}
+    adapted = {module for name in tensors if (module := module_of(name)) is not None}
+    modules = {module.split(".")[-1] for module in adapted.difference(VOCABULARY_MODULES)}
     odd = sorted(modules - _PART_OF.keys())
     if odd:
         raise CheckpointError(f"{path}: adapts {odd[0]}, which is not supported; merge this adapter with PEFT itself.")
@@ -286,11 +288,13 @@ def load_adapter(
     tensors = _collect(folder, config, checkpoint, arch, note)
     lora = _lora(config, tensors, folder / CONFIG)
     check_complete(config, tensors, arch, note, folder)
+    own = own_settings(config, tensors, lora, folder / CONFIG)
     found = base_hash or checkpoint.base_hash()
     if note.base_hash is not None and note.base_hash != found:
         raise wrong_base(where, folder, found, note.base_hash)
     rows = {name: tensors.length(name) for name in VOCABULARY_HF if name in tensors}
     grown = grown_arch(where, max(rows.values()) if rows else None, f"{folder}")
+    refuse_vocabulary(tensors, grown, arch.vocab, bool(config.get("use_dora")), folder)
     lacking = [name for name in VOCABULARY_HF if name not in rows and not (arch.tied and name == HEAD)]
     # LongLoRA's rule for the matrix it does not train is the mean; PEFT's users draw such rows at random.
     if grown.vocab > arch.vocab and lacking and not two_files:
@@ -311,6 +315,7 @@ def load_adapter(
         folder,
         names_pad=two_files,
         warnings=checkpoint.warnings,
+        own=own,
     )
     check_tokenizer(model)
     return model

@@ -154,10 +154,10 @@ def test_pickles_that_hold_more_than_tensors_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"use_dora": True}, "use_dora is set"),
+        ({"use_dora": True}, "lacks model.layers.0.*lora_magnitude_vector"),
         ({"peft_type": "LOHA"}, "not a LoRA adapter"),
         ({"bias": "all"}, "bias 'all' is not supported"),
-        ({"r": 5}, "has shape"),
+        ({"r": 5}, "gives .* rank 5, and its tensors have 4"),
         ({"lora_alpha": None}, "lacks a usable r or lora_alpha"),
     ],
 )
