@@ -169,7 +169,7 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path: Path, change: d
         load_adapter(path.parent, base, CONTEXT)
 
 
-@pytest.mark.parametrize("kind", ["llama2", "llama32", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama2", "llama32", "qwen2", "qwen3"])
 @pytest.mark.parametrize("form", ["longlora", "adapter"])
 def test_forms_come_back_bit_for_bit(tmp_path: Path, kind: str, form: str) -> None:
     model = trained_model(make_tiny(tmp_path / "base", kind, dtype=torch.bfloat16))
