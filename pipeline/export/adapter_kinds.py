@@ -1,14 +1,15 @@
 """What PEFT's adapters may be beside plain LoRA of one rank on projections, which is what Longspan trains.
 
-Ranks and alphas by module (`rank_pattern`, `alpha_pattern`), DoRA (arXiv 2402.09353), and LoRA of the embedding and the
-output matrix. They are merged as PEFT's `merge_and_unload` does; nothing here trains or writes them.
+Adapters of projections that are fused in their base (Phi-3's), ranks and alphas by module (`rank_pattern`,
+`alpha_pattern`), DoRA (arXiv 2402.09353), and LoRA of the embedding and the output matrix. They are merged as PEFT's
+`merge_and_unload` does; nothing here trains or writes them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 """PEFT's of an embedding: A [r, V], B [H, r]."""
 MAGNITUDE = ".lora_magnitude_vector"
 """DoRA's, one value an output row."""
+FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+"""Phi-3's modules, and the projections that lie in their rows."""
 VOCABULARY_MODULES = ("model.embed_tokens", "lm_head")
 
 
@@ -59,10 +62,66 @@ def canonical(name: str) -> str:
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 
+class _Apart(Mapping[str, torch.Tensor]):
+    """Tensors of which some are rows of others."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], rows: Mapping[str, tuple[str, slice]]) -> None:
+        self._tensors, self._rows = tensors, rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored, rows = self._rows[name]
+        return self._tensors[stored][rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def taken_apart(tensors: Mapping[str, torch.Tensor], arch: LlamaArch, prefix: str) -> Mapping[str, torch.Tensor] | None:
+    """An adapter's tensors for the base that an import makes of one with fused projections (`hf.fused`).
+
+    The projections of a fused one share its factor A; of B and of DoRA's magnitudes each has its rows.
+
+    Args:
+        prefix: of PEFT's names.
+
+    Returns:
+        None: no fused projection is adapted.
+    """
+    found: dict[str, tuple[str, slice]] = {}
+    fused = False
+    for stored in tensors:
+        name = canonical(stored.removeprefix(prefix))
+        module = module_of(name) or ""
+        parts = next((FUSED[end] for end in FUSED if module.endswith(f".{end}")), None)
+        if parts is None:
+            found[stored] = stored, slice(None)
+            continue
+        fused, first, leaf = True, 0, name.removeprefix(module)
+        for part in parts:
+            last = first + names.projection_shape(part, arch)[0]
+            inner = ".".join([*module.split(".")[:3], names.PROJECTIONS[part][0]])
+            found[inner + leaf] = stored, slice(None) if leaf == FACTORS[0] else slice(first, last)
+            first = last
+    return _Apart(tensors, found) if fused else None
+
+
+def _fused_name(module: str) -> str:
+    """What a projection's module is called in a base that keeps it fused; otherwise its own name."""
+    for fused, parts in FUSED.items():
+        for part in parts:
+            own = names.PROJECTIONS[part][0]
+            if module.endswith(f".{own}"):
+                return module.removesuffix(own) + fused
+    return module
+
+
 def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     """PEFT's rule: the first key that is an end of the module's name, or a pattern of one."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in (module, _fused_name(module))):
             return value
     return otherwise
 

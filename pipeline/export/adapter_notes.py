@@ -14,6 +14,7 @@ from pipeline.config.rope import RopeSettings
 from pipeline.export.adapter_kinds import (
     EMBEDDING_FACTORS,
     FACTORS,
+    FUSED,
     MAGNITUDE,
     VOCABULARY_MODULES,
     factor_names,
@@ -185,8 +186,11 @@ def saved_whole(config: Mapping[str, Any], module: str) -> bool:
     return any(module.endswith(entry) for entry in config.get("modules_to_save") or ())
 
 
-def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path) -> set[str] | None:
+def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path, fused: bool) -> set[str] | None:
     """Modules that adapter_config.json says are adapted; None where it does not say.
+
+    Args:
+        fused: it names them as a base with fused projections has them.
 
     Raises:
         CheckpointError: a pattern is none.
@@ -195,7 +199,11 @@ def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path) -> s
     if targets is None:
         return None
     layers = range(arch.layers)
-    plain = {f"model.layers.{layer}.{module}" for layer in layers for module, _ in names.PROJECTIONS.values()}
+    # A module as the base has it -> ours.
+    own = {module: [module] for module, _ in names.PROJECTIONS.values()}
+    for module, parts in FUSED.items() if fused else ():
+        own[module] = [inner for part in parts for inner in own.pop(names.PROJECTIONS[part][0])]
+    plain = {f"model.layers.{layer}.{module}" for layer in layers for module in own}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = sorted(plain)
     try:
@@ -208,16 +216,28 @@ def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path) -> s
         }
     except re.error as error:
         raise CheckpointError(f"{path}: target_modules or exclude_modules is no pattern ({error}).") from None
-    return found
+    return found.intersection(VOCABULARY_MODULES).union(
+        f"model.layers.{layer}.{inner}"
+        for layer in layers
+        for module, inners in own.items()
+        for inner in inners
+        if f"model.layers.{layer}.{module}" in found
+    )
 
 
 def check_complete(
-    config: Mapping[str, Any], tensors: Iterable[str], arch: LlamaArch, note: AdapterNote, folder: Path
+    config: Mapping[str, Any],
+    tensors: Iterable[str],
+    arch: LlamaArch,
+    note: AdapterNote,
+    folder: Path,
+    fused: bool = False,
 ) -> None:
     """Refuse an adapter that lacks what adapter_config.json or longspan.json says it has.
 
     Args:
         tensors: canonical names of all that was found.
+        fused: see `adapted_modules`.
 
     Raises:
         CheckpointError: the first tensor that is missing, or there unannounced, is named.
@@ -230,7 +250,7 @@ def check_complete(
     )
     if not low | high:
         raise CheckpointError(f"{folder}: holds no LoRA tensor (*.lora_A.weight), so nothing was trained; {mend}.")
-    wanted = adapted_modules(config, arch, folder / CONFIG)
+    wanted = adapted_modules(config, arch, folder / CONFIG, fused)
     if wanted is None:
         ends = {module.split(".", 3)[-1] for module in low | high}
         wanted = {f"model.layers.{layer}.{end}" for layer in range(arch.layers) for end in ends}

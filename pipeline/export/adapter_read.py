@@ -15,7 +15,14 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
-from pipeline.export.adapter_kinds import VOCABULARY_MODULES, canonical, module_of, own_settings, refuse_vocabulary
+from pipeline.export.adapter_kinds import (
+    VOCABULARY_MODULES,
+    canonical,
+    module_of,
+    own_settings,
+    refuse_vocabulary,
+    taken_apart,
+)
 from pipeline.export.adapter_notes import (
     CONFIG,
     AdapterNote,
@@ -106,8 +113,9 @@ class _Renamed(Mapping[str, torch.Tensor]):
     """Tensors of several files under canonical names, read when asked for; single rows put into the matrix that they
     are rows of."""
 
-    def __init__(self, base: HfCheckpoint) -> None:
-        self.base = base
+    def __init__(self, base: HfCheckpoint, fused: bool) -> None:
+        self.base, self.fused = base, fused
+        """Whether the adapter is of a base with fused projections."""
         self.where: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
         self.rows: dict[str, tuple[Mapping[str, torch.Tensor], str, list[int]]] = {}
         self.under: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
@@ -176,7 +184,9 @@ def _collect(
     adapter, trainable = _tensors(folder, ADAPTER), _tensors(folder, TRAINABLE)
     if adapter is None:
         raise CheckpointError(f"{folder}: holds no {ADAPTER}.safetensors or .bin; give a PEFT or LongLoRA folder.")
-    found, lists = _Renamed(base), _row_lists(config, arch.tied)
+    apart = taken_apart(adapter, arch, PREFIX)
+    found, lists = _Renamed(base, apart is not None), _row_lists(config, arch.tied)
+    adapter = adapter if apart is None else apart
     if trainable is not None and not trainable and note.tensors is None:
         raise CheckpointError(
             f"{folder}: its {TRAINABLE} file holds no tensor, so what was trained beside LoRA is lost; copy or "
@@ -287,7 +297,7 @@ def load_adapter(
     context, plan = stretch(note, arch, context, rope, folder, two_files or _declares_another(folder, arch))
     tensors = _collect(folder, config, checkpoint, arch, note)
     lora = _lora(config, tensors, folder / CONFIG)
-    check_complete(config, tensors, arch, note, folder)
+    check_complete(config, tensors, arch, note, folder, tensors.fused)
     own = own_settings(config, tensors, lora, folder / CONFIG)
     found = base_hash or checkpoint.base_hash()
     if note.base_hash is not None and note.base_hash != found:

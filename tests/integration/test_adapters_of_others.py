@@ -19,7 +19,9 @@ from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
 from pipeline.export.verify import verify
 from pipeline.training.init_from import open_source
+from tests.integration.test_import_families import phi3
 from tests.support.tiny_models import make_tiny
+from tools.import_hf import import_model
 
 QV = ["q_proj", "v_proj"]
 PATTERNS = {
@@ -38,9 +40,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def made(folder: Path, kind: str, settings: dict[str, Any]) -> tuple[Path, Path, Any]:
-    """Base, adapter, and PEFT's model of both, with every factor and magnitude moved from its start."""
+    """Base, adapter, and PEFT's model of both, see `moved`."""
     base = make_tiny(folder / "base", kind)
-    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = moved(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    model.save_pretrained(folder / "adapter")
+    return base, folder / "adapter", model
+
+
+def moved(network: Any, settings: dict[str, Any]) -> Any:
+    """PEFT's model of a network and an adapter that is far from its start."""
     model = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -49,8 +57,7 @@ def made(folder: Path, kind: str, settings: dict[str, Any]) -> tuple[Path, Path,
                 parameter *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
             elif "lora_" in name:
                 parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder / "adapter")
-    return base, folder / "adapter", model
+    return model
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,3 +128,42 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     save_file(tensors, weights)
     path.write_text(json.dumps({**config, "use_dora": False}))
     assert "lora_magnitude_vector" in refused(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "k_proj", "up_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True, "alpha_pattern": {"qkv_proj": 3}},
+        {
+            "target_modules": ["qkv_proj", "down_proj"],
+            "use_dora": True,
+            "rank_pattern": {"layers.1.self_attn.qkv_proj": 2},
+        },
+    ],
+    ids=["generic list", "all-linear", "dora"],
+)
+def test_adapters_of_fused_projections(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Of Phi-3's own, on the base that an import makes of it."""
+    phi3(tmp_path / "phi")
+    import_model(tmp_path / "phi", tmp_path / "base")
+    theirs = moved(AutoModelForCausalLM.from_pretrained(tmp_path / "phi"), settings)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert (model.foreign is None) is (settings["target_modules"] != "all-linear" and "use_dora" not in settings)
+    export(model, tmp_path / "merged", "merged")
+    found, want = load_file(tmp_path / "merged/model.safetensors"), theirs.merge_and_unload().state_dict()
+    for layer in (f"model.layers.{number}." for number in range(2)):
+        joined = {
+            "self_attn.qkv_proj": torch.cat([found[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"]),
+            "mlp.gate_up_proj": torch.cat([found[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up")]),
+        } | {name: found[f"{layer}{name}.weight"] for name in ("self_attn.o_proj", "mlp.down_proj")}
+        for name, tensor in joined.items():
+            wanted = want[f"{layer}{name}.weight"]
+            assert (tensor - wanted).abs().max() <= 2e-6 * wanted.abs().max(), name
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    lost = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_B.weight"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if name != lost}, weights)
+    assert "lacks model.layers.1.self_attn.k_proj.lora_B.weight (3 of" in refused(
+        tmp_path / "base", tmp_path / "adapter"
+    )
