@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.enums import ModelType
@@ -170,11 +170,13 @@ class LlamaChunk(MegatronModule):
         """
         window = self.arch.sliding_window
         if window is not None and spec.kind == "full" and layout.sequence > window:
-            # Of a run's settings it was told before (`run_plan.check_window`); a prompt may come from anywhere.
-            raise ConfigError(
-                f"Full attention over {layout.sequence} tokens sees further than the model's sliding_window of "
-                f"{window}; give shorter texts, or run the export in transformers."
-            )
+            if shard is not None or not self.arch.all_slide:
+                # Of a run's settings it was told before (`run_plan.check_window`); a prompt may come from anywhere.
+                raise ConfigError(
+                    f"Full attention over {layout.sequence} tokens sees further than the model's sliding_window of "
+                    f"{window}; give shorter texts, or run the export in transformers."
+                )
+            spec = replace(spec, window=window)
         start, tokens = (0, layout.sequence) if shard is None else (shard.start, shard.tokens)
         key = (start, tokens, self.device)
         if key not in self._tables:

@@ -70,8 +70,10 @@ class LlamaArch:
     eos_id: int | None
     """The first one where config.json lists several."""
     sliding_window: int | None = None
-    """Tokens that some layer's queries see, their own among them; None: all before them. Attention here never sees
-    further (`run_plan.check_window`), so that it need not know which layers."""
+    """Tokens that some layer's queries see, their own among them; None: all before them."""
+    all_slide: bool = True
+    """Every layer has the window, where there is one. Otherwise attention never sees further than it
+    (`run_plan.check_window`), so that it need not know which layers do."""
     qk_norm: bool = False
     """Queries and keys of every head go through RMSNorms of `head_dim` weights before RoPE (Qwen3)."""
 
@@ -199,24 +201,26 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
     return theta, scaling
 
 
-def _window(read: _Reader, model_type: str, layers: int) -> int | None:
-    """Tokens of the sliding window that some layer attends within; None: none does."""
+def _window(read: _Reader, model_type: str, layers: int) -> tuple[int | None, bool]:
+    """Tokens of the sliding window that some layer attends within (None: none does), and whether all do."""
+    every = True
     kinds = read.config.get("layer_types") or []
     if model_type in ("qwen2", "qwen3"):
         # They declare a window that they do not use unless told to, and then in their last layers only; transformers 5
         # then lists the layers.
         first = read.config.get("max_window_layers", WINDOW_LAYERS)
         slides = "sliding_attention" in kinds or (not kinds and isinstance(first, int) and first < layers)
+        every = {*kinds} == {"sliding_attention"} if kinds else first == 0
         if not read.flag("use_sliding_window") or not slides:
-            return None
+            return None, True
     elif model_type != "mistral":
-        return None
+        return None, True
     window = read.config.get("sliding_window", SLIDING_WINDOW)
     if window is None:
-        return None
+        return None, True
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise read.fail(f"sliding_window must be null or a positive integer, got {window!r}")
-    return window
+    return window, every
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -273,6 +277,7 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
     theta, scaling = _scaling(read, max_positions)
     # transformers' Llama and Qwen3 have one switch for q, k, v and o, Mistral has none, Qwen2 always those of q, k, v.
     bias = model_type in ("llama", "qwen3") and read.flag("attention_bias")
+    window, every = _window(read, model_type, read.positive("num_hidden_layers"))
     return LlamaArch(
         model_type=model_type,
         hidden=hidden,
@@ -292,6 +297,7 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
         mlp_bias=model_type == "llama" and read.flag("mlp_bias"),
         bos_id=read.token("bos_token_id"),
         eos_id=read.token("eos_token_id"),
-        sliding_window=_window(read, model_type, read.positive("num_hidden_layers")),
+        sliding_window=window,
+        all_slide=every,
         qk_norm=model_type == "qwen3",
     )

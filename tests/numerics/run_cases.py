@@ -35,6 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"kind": "mistral"},
     # Norms of heads, whose width is not the hidden one's share.
     "qwen3": {"kind": "qwen3"},
+    # A window that S2's groups fill, and full attention keeps to.
+    "windowed": {"kind": "mistral", "sliding_window": 16},
     # Biases on every projection, of which none trains.
     "biased": {"kind": "llama3", "attention_bias": True, "mlp_bias": True, "rope_scaling": None},
 }
