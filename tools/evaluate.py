@@ -89,8 +89,9 @@ def configure(args: argparse.Namespace) -> RunConfig:
         return load_config(args.config, overrides)
     if not args.model.is_dir():
         raise ConfigError(f"--model: {args.model} is not a folder; point it at a Hugging Face checkpoint.")
+    arch = read_arch(args.model)
     config = RunConfig(
-        model=ModelConfig(str(args.model), read_arch(args.model).max_positions),
+        model=ModelConfig(str(args.model), min(arch.max_positions, arch.sliding_window or arch.max_positions)),
         data=DataConfig(str(args.text)),
         train=TrainConfig(steps=1),
         eval=EvalConfig(path=str(args.text)),

@@ -1,8 +1,9 @@
 """Make a clean Hugging Face folder from another one or a GGUF file: `python -m tools.import_hf SOURCE OUTPUT`.
 
 Not needed to train: a Hugging Face folder is read directly, each rank its slices. An import checks every tensor,
-records hashes that later damage is found by, casts, and adds rows for a padding token. A folder streams, shard by
-shard; a GGUF file is read by transformers, whole.
+records hashes that later damage is found by, casts, and adds rows for a padding token. Phi-3's fused projections
+are taken apart; of pickled weights plain tensors are read. A folder streams, shard by shard; a GGUF file is read by
+transformers, whole.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from pipeline.hf.companions import (
     tokenizer_size,
     without_code,
 )
+from pipeline.hf.fused import SplitCheckpoint, as_llama
 from pipeline.hf.vocabulary import grown_tensor
+from pipeline.hf.weight_files import only_pickled
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
 from pipeline.planning import tensors as names
-from pipeline.planning.arch import read_arch
+from pipeline.planning.arch import parse_arch, read_arch, read_config
 from pipeline.planning.rope import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import ByteProgress
@@ -139,10 +142,13 @@ def _import_folder(
     shard_bytes: int,
     shown: bool,
 ) -> None:
-    checkpoint = HfCheckpoint(source)
+    stored = read_config(source)
+    split = as_llama(stored, source / "config.json")
+    arch = parse_arch(stored if split is None else split, source / "config.json")
+    pickled = only_pickled(source)
+    checkpoint = HfCheckpoint(source, pickled) if split is None else SplitCheckpoint(source, arch, pickled)
     for warning in checkpoint.warnings if shown else ():
         print(f"warning: {warning}", file=sys.stderr)
-    arch = read_arch(source)
     check_vocabulary(
         source,
         arch.vocab,
@@ -155,7 +161,13 @@ def _import_folder(
     # A vocabulary padded to more rows than the tokenizer has tokens has room already.
     rows = arch.vocab if pad_token is None else max(arch.vocab, (tokenizer_size(source) or 0) + 1)
     shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
-    config = {**without_code(read_object(source / "config.json")), "vocab_size": rows}
+    config = {**without_code(stored), "vocab_size": rows}
+    if split is not None:
+        plain = {key: value for key, value in split.items() if key not in ROPE_KEYS}
+        rope = hf_rope_fields(plan_rope(arch, RopeSettings(), arch.max_positions), arch, arch.max_positions)
+        config = {**plain, **rope, "vocab_size": rows}
+        if shown:
+            print(f"{source}: {stored['architectures'][0]} becomes {config['architectures'][0]}, the same model")
 
     job = {"source": source_files(checkpoint), "from": str(source.resolve()), "config": config}
     with resumable_folder(output, force, {**job, "dtype": str(dtype), "shard_bytes": shard_bytes}) as folder:
@@ -235,8 +247,8 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         config = {**kept, **hf_rope_fields(rope, arch, arch.max_positions)}
         state = model.state_dict()
         facts = {}
-        # Of these tensors llama.cpp's names are the same in every architecture that is read here.
-        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, arch.layers)
+        # Of these tensors llama.cpp's names are the same in every architecture read here, but for norms of heads.
+        theirs = get_tensor_name_map(MODEL_ARCH.QWEN3 if arch.qk_norm else MODEL_ARCH.LLAMA, arch.layers)
         for name, shape in names.hf_tensor_shapes(arch).items():
             # transformers gives random values to what it does not find, and leaves out what it has no place for.
             called = theirs.get_name(name, try_suffixes=(".weight", ".bias"))

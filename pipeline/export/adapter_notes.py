@@ -12,6 +12,14 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import BASES
+from pipeline.export.adapter_kinds import (
+    EMBEDDING_FACTORS,
+    FACTORS,
+    FUSED,
+    MAGNITUDE,
+    VOCABULARY_MODULES,
+    factor_names,
+)
 from pipeline.hf.writer import NOTE
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
@@ -20,7 +28,7 @@ from pipeline.storage.json_file import read_object
 
 CONFIG = "adapter_config.json"
 _UNSUPPORTED = (
-    *("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"),
+    *("fan_in_fan_out", "layers_to_transform", "lora_bias"),
     *("layer_replication", "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 )
@@ -47,7 +55,7 @@ class AdapterNote:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, refused where it asks for more than plain LoRA.
+    """adapter_config.json, refused where it asks for more than LoRA and DoRA.
 
     Raises:
         CheckpointError: it is missing, damaged, or another adapter than can be merged here.
@@ -185,43 +193,58 @@ def saved_whole(config: Mapping[str, Any], module: str) -> bool:
     return any(module.endswith(entry) for entry in config.get("modules_to_save") or ())
 
 
-def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path) -> set[str] | None:
+def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path, fused: bool) -> set[str] | None:
     """Modules that adapter_config.json says are adapted; None where it does not say.
 
+    Args:
+        fused: it names them as a base with fused projections has them.
+
     Raises:
-        CheckpointError: one of them is not supported, or a pattern is none.
+        CheckpointError: a pattern is none.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if targets is None:
         return None
     layers = range(arch.layers)
-    plain = {f"model.layers.{layer}.{module}" for layer in layers for module, _ in names.PROJECTIONS.values()}
+    # A module as the base has it -> ours.
+    own = {module: [module] for module, _ in names.PROJECTIONS.values()}
+    for module, parts in FUSED.items() if fused else ():
+        own[module] = [inner for part in parts for inner in own.pop(names.PROJECTIONS[part][0])]
+    plain = {f"model.layers.{layer}.{module}" for layer in layers for module in own}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = sorted(plain)
     try:
         found = {
             module
-            for module in plain | {"model.embed_tokens", "lm_head"}
+            for module in plain.union(VOCABULARY_MODULES)
             if _listed(targets, module)
             and not _listed(excluded, module)
             and not any(f".{whole}." in f".{module}." for whole in config.get("modules_to_save") or ())
         }
     except re.error as error:
         raise CheckpointError(f"{path}: target_modules or exclude_modules is no pattern ({error}).") from None
-    if found - plain:
-        raise CheckpointError(
-            f"{path}: adapts {sorted(found - plain)[0]}, which is not supported; merge this adapter with PEFT itself."
-        )
-    return found
+    return found.intersection(VOCABULARY_MODULES).union(
+        f"model.layers.{layer}.{inner}"
+        for layer in layers
+        for module, inners in own.items()
+        for inner in inners
+        if f"model.layers.{layer}.{module}" in found
+    )
 
 
 def check_complete(
-    config: Mapping[str, Any], tensors: Iterable[str], arch: LlamaArch, note: AdapterNote, folder: Path
+    config: Mapping[str, Any],
+    tensors: Iterable[str],
+    arch: LlamaArch,
+    note: AdapterNote,
+    folder: Path,
+    fused: bool = False,
 ) -> None:
     """Refuse an adapter that lacks what adapter_config.json or longspan.json says it has.
 
     Args:
         tensors: canonical names of all that was found.
+        fused: see `adapted_modules`.
 
     Raises:
         CheckpointError: the first tensor that is missing, or there unannounced, is named.
@@ -229,21 +252,27 @@ def check_complete(
     found = set(tensors)
     mend = "copy or download the adapter again, or give the base it was trained on with --base"
     low, high = (
-        {name.removesuffix(end) for name in found if name.endswith(end)} for end in (".lora_A.weight", ".lora_B.weight")
+        {name.removesuffix(end) for name in found for end in ends if name.endswith(end)}
+        for ends in zip(FACTORS, EMBEDDING_FACTORS, strict=True)
     )
     if not low | high:
         raise CheckpointError(f"{folder}: holds no LoRA tensor (*.lora_A.weight), so nothing was trained; {mend}.")
-    wanted = adapted_modules(config, arch, folder / CONFIG)
+    wanted = adapted_modules(config, arch, folder / CONFIG, fused)
     if wanted is None:
         ends = {module.split(".", 3)[-1] for module in low | high}
         wanted = {f"model.layers.{layer}.{end}" for layer in range(arch.layers) for end in ends}
-    missing = sorted({f"{module}.lora_A.weight" for module in wanted - low})
-    missing += sorted(f"{module}.lora_B.weight" for module in wanted - high)
+    missing = sorted(factor_names(module)[0] for module in wanted - low)
+    missing += sorted(factor_names(module)[1] for module in wanted - high)
+    if config.get("use_dora"):
+        missing += sorted({module + MAGNITUDE for module in wanted} - found)
     if missing:
         raise CheckpointError(
             f"{folder}: lacks {missing[0]} ({len(missing)} of {2 * len(wanted)} LoRA tensors are missing), which "
             f"target_modules of {CONFIG} asks for; {mend}."
         )
+    magnitudes = sorted(name for name in found if name.endswith(MAGNITUDE))
+    if magnitudes and not config.get("use_dora"):
+        raise CheckpointError(f"{folder}: holds {magnitudes[0]}, and {CONFIG} does not set use_dora; {mend}.")
     extra = sorted((low | high) - wanted)
     if extra:
         raise CheckpointError(

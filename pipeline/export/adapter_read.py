@@ -15,6 +15,14 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
+from pipeline.export.adapter_kinds import (
+    VOCABULARY_MODULES,
+    canonical,
+    module_of,
+    own_settings,
+    refuse_vocabulary,
+    taken_apart,
+)
 from pipeline.export.adapter_notes import (
     CONFIG,
     AdapterNote,
@@ -29,7 +37,7 @@ from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.storage.lfs import refuse_pointer
+from pipeline.storage.pickled import read_pickled
 
 EMBEDDING, HEAD = VOCABULARY_HF
 PREFIX = "base_model.model."
@@ -39,29 +47,6 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 BELOW = ".token_adapter.base_layer.weight"
 """PEFT's suffix of the whole matrix that such rows replace rows of; written where the vocabulary grew."""
 _PART_OF = {module.split(".")[-1]: part for part, (module, _) in names.PROJECTIONS.items()}
-
-
-def read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """A file of torch.save that holds a dict of tensors and nothing that runs code.
-
-    Raises:
-        CheckpointError: it is no zip file of torch >= 1.6, is damaged, or holds anything else.
-    """
-    mend = "convert it to .safetensors where you trust it, and give that"
-    refuse_pointer(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch tells damage and refusal by half a dozen types, UnpicklingError among them
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(
-            f"{path}: is no plain torch.save of tensors, so it is not read ({reason}); {mend}."
-        ) from (None)
-    if not isinstance(found, dict) or not all(isinstance(k, str) and type(v) is torch.Tensor for k, v in found.items()):
-        raise CheckpointError(f"{path}: holds other things than named tensors; {mend}.")
-    for name, tensor in found.items():
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise CheckpointError(f"{path}: {name} has dtype {tensor.dtype}, which is not a plain float; {mend}.")
-    return found
 
 
 def _tensors(folder: Path, stem: str) -> Mapping[str, torch.Tensor] | None:
@@ -98,7 +83,7 @@ def _canonical(name: str) -> str:
     name = name.removeprefix(PREFIX)
     for inserted in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
         name = name.replace(inserted, ".")
-    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    return canonical(name)
 
 
 def _matrix(stored: str, suffix: str) -> str:
@@ -107,7 +92,8 @@ def _matrix(stored: str, suffix: str) -> str:
 
 
 def _lora(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> LoraConfig:
-    modules = {name.split(".")[-3] for name in tensors if ".lora_A." in name}
+    adapted = {module for name in tensors if (module := module_of(name)) is not None}
+    modules = {module.split(".")[-1] for module in adapted.difference(VOCABULARY_MODULES)}
     odd = sorted(modules - _PART_OF.keys())
     if odd:
         raise CheckpointError(f"{path}: adapts {odd[0]}, which is not supported; merge this adapter with PEFT itself.")
@@ -127,8 +113,9 @@ class _Renamed(Mapping[str, torch.Tensor]):
     """Tensors of several files under canonical names, read when asked for; single rows put into the matrix that they
     are rows of."""
 
-    def __init__(self, base: HfCheckpoint) -> None:
-        self.base = base
+    def __init__(self, base: HfCheckpoint, fused: bool) -> None:
+        self.base, self.fused = base, fused
+        """Whether the adapter is of a base with fused projections."""
         self.where: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
         self.rows: dict[str, tuple[Mapping[str, torch.Tensor], str, list[int]]] = {}
         self.under: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
@@ -197,7 +184,9 @@ def _collect(
     adapter, trainable = _tensors(folder, ADAPTER), _tensors(folder, TRAINABLE)
     if adapter is None:
         raise CheckpointError(f"{folder}: holds no {ADAPTER}.safetensors or .bin; give a PEFT or LongLoRA folder.")
-    found, lists = _Renamed(base), _row_lists(config, arch.tied)
+    apart = taken_apart(adapter, arch, PREFIX)
+    found, lists = _Renamed(base, apart is not None), _row_lists(config, arch.tied)
+    adapter = adapter if apart is None else apart
     if trainable is not None and not trainable and note.tensors is None:
         raise CheckpointError(
             f"{folder}: its {TRAINABLE} file holds no tensor, so what was trained beside LoRA is lost; copy or "
@@ -308,12 +297,14 @@ def load_adapter(
     context, plan = stretch(note, arch, context, rope, folder, two_files or _declares_another(folder, arch))
     tensors = _collect(folder, config, checkpoint, arch, note)
     lora = _lora(config, tensors, folder / CONFIG)
-    check_complete(config, tensors, arch, note, folder)
+    check_complete(config, tensors, arch, note, folder, tensors.fused)
+    own = own_settings(config, tensors, lora, folder / CONFIG)
     found = base_hash or checkpoint.base_hash()
     if note.base_hash is not None and note.base_hash != found:
         raise wrong_base(where, folder, found, note.base_hash)
     rows = {name: tensors.length(name) for name in VOCABULARY_HF if name in tensors}
     grown = grown_arch(where, max(rows.values()) if rows else None, f"{folder}")
+    refuse_vocabulary(tensors, grown, arch.vocab, bool(config.get("use_dora")), folder)
     lacking = [name for name in VOCABULARY_HF if name not in rows and not (arch.tied and name == HEAD)]
     # LongLoRA's rule for the matrix it does not train is the mean; PEFT's users draw such rows at random.
     if grown.vocab > arch.vocab and lacking and not two_files:
@@ -335,6 +326,7 @@ def load_adapter(
         names_pad=two_files,
         warnings=checkpoint.warnings,
         form=note.form,
+        own=own,
     )
     check_tokenizer(model)
     return model

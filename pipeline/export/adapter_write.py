@@ -16,6 +16,7 @@ from pipeline.export.trained_model import TrainedModel, companions, extended_con
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.hf.writer import NOTE, check_space, new_folder, trained_finite
+from pipeline.planning import tensors as names
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact, write_safetensors
 
@@ -91,13 +92,14 @@ def peft_config(model: TrainedModel, rows: list[int] | None = None) -> dict[str,
     saved = {
         "model.norm" if name == "model.norm.weight" else name.removesuffix(".weight").split(".")[-1] for name in whole
     }
-    for module in ("input_layernorm", "post_attention_layernorm"):
+    norms = [norm.split(".")[-1] for norm in names.NORMS]
+    for module in norms:
         count = sum(name.endswith(f"{module}.weight") for name in whole)
         if count not in (0, model.arch.layers):
             raise CheckpointError(
                 f"{module}: trained in {count} of {model.arch.layers} layers, where PEFT needs all; export as merged."
             )
-    odd = saved - {"model.norm", "input_layernorm", "post_attention_layernorm", "embed_tokens", "lm_head"}
+    odd = saved - {"model.norm", *norms, "embed_tokens", "lm_head"}
     if odd:
         raise CheckpointError(
             f"{sorted(odd)[0]}: whole base matrices were trained, which a PEFT adapter does not hold; export as merged."

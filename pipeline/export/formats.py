@@ -92,6 +92,10 @@ def export(
     if form not in FORMATS:
         raise ConfigError(f"--format: {form!r} is not one of {', '.join(FORMATS)}.")
     _refuse_overlaps(model, output)
+    if form != "merged" and model.foreign is not None:
+        raise CheckpointError(
+            f"{model.source}: has {model.foreign}, which Longspan merges and does not write; export it as merged."
+        )
     if form == "merged":
         export_merged(model, output, force, shown=shown)
     elif form == "adapter":

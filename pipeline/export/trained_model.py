@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.sections import BASES, LoraConfig
+from pipeline.export.adapter_kinds import (
+    EMBEDDING_FACTORS,
+    FACTORS,
+    MAGNITUDE,
+    VOCABULARY_MODULES,
+    Own,
+    add_delta,
+    factor_names,
+    own_shapes,
+)
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import (
     add_pad_token,
@@ -103,9 +113,12 @@ class TrainedModel:
     form: str = "bf16"
     """How the base's matrices were kept in training (model.base). A merge is into those of the checkpoint all the same:
     what was trained is added to them, not to what they were rounded to."""
+    own: Mapping[str, Own] = field(default_factory=dict)
+    """Module -> rank and scale of its adapter, where they are not `lora`'s; adapters of others have such."""
 
     def __post_init__(self) -> None:
         allowed = names.hf_tensor_shapes(self.arch) | names.adapter_shapes(self.arch, self.lora)
+        allowed |= own_shapes(self.arch, self.own, self.dora)
         for name in self.trained:
             shape = self.shape(name)
             if name not in allowed:
@@ -131,14 +144,31 @@ class TrainedModel:
         return sorted(name for name in self.trained if partner_of(name) is not None)
 
     @property
+    def dora(self) -> list[str]:
+        """Modules whose adapters have magnitudes."""
+        return sorted(name.removesuffix(MAGNITUDE) for name in self.trained if name.endswith(MAGNITUDE))
+
+    @property
+    def foreign(self) -> str | None:
+        """What of the adapters Longspan merges and does not train; None: nothing."""
+        if self.dora:
+            return "DoRA"
+        if self.own:
+            module = min(self.own)
+            return (
+                f"an adapter on {module}" if module in VOCABULARY_MODULES else "ranks or alphas that differ by module"
+            )
+        return None
+
+    @property
     def grown(self) -> bool:
         """The vocabulary has rows the base lacks."""
         return self.arch.vocab != read_arch(self.base).vocab
 
     def changes(self, name: str) -> bool:
         """Arithmetic or replacement happens to this base tensor."""
-        stem = name.removesuffix(".weight")
-        return name in self.trained or f"{stem}.lora_A.weight" in self.trained or (name in VOCABULARY_HF and self.grown)
+        factor = factor_names(name.removesuffix(".weight"))[0]
+        return name in self.trained or factor in self.trained or (name in VOCABULARY_HF and self.grown)
 
     def base_tensor(self, checkpoint: HfCheckpoint, name: str) -> torch.Tensor:
         """A tensor of the base as training began: with rows for added tokens."""
@@ -147,24 +177,32 @@ class TrainedModel:
     def merged(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """A base tensor after training, in the base's dtype; W + scale B A is added up in fp32, some rows at a time."""
         if name in self.trained:
-            return self.trained[name].to(base.dtype)
-        stem = name.removesuffix(".weight")
-        if f"{stem}.lora_A.weight" not in self.trained:
+            # PEFT keeps the matrix beside an adapter of it.
+            base = self.trained[name].to(base.dtype)
+        module = name.removesuffix(".weight")
+        factors = factor_names(module)
+        if factors[0] not in self.trained:
             return base
-        low, high = (self.trained[f"{stem}.lora_{side}.weight"].float() for side in "AB")
+        right, left = (self.trained[factor].float() for factor in factors)
+        if module == "model.embed_tokens":
+            left, right = right.t(), left.t()
+        scale = self.own[module].scale if module in self.own else self.lora.scale
+        magnitude = self.trained[module + MAGNITUDE].float() if module + MAGNITUDE in self.trained else None
         result = torch.empty_like(base)
         rows = max(1, MERGE_ELEMENTS // base.shape[1])
         for start in range(0, len(base), rows):
             part = slice(start, start + rows)
-            result[part] = (base[part].float() + self.lora.scale * (high[part] @ low)).to(base.dtype)
+            lengths = None if magnitude is None else magnitude[part]
+            result[part] = add_delta(base[part], left[part], right, scale, lengths).to(base.dtype)
         return result
 
 
 def partner_of(name: str) -> str | None:
     """The other factor of an adapter; None for other tensors."""
-    for one, other in ((".lora_A.weight", ".lora_B.weight"), (".lora_B.weight", ".lora_A.weight")):
-        if name.endswith(one):
-            return name.removesuffix(one) + other
+    for pair in (FACTORS, EMBEDDING_FACTORS):
+        for one, other in (pair, pair[::-1]):
+            if name.endswith(one):
+                return name.removesuffix(one) + other
     return None
 
 

@@ -192,6 +192,8 @@ def verify(
             is written all the same).
     """
     tokens = sample_tokens(model.arch.vocab) if tokens_BS is None else tokens_BS
+    # Both sides compute in full attention, which is the model's own up to its window.
+    tokens = tokens[:, : model.arch.sliding_window]
     layerwise = not verify_logits.fits(model) if layerwise is None else layerwise
     checked, missing = _statements(model, form, layerwise)
     report: dict[str, Any] = {

@@ -56,7 +56,9 @@ def _expected(model: TrainedModel) -> dict[str, Any]:
     }
     if arch.model_type == "llama":
         wanted |= {"attention_bias": arch.attention_bias, "mlp_bias": arch.mlp_bias}
-    if arch.model_type == "mistral":
+    if arch.model_type == "qwen3":
+        wanted["attention_bias"] = arch.attention_bias
+    if arch.model_type == "mistral" or arch.sliding_window is not None:
         wanted["sliding_window"] = arch.sliding_window
     return wanted
 

@@ -15,13 +15,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline.export.adapter_read import TRAINABLE, load_adapter, read_pickled
+from pipeline.export.adapter_read import TRAINABLE, load_adapter
 from pipeline.export.trained_model import TrainedModel
 from pipeline.export.verify_config import check_rotary, read_hf_config
 from pipeline.export.verify_reference import Weight
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.layers.quantized_weight import FORMS, dequantized
 from pipeline.planning import tensors as names
+from pipeline.storage.pickled import read_pickled
 
 ROOM = 0.7
 """Share of the available memory a check may take."""

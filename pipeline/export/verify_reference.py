@@ -57,13 +57,14 @@ def _attention(
     batch, size, _ = x_BSW.shape
 
     def heads(module: str, count: int) -> torch.Tensor:
-        return layer.product(f"self_attn.{module}", x_BSW).view(batch, size, count, arch.head_dim)
+        out = layer.product(f"self_attn.{module}_proj", x_BSW).view(batch, size, count, arch.head_dim)
+        return layer.norm(f"self_attn.{module}_norm", out) if arch.qk_norm and module != "v" else out
 
     def turned(x_BSHD: torch.Tensor) -> torch.Tensor:
         return apply_rope(x_BSHD.transpose(0, 1), cos_SD, sin_SD).permute(1, 2, 0, 3)
 
-    q_BHSD, k_BHSD = turned(heads("q_proj", arch.heads)), turned(heads("k_proj", arch.kv_heads))
-    v_BHSD = heads("v_proj", arch.kv_heads).transpose(1, 2)
+    q_BHSD, k_BHSD = turned(heads("q", arch.heads)), turned(heads("k", arch.kv_heads))
+    v_BHSD = heads("v", arch.kv_heads).transpose(1, 2)
     shared = arch.heads // arch.kv_heads
     k_BHSD, v_BHSD = k_BHSD.repeat_interleave(shared, 1), v_BHSD.repeat_interleave(shared, 1)
     scores = q_BHSD @ k_BHSD.transpose(2, 3) * arch.head_dim**-0.5

@@ -14,6 +14,7 @@ from parallel.errors import CheckpointError
 from pipeline.hf.companions import check_companions
 from pipeline.hf.hashes import Hashes, read_hashes
 from pipeline.hf.weight_files import choose_weights
+from pipeline.storage.pickled import PickledFile
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
 
 UNGATHERED = (
@@ -28,6 +29,9 @@ MEAN_ROWS = 1 << 13
 class HfCheckpoint:
     """A folder of safetensors, single or sharded, opened lazily; see `storage.safetensors` for how.
 
+    Args:
+        pickled: the weights are files of torch.save (`storage.pickled`), which an import alone reads.
+
     Raises:
         CheckpointError: the index or a shard is missing, truncated or disagrees with the other, or two sets of weights
             lie there; the file is named.
@@ -36,19 +40,21 @@ class HfCheckpoint:
     warnings: tuple[str, ...] = ()
     """What lies beside the weights and is not read, one sentence each; for the user's eyes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pickled: bool = False) -> None:
         self.folder = Path(folder)
         self.facts: dict[str, TensorFact] = {}
         """Name -> shape and dtype."""
         self._file: dict[str, str] = {}
-        self._open: dict[str, SafetensorsFile] = {}
+        self._open: dict[str, SafetensorsFile | PickledFile] = {}
         self._digests: dict[str, str] | None = None
-        chosen = choose_weights(self.folder)
+        chosen = choose_weights(self.folder, pickled)
         self.files = tuple(sorted(chosen.tensors))
         """Names of the weight files."""
         self.warnings = chosen.warnings
         for file, indexed in sorted(chosen.tensors.items()):
-            facts = read_header(self.folder / file)
+            if pickled:
+                self._open[file] = PickledFile(self.folder / file)
+            facts = self._open[file].facts if pickled else read_header(self.folder / file)
             absent = sorted((indexed or set()) - facts.keys())
             if absent:
                 raise CheckpointError(
@@ -80,7 +86,7 @@ class HfCheckpoint:
             raise CheckpointError(f"{self.folder}: has no tensor {name}; the weights do not fit its config.json.")
         return self._file[name]
 
-    def _handle(self, name: str) -> SafetensorsFile:
+    def _handle(self, name: str) -> SafetensorsFile | PickledFile:
         file = self.file_of(name)
         if file not in self._open:
             self._open[file] = SafetensorsFile(self.folder / file)

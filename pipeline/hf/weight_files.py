@@ -10,6 +10,8 @@ from parallel.errors import CheckpointError
 from pipeline.storage.json_file import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""The same of torch.save, before safetensors."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,18 @@ def _weight_map(index: Path) -> dict[str, set[str]]:
     return wanted
 
 
-def choose_weights(folder: Path) -> WeightFiles:
+def only_pickled(folder: Path) -> bool:
+    """Whether a folder holds the model in files of torch.save alone."""
+    return not list(folder.glob("*.safetensors*")) and any(
+        (folder / name).is_file() for name in (PICKLED, PICKLED_INDEX)
+    )
+
+
+def choose_weights(folder: Path, pickled: bool = False) -> WeightFiles:
     """Which files hold the model.
+
+    Args:
+        pickled: files of torch.save are looked for, instead of safetensors.
 
     Raises:
         CheckpointError: the folder or a file is missing, or two sets of weights lie there, of which either could be the
@@ -45,6 +57,8 @@ def choose_weights(folder: Path) -> WeightFiles:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder; give a Hugging Face checkpoint folder.")
+    if pickled:
+        return _choose_pickled(folder)
     index, single = folder / INDEX, (folder / SINGLE).is_file()
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if index.is_file():
@@ -79,10 +93,23 @@ def choose_weights(folder: Path) -> WeightFiles:
         raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with python -m tools.import_hf.")
     if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
         raise CheckpointError(
-            f"{folder}: holds pickled weights only, which can run code when read and are never opened here; download "
-            "the safetensors release, or convert them with safetensors' convert tool."
+            f"{folder}: holds pickled weights only, which can run code when read; make safetensors of them with python "
+            "-m tools.import_hf, which reads plain tensors and nothing else, or download the safetensors release."
         )
     raise CheckpointError(f"{folder}: holds no *.safetensors file; give a Hugging Face checkpoint folder.")
+
+
+def _choose_pickled(folder: Path) -> WeightFiles:
+    index = folder / PICKLED_INDEX
+    if (folder / PICKLED).is_file():
+        return WeightFiles({PICKLED: None})
+    wanted = _weight_map(index)
+    missing = sorted(file for file in wanted if not (folder / file).is_file())
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]}: is missing ({len(missing)} of {len(wanted)} shards are); download it again."
+        )
+    return WeightFiles(wanted)
 
 
 def _own_format(file: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.enums import ModelType
@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from parallel.axes.zero3 import FrozenShards
+from parallel.errors import ConfigError
 from parallel.world.context_shard import ContextShard
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import AttentionContext, Past
@@ -164,7 +165,20 @@ class LlamaChunk(MegatronModule):
     def context(
         self, layout: SequenceLayout, spec: AttentionSpec, shard: ContextShard | None = None, past: Past | None = None
     ) -> AttentionContext:
-        """What the layers share for micro-batches of this layout; RoPE tables are made once a length, in fp32."""
+        """What the layers share for micro-batches of this layout; RoPE tables are made once a length, in fp32.
+
+        Raises:
+            ConfigError: full attention would see further than the model's sliding window.
+        """
+        window = self.arch.sliding_window
+        if window is not None and spec.kind == "full" and layout.sequence > window:
+            if shard is not None or not self.arch.all_slide:
+                # Of a run's settings it was told before (`run_plan.check_window`); a prompt may come from anywhere.
+                raise ConfigError(
+                    f"Full attention over {layout.sequence} tokens sees further than the model's sliding_window of "
+                    f"{window}; give shorter texts, or run the export in transformers."
+                )
+            spec = replace(spec, window=window)
         start, tokens = (0, layout.sequence) if shard is None else (shard.start, shard.tokens)
         key = (start, tokens, self.device)
         if key not in self._tables:

@@ -10,7 +10,6 @@ from megatron.core.transformer import TransformerConfig
 
 from parallel.world.grid import GridPlan
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.run_plan import refuse_biases
 
 
 def _pipeline_layout(stages: Sequence[range]) -> list[list[str]]:
@@ -34,11 +33,7 @@ def transformer_config(
     Args:
         stages: layers of every pipeline chunk (`grid.plan_stages`), used where the plan has several stages.
         sharded: modules are made on torch's default device, for engine zero3 to give them memory.
-
-    Raises:
-        ConfigError: the checkpoint has biases megatron's layers cannot place.
     """
-    refuse_biases(arch)
     pipeline: dict[str, Any] = {}
     if plan.pp > 1:
         interleaved = len(stages) > plan.pp
@@ -67,8 +62,10 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         # Despite its name: build the activation from the spec (SwiGlu), and give it the whole fused projection.
         use_te_activation_func=True,
+        # Of o_proj and the MLP each says for itself (`spec`).
         add_bias_linear=False,
         add_qkv_bias=arch.attention_bias,
+        qk_layernorm=arch.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,

@@ -68,6 +68,11 @@ class LayerFamily:
     """Whether the linears speak to a `FrozenWeight`, in whatever form."""
 
 
+HEAD_NORM = partial(RMSNorm, fused=False)
+"""Of queries and keys, in every family: the kernel of the gradient goes through rows as wide as the hidden state one by
+one, and those of heads are short and many."""
+
+
 def _megatrons_mlp(recompute: RecomputePolicy, fused: bool, **kwargs: Any) -> MLP:
     return MLP(**kwargs)
 
@@ -129,6 +134,17 @@ def _keeping(linear: Linear, form: str, fused: bool) -> Linear:
 
     def build(*args: Any, **kwargs: Any) -> torch.nn.Module:
         return keep(linear(*args, **kwargs), form, fused)
+
+    return build
+
+
+def _with_bias(wanted: bool, linear: Linear) -> Linear:
+    """The linear, with a bias that it adds itself: megatron has one switch for all projections but q, k and v."""
+    if not wanted:
+        return linear
+
+    def build(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        return linear(*args, **{**kwargs, "bias": True, "skip_bias_add": False})
 
     return build
 
@@ -231,7 +247,9 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                         partial(fuse_qkv, arch=arch),
                     ),
                     core_attention=CoreAttention,
-                    linear_proj=_row(family, recompute, lora, "o", adapted),
+                    q_layernorm=HEAD_NORM if arch.qk_norm else None,
+                    k_layernorm=HEAD_NORM if arch.qk_norm else None,
+                    linear_proj=_with_bias(arch.o_bias, _row(family, recompute, lora, "o", adapted)),
                 ),
             ),
             self_attn_bda=family.add,
@@ -241,11 +259,19 @@ def _layer(arch: LlamaArch, lora: LoraConfig, recompute: RecomputePolicy, family
                 recompute,
                 arch.ffn,
                 MLPSubmodules(
-                    linear_fc1=_column(
-                        family, recompute, lora, [t for t in adapted if t in ("gate", "up")], mlp_parts, fuse_gate_up
+                    linear_fc1=_with_bias(
+                        arch.mlp_bias,
+                        _column(
+                            family,
+                            recompute,
+                            lora,
+                            [t for t in adapted if t in ("gate", "up")],
+                            mlp_parts,
+                            fuse_gate_up,
+                        ),
                     ),
                     activation_func=partial(family.activation, recompute=recompute),
-                    linear_fc2=_row(family, recompute, lora, "down", adapted),
+                    linear_fc2=_with_bias(arch.mlp_bias, _row(family, recompute, lora, "down", adapted)),
                 ),
             ),
             mlp_bda=family.last_add,

@@ -56,13 +56,16 @@ def layer_memory(
     query, key_value = arch.heads * arch.head_dim // tp, arch.kv_heads * arch.head_dim // tp
     hidden, ffn = arch.hidden // tp, arch.ffn // tp
     targets = config.lora.targets if rank and "lora" in config.train.trainable else ()
-    adapted = any(target in ("gate", "up", "down") for target in targets)
+    # An MLP with biases goes the way of one with adapters: not through tiles.
+    adapted = arch.mlp_bias or any(target in ("gate", "up", "down") for target in targets)
     # What enters and leaves attention's kernels, and fp32 log-sum-exps.
     attended = 2 * query + 2 * key_value + 4 * arch.heads // tp // width
     low = {target: rank * (tp if target in COLUMN else 1) for target in targets}
     inner = sum(low.get(target, 0) for target in ("gate", "up", "down")) // tp
+    # What norms of queries and keys keep: their inputs.
+    heads = query + key_value if arch.qk_norm else 0
     # The input of both norms, and of the adapters what the frozen products do not keep.
-    base = 2 * hidden + attended + sum(low.values()) // tp
+    base = 2 * hidden + attended + heads + sum(low.values()) // tp
     product = ffn * ("down" in targets)
     again = (
         query * ("o" in targets)
@@ -87,7 +90,7 @@ def layer_memory(
     of_tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp))
     tile = of_tile * (6 * ffn + 4 * arch.hidden)
     # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.
-    mlp = tokens * (3 * hidden + 3 * query + 2 * key_value) + tile
+    mlp = tokens * (3 * hidden + 3 * query + 2 * key_value + heads) + tile
     # The gradient of the product; that of gate and up lies over them. Sequence parallelism sums whole rows.
     wide = tokens * (ffn + 3 * hidden + arch.hidden * (tp > 1))
     if adapted:

@@ -13,14 +13,23 @@ from typing import Any
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.storage.json_file import read_object
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+CONVERTED = {"Phi3ForCausalLM"}
+"""What an import makes one of those (`hf.fused`)."""
 ROPE_SCALINGS = ("default", "linear", "yarn", "llama3")
 DEFAULT_THETA = 10000.0
-KV_HEADS = {"mistral": 8, "qwen2": 32}
-POSITIONS = {"mistral": 131072, "qwen2": 32768}
-"""transformers' defaults where config.json has none; elsewhere as many KV heads as query heads, and 2048 positions."""
-MISTRAL_WINDOW = 4096
-"""transformers' default where a Mistral config.json has no `sliding_window`."""
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+POSITIONS = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+HEAD_DIM = {"qwen3": 128}
+"""transformers' defaults where config.json has none; elsewhere as many KV heads as query heads, 2048 positions, and
+heads that share the hidden width."""
+SLIDING_WINDOW, WINDOW_LAYERS = 4096, 28
+"""transformers' defaults of `sliding_window` and `max_window_layers`, where a config.json has none."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class LlamaArch:
     """Sizes and constants of a Llama-class model."""
 
     model_type: str
-    """transformers' name: llama | mistral | qwen2."""
+    """transformers' name: llama | mistral | qwen2 | qwen3."""
     hidden: int
     """Width of the residual stream."""
     ffn: int
@@ -61,7 +70,12 @@ class LlamaArch:
     eos_id: int | None
     """The first one where config.json lists several."""
     sliding_window: int | None = None
-    """Mistral's window, tokens, never below max_positions (that is refused); None: none."""
+    """Tokens that some layer's queries see, their own among them; None: all before them."""
+    all_slide: bool = True
+    """Every layer has the window, where there is one. Otherwise attention never sees further than it
+    (`run_plan.check_window`), so that it need not know which layers do."""
+    qk_norm: bool = False
+    """Queries and keys of every head go through RMSNorms of `head_dim` weights before RoPE (Qwen3)."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -122,10 +136,15 @@ def _model_type(read: _Reader) -> str:
     model_type = read.config.get("model_type")
     if name is None and model_type in ARCHITECTURES.values():
         return str(model_type)
+    if name in CONVERTED:
+        raise read.fail(
+            f"architecture {name!r} keeps projections fused; make the same model of class Llama or Mistral with python "
+            "-m tools.import_hf, and use that"
+        )
     if name not in ARCHITECTURES:
         raise read.fail(
             f"architecture {name or model_type!r} is not supported; use one of {', '.join(ARCHITECTURES)} (Llama-2, "
-            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral and Qwen2 without sliding window)"
+            "Llama-3.x, TinyLlama, SmolLM2, CodeLlama, Mistral, Qwen2, dense Qwen3, and imports of Phi-3)"
         )
     return ARCHITECTURES[name]
 
@@ -182,26 +201,35 @@ def _scaling(read: _Reader, max_positions: int) -> tuple[float, dict[str, Any] |
     return theta, scaling
 
 
-def _window(read: _Reader, model_type: str, max_positions: int) -> int | None:
-    # Qwen2 declares a window that it does not use unless told to; transformers 5 then lists the layers that do.
+def _window(read: _Reader, model_type: str, layers: int) -> tuple[int | None, bool]:
+    """Tokens of the sliding window that some layer attends within (None: none does), and whether all do."""
+    every = True
     kinds = read.config.get("layer_types") or []
-    if model_type == "qwen2" and (read.flag("use_sliding_window") or "sliding_attention" in kinds):
-        raise read.fail(
-            "sliding-window attention is not supported; set use_sliding_window to false if you can do without"
-        )
-    if model_type != "mistral":
-        return None
-    window = read.config.get("sliding_window", MISTRAL_WINDOW)
+    if model_type in ("qwen2", "qwen3"):
+        # They declare a window that they do not use unless told to, and then in their last layers only; transformers 5
+        # then lists the layers.
+        first = read.config.get("max_window_layers", WINDOW_LAYERS)
+        slides = "sliding_attention" in kinds or (not kinds and isinstance(first, int) and first < layers)
+        every = {*kinds} == {"sliding_attention"} if kinds else first == 0
+        if not read.flag("use_sliding_window") or not slides:
+            return None, True
+    elif model_type != "mistral":
+        return None, True
+    window = read.config.get("sliding_window", SLIDING_WINDOW)
     if window is None:
-        return None
+        return None, True
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise read.fail(f"sliding_window must be null or a positive integer, got {window!r}")
-    if window < max_positions:
-        raise read.fail(
-            f"sliding_window {window} is shorter than the context {max_positions}, and sliding-window attention is not "
-            "supported; use a Mistral release without it (v0.2 or later)"
-        )
-    return window
+    return window, every
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`folder`/config.json, not looked at.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    return _read_json(Path(folder) / "config.json")
 
 
 def read_arch(folder: Path) -> LlamaArch:
@@ -247,17 +275,19 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
     kv_heads = read.positive("num_key_value_heads", KV_HEADS.get(model_type, heads))
     if heads % kv_heads:
         raise read.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if read.config.get("head_dim") is None and hidden % heads:
+    own_width = HEAD_DIM.get(model_type)
+    if read.config.get("head_dim") is None and own_width is None and hidden % heads:
         raise read.fail(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
         )
-    head_dim = read.positive("head_dim", hidden // heads)
+    head_dim = read.positive("head_dim", own_width or hidden // heads)
     if head_dim % 2:
         raise read.fail(f"head_dim {head_dim} is odd, but RoPE rotates pairs; check that this is the model's own file")
     max_positions = read.positive("max_position_embeddings", POSITIONS.get(model_type, 2048))
     theta, scaling = _scaling(read, max_positions)
-    # transformers' Llama has one switch for q, k, v and o; its Mistral has none, its Qwen2 always q's, k's and v's.
-    bias = model_type == "llama" and read.flag("attention_bias")
+    # transformers' Llama and Qwen3 have one switch for q, k, v and o, Mistral has none, Qwen2 always those of q, k, v.
+    bias = model_type in ("llama", "qwen3") and read.flag("attention_bias")
+    window, every = _window(read, model_type, read.positive("num_hidden_layers"))
     return LlamaArch(
         model_type=model_type,
         hidden=hidden,
@@ -277,5 +307,7 @@ def parse_arch(values: Mapping[str, Any], path: Path) -> LlamaArch:
         mlp_bias=model_type == "llama" and read.flag("mlp_bias"),
         bos_id=read.token("bos_token_id"),
         eos_id=read.token("eos_token_id"),
-        sliding_window=_window(read, model_type, max_positions),
+        sliding_window=window,
+        all_slide=every,
+        qk_norm=model_type == "qwen3",
     )

@@ -37,6 +37,8 @@ class AttentionSpec:
     """auto | cudnn | flash | flash_attn | math."""
     kernels: bool = True
     """Merge attention over a halo and over own keys in one kernel, where there is one (train.without: kernels)."""
+    window: int | None = None
+    """Of `full`: keys that a query sees, its own among them (a sliding window); None: all before it."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

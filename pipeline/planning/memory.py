@@ -17,7 +17,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
-from pipeline.planning.tensors import PROJECTIONS, has_bias, projection_shape
+from pipeline.planning.tensors import PROJECTIONS, has_bias, norm_elements, projection_shape
 
 GIB = 2**30
 GRADIENT = 4
@@ -50,7 +50,7 @@ def count_parameters(config: RunConfig, arch: LlamaArch) -> ParameterCounts:
     """Count what is frozen and what trains."""
     shapes = {name: projection_shape(name, arch) for name in PROJECTIONS}
     layer = sum(rows * (columns + has_bias(name, arch)) for name, (rows, columns) in shapes.items())
-    embedding, norms = arch.vocab * arch.hidden, (2 * arch.layers + 1) * arch.hidden
+    embedding, norms = arch.vocab * arch.hidden, norm_elements(arch)
     kinds = config.train.trainable
     trained = 0
     if "lora" in kinds:

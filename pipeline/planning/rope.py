@@ -142,14 +142,6 @@ def own_plan(arch: LlamaArch, context: int, told: int | None = None) -> RopePlan
     )
 
 
-def _check_window(arch: LlamaArch, context: int) -> None:
-    if arch.sliding_window is not None and context > arch.sliding_window:
-        raise ConfigError(
-            f"model.context: {context} exceeds the checkpoint's sliding_window {arch.sliding_window}, and "
-            "sliding-window attention is not supported; use a Mistral release without it (v0.2 or later)."
-        )
-
-
 def _auto(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan:
     served = served_context(arch, settings.original_context)
     if context <= served:
@@ -209,7 +201,6 @@ def plan_rope(arch: LlamaArch, settings: RopeSettings, context: int) -> RopePlan
     Raises:
         ConfigError: the settings contradict each other or the checkpoint.
     """
-    _check_window(arch, context)
     if settings.type == "auto":
         return _auto(arch, settings, context)
     return _forced(settings.type, arch, settings, context)

@@ -48,12 +48,49 @@ def check_growth(stored: int, wanted: int, where: str) -> None:
         )
 
 
-def refuse_biases(arch: LlamaArch) -> None:
-    """Raise ConfigError for a checkpoint with biases that megatron's layers cannot place."""
-    if arch.o_bias or arch.mlp_bias:
+def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> None:
+    """Refuse attention that sees further than a checkpoint with a sliding window does wherever it is served.
+
+    S² within a window trains it as it is: no query of a group is a window away from a key of it. Full attention keeps
+    to the window where all layers have it and whole sequences are at work.
+
+    Args:
+        prefill: tokens at work at once in evaluations; None: whole windows.
+
+    Raises:
+        ConfigError: training or evaluation would see further.
+    """
+    window, attention, sequence = arch.sliding_window, config.attention, config.sequence
+    if window is None:
+        return
+    if attention.kind == "s2" and min(sequence, config.group) > window:
         raise ConfigError(
-            "model.path: this checkpoint has biases on o_proj or the MLP, which is not supported; "
-            "use a Llama-class checkpoint without them."
+            f"attention.group_size: groups of {config.group} tokens see further than the checkpoint's sliding_window "
+            f"of {window}, in which it is served; set at most {window // 2 * 2}, or use a checkpoint without a window."
+        )
+    obstacle = ""
+    if not arch.all_slide:
+        obstacle = "which only some of its layers have"
+    elif config.parallel.cp > 1:
+        obstacle = "which is not computed with parallel.cp above 1"
+    needs = f"tokens needs the checkpoint's sliding_window of {window}"
+    if obstacle and sequence > window and attention.kind == "full":
+        raise ConfigError(
+            f"attention.kind: full attention over {sequence} {needs}, {obstacle}; use kind: s2 with a group_size of at "
+            f"most {window // 2 * 2}, or a checkpoint without a window."
+        )
+    if obstacle and sequence > window and attention.full_last_steps:
+        raise ConfigError(
+            f"attention.full_last_steps: full attention over {sequence} {needs}, {obstacle}; set it to 0, or use a "
+            "checkpoint without a window."
+        )
+    asked = max(*(config.eval.lengths or (config.model.context,)), *config.eval.retrieval_lengths, 0)
+    if not obstacle and prefill is not None and asked > prefill:
+        obstacle = "which is not computed in chunks (eval.prefill, train.stream)"
+    if obstacle and config.eval.path is not None and asked > window:
+        raise ConfigError(
+            f"eval.lengths: evaluation in full attention over {asked} {needs}, {obstacle}; give lengths of at most "
+            f"{window}, or set eval.path to null."
         )
 
 
@@ -70,7 +107,6 @@ def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, Rop
     if settings.vocab is not None:
         check_growth(stored.vocab, settings.vocab, "model.vocab")
         arch = replace(stored, vocab=settings.vocab)
-    refuse_biases(arch)
     rope, served = settings.rope, served_context(arch, settings.rope.original_context)
     own_linear = arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "linear"
     # Not in plan_rope: checkpoints of earlier releases, which took it, must still export.
@@ -167,6 +203,7 @@ class RunPlan:
         # Of both on auto the chunk is chosen first: one as large as fits if nothing is computed again.
         asked = "none" if config.train.recompute == "auto" else config.train.recompute
         stream = plan_stream(config, arch, grid, plan_recompute(asked, arch.layers, config.train.gate_up), gpu)
+        check_window(config, arch, config.eval.prefill or stream)
         return cls(
             config=config,
             arch=arch,

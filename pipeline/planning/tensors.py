@@ -18,7 +18,14 @@ GLOBAL = {
     "model.norm.weight": "decoder.final_layernorm.weight",
     "lm_head.weight": "output_layer.weight",
 }
-NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"}
+NORMS = {
+    "input_layernorm": "input_layernorm",
+    "self_attn.q_norm": "self_attention.q_layernorm",
+    "self_attn.k_norm": "self_attention.k_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+}
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""Those of single heads, which some families have (`LlamaArch.qk_norm`)."""
 PROJECTIONS = {
     "q": ("self_attn.q_proj", "self_attention.linear_qkv"),
     "k": ("self_attn.k_proj", "self_attention.linear_qkv"),
@@ -123,6 +130,12 @@ def projection_shape(part: str, arch: LlamaArch) -> tuple[int, int]:
     }[part]
 
 
+def norm_elements(arch: LlamaArch) -> int:
+    """Weights of all norms of a whole model."""
+    of_heads = len(HEAD_NORMS) * arch.head_dim if arch.qk_norm else 0
+    return (2 * arch.layers + 1) * arch.hidden + arch.layers * of_heads
+
+
 def has_bias(part: str, arch: LlamaArch) -> bool:
     """Whether a projection of this architecture has a bias, one value a row."""
     if part in ("q", "k", "v"):
@@ -137,6 +150,8 @@ def hf_tensor_shapes(arch: LlamaArch) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes[f"{prefix}input_layernorm.weight"] = (arch.hidden,)
         for part, (module, _) in PROJECTIONS.items():
+            if part == "o" and arch.qk_norm:
+                shapes |= {f"{prefix}{norm}.weight": (arch.head_dim,) for norm in HEAD_NORMS}
             if part == "gate":
                 shapes[f"{prefix}post_attention_layernorm.weight"] = (arch.hidden,)
             rows, columns = projection_shape(part, arch)

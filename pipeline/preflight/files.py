@@ -72,7 +72,7 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
 
 
 def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, tuple[LlamaArch, RopePlan]]:
-    """Vocabulary, biases and RoPE against the checkpoint's sizes; also gives the model that trains.
+    """Vocabulary and RoPE against the checkpoint's sizes; also gives the model that trains.
 
     Args:
         stored: what the checkpoint's config.json says; the model is as it says where the settings do not fit it, so

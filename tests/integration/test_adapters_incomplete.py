@@ -120,7 +120,7 @@ def test_files_of_two_adapters_are_not_mixed(tmp_path: Path) -> None:
     edit(adapter / "adapter_config.json", target_modules=["q_proj", "v_proj"])
     assert "adapts model.layers.0.self_attn.k_proj, which target_modules" in lost(adapter, base, CONTEXT)
     edit(adapter / "adapter_config.json", target_modules=["q_proj", "lm_head"])
-    assert "adapts lm_head, which is not supported" in lost(adapter, base, CONTEXT)
+    assert "lacks lm_head.lora_A.weight" in lost(adapter, base, CONTEXT)
     edit(adapter / "adapter_config.json", target_modules="(")
     assert "is no pattern" in lost(adapter, base, CONTEXT)
 

@@ -21,6 +21,8 @@ from tests.support.tiny_models import make_tiny
 from tools.import_hf import main
 
 NAMES = {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -59,7 +61,10 @@ def write_gguf(
         more: adds what it likes.
     """
     arch = read_arch(base)
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, "qwen3" if arch.qk_norm else "llama")
+    if arch.qk_norm:
+        writer.add_key_length(arch.head_dim)
+        writer.add_value_length(arch.head_dim)
     writer.add_context_length(arch.max_positions)
     writer.add_embedding_length(arch.hidden)
     writer.add_block_count(arch.layers)
@@ -85,7 +90,7 @@ def write_gguf(
         if name == without:
             continue
         values = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if not arch.qk_norm and ("q_proj" in name or "k_proj" in name):
             values = interleaved(values, arch.heads if "q_proj" in name else arch.kv_heads)
         if values.ndim == 1:
             writer.add_tensor(gguf_name(name), values)
@@ -103,15 +108,19 @@ def write_gguf(
     return kept
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_gguf_file_gives_back_its_model(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make_tiny(tmp_path / "base", "llama3", tie_word_embeddings=tied, rope_scaling=None)
+@pytest.mark.parametrize(("kind", "tied"), [("llama3", False), ("llama3", True), ("qwen3", True)])
+def test_a_gguf_file_gives_back_its_model(
+    kind: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of Qwen3 transformers reads no width of heads: it is 128 in every release.
+    width = {"head_dim": 128} if kind == "qwen3" else {}
+    base = make_tiny(tmp_path / "base", kind, tie_word_embeddings=tied, rope_scaling=None, rms_norm_eps=1e-5, **width)
     expected = write_gguf(base, tmp_path / "tiny.gguf")
     assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
     arch, own = read_arch(tmp_path / "out"), read_arch(base)
     for size in ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab", "max_positions", "tied"):
         assert getattr(arch, size) == getattr(own, size), size
-    assert (arch.rope_theta, arch.rope_scaling, arch.norm_eps) == (500000.0, None, pytest.approx(1e-5))
+    assert (arch.rope_theta, arch.rope_scaling, arch.norm_eps) == (own.rope_theta, None, pytest.approx(1e-5))
     found = HfCheckpoint(tmp_path / "out")
     found.check(names.hf_tensor_shapes(arch), names.is_derived)
     for name, tensor in expected.items():

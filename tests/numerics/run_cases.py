@@ -35,6 +35,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"kind": "mistral"},
     # Whole blocks of 64 columns.
     "blocks": {"kind": "llama2", "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 131},
+    # Norms of heads, whose width is not the hidden one's share.
+    "qwen3": {"kind": "qwen3"},
+    # A window that S2's groups fill, and full attention keeps to.
+    "windowed": {"kind": "mistral", "sliding_window": 16},
+    # Biases on every projection, of which none trains.
+    "biased": {"kind": "llama3", "attention_bias": True, "mlp_bias": True, "rope_scaling": None},
 }
 LAYERS = 2
 

@@ -81,6 +81,7 @@ class Oracle:
             "factor": float(rope["factor"]),
             "rope_theta": json.loads((self.base / "config.json").read_text())["rope_theta"],
         }
+        self.window = getattr(config, "sliding_window", None)  # of Mistral's and of Qwen's that use it
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.model = AutoModelForCausalLM.from_pretrained(
             self.base, config=config, dtype=dtype, attn_implementation="sdpa"
@@ -131,6 +132,8 @@ class Oracle:
         """[H, S, S]: which head's query sees which key."""
         at = np.arange(documents_S.size)
         seen = (at[:, None] >= at[None]) & (documents_S[:, None] == documents_S[None])
+        if self.window is not None:
+            seen &= at[:, None] - at[None] < self.window
         if full:
             return np.broadcast_to(seen, (self.heads, *seen.shape))
         attention = self.yaml["attention"]

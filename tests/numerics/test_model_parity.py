@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import sliding_window_causal_mask_function
 
+from parallel.errors import ConfigError
 from parallel.world.grid import plan_grid
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import LoraConfig
@@ -110,3 +112,46 @@ def test_token_nll_is_the_logits_nll(tmp_path: Path) -> None:
     logits = stage.logits(tokens, SequenceLayout.dense(2, 33), FULL)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     assert torch.allclose(model.token_nll(tokens, FULL), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("mistral", {}), ("qwen3", {"use_sliding_window": True, "max_window_layers": 0})]
+)
+def test_a_sliding_window_is_transformers(kind: str, key: dict, tmp_path: Path) -> None:
+    make_tiny(tmp_path, kind, sliding_window=16, **key)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stage = stage_of(tmp_path)
+    tokens = torch.randint(0, stage.arch.vocab, (2, 53), generator=torch.Generator().manual_seed(4))
+    for length in (16, 17, 53):
+        with torch.no_grad():
+            expected = theirs(tokens[:, :length]).logits
+        found = stage.logits(tokens[:, :length], SequenceLayout.dense(2, length), FULL)
+        assert (found - expected).abs().max() <= 1e-4, length
+    config = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": None, "use_sliding_window": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    full = stage_of(tmp_path).logits(tokens, SequenceLayout.dense(2, 53), FULL)
+    assert (full - expected)[:, :16].abs().max() <= 1e-4 < 1e-2 < (full - expected)[:, 16:].abs().max()
+
+
+def test_a_window_of_some_layers_is_not_left(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "qwen3", sliding_window=16, max_window_layers=1, use_sliding_window=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stage = stage_of(tmp_path)
+    tokens = torch.randint(0, stage.arch.vocab, (1, 17), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        short = theirs(tokens[:, :16]).logits
+    assert (stage.logits(tokens[:, :16], SequenceLayout.dense(1, 16), FULL) - short).abs().max() <= 1e-4
+    with pytest.raises(ConfigError, match="over 17 tokens sees further than the model's sliding_window of 16"):
+        stage.logits(tokens, SequenceLayout.dense(1, 17), FULL)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("window", [16, 15])
+def test_groups_of_a_windows_length_lie_inside_it(window: int, shifted: bool) -> None:
+    """Of S2 with groups of 16 a window of transformers' takes nothing away; one token less takes some."""
+    at = torch.arange(64)
+    group = (at + 8 * shifted) // 16
+    sparse = (at[:, None] >= at) & (group[:, None] == group)
+    rule = sliding_window_causal_mask_function(window)
+    inside = torch.tensor([[bool(rule(0, 0, query, key)) for key in at] for query in at])
+    assert torch.equal(sparse & inside, sparse) is (window == 16)

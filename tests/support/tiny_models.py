@@ -85,6 +85,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "sliding_window": 64,
         "max_window_layers": 2,
     },
+    # Norms of heads, whose width is not the hidden one's share.
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 2,
+    },
+    "biased": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "codellama": {"rope_theta": 1000000.0, "hidden_size": 48, "vocab_size": 144},
 }
 """What each kind changes of the common config; head widths stay even and small."""

@@ -84,11 +84,11 @@ def test_a_backend_this_device_lacks_is_refused_before_anything_long(
         build_run(config, RankEnv())
 
 
-def test_biases_that_cannot_be_placed_are_refused_before_tokenizing(tmp_path: Path) -> None:
+def test_families_that_are_not_trained_are_refused_before_tokenizing(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path, "run"), [])
-    described = json.loads((tmp_path / "base" / "config.json").read_text()) | {"mlp_bias": True}
+    described = json.loads((tmp_path / "base" / "config.json").read_text()) | {"architectures": ["Gemma3ForCausalLM"]}
     (tmp_path / "base" / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match=r"^model\.path: this checkpoint has biases on o_proj or the MLP"):
+    with pytest.raises(ConfigError, match=r"^model\.path: .*'Gemma3ForCausalLM' is not supported; use one"):
         plan_run(config, 1)
 
 

@@ -137,12 +137,17 @@ class LongAttention(SelfAttention):
         if self.fused_qkv:
             fused, _ = self.linear_qkv(hidden_states)
             groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
-            parts = split_and_rotate(fused, groups, heads, context.cos, context.sin)
+            # RoPE comes after the norms of heads, which the kernel does not know.
+            normed = self.q_layernorm is not None
+            parts = None if normed else split_and_rotate(fused, groups, heads, context.cos, context.sin)
             if parts is not None:
                 return parts
             fused = fused.unflatten(-1, (groups, heads // groups + 2, -1))
             query, key, value = fused.split((heads // groups, 1, 1), dim=3)
             query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+            if normed:
+                # A norm keeps its input: of a view, that would be the whole fused projection.
+                query, key = self.q_layernorm(query.contiguous()), self.k_layernorm(key.contiguous())
         else:
             query, key, value = self.get_query_key_value_tensors(hidden_states)
         query = apply_rope(query, context.cos, context.sin, self.fused_rope)

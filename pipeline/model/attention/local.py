@@ -117,7 +117,7 @@ def attend(
     if spec.kind == "s2" and spec.legacy_wrap:
         return _attend_rolled(q_SBHD, k_SBHD, v_SBHD, layout, spec.group, blocks, backend, scale)
     group = spec.group if spec.kind == "s2" else None
-    packed = backend.varlen is not None
+    packed = backend.varlen is not None and spec.window is None
     calls = [(block, span) for block in blocks for span in layout.spans(group, block.shifted, packed)]
     if not calls:  # nothing but padding
         return q_SBHD.new_zeros(q_SBHD.shape)
@@ -130,6 +130,8 @@ def attend(
     values = TakeWindows.apply(v_SBHD, kv_windows, covers and not reuses_kv)
     parts = [
         attend_block(q, k, v, span, span, backend, scale)
+        if spec.window is None
+        else attend_window(q, k, v, spec.window, backend, scale)
         for q, k, v, (_, span) in zip(queries, keys, values, calls, strict=True)
     ]
     out: torch.Tensor = _Place.apply(q_SBHD.shape, q_windows, covers, *parts)
@@ -184,11 +186,39 @@ def attend_block(
     queries, keys = q_BSHD.shape[1], k_BSHD.shape[1]
     if queries == keys:
         return backend.dense(q_BSHD, k_BSHD, v_BSHD, scale)
+    # SDPA's is_causal is aligned top-left for unequal lengths, so the mask is given.
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BSHD.device).tril(keys - queries)
+    return _masked(q_BSHD, k_BSHD, v_BSHD, mask, scale)
+
+
+def attend_window(
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, window: int, backend: Backend, scale: float
+) -> torch.Tensor:
+    """Causal attention in B equal segments in which a query sees `window` keys, its own among them.
+
+    q [B, S, Hq, D], k and v [B, S, Hkv, D] -> [B, S, Hq, D]. A window's queries at a time, and the keys that any of
+    them sees: two windows of keys at most.
+    """
+    tokens = q_BSHD.shape[1]
+    if tokens <= window:
+        return backend.dense(q_BSHD, k_BSHD, v_BSHD, scale)
+    at = torch.arange(tokens, device=q_BSHD.device)
+    parts = []
+    for start in range(0, tokens, window):
+        stop, first = min(start + window, tokens), max(0, start - window + 1)
+        before = at[start:stop, None] - at[first:stop]
+        mask = (before >= 0) & (before < window)
+        parts.append(_masked(q_BSHD[:, start:stop], k_BSHD[:, first:stop], v_BSHD[:, first:stop], mask, scale))
+    return torch.cat(parts, dim=1)
+
+
+def _masked(
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention where `mask` [Sq, Sk] says; [B, Sq, Hq, D]."""
     if q_BSHD.is_cuda:
         # The memory-efficient kernel, here for fp32, has no GQA: asked for it, torch would hold all scores instead.
         k_BSHD, v_BSHD = expand_groups(q_BSHD, k_BSHD, v_BSHD)
-    # SDPA's is_causal is aligned top-left for unequal lengths, so the mask is given.
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BSHD.device).tril(keys - queries)
     out_BHSD = F.scaled_dot_product_attention(
         q_BSHD.transpose(1, 2),
         k_BSHD.transpose(1, 2),

@@ -168,11 +168,14 @@ class TiledRowParallelLinear(RowParallelLinear):
         weight = self.tileable()
         if weight is None:
             return super().forward(input_)
-        return _Row.apply(input_, weight, self.tp_group, False), None
+        out = _Row.apply(input_, weight, self.tp_group, False)
+        # Frozen as the weight is, and whole on every rank: added to the rank's own tokens once they are summed.
+        return out if self.bias is None else out.add_(self.bias), None
 
     def tileable(self) -> FrozenWeight | None:
-        """The weight if it is frozen and nothing but its product is wanted."""
-        return frozen_weight(self) if self.bias is None and self.input_is_parallel else None
+        """The weight if it is frozen and nothing is wanted but its product and a bias added at once."""
+        later = self.bias is not None and self.skip_bias_add
+        return frozen_weight(self) if self.input_is_parallel and not later else None
 
 
 class LastRowParallelLinear(TiledRowParallelLinear):

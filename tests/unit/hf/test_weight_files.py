@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from parallel.errors import CheckpointError, ConfigError, DataError, LongspanError
 from pipeline.data.discovery import find_texts
-from pipeline.export.adapter_read import read_pickled
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import check_companions, tokenizer_size
 from pipeline.hf.weight_files import INDEX, SINGLE, choose_weights
@@ -24,6 +23,7 @@ from pipeline.planning.arch import read_arch
 from pipeline.preflight.files import check_model
 from pipeline.storage.json_file import read_object
 from pipeline.storage.lfs import is_pointer
+from pipeline.storage.pickled import read_pickled
 from tests.support.tiny_models import make_tiny
 from tools.import_hf import import_model
 from tools.preflight import weights_bytes

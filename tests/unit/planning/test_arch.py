@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from parallel.errors import ConfigError
 from pipeline.planning.arch import read_arch
 from tests.support.tiny_models import KINDS, tiny_config
+
+QWEN = ("qwen2", "qwen3")
 
 
 def write(folder: Path, kind: str = "llama2", **over: Any) -> Path:
@@ -29,7 +32,8 @@ def test_every_kind_is_read(tmp_path: Path, kind: str) -> None:
     assert arch.head_dim == config.get("head_dim", arch.hidden // arch.heads)
     assert (arch.tied, arch.rope_theta) == (config["tie_word_embeddings"], config["rope_theta"])
     assert (arch.vocab, arch.bos_id, arch.eos_id) == (config["vocab_size"], 1, 2)
-    assert arch.attention_bias is (kind == "qwen2") and not (arch.o_bias or arch.mlp_bias)
+    assert arch.attention_bias is (kind in ("qwen2", "biased")) and arch.qk_norm is (kind == "qwen3")
+    assert arch.o_bias is arch.mlp_bias is (kind == "biased")
 
 
 def test_both_dialects_agree(tmp_path: Path) -> None:
@@ -88,10 +92,14 @@ def test_lists_biases_and_missing_keys(tmp_path: Path) -> None:
         ("llama2", {"intermediate_size": True}, "intermediate_size must be a positive integer"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama2", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
-        ("qwen2", {"use_sliding_window": True}, "sliding-window attention is not supported"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
-        ("mistral", {"sliding_window": 32}, "sliding_window 32 is shorter than the context 64"),
-        ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window 4096"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be null or a positive integer, got 0"),
+        (
+            "llama2",
+            {"architectures": ["MixtralForCausalLM"]},
+            "'MixtralForCausalLM' is not supported; use one of Llama",
+        ),
+        ("llama2", {"architectures": ["Qwen3MoeForCausalLM"]}, "'Qwen3MoeForCausalLM' is not supported"),
+        ("llama2", {"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForConditionalGeneration' is not"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
     ],
 )
@@ -116,8 +124,24 @@ def test_missing_damaged_and_adapter_folders(tmp_path: Path) -> None:
         read_arch(tmp_path)
 
 
-def test_wide_window_is_kept(tmp_path: Path) -> None:
-    assert read_arch(write(tmp_path, "mistral", sliding_window=64)).sliding_window == 64
+@pytest.mark.parametrize(
+    ("kind", "over"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": ...}),
+        *((kind, {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}) for kind in QWEN),
+        *((kind, {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}) for kind in QWEN),
+        *((kind, {"use_sliding_window": False, "sliding_window": 48, "max_window_layers": 0}) for kind in QWEN),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
+    ],
+)
+def test_the_window_is_transformers(tmp_path: Path, kind: str, over: dict[str, Any]) -> None:
+    """None where no layer of transformers' model slides."""
+    found = read_arch(write(tmp_path, kind, **over)).sliding_window
+    config = AutoConfig.from_pretrained(tmp_path)
+    slides = kind == "mistral" or "sliding_attention" in config.layer_types
+    assert found == (config.sliding_window if slides else None)
 
 
 def test_reading_needs_no_torch() -> None:

@@ -71,10 +71,21 @@ def _run(
     return gradients, sum(sizes.values()), again
 
 
-@pytest.mark.parametrize("targets", [("q", "k", "v", "o"), ("q", "o", "up", "down"), ("down",)], ids="-".join)
-def test_layers_follow_their_own_policies_and_gradients_stay(tmp_path: Path, targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("llama2", ("q", "k", "v", "o")),
+        ("llama2", ("q", "o", "up", "down")),
+        ("llama2", ("down",)),
+        ("qwen3", ("q", "o", "up", "down")),
+        ("biased", ("q", "k", "v", "o")),
+    ],
+)
+def test_layers_follow_their_own_policies_and_gradients_stay(
+    tmp_path: Path, kind: str, targets: tuple[str, ...]
+) -> None:
     """Every mix recomputes the layers it says, gives the gradients of `full`, and keeps what the formula counts."""
-    arch = read_arch(make_tiny(tmp_path, "llama2", num_hidden_layers=3))
+    arch = read_arch(make_tiny(tmp_path, kind, num_hidden_layers=3))
     config = load_config(
         CONFIG,
         [

@@ -191,12 +191,6 @@ def test_contradictions(
     assert words in str(caught.value)
 
 
-def test_sliding_window_bounds_the_context(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config("mistral", sliding_window=64)))
-    with pytest.raises(ConfigError, match="exceeds the checkpoint's sliding_window 64"):
-        plan_rope(read_arch(tmp_path), RopeSettings(), 128)
-
-
 @pytest.mark.parametrize("base", SCALINGS)
 @pytest.mark.parametrize(
     "settings",

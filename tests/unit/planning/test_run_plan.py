@@ -113,3 +113,48 @@ def test_making_a_plan_imports_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+EVALUATED = ["attention.full_last_steps=0", "eval.path=text"]
+
+
+@pytest.mark.parametrize(
+    ("window", "settings", "words"),
+    [
+        (
+            "some",
+            ["attention={kind: full}"],
+            "attention.kind: full attention over 64 tokens needs .* some of its layers",
+        ),
+        (
+            "all",
+            ["attention={kind: full}", "parallel.cp=2"],
+            "attention.kind: .* not computed with parallel.cp above 1",
+        ),
+        ("all", ["attention={kind: full}"], None),
+        ("all", ["attention.group_size=18"], "attention.group_size: groups of 18 tokens see further"),
+        ("all", ["attention.group_size=16"], None),
+        ("some", [], "attention.full_last_steps: full attention over 64 tokens"),
+        ("some", [*EVALUATED, "eval.lengths=[8, 17]"], "eval.lengths: .* over 17 tokens"),
+        ("some", EVALUATED, "eval.lengths: .* over 128 tokens"),
+        ("some", [*EVALUATED, "eval.lengths=[16]"], None),
+        ("all", [*EVALUATED, "eval.prefill=64"], "eval.lengths: .* not computed in chunks"),
+        ("all", EVALUATED, None),
+        ("some", ["attention={kind: full}", "data.sequence=16"], None),
+    ],
+)
+def test_attention_stays_inside_a_sliding_window(
+    tmp_path: Path, window: str, settings: list[str], words: str | None
+) -> None:
+    config = make(tmp_path, "parallel.pp=1", *settings)
+    slides = {"max_position_embeddings": 64, "sliding_window": 16}
+    if window == "some":
+        slides |= {"use_sliding_window": True, "max_window_layers": 1}
+    stored = read_arch(make_tiny(tmp_path / "window", "mistral" if window == "all" else "qwen2", **slides))
+    assert stored.all_slide is (window == "all")
+    ranks = config.parallel.cp
+    if words is None:
+        RunPlan.shaped(config, stored, ranks)
+        return
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        RunPlan.shaped(config, stored, ranks)
