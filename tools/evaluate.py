@@ -1,4 +1,4 @@
-"""Perplexity and retrieval of a run's model, or of any Hugging Face folder, under full attention.
+"""Perplexity, retrieval and RULER of a run's model, or of any Hugging Face folder, under full attention.
 
 python -m tools.evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
 python -m tools.evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
@@ -21,10 +21,13 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
+from pipeline.evaluation.ruler.tasks import TASKS as RULER
+from pipeline.evaluation.ruler.tasks import RulerSettings
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, program, say
 
-TASKS = ("perplexity", "longppl", "passkey", "needle")
+TASKS = ("perplexity", "longppl", "passkey", "needle", "ruler")
+"""`ruler`: all of RULER's; each has its own name too."""
 PICTURE = "evaluations.png"
 
 
@@ -53,7 +56,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="only compare what was evaluated so far",
     )
     parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
-    parser.add_argument("--tasks", default="perplexity", help=f"some of {','.join(TASKS)} (default: %(default)s)")
+    parser.add_argument(
+        "--tasks",
+        default="perplexity",
+        help=f"some of {','.join(TASKS)}, or of RULER's tasks by name (default: %(default)s)",
+    )
     parser.add_argument("--trials", type=int, help="prompts a length and depth (default: eval.trials)")
     parser.add_argument("--depths", type=int, metavar="N", help="from 0 to 100%% (default: eval.depths)")
     parser.add_argument("--digits", type=int, default=5, help="of the key (default: %(default)s)")
@@ -109,20 +116,28 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
     """Measure what --tasks asks for."""
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}.")
-    longest = max(config.eval.lengths or (config.model.context,))
+        if task not in (*TASKS, *RULER):
+            raise ConfigError(f"--tasks: {task!r} is not one of {', '.join((*TASKS, *RULER))}.")
+    longest = max(config.eval_lengths)
     if "longppl" in tasks and args.keys is None and not 2 <= args.short < longest:
         raise ConfigError(f"--short: {args.short} tokens are no less than the windows' {longest}; give fewer.")
     # Torch and megatron load only once the configuration is known to be good.
     from pipeline.evaluation.assessment import retrieval_grids
     from pipeline.evaluation.evaluator import LongPplAsked, evaluate_state
+    from pipeline.evaluation.long_ppl import LongPpl
 
-    lengths = tuple(args.lengths or ()) or config.eval.retrieval_lengths or config.eval.lengths
-    asked = [task for task in tasks if task not in ("perplexity", "longppl")]
+    lengths = tuple(args.lengths or config.retrieval_lengths)
     grids = retrieval_grids(
-        config.eval, asked, lengths or (config.model.context,), args.digits, args.seed, args.filler or "grass"
+        config.eval,
+        [task for task in tasks if task in ("passkey", "needle")],
+        lengths,
+        args.digits,
+        args.seed,
+        args.filler or "grass",
     )
+    riddles = RULER if "ruler" in tasks else tuple(task for task in RULER if task in tasks)
+    prompts = config.eval.depths * config.eval.trials
+    ruler = RulerSettings(riddles, lengths, prompts, args.seed) if riddles else None
     if env.is_main:
         grid = fit_ranks(config, env.world_size).parallel
         if grid != config.parallel:
@@ -130,10 +145,25 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
                 f"Evaluated on the ranks that are here, {env.world_size}: tp {grid.tp} cp {grid.cp} pp {grid.pp}; the "
                 "figures do not depend on it."
             )
-        for warning in config.warnings:
+        beyond = beyond_own_context(args, config, lengths)
+        for warning in (*config.warnings, *beyond):
             say(f"warning: {warning}")
-    long_ppl = LongPplAsked(args.short, args.keys) if "longppl" in tasks else None
-    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids, long_ppl)
+    keys = None if args.keys is None or "longppl" not in tasks else LongPpl.read(args.keys)
+    long_ppl = LongPplAsked(args.short, keys) if "longppl" in tasks else None
+    state = args.state or "shipped"
+    evaluate_state(config, env, state, args.checkpoint, "perplexity" in tasks, grids, long_ppl, ruler)
+
+
+def beyond_own_context(args: argparse.Namespace, config: RunConfig, lengths: Sequence[int]) -> tuple[str, ...]:
+    """A sentence on lengths that a base as shipped was not made for."""
+    own = read_arch(Path(config.model.path)).max_positions
+    beyond = sorted(length for length in {*lengths, *config.eval_lengths} if length > own)
+    if args.model is not None or args.state != "shipped" or not beyond:
+        return ()
+    return (
+        f"--lengths: {', '.join(map(str, beyond))} exceed the {own} tokens that {config.model.path} was made for; what "
+        "it does there is no measure of it.",
+    )
 
 
 @command
@@ -159,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for table in tables(everything):
         console.print(table)
-    if any(one.retrieval for one in everything):
+    if any(one.retrieval or one.ruler for one in everything):
         from tools.retrieval_plots import page
 
         picture = folders[0] / PICTURE
