@@ -2,6 +2,7 @@
 
 python -m tools.evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
 python -m tools.evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
+python -m tools.evaluate --adapter DIR --base DIR --text held-out/ --output OUT
 python -m tools.evaluate --compare OUT runs/a runs/b
 """
 
@@ -23,6 +24,7 @@ from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.ruler.tasks import TASKS as RULER
 from pipeline.evaluation.ruler.tasks import RulerSettings
+from pipeline.export.adapter_notes import read_config, read_note
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, program, say
 
@@ -43,8 +45,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=user_path, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--model", type=user_path, help="instead of --config: a Hugging Face folder, e.g. an export")
-    parser.add_argument("--text", type=user_path, help="with --model: held-out text")
-    parser.add_argument("--output", type=user_path, help="with --model: where the reports go")
+    parser.add_argument("--adapter", type=user_path, help="likewise: a PEFT adapter, or LongLoRA's two files")
+    parser.add_argument("--base", type=user_path, help="with --adapter: its base, where the folder does not tell")
+    parser.add_argument("--context", type=int, help="with --adapter: tokens of the result, likewise")
+    parser.add_argument("--text", type=user_path, help="with --model, --adapter: held-out text")
+    parser.add_argument("--output", type=user_path, help="with --model, --adapter: where the reports go")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: eval.lengths")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--state", choices=("shipped", "untrained", "trained"), help="which model to evaluate")
@@ -69,14 +74,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keys", type=user_path, metavar="JSON", help="longppl: key tokens of this longppl-*.json")
     parser.add_argument("--seed", type=int, default=0, help="of keys and filler (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.compare is None and args.state is None and args.model is None:
-        parser.error("say --state which model to evaluate, --model a folder, or --compare.")
-    if args.model is not None and (args.config is not None or args.text is None or args.output is None):
-        parser.error("--model needs --text and --output, and no --config.")
-    if args.model is not None and args.state not in (None, "shipped"):
-        parser.error("--model is evaluated as it is; --state is for a run.")
-    if args.config is None and args.model is None and not args.compare:
-        parser.error("--config is needed, or --model.")
+    folder = args.model or args.adapter
+    if args.compare is None and args.state is None and folder is None:
+        parser.error("say --state which model to evaluate, --model or --adapter a folder, or --compare.")
+    if folder is not None and (args.config is not None or args.text is None or args.output is None):
+        parser.error("--model and --adapter need --text and --output, and no --config.")
+    if args.model is not None and args.adapter is not None:
+        parser.error("--model is evaluated alone; an --adapter's base is --base.")
+    if (args.base or args.context) and args.adapter is None:
+        parser.error("--base and --context are for --adapter.")
+    if folder is not None and args.state not in (None, "shipped"):
+        parser.error("--model and --adapter are evaluated as they are; --state is for a run.")
+    if args.config is None and folder is None and not args.compare:
+        parser.error("--config is needed, or --model, or --adapter.")
     if args.checkpoint is not None and args.state != "trained":
         parser.error("--checkpoint is for --state trained.")
     return args
@@ -94,10 +104,20 @@ def configure(args: argparse.Namespace) -> RunConfig:
             overrides.append(f"eval.{name}={getattr(args, name)}")
     if args.config is not None:
         return load_config(args.config, overrides)
-    if not args.model.is_dir():
-        raise ConfigError(f"--model: {args.model} is not a folder; point it at a Hugging Face checkpoint.")
+    if args.adapter is not None:
+        from pipeline.export.trained_model import find_base  # it imports torch
+
+        # What its folder tells; the rest is read with the base at hand.
+        note, told = read_note(args.adapter), read_config(args.adapter)
+        model = find_base(str(told.get("base_model_name_or_path")), args.base)
+        context = note.context or args.context or read_arch(model).max_positions
+    else:
+        model = args.model
+        if not model.is_dir():
+            raise ConfigError(f"--model: {model} is not a folder; point it at a Hugging Face checkpoint.")
+        context = read_arch(model).max_positions
     config = RunConfig(
-        model=ModelConfig(str(args.model), read_arch(args.model).max_positions),
+        model=ModelConfig(str(model), context),
         data=DataConfig(str(args.text)),
         train=TrainConfig(steps=1),
         eval=EvalConfig(path=str(args.text)),
@@ -146,19 +166,22 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
                 "figures do not depend on it."
             )
         beyond = beyond_own_context(args, config, lengths)
-        for warning in (*config.warnings, *beyond):
+        # Of a run that was made up around a folder, only what was asked for counts.
+        own = [line for line in config.warnings if args.config is not None or line.startswith("eval.lengths")]
+        for warning in (*own, *beyond):
             say(f"warning: {warning}")
     keys = None if args.keys is None or "longppl" not in tasks else LongPpl.read(args.keys)
     long_ppl = LongPplAsked(args.short, keys) if "longppl" in tasks else None
-    state = args.state or "shipped"
-    evaluate_state(config, env, state, args.checkpoint, "perplexity" in tasks, grids, long_ppl, ruler)
+    state = "adapter" if args.adapter is not None else args.state or "shipped"
+    folder = args.adapter or args.checkpoint
+    evaluate_state(config, env, state, folder, "perplexity" in tasks, grids, long_ppl, ruler)
 
 
 def beyond_own_context(args: argparse.Namespace, config: RunConfig, lengths: Sequence[int]) -> tuple[str, ...]:
     """A sentence on lengths that a base as shipped was not made for."""
     own = read_arch(Path(config.model.path)).max_positions
     beyond = sorted(length for length in {*lengths, *config.eval_lengths} if length > own)
-    if args.model is not None or args.state != "shipped" or not beyond:
+    if args.state != "shipped" or args.config is None or not beyond:
         return ()
     return (
         f"--lengths: {', '.join(map(str, beyond))} exceed the {own} tokens that {config.model.path} was made for; what "
@@ -171,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
     args = parse(argv)
     folders = list(args.compare or [])
-    if args.config is not None or args.model is not None:
+    if args.config is not None or args.model is not None or args.adapter is not None:
         config = configure(args)
         folders = folders or [Path(config.output)]
         if args.compare is None:

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.errors import ConfigError, DataError
 from parallel.health.watch import Watch
 from parallel.world.collectives import share_from_main
-from parallel.world.groups import Groups, destroy_groups
+from parallel.world.groups import Groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build_model, connect, open_base, open_tokens
-from pipeline.checkpoint.choose import newest
-from pipeline.checkpoint.compatibility import check_resumable, check_settings
-from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.tensors import whole_trained
+from pipeline.build import open_tokens
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import LoraConfig
-from pipeline.config.yaml_file import config_dict
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grids, verdict, within_context
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
-from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
 from pipeline.evaluation.mode import evaluating, spread_over
 from pipeline.evaluation.perplexity import EvalReport, Shards, TokenNll, cut_windows, evaluate
@@ -38,17 +28,13 @@ from pipeline.evaluation.ruler.results import RulerReport
 from pipeline.evaluation.ruler.tasks import RulerSettings, ruler_cells
 from pipeline.evaluation.run_retrieval import run_retrieval
 from pipeline.evaluation.run_ruler import run_ruler
+from pipeline.evaluation.states import LoadedState, load_state_of
 from pipeline.evaluation.tasks import TASKS, Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel
-from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.run_plan import RunPlan, plan_run
+from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
-from pipeline.training.planned import settled
-from pipeline.training.state import check_trained
-
-STATES = ("shipped", "untrained", "trained")
 
 TEXT_TOKENS = 1 << 24
 """Held-out tokens read at most: far more than any number of windows a user waits for."""
@@ -261,74 +247,6 @@ def forget_later(output: Path, step: int) -> None:
                     path.unlink()
 
 
-@dataclass(frozen=True)
-class LoadedState:
-    """A model in one of STATES, on this rank."""
-
-    label: str
-    """As in `EvalReport`."""
-    step: int
-    """Optimizer steps it was trained for."""
-    context: int
-    """Tokens it is made for."""
-    base_context: int
-    """Tokens the base was made for, as its config.json says."""
-    model: RankModel
-    groups: Groups
-    tokenizer: TextTokenizer
-    identity: Mapping[str, Any]
-    """What tells it from other models: base, positions, checkpoint, dtype."""
-    plan: RunPlan
-    """As its ranks run it."""
-
-
-@contextlib.contextmanager
-def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None) -> Iterator[LoadedState]:
-    """A model in one of STATES, ready to be evaluated; collective.
-
-    `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest. Whatever grid the run trains on,
-    the ranks that are there do.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: one sentence each.
-    """
-    config, _ = settled(config, env, resumes=False)
-    trained_with, config = config, fit_ranks(config, env.world_size)
-    plan = plan_run(config, env.world_size)
-    if state == "shipped":
-        plan = plan.as_shipped()
-    base = open_base(config, plan.arch)
-    try:
-        groups = connect(plan, env, base)
-        if state == "trained":
-            folder = Path(share_from_main(groups, lambda: str(checkpoint or _newest(config))))
-            # Told before the model is loaded; the base's hash is looked at after it.
-            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
-        tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
-        lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
-        model = build_model(plan, lora, groups, base)
-        base_hash = share_from_main(groups, base.base_hash)
-        identity = {"base": base_hash, "rope": asdict(plan.rope), "vocab": plan.arch.vocab, "dtype": str(model.dtype)}
-        step = 0
-        if state == "trained":
-            own = {"base_hash": base_hash, "config": config_dict(trained_with)}
-            with CheckpointReader(folder) as reader:
-                saved = reader.manifest
-                check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
-                mark_trainable(model, config.train.trainable)
-                check_trained(model, config.train.trainable, reader)
-            load_trained(model, whole_trained(folder))
-            step = saved.step
-            identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
-        model.requires_grad_(False)
-        label = "after" if state == "trained" else state
-        own_context = plan.arch.max_positions
-        context = own_context if state == "shipped" else config.model.context
-        yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan)
-    finally:
-        destroy_groups()
-
-
 def evaluate_state(
     config: RunConfig,
     env: RankEnv,
@@ -368,11 +286,3 @@ def evaluate_state(
         if riddles:
             run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts)
     return loaded
-
-
-def _newest(config: RunConfig) -> str:
-    """The run's newest whole checkpoint."""
-    folder = newest(Path(config.output) / "checkpoints")
-    if folder is None:
-        raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
-    return str(folder)

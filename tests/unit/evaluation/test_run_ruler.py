@@ -102,6 +102,7 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path, capsys: pytest.
     assert main([*given, *asked, "--set", "eval.prefill=600"]) == 0, capsys.readouterr().err
     told = capsys.readouterr()
     assert "eval.lengths: 1600 exceed model.context 1200" in told.err
+    assert told.err.count("warning: ") == 1, "nothing is said of training"
     assert "effective length 0 tokens: 85.6% or more over 2 tasks (RULER's threshold)" in " ".join(told.out.split())
     report = json.loads((tmp_path / "out" / "ruler-shipped.json").read_text())
     tokenizer = load_tokenizer(base)
