@@ -32,6 +32,7 @@ from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.companions import has_tokenizer
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.planning import tensors as names
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.planning.trainable import kind_of
 from pipeline.training.planned import settled
@@ -91,7 +92,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
             assert checkpoint is not None
             base_hash = share_from_main(groups, base.base_hash)
             adapter = read_adapter(checkpoint, config, base_hash)
-            kinds = tuple(sorted({kind_of(name) for name in adapter.trained}))
+            kinds = tuple(sorted({kind_of(name) for name in parameters_of(adapter)}))
             config = replace(config, train=replace(config.train, trainable=kinds))
             plan = replace(plan, config=config, arch=adapter.arch, rope=adapter.rope)
         trained_with_it = None if adapter is None else adapter.tokenizer
@@ -116,8 +117,9 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
             step = saved.step
             identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
         if adapter is not None:
+            held = parameters_of(adapter)
             for name, parameter in model.canonical_parameters():
-                parameter.requires_grad_(name in adapter.trained)
+                parameter.requires_grad_(name in held)
             load_trained(model, adapter.trained)
             step = adapter.step
             assert checkpoint is not None
@@ -146,6 +148,11 @@ def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedMode
         None if note.plan is not None or own else config.model.rope,
         base_hash,
     )
+
+
+def parameters_of(trained: TrainedModel) -> set[str]:
+    """Our names of what was trained."""
+    return {names.to_ours(name)[0] for name in trained.trained}
 
 
 def hash_files(folder: Path) -> str:

@@ -57,7 +57,7 @@ def test_adapters_of_ours_and_of_peft(tmp_path: Path, capsys: pytest.CaptureFixt
     assert measured("peft", "--base", str(base)).lengths[0].window_nll == pytest.approx(want, abs=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for one, other in zip(want, losses(base, lambda ids: plain(ids).logits), strict=True):
-        assert abs(one - other) > 1e-2, "the adapter does something"
+        assert abs(one - other) > 1e-3, "the adapter does something"
 
     stranger = make_tiny(tmp_path / "stranger", "llama2", tokenizer=True, intermediate_size=128)
     words = ["--adapter", str(tmp_path / "ours"), "--output", str(tmp_path / "o"), *common, "--base", str(stranger)]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from parallel.world.collectives import sum_over
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, connect, open_base
@@ -178,7 +179,17 @@ def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[A
         labels[:, -ANSWER - 1 : -1] = tokens[:, -ANSWER:]
         nll, hits = model.token_scores(tokens, labels, full_attention(config.attention))
         found.append((nll[:, -ANSWER:].cpu(), hits[:, -ANSWER:].cpu(), nll[:, :-ANSWER].abs().sum().item()))
-        found[-1] += (greedy(model, prompts().tolist(), ANSWER, full_attention(config.attention)),)
+        # The first replica guesses right and is done at once; in lockstep it runs on with the others.
+        best, own = np.load(Path(path).with_name("best.npy")), slice(groups.data_rank, None, groups.plan.dp)
+
+        def goes_on(mine: bool, groups: Any = groups) -> bool:
+            return bool(sum_over(groups.replicas, torch.tensor([float(mine)], device=groups.device)) > 0)
+
+        guesses = best[own].tolist() if groups.data_rank == 0 else ()
+        written = greedy(
+            model, prompts()[own].tolist(), ANSWER, full_attention(config.attention), guesses=guesses, goes_on=goes_on
+        )
+        found[-1] += (written == best[own].tolist(),)
         model.close()
         destroy_groups(keep_world=True)
     return found
@@ -206,6 +217,7 @@ def test_every_grid_and_engine_finds_what_one_process_finds(tmp_path: Path) -> N
     twin = dict(TWINS)
     for row in other:
         row[-1] = twin.get(int(row[-1]), (int(row[-1]) + 1) % VOCAB)
+    np.save(tmp_path / "best.npy", best.numpy())
     np.save(tmp_path / "cases.npy", torch.cat((given, other)).numpy())
     destroy_groups()
     (alone,) = _observe(0, 1, str(path), [[]])
@@ -215,7 +227,7 @@ def test_every_grid_and_engine_finds_what_one_process_finds(tmp_path: Path) -> N
         for grid, (nll, hits, rest, written) in zip(GRIDS, found, strict=True):
             assert torch.equal(hits, alone[1]), grid
             assert torch.allclose(nll, alone[0], atol=1e-4) and rest == 0, grid
-            assert written == best.tolist(), grid
+            assert written, grid
 
 
 @pytest.mark.gpu
