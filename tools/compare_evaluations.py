@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from rich.table import Table
 
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport
-from pipeline.evaluation.results import RetrievalReport, by_length, lost_and_won, reads_worse, relative, standard_error
+from pipeline.evaluation.results import Found, RetrievalReport, by_length, by_task, relative, standard_error
+from pipeline.evaluation.ruler.results import RulerReport, means
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 
@@ -24,6 +25,19 @@ class Evaluated:
     step: int
     perplexity: EvalReport | None
     retrieval: RetrievalReport | None
+    ruler: RulerReport | None = None
+
+    @property
+    def found(self) -> Found:
+        """What a base is compared in."""
+        cells = [cell for report in (self.retrieval, self.ruler) if report is not None for cell in report.cells]
+        return Found(self.perplexity, cells)
+
+    @property
+    def base_context(self) -> int | None:
+        """Tokens the base was made for; None: no report says it."""
+        report = self.retrieval or self.ruler
+        return None if report is None else report.base_context
 
     @property
     def name(self) -> str:
@@ -32,7 +46,7 @@ class Evaluated:
 
 
 def read_evaluated(folders: Sequence[Path]) -> list[Evaluated]:
-    """Every state in `eval-*.json` and `retrieval-*.json` of the folders: as shipped, then by steps.
+    """Every state in `eval-*.json`, `retrieval-*.json` and `ruler-*.json` of the folders: as shipped, then by steps.
 
     Raises:
         DataError: a folder was never evaluated, or a report is damaged.
@@ -43,13 +57,17 @@ def read_evaluated(folders: Sequence[Path]) -> list[Evaluated]:
         retrieval = {
             report.label: report for report in map(RetrievalReport.read, sorted(folder.glob("retrieval-*.json")))
         }
-        if not perplexity and not retrieval:
-            raise DataError(f"{folder}: holds no eval-*.json and no retrieval-*.json; evaluate the run first.")
+        ruler = {report.label: report for report in map(RulerReport.read, sorted(folder.glob("ruler-*.json")))}
+        if not perplexity and not retrieval and not ruler:
+            raise DataError(
+                f"{folder}: holds no eval-*.json, no retrieval-*.json and no ruler-*.json; evaluate the run first."
+            )
         order = list(SHOWN)
         states = [
-            Evaluated(folder, label, (perplexity.get(label) or retrieval[label]).step, *pair)
-            for label, pair in {
-                label: (perplexity.get(label), retrieval.get(label)) for label in [*perplexity, *retrieval]
+            Evaluated(folder, label, next(report.step for report in reports if report is not None), *reports)
+            for label, reports in {
+                label: (perplexity.get(label), retrieval.get(label), ruler.get(label))
+                for label in [*perplexity, *retrieval, *ruler]
             }.items()
         ]
         found += sorted(states, key=lambda e: (order.index(e.label) if e.label in order else 1.5, e.step))
@@ -72,7 +90,7 @@ def base_of(one: Evaluated, everything: Sequence[Evaluated]) -> Evaluated | None
 
 
 def tables(everything: Sequence[Evaluated]) -> Iterator[Table]:
-    """Perplexity, then retrieval a task."""
+    """Perplexity, then retrieval a task, then RULER."""
     several = len({one.folder for one in everything}) > 1
     names = {id(one): f"{one.folder.name}: {one.name}" if several else one.name for one in everything}
     lengths = sorted({length for one in everything if one.perplexity for length in one.perplexity.perplexity})
@@ -113,6 +131,28 @@ def tables(everything: Sequence[Evaluated]) -> Iterator[Table]:
                 names[id(one)], *cells, f"{100 * worst.score:.0f} at {worst.length}, depth {100 * worst.depth:.0f}%"
             )
         yield table
+    yield from ruler_table(everything, names)
+
+
+def ruler_table(everything: Sequence[Evaluated], names: Mapping[int, str]) -> Iterator[Table]:
+    """RULER: a row a task and the mean of each model, with its effective length; nothing where it was not measured."""
+    asked = [(one, one.ruler) for one in everything if one.ruler is not None]
+    lengths = sorted({cell.length for _, report in asked for cell in report.cells})
+    if not asked:
+        return
+    table = Table(title="RULER: % of the answers written, by tokens of the window")
+    for column in ("model", "task", *map(str, lengths)):
+        table.add_column(column, justify="right" if column.isdigit() else "left")
+    for one, report in asked:
+        base = base_of(one, everything)
+        rows = {task: {cell.length: cell.score for cell in cells} for task, cells in by_task(report.cells).items()}
+        rows["mean"] = means(report.cells)
+        for task, scores in rows.items():
+            shown = [f"{100 * scores[length]:.0f}" if length in scores else "" for length in lengths]
+            table.add_row(names[id(one)], task, *shown, end_section=task == "mean")
+        told = report.effective(None if base is None else base.ruler).sentence
+        table.caption = "\n".join(filter(None, [str(table.caption or ""), f"{names[id(one)]}: {told}"]))
+    yield table
 
 
 def sentences(everything: Sequence[Evaluated]) -> list[str]:
@@ -122,11 +162,7 @@ def sentences(everything: Sequence[Evaluated]) -> list[str]:
         base = base_of(one, everything)
         if base is None or base is one:
             continue
-        where = f"{one.folder.name}, {one.name}: "
-        if one.retrieval and base.retrieval:
-            told = lost_and_won(one.retrieval.cells, base.retrieval.cells, base.retrieval.base_context)
-            said += [where + sentence for sentence in told]
-        own = base.retrieval.base_context if base.retrieval else None
-        if one.perplexity and base.perplexity and own is not None:
-            said += [where + sentence for sentence in reads_worse(one.perplexity, base.perplexity, own)]
+        if base.base_context is not None:
+            told = one.found.against(base.found, base.base_context)
+            said += [f"{one.folder.name}, {one.name}: {sentence}" for sentence in told]
     return said

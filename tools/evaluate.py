@@ -1,7 +1,8 @@
-"""Perplexity and retrieval of a run's model, or of any Hugging Face folder, under full attention.
+"""Perplexity, retrieval and RULER of a run's model, or of any Hugging Face folder, under full attention.
 
 python -m tools.evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
 python -m tools.evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
+python -m tools.evaluate --adapter DIR --base DIR --text held-out/ --output OUT
 python -m tools.evaluate --compare OUT runs/a runs/b
 """
 
@@ -21,10 +22,14 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
+from pipeline.evaluation.ruler.tasks import TASKS as RULER
+from pipeline.evaluation.ruler.tasks import RulerSettings
+from pipeline.export.adapter_notes import read_config, read_note
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, program, say
 
-TASKS = ("perplexity", "longppl", "passkey", "needle")
+TASKS = ("perplexity", "longppl", "passkey", "needle", "ruler")
+"""`ruler`: all of RULER's; each has its own name too."""
 PICTURE = "evaluations.png"
 
 
@@ -40,8 +45,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=user_path, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--model", type=user_path, help="instead of --config: a Hugging Face folder, e.g. an export")
-    parser.add_argument("--text", type=user_path, help="with --model: held-out text")
-    parser.add_argument("--output", type=user_path, help="with --model: where the reports go")
+    parser.add_argument("--adapter", type=user_path, help="likewise: a PEFT adapter, or LongLoRA's two files")
+    parser.add_argument("--base", type=user_path, help="with --adapter: its base, where the folder does not tell")
+    parser.add_argument("--context", type=int, help="with --adapter: tokens of the result, likewise")
+    parser.add_argument("--text", type=user_path, help="with --model, --adapter: held-out text")
+    parser.add_argument("--output", type=user_path, help="with --model, --adapter: where the reports go")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: eval.lengths")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--state", choices=("shipped", "untrained", "trained"), help="which model to evaluate")
@@ -53,7 +61,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="only compare what was evaluated so far",
     )
     parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
-    parser.add_argument("--tasks", default="perplexity", help=f"some of {','.join(TASKS)} (default: %(default)s)")
+    parser.add_argument(
+        "--tasks",
+        default="perplexity",
+        help=f"some of {','.join(TASKS)}, or of RULER's tasks by name (default: %(default)s)",
+    )
     parser.add_argument("--trials", type=int, help="prompts a length and depth (default: eval.trials)")
     parser.add_argument("--depths", type=int, metavar="N", help="from 0 to 100%% (default: eval.depths)")
     parser.add_argument("--digits", type=int, default=5, help="of the key (default: %(default)s)")
@@ -62,14 +74,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keys", type=user_path, metavar="JSON", help="longppl: key tokens of this longppl-*.json")
     parser.add_argument("--seed", type=int, default=0, help="of keys and filler (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.compare is None and args.state is None and args.model is None:
-        parser.error("say --state which model to evaluate, --model a folder, or --compare.")
-    if args.model is not None and (args.config is not None or args.text is None or args.output is None):
-        parser.error("--model needs --text and --output, and no --config.")
-    if args.model is not None and args.state not in (None, "shipped"):
-        parser.error("--model is evaluated as it is; --state is for a run.")
-    if args.config is None and args.model is None and not args.compare:
-        parser.error("--config is needed, or --model.")
+    folder = args.model or args.adapter
+    if args.compare is None and args.state is None and folder is None:
+        parser.error("say --state which model to evaluate, --model or --adapter a folder, or --compare.")
+    if folder is not None and (args.config is not None or args.text is None or args.output is None):
+        parser.error("--model and --adapter need --text and --output, and no --config.")
+    if args.model is not None and args.adapter is not None:
+        parser.error("--model is evaluated alone; an --adapter's base is --base.")
+    if (args.base or args.context) and args.adapter is None:
+        parser.error("--base and --context are for --adapter.")
+    if folder is not None and args.state not in (None, "shipped"):
+        parser.error("--model and --adapter are evaluated as they are; --state is for a run.")
+    if args.config is None and folder is None and not args.compare:
+        parser.error("--config is needed, or --model, or --adapter.")
     if args.checkpoint is not None and args.state != "trained":
         parser.error("--checkpoint is for --state trained.")
     return args
@@ -87,11 +104,21 @@ def configure(args: argparse.Namespace) -> RunConfig:
             overrides.append(f"eval.{name}={getattr(args, name)}")
     if args.config is not None:
         return load_config(args.config, overrides)
-    if not args.model.is_dir():
-        raise ConfigError(f"--model: {args.model} is not a folder; point it at a Hugging Face checkpoint.")
-    arch = read_arch(args.model)
+    if args.adapter is not None:
+        from pipeline.export.trained_model import find_base  # it imports torch
+
+        # What its folder tells; the rest is read with the base at hand.
+        note, declared = read_note(args.adapter), read_config(args.adapter)
+        model = find_base(str(declared.get("base_model_name_or_path")), args.base)
+        context = note.context or args.context or read_arch(model).max_positions
+    else:
+        model = args.model
+        if not model.is_dir():
+            raise ConfigError(f"--model: {model} is not a folder; point it at a Hugging Face checkpoint.")
+        arch = read_arch(model)
+        context = min(arch.max_positions, arch.sliding_window or arch.max_positions)
     config = RunConfig(
-        model=ModelConfig(str(args.model), min(arch.max_positions, arch.sliding_window or arch.max_positions)),
+        model=ModelConfig(str(model), context),
         data=DataConfig(str(args.text)),
         train=TrainConfig(steps=1),
         eval=EvalConfig(path=str(args.text)),
@@ -110,20 +137,28 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
     """Measure what --tasks asks for."""
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}.")
-    longest = max(config.eval.lengths or (config.model.context,))
+        if task not in (*TASKS, *RULER):
+            raise ConfigError(f"--tasks: {task!r} is not one of {', '.join((*TASKS, *RULER))}.")
+    longest = max(config.eval_lengths)
     if "longppl" in tasks and args.keys is None and not 2 <= args.short < longest:
         raise ConfigError(f"--short: {args.short} tokens are no less than the windows' {longest}; give fewer.")
     # Torch and megatron load only once the configuration is known to be good.
     from pipeline.evaluation.assessment import retrieval_grids
     from pipeline.evaluation.evaluator import LongPplAsked, evaluate_state
+    from pipeline.evaluation.long_ppl import LongPpl
 
-    lengths = tuple(args.lengths or ()) or config.eval.retrieval_lengths or config.eval.lengths
-    asked = [task for task in tasks if task not in ("perplexity", "longppl")]
+    lengths = tuple(args.lengths or config.retrieval_lengths)
     grids = retrieval_grids(
-        config.eval, asked, lengths or (config.model.context,), args.digits, args.seed, args.filler or "grass"
+        config.eval,
+        [task for task in tasks if task in ("passkey", "needle")],
+        lengths,
+        args.digits,
+        args.seed,
+        args.filler or "grass",
     )
+    riddles = RULER if "ruler" in tasks else tuple(task for task in RULER if task in tasks)
+    prompts = config.eval.depths * config.eval.trials
+    ruler = RulerSettings(riddles, lengths, prompts, args.seed) if riddles else None
     if env.is_main:
         grid = fit_ranks(config, env.world_size).parallel
         if grid != config.parallel:
@@ -131,10 +166,28 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
                 f"Evaluated on the ranks that are here, {env.world_size}: tp {grid.tp} cp {grid.cp} pp {grid.pp}; the "
                 "figures do not depend on it."
             )
-        for warning in config.warnings:
+        beyond = beyond_own_context(args, config, lengths)
+        # Of a run that was made up around a folder, only what was asked for counts.
+        own = [line for line in config.warnings if args.config is not None or line.startswith("eval.lengths")]
+        for warning in (*own, *beyond):
             say(f"warning: {warning}")
-    long_ppl = LongPplAsked(args.short, args.keys) if "longppl" in tasks else None
-    evaluate_state(config, env, args.state or "shipped", args.checkpoint, "perplexity" in tasks, grids, long_ppl)
+    keys = None if args.keys is None or "longppl" not in tasks else LongPpl.read(args.keys)
+    long_ppl = LongPplAsked(args.short, keys) if "longppl" in tasks else None
+    state = "adapter" if args.adapter is not None else args.state or "shipped"
+    folder = args.adapter or args.checkpoint
+    evaluate_state(config, env, state, folder, "perplexity" in tasks, grids, long_ppl, ruler)
+
+
+def beyond_own_context(args: argparse.Namespace, config: RunConfig, lengths: Sequence[int]) -> tuple[str, ...]:
+    """A sentence on lengths that a base as shipped was not made for."""
+    own = read_arch(Path(config.model.path)).max_positions
+    beyond = sorted(length for length in {*lengths, *config.eval_lengths} if length > own)
+    if args.state != "shipped" or args.config is None or not beyond:
+        return ()
+    return (
+        f"--lengths: {', '.join(map(str, beyond))} exceed the {own} tokens that {config.model.path} was made for; what "
+        "it does there is no measure of it.",
+    )
 
 
 @command
@@ -142,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
     args = parse(argv)
     folders = list(args.compare or [])
-    if args.config is not None or args.model is not None:
+    if args.config is not None or args.model is not None or args.adapter is not None:
         config = configure(args)
         folders = folders or [Path(config.output)]
         if args.compare is None:
@@ -160,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for table in tables(everything):
         console.print(table)
-    if any(one.retrieval for one in everything):
+    if any(one.retrieval or one.ruler for one in everything):
         from tools.retrieval_plots import page
 
         picture = folders[0] / PICTURE

@@ -28,7 +28,7 @@ from pipeline.config.paths import user_path
 from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import RetrievalReport, by_length, by_task
+from pipeline.evaluation.results import RetrievalReport, begun_by_length, by_length, by_task
 from pipeline.reporting.command import command, program
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
@@ -179,7 +179,7 @@ def retrieval_section(record: RunRecord, images: Mapping[str, str]) -> str:
         for length in lengths:
             line = [plots.tokens_label(length)]
             for cells in found.values():
-                exact, given = by_length(cells), by_length(cells, begun=True)
+                exact, given = by_length(cells), begun_by_length(cells)
                 line.append(f"{exact[length][0]:.0%} ({given[length][0]:.0%})" if length in exact else "–")
             lines.append(line)
         parts += [f"<h3>{escape(task)}</h3>", table(["window", *found], lines, numbers=True)]

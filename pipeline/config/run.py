@@ -91,7 +91,7 @@ class RunConfig:
                 "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
                 "parallel.cp to 1."
             )
-        for length in self.eval.lengths or (self.model.context,):
+        for length in self.eval_lengths:
             if self.eval.stride is not None and self.eval.stride > length:
                 raise ConfigError(f"eval.stride: {self.eval.stride} exceeds the evaluation length {length}.")
 
@@ -167,6 +167,16 @@ class RunConfig:
     def group(self) -> int:
         """S² group length G, tokens."""
         return self.attention.group_tokens(self.sequence)
+
+    @property
+    def eval_lengths(self) -> tuple[int, ...]:
+        """Context lengths of perplexity, tokens."""
+        return self.eval.lengths or (self.model.context,)
+
+    @property
+    def retrieval_lengths(self) -> tuple[int, ...]:
+        """Windows of passkey and needle, tokens."""
+        return self.eval.retrieval_lengths or self.eval_lengths
 
     @property
     def warnings(self) -> tuple[str, ...]:

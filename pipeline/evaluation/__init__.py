@@ -1,5 +1,6 @@
-"""What a model can do with its context, under full attention, on any grid: perplexity, and retrieval.
+"""What a model can do with its context, under full attention, on any grid: perplexity, retrieval, and RULER.
 
-May import every package of `pipeline`. Start reading at `perplexity` and `retrieval`; `prompts` and `tasks` make what
-is asked, `results` keeps what was found, `evaluator` and `run_retrieval` measure a run's model.
+May import every package of `pipeline`. Start reading at `perplexity` and `retrieval`; `prompts`, `tasks` and `ruler`
+make what is asked, `results` keeps what was found, `states` loads a model, and `evaluator`, `run_retrieval` and
+`run_ruler` measure it.
 """

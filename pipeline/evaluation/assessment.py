@@ -10,7 +10,7 @@ from parallel.errors import DataError
 from pipeline.config.sections import EvalConfig
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import RetrievalReport, by_length, by_task, lost_and_won, reads_worse, report_path
+from pipeline.evaluation.results import Found, RetrievalReport, begun_by_length, by_length, by_task, report_path
 from pipeline.evaluation.tasks import RetrievalSettings
 
 
@@ -50,7 +50,7 @@ class Assessment:
         label, gap = self.report.label, self.gap
         lines = [f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in self.perplexity.items())]
         for task, cells in by_task(self.retrieval.cells if self.retrieval else ()).items():
-            scores, given = by_length(cells), by_length(cells, begun=True)
+            scores, given = by_length(cells), begun_by_length(cells)
             shares = (f"{n}: {score:.0%} ({given[n][0]:.0%})" for n, (score, _) in scores.items())
             lines.append(f"{task}, {label}, exact (first token given): " + ", ".join(shares))
         if gap is not None:
@@ -109,11 +109,10 @@ def verdict(output: Path, base_context: int) -> list[str]:
     for label, against in (("shipped", "the base"), ("initial", "what it began with")):
         try:
             base, mine = (EvalReport.read(eval_path(output, name)) for name in (label, "after"))
-            said = reads_worse(mine, base, base_context)
             retrieval = [report_path(output, name) for name in (label, "after")]
-            if all(path.exists() for path in retrieval):
-                before, after = map(RetrievalReport.read, retrieval)
-                said = [*lost_and_won(after.cells, before.cells, base_context), *said]
+            there = all(path.exists() for path in retrieval)
+            before, after = (RetrievalReport.read(path).cells if there else () for path in retrieval)
+            said = Found(mine, after).against(Found(base, before), base_context)
         except DataError:
             continue
         return said or [f"nothing that {against} can do at its own lengths was lost, of what was measured."]

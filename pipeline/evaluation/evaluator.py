@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.errors import ConfigError, DataError
 from parallel.health.watch import Watch
-from parallel.world.collectives import share_from_main, sum_over
-from parallel.world.groups import Groups, destroy_groups
+from parallel.world.collectives import share_from_main
+from parallel.world.groups import Groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build_model, connect, open_base, open_tokens
-from pipeline.checkpoint.choose import newest
-from pipeline.checkpoint.compatibility import check_resumable, check_settings
-from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.tensors import whole_trained
+from pipeline.build import open_tokens
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import LoraConfig
-from pipeline.config.yaml_file import config_dict
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grids, verdict, within_context
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
-from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
+from pipeline.evaluation.mode import evaluating, spread_over
 from pipeline.evaluation.perplexity import EvalReport, Shards, TokenNll, cut_windows, evaluate
 from pipeline.evaluation.results import RetrievalReport, report_path
+from pipeline.evaluation.ruler.results import RulerReport
+from pipeline.evaluation.ruler.tasks import RulerSettings, ruler_cells
 from pipeline.evaluation.run_retrieval import run_retrieval
+from pipeline.evaluation.run_ruler import run_ruler
+from pipeline.evaluation.states import LoadedState, load_state_of
 from pipeline.evaluation.tasks import TASKS, Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel
-from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.run_plan import RunPlan, plan_run
+from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
-from pipeline.training.planned import settled
-from pipeline.training.state import check_trained
-
-STATES = ("shipped", "untrained", "trained")
 
 TEXT_TOKENS = 1 << 24
 """Held-out tokens read at most: far more than any number of windows a user waits for."""
@@ -67,6 +57,7 @@ class Evaluator:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.plan, self.spec = config, plan, plan.full_attention
         self._costs = plan.prefill_costs()
+        self._prompts: dict[RetrievalSettings, tuple[Cell, ...]] = {}
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
@@ -76,13 +67,7 @@ class Evaluator:
         self.tokens_T = torch.from_numpy(self.text_T).to(groups.device)
 
     def _spread(self) -> Shards:
-        return Shards(
-            self.groups.data_rank,
-            self.groups.plan.dp,
-            lambda table: sum_over(self.groups.replicas, table),
-            lockstep=self.model.shards is not None,
-            before_round=self.before_round,
-        )
+        return spread_over(self.model, self.groups, self.before_round)
 
     def run(self, label: str, step: int, *, shown: bool = True, lengths: Sequence[int] = ()) -> EvalReport:
         """Perplexity; on rank 0 it is written to `<output>/eval-<label>.json`; collective.
@@ -93,30 +78,26 @@ class Evaluator:
             lengths: tokens; empty: those of the configuration.
         """
         settings, spread = self.config.eval, self._spread()
-        lengths = lengths or settings.lengths or (self.config.model.context,)
-        mode = self.model.training
-        self.model.eval()
+        lengths = lengths or self.config.eval_lengths
         windows = len(range(spread.rank, settings.windows, spread.world)) * len(lengths)
-        try:
-            with EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main) as progress:
-                for cost in self._costs:
-                    progress.say(f"perplexity, {label}: {cost.sentence}")
-                self._costs = ()  # once
-                report = evaluate(
-                    self._nll(self.spec),
-                    self.tokens_T,
-                    lengths,
-                    settings.windows,
-                    settings.stride,
-                    label=label,
-                    step=step,
-                    shards=spread,
-                    on_window=progress.advance,
-                    bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
-                )
-                progress.done = sum(result.windows for result in report.lengths)  # all ranks'
-        finally:
-            self.model.train(mode)
+        progress_of = EvalProgress(windows, f"perplexity, {label}", enabled=shown and self.groups.is_main)
+        with evaluating(self.model), progress_of as progress:
+            for cost in self._costs:
+                progress.say(f"perplexity, {label}: {cost.sentence}")
+            self._costs = ()  # once
+            report = evaluate(
+                self._nll(self.spec),
+                self.tokens_T,
+                lengths,
+                settings.windows,
+                settings.stride,
+                label=label,
+                step=step,
+                shards=spread,
+                on_window=progress.advance,
+                bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
+            )
+            progress.done = sum(result.windows for result in report.lengths)  # all ranks'
         if self.groups.is_main:
             with optional_file(self._path(label)):
                 report.write(self._path(label))
@@ -133,8 +114,7 @@ class Evaluator:
             within: only lengths of no more tokens, and no dense gap; None: all.
         """
         asked = self.config.eval
-        lengths = asked.lengths or (self.config.model.context,)
-        report = self.run(label, step, shown=shown, lengths=within_context(lengths, within))
+        report = self.run(label, step, shown=shown, lengths=within_context(self.config.eval_lengths, within))
         sparse = "dense_gap" in asked.tasks and self.config.attention.kind != "full"
         gap = self._gap(label, step) if sparse and within is None else None
         grids = self._grids(within)
@@ -144,7 +124,7 @@ class Evaluator:
             self.model,
             self.groups,
             self.spec,
-            [cell for grid in grids for cell in cells(grid, self.tokenizer, self.text_T)],
+            [cell for grid in grids for cell in self._cells(grid)],
             {},
             Path(self.config.output),
             label=label,
@@ -160,13 +140,9 @@ class Evaluator:
     def _gap(self, label: str, step: int) -> DenseGap:
         """The dense gap, written as `<output>/gap-<label>.json`."""
         windows = cut_windows(self.tokens_T, self.config.sequence, self.config.eval.windows)
-        mode = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             pair = self._nll(self.plan.attention), self._nll(self.spec)
             gap = measure_gap(*pair, windows, label=label, step=step, shards=self._spread())
-        finally:
-            self.model.train(mode)
         if self.groups.is_main:
             path = gap_path(Path(self.config.output), label)
             with optional_file(path):
@@ -175,16 +151,11 @@ class Evaluator:
 
     def measure_long_ppl(self, label: str, step: int, short: int, keys: LongPpl | None) -> LongPpl:
         """LongPPL of the longest windows, written as `<output>/longppl-<label>.json`; see `long_ppl`."""
-        asked = self.config.eval
-        windows = cut_windows(self.tokens_T, max(asked.lengths or (self.config.model.context,)), asked.windows)
-        mode = self.model.training
-        self.model.eval()
-        try:
+        windows = cut_windows(self.tokens_T, max(self.config.eval_lengths), self.config.eval.windows)
+        with evaluating(self.model):
             found = measure_long_ppl(
                 self._nll(self.spec), windows, short, keys, label=label, step=step, shards=self._spread()
             )
-        finally:
-            self.model.train(mode)
         if self.groups.is_main:
             path = long_ppl_path(Path(self.config.output), label)
             with optional_file(path):
@@ -196,8 +167,14 @@ class Evaluator:
         """Of retrieval, in windows of no more tokens than `within`; None: all."""
         asked = self.config.eval
         names = [task for task in asked.tasks if task in TASKS]
-        lengths = within_context(asked.retrieval_lengths or asked.lengths or (self.config.model.context,), within)
+        lengths = within_context(self.config.retrieval_lengths, within)
         return retrieval_grids(asked, names, lengths) if lengths else []
+
+    def _cells(self, grid: RetrievalSettings) -> Sequence[Cell]:
+        """Prompts of a grid, made once: a run asks the same at every evaluation."""
+        if grid not in self._prompts:
+            self._prompts[grid] = tuple(cells(grid, self.tokenizer, self.text_T))
+        return self._prompts[grid]
 
     def assess_base(self, *, shown: bool = True) -> None:
         """Measure the base at the lengths that it was made for, unless that is there already; collective.
@@ -207,7 +184,7 @@ class Evaluator:
         own, asked = self.plan.arch.max_positions, self.config.eval
         if not asked.tasks or self.has("shipped", 0):
             return
-        if not within_context(asked.lengths or (self.config.model.context,), own):
+        if not within_context(self.config.eval_lengths, own):
             return
         path = self._path("shipped")
         earlier = EvalReport.read(path) if self.groups.is_main and path.exists() else None
@@ -250,15 +227,16 @@ class LongPplAsked:
 
     short: int
     """Tokens of the short context."""
-    keys: Path | None
-    """A report whose key tokens are taken; None: the model's own."""
+    keys: LongPpl | None
+    """Whose key tokens are taken; None: the model's own."""
 
 
 def forget_later(output: Path, step: int) -> None:
     """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
-    readers: dict[str, Callable[[Path], EvalReport | RetrievalReport | DenseGap | LongPpl]] = {
+    readers: dict[str, Callable[[Path], EvalReport | RetrievalReport | RulerReport | DenseGap | LongPpl]] = {
         "eval": EvalReport.read,
         "retrieval": RetrievalReport.read,
+        "ruler": RulerReport.read,
         "gap": DenseGap.read,
         "longppl": LongPpl.read,
     }
@@ -269,76 +247,6 @@ def forget_later(output: Path, step: int) -> None:
                     path.unlink()
 
 
-@dataclass(frozen=True)
-class LoadedState:
-    """A model in one of STATES, on this rank."""
-
-    label: str
-    """As in `EvalReport`."""
-    step: int
-    """Optimizer steps it was trained for."""
-    context: int
-    """Tokens it is made for."""
-    base_context: int
-    """Tokens the base was made for, as its config.json says."""
-    model: RankModel
-    groups: Groups
-    tokenizer: TextTokenizer
-    identity: Mapping[str, Any]
-    """What tells it from other models: base, positions, checkpoint, dtype."""
-    plan: RunPlan
-    """As its ranks run it."""
-
-
-@contextlib.contextmanager
-def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None) -> Iterator[LoadedState]:
-    """A model in one of STATES, ready to be evaluated; collective.
-
-    `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest. Whatever grid the run trains on,
-    the ranks that are there do.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: one sentence each.
-    """
-    config, _ = settled(config, env, resumes=False)
-    trained_with, config = config, fit_ranks(config, env.world_size)
-    plan = plan_run(config, env.world_size)
-    if state == "shipped":
-        plan = plan.as_shipped()
-    base = open_base(config, plan.arch)
-    try:
-        groups = connect(plan, env, base)
-        if state == "trained":
-            folder = Path(share_from_main(groups, lambda: str(checkpoint or _newest(config))))
-            # Told before the model is loaded; the base's hash is looked at after it.
-            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
-        tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
-        lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
-        model = build_model(plan, lora, groups, base)
-        base_hash = share_from_main(groups, base.base_hash)
-        identity = {"base": base_hash, "rope": asdict(plan.rope), "vocab": plan.arch.vocab, "dtype": str(model.dtype)}
-        if config.model.base != "bf16":
-            identity["form"] = config.model.base
-        step = 0
-        if state == "trained":
-            own = {"base_hash": base_hash, "config": config_dict(trained_with)}
-            with CheckpointReader(folder) as reader:
-                saved = reader.manifest
-                check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
-                mark_trainable(model, config.train.trainable)
-                check_trained(model, config.train.trainable, reader)
-            load_trained(model, whole_trained(folder))
-            step = saved.step
-            identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
-        model.requires_grad_(False)
-        label = "after" if state == "trained" else state
-        own_context = plan.arch.max_positions
-        context = own_context if state == "shipped" else config.model.context
-        yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan)
-    finally:
-        destroy_groups()
-
-
 def evaluate_state(
     config: RunConfig,
     env: RankEnv,
@@ -347,6 +255,7 @@ def evaluate_state(
     perplexity: bool = True,
     retrieval: Sequence[RetrievalSettings] = (),
     long_ppl: LongPplAsked | None = None,
+    ruler: RulerSettings | None = None,
 ) -> LoadedState:
     """Load the model in one of STATES, evaluate, write the reports; see `load_state_of`.
 
@@ -354,6 +263,7 @@ def evaluate_state(
         perplexity: measure perplexity, as `config.eval` says.
         retrieval: grids to measure.
         long_ppl: None: not measured.
+        ruler: tasks and lengths; None: none.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
@@ -364,30 +274,15 @@ def evaluate_state(
         if retrieval:
             # Before perplexity: what is wrong with them is told at once.
             asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, evaluator.text_T)]
-        keys = LongPpl.read(long_ppl.keys) if long_ppl is not None and long_ppl.keys is not None else None
+        riddles = [] if ruler is None else ruler_cells(ruler, loaded.tokenizer, evaluator.text_T)
         if perplexity:
             evaluator.run(loaded.label, loaded.step)
         if long_ppl is not None:
-            evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, keys)
+            evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, long_ppl.keys)
+        run_on = loaded.model, loaded.groups, loaded.plan.full_attention
+        facts: Any = {name: getattr(loaded, name) for name in ("label", "step", "context", "base_context")}
         if asked:
-            run_retrieval(
-                loaded.model,
-                loaded.groups,
-                loaded.plan.full_attention,
-                asked,
-                loaded.identity,
-                Path(config.output),
-                label=loaded.label,
-                step=loaded.step,
-                context=loaded.context,
-                base_context=loaded.base_context,
-            )
+            run_retrieval(*run_on, asked, loaded.identity, Path(config.output), **facts)
+        if riddles:
+            run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts)
     return loaded
-
-
-def _newest(config: RunConfig) -> str:
-    """The run's newest whole checkpoint."""
-    folder = newest(Path(config.output) / "checkpoints")
-    if folder is None:
-        raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
-    return str(folder)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.evaluation.mode import evaluating
 from pipeline.evaluation.perplexity import EvalReport, Shards, cut_windows, evaluate
 from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
@@ -122,9 +123,7 @@ class Judge:
             on_windows: called with a count of finished windows of retrieval.
         """
         began, asked, device = time.perf_counter(), self.settings, model.groups.device
-        mode = model.training
-        model.eval()
-        try:
+        with evaluating(model):
 
             def nll(tokens_BS: torch.Tensor) -> torch.Tensor:
                 return model.token_nll(tokens_BS, spec)
@@ -155,6 +154,4 @@ class Judge:
                 device=device,
                 on_windows=on_windows,
             )
-        finally:
-            model.train(mode)
         return Judgement(perplexity, tuple(tails), whole, tuple(found), time.perf_counter() - began)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from parallel.errors import ConfigError, DataError
-from pipeline.evaluation.perplexity import Shards, TokenNll, exponential, shard
+from pipeline.evaluation.perplexity import Shards, TokenNll, exponential, turns
 from pipeline.evaluation.tails import tail_spans
 from pipeline.reporting.metrics import json_number
 from pipeline.storage.durable import replace_text
@@ -130,13 +130,7 @@ def measure_long_ppl(
         )
     # Of each position: its loss with all before it, and with the short context (0 where that is the same).
     table = torch.zeros(2, count, length, dtype=torch.float64, device=windows_WS.device)
-    own = shard(count, shards.rank, shards.world)
-    for turn in range(-(-count // shards.world)):
-        shards.before_round()
-        mine = turn < len(own)
-        if not mine and not shards.lockstep:
-            continue
-        index = own[turn] if mine else count - 1
+    for index, mine in turns(count, shards):
         window, scored = windows_WS[index], short
         whole = nll(window.unsqueeze(0))[0].double()
         table[0, index, 1:] = whole if mine else 0.0

@@ -22,6 +22,7 @@ import torch
 
 from parallel.errors import DataError
 from pipeline.reporting.metrics import json_number
+from pipeline.storage.durable import replace_text
 
 TokenNll = Callable[[torch.Tensor], torch.Tensor]
 """int64 [B, S] -> fp32 [B, S-1], nats."""
@@ -57,6 +58,17 @@ def shard(windows: int, rank: int, world: int) -> range:
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is outside a world of {world}")
     return range(rank, windows, world)
+
+
+def turns(windows: int, shards: Shards) -> Iterator[tuple[int, bool]]:
+    """(window, whether it is this rank's) of each of a rank's forwards; in lockstep the last may be for nothing."""
+    own = shard(windows, shards.rank, shards.world)
+    for turn in range(-(-windows // shards.world)):
+        shards.before_round()
+        if turn < len(own):
+            yield own[turn], True
+        elif shards.lockstep:
+            yield windows - 1, False
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,7 @@ class EvalReport:
             names = [field.name for field in fields(LengthResult)]
             results = []
             for entry in data["lengths"]:
-                values = {"window_nll": (), "bytes": None, **entry}
-                values = {name: values[name] for name in names}
+                values = {name: {"window_nll": (), "bytes": None, **entry}[name] for name in names}
                 values["nll"] = math.nan if values["nll"] is None else float(values["nll"])
                 values["window_nll"] = tuple(math.nan if nll is None else float(nll) for nll in values["window_nll"])
                 for name in ("block_nll", "block_tokens"):
@@ -155,9 +166,9 @@ class EvalReport:
             ) from None
 
     def write(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write as JSON, in one step; OSError if the disk refuses."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        replace_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> EvalReport:
@@ -287,16 +298,11 @@ def _score(
     block = block or math.ceil(length / POSITION_BLOCKS)
     blocks = math.ceil(length / block)
     table = torch.zeros(len(spans), 2, blocks, dtype=torch.float64, device=spans[0][0].device)
-    own = shard(len(spans), shards.rank, shards.world)
-    for turn in range(-(-len(spans) // shards.world)):
-        shards.before_round()
-        if turn >= len(own):
-            if shards.lockstep:
-                nll(spans[-1][0].unsqueeze(0))
-            continue
-        index = own[turn]
+    for index, mine in turns(len(spans), shards):
         tokens_S, first = spans[index]
         losses = nll(tokens_S.unsqueeze(0))
+        if not mine:
+            continue
         if losses.shape != (1, tokens_S.numel() - 1):
             raise ValueError(f"nll returned {tuple(losses.shape)} for {tokens_S.numel()} tokens")
         positions = torch.zeros(2, blocks * block, dtype=torch.float64, device=table.device)

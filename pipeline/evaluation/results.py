@@ -6,20 +6,33 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from parallel.errors import DataError
+from pipeline.evaluation.kept import VERSION, KeptResults, write_report
 from pipeline.evaluation.perplexity import EvalReport, exponential
 from pipeline.evaluation.tasks import Cell
 from pipeline.reporting.metrics import json_number
-from pipeline.storage.durable import replace_text
 
-VERSION = 2
-"""Of the measurement: another one does not take over what this one found."""
+
+class Scored(Protocol):
+    """How a model did in a task at a length."""
+
+    @property
+    def task(self) -> str:
+        """Its name."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Of each prompt, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -72,74 +85,33 @@ def cell_key(model: Mapping[str, Any], cell: Cell) -> str:
     return digest.hexdigest()
 
 
-class ResultFile:
-    """Results by key in a JSON file, which is whole whenever the process is killed.
-
-    Args:
-        path: the file; None keeps nothing.
-        text: what it holds, where somebody else has read it; None: read it.
-
-    Raises:
-        DataError: the file is there and is not one of these.
-    """
-
-    def __init__(self, path: Path | None, text: str | None = None) -> None:
-        self.path = path
-        self.cells: dict[str, CellResult] = {}
-        if text is None:
-            text = self.text_of(path)
-        if not text:
-            return
-        try:
-            data = json.loads(text)
-            self.cells = {str(key): CellResult.from_json(entry) for key, entry in data["cells"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}: does not hold retrieval results ({type(error).__name__}: {error}); move it away, and rerun."
-            ) from None
+class ResultFile(KeptResults[CellResult]):
+    """Results of retrieval by key, see `KeptResults`."""
 
     @staticmethod
-    def text_of(path: Path | None) -> str:
-        """What a file of results holds; empty: there is none.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        try:
-            return "" if path is None or not path.exists() else path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); mend or remove it, and rerun.") from None
-
-    def add(self, found: Mapping[str, CellResult]) -> None:
-        """Keep results.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
-        self.cells |= found
-        if self.path is None:
-            return
-        data = {"version": VERSION, "cells": {key: cell.to_json() for key, cell in self.cells.items()}}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free space there.") from None
+    def entry(data: Mapping[str, Any]) -> CellResult:
+        """As `CellResult.from_json`."""
+        return CellResult.from_json(data)
 
 
-def by_task(cells: Iterable[CellResult]) -> dict[str, list[CellResult]]:
+def by_task[Cell: Scored](cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     """The cells of each task, in order."""
-    found: dict[str, list[CellResult]] = {}
+    found: dict[str, list[Cell]] = {}
     for cell in cells:
         found.setdefault(cell.task, []).append(cell)
     return found
 
 
-def by_length(cells: Iterable[CellResult], begun: bool = False) -> dict[int, tuple[float, int]]:
-    """Mean score (with `begun`, of answers whose first token is given) and prompts of each length, over its depths."""
+def begun_by_length(cells: Iterable[CellResult]) -> dict[int, tuple[float, int]]:
+    """As `by_length`, of answers whose first token is given."""
+    return by_length(replace(cell, scores=cell.begun) for cell in cells)
+
+
+def by_length(cells: Iterable[Scored]) -> dict[int, tuple[float, int]]:
+    """Mean score and prompts of each length, over all its cells."""
     scores: dict[int, list[float]] = {}
     for cell in cells:
-        scores.setdefault(cell.length, []).extend(cell.begun if begun else cell.scores)
+        scores.setdefault(cell.length, []).extend(cell.scores)
     return {length: (sum(found) / len(found), len(found)) for length, found in sorted(scores.items())}
 
 
@@ -166,7 +138,7 @@ def relative(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{ratio - 1:+.1%}" + ("" if error is None else f" ± {100 * ratio * error:.1f}")
 
 
-def lost_and_won(cells: Sequence[CellResult], base: Sequence[CellResult], base_context: int) -> list[str]:
+def lost_and_won(cells: Sequence[Scored], base: Sequence[Scored], base_context: int) -> list[str]:
     """Sentences on retrieval against the base, task by task, at lengths that the base itself serves.
 
     Args:
@@ -217,6 +189,22 @@ def reads_worse(mine: EvalReport, base: EvalReport, base_context: int) -> list[s
 
 
 @dataclass(frozen=True)
+class Found:
+    """All that was measured of one model that its base can be compared in."""
+
+    perplexity: EvalReport | None
+    cells: Sequence[Scored] = ()
+    """Of retrieval and RULER."""
+
+    def against(self, base: Found, base_context: int) -> list[str]:
+        """What was lost at lengths that the base serves, one sentence each; see `lost_and_won` and `reads_worse`."""
+        said = lost_and_won(self.cells, base.cells, base_context)
+        if self.perplexity is not None and base.perplexity is not None:
+            said += reads_worse(self.perplexity, base.perplexity, base_context)
+        return said
+
+
+@dataclass(frozen=True)
 class RetrievalReport:
     """What one model retrieves."""
 
@@ -243,11 +231,7 @@ class RetrievalReport:
             "base_context": self.base_context,
             "cells": [cell.to_json() for cell in self.cells],
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space there.") from None
+        write_report(path, data)
 
     @classmethod
     def read(cls, path: Path) -> RetrievalReport:
@@ -270,20 +254,3 @@ class RetrievalReport:
 def report_path(output: Path, label: str) -> Path:
     """Where the report of a label lies."""
     return output / f"retrieval-{label}.json"
-
-
-def effective_length(scores: Mapping[int, float], threshold: float) -> int:
-    """The longest length up to which every score is at least `threshold`, as RULER (arXiv 2404.06654) reads its table.
-
-    Args:
-        scores: by length.
-
-    Returns:
-        0: not even the shortest.
-    """
-    longest = 0
-    for length in sorted(scores):
-        if not scores[length] >= threshold or math.isnan(scores[length]):
-            break
-        longest = length
-    return longest

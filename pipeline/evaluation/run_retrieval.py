@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.world.collectives import share_from_main, sum_over
+from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups
-from pipeline.evaluation.perplexity import Shards
+from pipeline.evaluation.mode import evaluating, spread_over
 from pipeline.evaluation.results import ResultFile, RetrievalReport, report_path
 from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tasks import Cell
@@ -52,34 +52,23 @@ def run_retrieval(
     cache = path.with_name(f".{path.name}.cells") if kept else None
     text = share_from_main(groups, lambda: ResultFile.text_of(cache))
     known = ResultFile(cache if groups.is_main else None, text)
-    shards = Shards(
-        groups.data_rank,
-        groups.plan.dp,
-        lambda table: sum_over(groups.replicas, table),
-        lockstep=model.shards is not None,
-        before_round=before_round,
-    )
-    mode = model.training
-    model.eval()
     windows = sum(len(cell.cases) for cell in cells)
-    try:
-        with EvalProgress(windows, f"retrieval, {label}", enabled=shown and groups.is_main) as progress:
+    progress_of = EvalProgress(windows, f"retrieval, {label}", enabled=shown and groups.is_main)
+    with evaluating(model), progress_of as progress:
 
-            def count(done: int) -> None:
-                for _ in range(done):
-                    progress.advance()
+        def count(done: int) -> None:
+            for _ in range(done):
+                progress.advance()
 
-            found = evaluate_retrieval(
-                lambda tokens, labels: model.token_scores(tokens, labels, spec),
-                cells,
-                identity,
-                known=known,
-                shards=shards,
-                device=groups.device,
-                on_windows=count,
-            )
-    finally:
-        model.train(mode)
+        found = evaluate_retrieval(
+            lambda tokens, labels: model.token_scores(tokens, labels, spec),
+            cells,
+            identity,
+            known=known,
+            shards=spread_over(model, groups, before_round),
+            device=groups.device,
+            on_windows=count,
+        )
     report = RetrievalReport(label, step, context, base_context, tuple(found))
     if groups.is_main:
         report.write(path)

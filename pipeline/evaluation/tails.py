@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.evaluation.perplexity import Shards, TokenNll, shard
+from pipeline.evaluation.perplexity import Shards, TokenNll, turns
 
 
 def tail_spans(length: int, tail: int, context: int, stride: int) -> list[tuple[int, int]]:
@@ -40,18 +40,12 @@ def tail_nll(
     shards = shards or Shards()
     count, length = windows_WS.shape
     spans = tail_spans(length, tail, min(context, length), stride)
-    own = shard(count, shards.rank, shards.world)
     sums = torch.zeros(count, dtype=torch.float64, device=windows_WS.device)
-    for turn in range(-(-count // shards.world)):
-        shards.before_round()
-        mine = turn < len(own)
-        if not mine and not shards.lockstep:
-            continue
-        window = windows_WS[own[turn] if mine else -1]
-        scored = length - tail
+    for index, mine in turns(count, shards):
+        window, scored = windows_WS[index], length - tail
         for begin, end in spans:
             losses = nll(window[begin:end].unsqueeze(0))[0, -(end - scored) :]
             if mine:
-                sums[own[turn]] += losses.double().sum()
+                sums[index] += losses.double().sum()
             scored = end
     return [float(value) / tail for value in shards.all_reduce_sum(sums).cpu()]

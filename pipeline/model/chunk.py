@@ -230,10 +230,11 @@ class LlamaChunk(MegatronModule):
 
     @torch.no_grad()
     def scores_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of each local label in nats, and 1 if it is the arg max; both 0 at IGNORE; fp32 [2, B, S]."""
+        """Cross entropy of each local label in nats, 1 if it is the arg max, and the arg max; 0 at IGNORE; fp32
+        [3, B, S]."""
         hidden_LH, labels_T = self._scored(hidden, labels_BS)
         scores = token_scores(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
-        return scores.view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
+        return scores.view(3, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
 
     @torch.no_grad()
     def logits(self, tokens_BS: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec) -> torch.Tensor:

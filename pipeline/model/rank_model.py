@@ -35,6 +35,9 @@ from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan
 from pipeline.planning.stream import StreamPlan
 
+ScoresOf = Callable[[LlamaChunk, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(last stage, hidden states, local labels [B, L]) -> fp32 [kinds, B, L]."""
+
 
 @dataclass(frozen=True)
 class LocalBatch:
@@ -295,7 +298,7 @@ class RankModel(torch.nn.Module):
             fp32 [B, S - 1] negative log-likelihoods in nats, 0 where nothing is scored; bool [B, S - 1] whether the
             label is the arg max over the vocabulary (the smallest id among equals), as greedy `generate` picks.
         """
-        nll, hits = self._score(tokens_BS, labels_BS, spec, 2, LlamaChunk.scores_of)
+        nll, hits, _ = self._score(tokens_BS, labels_BS, spec, 3, LlamaChunk.scores_of)
         return nll, hits > 0.5
 
     def _score(
@@ -304,7 +307,7 @@ class RankModel(torch.nn.Module):
         labels_BS: torch.Tensor,
         spec: AttentionSpec,
         kinds: int,
-        of: Callable[[LlamaChunk, torch.Tensor, torch.Tensor], torch.Tensor],
+        of: ScoresOf,
     ) -> torch.Tensor:
         """fp32 [kinds, B, S - 1], from the [kinds, B, L] that `of` makes of last stage, hidden states and labels."""
         batch = Batch(tokens_BS.cpu(), labels_BS.cpu(), None)
@@ -314,27 +317,53 @@ class RankModel(torch.nn.Module):
         cut = StreamPlan.of(tokens, at_once if at_once < tokens else plan.cp * plan.shard_tokens(tokens), plan)
         layout = padded_layout(batch, cut)
         everything = torch.zeros(kinds, rows, cut.padded, device=self.groups.device)
-        whole = len(cut.starts) == 1
-        for past in prefill(cut, self._shard(), self._cache):
-            shard = past.shard
+        for past in self.chunks_of(cut):
+            self.score_chunk(batch, past, layout, spec, of, everything)
+        return self.gathered(everything)[..., : tokens_BS.shape[1] - 1]
 
-            def forward(stage: LlamaChunk, past: CachedPast = past, shard: ContextShard = shard) -> torch.Tensor:
-                mine = self.groups.context_shard(shard.tokens) if whole else shard
-                context = stage.context(layout, spec, mine, None if whole else past)
-                hidden = stage.hidden(own_tokens(batch.tokens, shard, 0, self.groups.device), context)
-                if not stage.chunk.last:
-                    return hidden
-                return of(stage, hidden, own_tokens(batch.labels, shard, IGNORE, self.groups.device))
+    def score_chunk(
+        self,
+        batch: Batch,
+        past: CachedPast,
+        layout: SequenceLayout,
+        spec: AttentionSpec,
+        of: ScoresOf,
+        everything: torch.Tensor,
+    ) -> None:
+        """Run one chunk of whole sequences, and write what `of` makes of this rank's tokens; see `gathered`.
 
-            if plan.pp == 1:
-                scores: torch.Tensor | None = forward(self.stages[0])
-            else:
-                shape = (shard.tokens // plan.tp, rows, self.arch.hidden)
-                scores = relay(self.groups, self.stages, forward, shape, self.dtype)
-            if scores is not None:
-                everything[..., shard.start : shard.stop] = scores
+        Args:
+            batch: the whole sequences, in host memory.
+            past: of the chunk; the chunks before it have been run, but where it is the only one.
+            everything: fp32 [kinds, B, padded S], zero where nothing is written.
+        """
+        plan, shard = self.groups.plan, past.shard
+        whole = len(past.cut.starts) == 1
+
+        def forward(stage: LlamaChunk) -> torch.Tensor:
+            mine = self.groups.context_shard(shard.tokens) if whole else shard
+            context = stage.context(layout, spec, mine, None if whole else past)
+            hidden = stage.hidden(own_tokens(batch.tokens, shard, 0, self.groups.device), context)
+            if not stage.chunk.last:
+                return hidden
+            return of(stage, hidden, own_tokens(batch.labels, shard, IGNORE, self.groups.device))
+
+        if plan.pp == 1:
+            scores: torch.Tensor | None = forward(self.stages[0])
+        else:
+            shape = (shard.tokens // plan.tp, len(batch.tokens), self.arch.hidden)
+            scores = relay(self.groups, self.stages, forward, shape, self.dtype)
+        if scores is not None:
+            everything[..., shard.start : shard.stop] = scores
+
+    def gathered(self, everything: torch.Tensor) -> torch.Tensor:
+        """What all ranks of a replica wrote, on each of them; in place."""
         # A sum of disjoint parts is a gather, and reaches the stages that have none.
         sum_over(self.groups.collection.cp, everything)
-        if plan.pp > 1:
+        if self.groups.plan.pp > 1:
             dist.all_reduce(everything, group=self.groups.collection.pp)
-        return everything[..., : tokens_BS.shape[1] - 1]
+        return everything
+
+    def chunks_of(self, cut: StreamPlan) -> list[CachedPast]:
+        """The chunks of a sequence in order, each with its past in this model's cache; see `prefill`."""
+        return list(prefill(cut, self._shard(), self._cache))

@@ -245,12 +245,13 @@ class RunPlan:
 
     def prefill_costs(self) -> tuple[PrefillCost, ...]:
         """Of each evaluation length that goes through in chunks."""
-        settings, at_once = self.config.eval, self.prefill
-        if settings.path is None or at_once is None:
+        at_once = self.prefill
+        if self.config.eval.path is None or at_once is None:
             return ()
-        lengths = settings.lengths or (self.config.model.context,)
         width = self.config.model.element_bytes
-        return tuple(prefill_cost(self.arch, self.grid, n, at_once, width) for n in lengths if n > at_once)
+        return tuple(
+            prefill_cost(self.arch, self.grid, n, at_once, width) for n in self.config.eval_lengths if n > at_once
+        )
 
     def balance(self) -> tuple[str, ...]:
         """A sentence for each thing that makes ranks wait for each other."""

@@ -237,7 +237,7 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     batch = config.train.global_batch
     texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]
     if config.eval.path is not None:
-        longest = max(config.eval.lengths or (config.model.context,))
+        longest = max(config.eval_lengths)
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
     findings = [check_gpus(machine.gpus, launch.processes), layout]
     if plan is not None:

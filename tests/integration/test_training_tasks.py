@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,6 +13,7 @@ from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.long_ppl import LongPpl
 from pipeline.evaluation.perplexity import EvalReport
+from pipeline.evaluation.tasks import cells as prompts_of
 from pipeline.train import main as train
 from tests.support.tiny_models import make_tiny
 from tools.evaluate import main as evaluate
@@ -44,8 +46,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, common = place / "run", ["--config", str(place / "run.yaml")]
     assert evaluate([*common, "--state", "shipped"]) == 0  # no retrieval yet
+    assert "warning: --lengths: 800 exceed the 400 tokens that" in capsys.readouterr().err
     further = EvalReport.read(run / "eval-shipped.json").lengths[1]
-    assert train([*common, "--stop-after", "3"]) == 0
+    with mock.patch("pipeline.evaluation.evaluator.cells", side_effect=prompts_of) as made:
+        assert train([*common, "--stop-after", "3"]) == 0
+    assert made.call_count == len({call.args[0] for call in made.call_args_list}) >= 2, "prompts are made once a run"
     assert train(common) == 0
     out = capsys.readouterr().out
     labels = ("untrained", "step-000002", "after")
@@ -90,6 +95,9 @@ def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pyt
     assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--keys", str(keys)]) == 2
     assert "--keys: are of other text or windows than these 2 of 800" in capsys.readouterr().err
 
+    with mock.patch("pipeline.evaluation.evaluator.evaluate_state", side_effect=AssertionError("it was loaded")):
+        assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--keys", str(place / "no.json")]) == 2
+    assert "no.json: is no LongPPL report" in capsys.readouterr().err
     assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--short", "800"]) == 2
     assert "--short: 800 tokens are no less than the windows' 800" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from parallel.world.collectives import sum_over
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, connect, open_base
@@ -20,6 +21,7 @@ from pipeline.config.yaml_file import load_config
 from pipeline.data.packing import IGNORE
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.retrieval import score_cases
+from pipeline.model.greedy import cut_for_greedy, greedy
 from pipeline.model.layers import loss
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec, full_attention
@@ -64,7 +66,7 @@ def prompts() -> torch.Tensor:
     return torch.randint(0, VOCAB, (6, 33), generator=torch.Generator().manual_seed(0))
 
 
-def greedy(scores: Any, prompts_BS: torch.Tensor) -> torch.Tensor:
+def one_by_one(scores: Any, prompts_BS: torch.Tensor) -> torch.Tensor:
     """Greedy decoding by asking about every token of the vocabulary: for models that cannot generate."""
     rows, tokens = len(prompts_BS), prompts_BS
     for _ in range(ANSWER):
@@ -118,6 +120,51 @@ def test_an_answer_is_found_exactly_where_generate_gives_it(kind: str, tmp_path:
         assert found[:, 1].tolist() == rest.double().tolist()
 
 
+@pytest.mark.parametrize("prefill", [None, 8, 1])
+@pytest.mark.parametrize("kind", ["smollm2", "llama3"])
+def test_greedy_decoding_writes_what_generate_writes(kind: str, prefill: int | None, tmp_path: Path) -> None:
+    """Prompts of unequal lengths at once, whatever is guessed; the past's keys and values are used."""
+    make_tiny(tmp_path / "base", kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    asked = [row[: 33 - 3 * n].tolist() for n, row in enumerate(prompts() % 128)]
+    given = []
+    for prompt in asked:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with torch.no_grad():
+            given.append(
+                theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+            )
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tmp_path / 'base'}, context: 64, dtype: fp32}}\ndata: {{path: {tmp_path}}}\n"
+        f"train: {{steps: 1, global_batch: 1}}\noutput: {tmp_path / 'never'}\n"
+    )
+    set_ = [] if prefill is None else [f"eval.prefill={prefill}"]
+    model = model_of(load_config(tmp_path / "run.yaml", set_), single_groups())
+    runs: list[int] = []
+    honest = model.score_chunk
+    model.score_chunk = lambda batch, past, *given: (runs.append(past.shard.start), honest(batch, past, *given))
+    assert greedy(model, asked, 9, FULL) == given
+    spent = len(runs)
+    assert (runs.count(0) == 1) == (len(set(runs)) > 1), "what is fixed runs once"
+    runs.clear()
+    half = [row[:5] + [1, 2, 3] for row in given]
+    assert greedy(model, asked, 9, FULL, guesses=half) == given
+    assert len(runs) < spent, "good guesses save forwards"
+    stops = [row[3] for row in given]
+    written = greedy(model, asked, 9, FULL, lambda row, ids: ids[-1] == stops[row])
+    assert written == [row[: row.index(stop) + 1] for row, stop in zip(given, stops, strict=True)]
+
+
+def test_the_end_of_a_window_is_cut_off_where_it_fits() -> None:
+    grid = single_groups().plan
+    assert cut_for_greedy(1000, 1130, None, grid).starts == (0, 999)
+    assert cut_for_greedy(1000, 1130, 400, grid).starts == (0, 333, 666, 999)
+    assert cut_for_greedy(1000, 1130, 100, grid).starts == tuple(range(0, 1000, 142))  # room for 131 at the end
+    assert cut_for_greedy(100, 230, None, grid).starts == (0,)
+    assert cut_for_greedy(1, 4, 2, grid).starts == (0,)
+
+
 def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[Any]:
     """Hits and losses of every grid, in the same processes."""
     loss.LEAST_TOKENS, loss.CHUNK_LOGITS = 12, 1  # several tiles
@@ -132,6 +179,17 @@ def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[A
         labels[:, -ANSWER - 1 : -1] = tokens[:, -ANSWER:]
         nll, hits = model.token_scores(tokens, labels, full_attention(config.attention))
         found.append((nll[:, -ANSWER:].cpu(), hits[:, -ANSWER:].cpu(), nll[:, :-ANSWER].abs().sum().item()))
+        # The first replica guesses right and is done at once; in lockstep it runs on with the others.
+        best, own = np.load(Path(path).with_name("best.npy")), slice(groups.data_rank, None, groups.plan.dp)
+
+        def goes_on(mine: bool, groups: Any = groups) -> bool:
+            return bool(sum_over(groups.replicas, torch.tensor([float(mine)], device=groups.device)) > 0)
+
+        guesses = best[own].tolist() if groups.data_rank == 0 else ()
+        written = greedy(
+            model, prompts()[own].tolist(), ANSWER, full_attention(config.attention), guesses=guesses, goes_on=goes_on
+        )
+        found[-1] += (written == best[own].tolist(),)
         model.close()
         destroy_groups(keep_world=True)
     return found
@@ -151,7 +209,7 @@ def test_every_grid_and_engine_finds_what_one_process_finds(tmp_path: Path) -> N
     """Ties too: of equal logits on two tensor-parallel ranks the smaller id is picked, as by argmax."""
     path = write_run(tmp_path)
     model = model_of(load_config(path, []), single_groups())
-    best = greedy(lambda tokens, labels: model.token_scores(tokens, labels, FULL), prompts())
+    best = one_by_one(lambda tokens, labels: model.token_scores(tokens, labels, FULL), prompts())
     given = torch.cat((prompts(), best), 1)
     assert len({pair[0] for pair in TWINS} & set(best.flatten().tolist())) >= 2, "ties decide some of it"
     # Rows 6..11: the last token's twin, which has the same logit and must not count.
@@ -159,15 +217,17 @@ def test_every_grid_and_engine_finds_what_one_process_finds(tmp_path: Path) -> N
     twin = dict(TWINS)
     for row in other:
         row[-1] = twin.get(int(row[-1]), (int(row[-1]) + 1) % VOCAB)
+    np.save(tmp_path / "best.npy", best.numpy())
     np.save(tmp_path / "cases.npy", torch.cat((given, other)).numpy())
     destroy_groups()
     (alone,) = _observe(0, 1, str(path), [[]])
     destroy_groups()
     assert alone[1][:6].all() and not alone[1][6:, -1].any() and alone[1][6:, :-1].all() and alone[2] == 0
     for found in run_ranks(_observe, 2, str(path), GRIDS, timeout=240):
-        for grid, (nll, hits, rest) in zip(GRIDS, found, strict=True):
+        for grid, (nll, hits, rest, written) in zip(GRIDS, found, strict=True):
             assert torch.equal(hits, alone[1]), grid
             assert torch.allclose(nll, alone[0], atol=1e-4) and rest == 0, grid
+            assert written, grid
 
 
 @pytest.mark.gpu

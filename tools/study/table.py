@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from pipeline.evaluation.judge import Judgement
 from pipeline.evaluation.perplexity import exponential
-from pipeline.evaluation.results import CellResult, by_length, paired_difference, relative
+from pipeline.evaluation.results import CellResult, begun_by_length, by_length, paired_difference, relative
 from tools.study.run import Outcome
 
 
@@ -81,7 +81,7 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
                 cells.append(_against(runs, lambda judged: judged.tail_nll, own.tail_nll))
         for task in tasks:
             every = [cell for run in runs for cell in _cells(run, task)]
-            given = by_length(every, begun=True)
+            given = begun_by_length(every)
             for length in given:
                 scores = [by_length(_cells(run, task))[length][0] for run in runs]
                 cells.append(f"{_mean(scores, '{:.0%}'.format)} ({given[length][0]:.0%})")

@@ -123,14 +123,14 @@ def token_losses(
 def token_scores(
     hidden_LH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
 ) -> torch.Tensor:
-    """Of each token its loss in nats, as `token_losses`, and 1 if greedy decoding picks it; 0 where it is IGNORE.
+    """Of each token its loss in nats, as `token_losses`, 1 if greedy decoding picks it, and which token that picks.
 
-    Chunks without a scored token are passed over.
+    All are 0 where the label is IGNORE; chunks without a scored token are passed over.
 
     Returns:
-        fp32 [2, T]; every rank gets all of it.
+        fp32 [3, T] (exact for vocabularies below 2^24); every rank gets all of it.
     """
-    scores = torch.zeros(2, *labels_T.shape, dtype=torch.float32, device=hidden_LH.device)
+    scores = torch.zeros(3, *labels_T.shape, dtype=torch.float32, device=hidden_LH.device)
     tiles = _tiles(hidden_LH, weight_VH, shard)
     with torch.no_grad():
         gathered = tiles.gather(hidden_LH)
@@ -140,7 +140,9 @@ def token_scores(
                 continue
             logits = _logits(hidden_CH, weight_VH, shard)
             del hidden_CH
-            tiles.write(scores[1], span, (_greedy(logits, shard) == labels_C).float())
+            best_C = _greedy(logits, shard)
+            tiles.write(scores[1], span, (best_C == labels_C).float())
+            tiles.write(scores[2], span, torch.where(labels_C == IGNORE, 0, best_C).float())
             tiles.write(scores[0], span, _normalized(logits, labels_C, shard)[0])
     return scores
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import CellResult, RetrievalReport, effective_length, report_path
+from pipeline.evaluation.results import CellResult, RetrievalReport, report_path
+from pipeline.evaluation.ruler.results import RulerReport, RulerResult, effective_length, ruler_path
 from tools.compare_evaluations import against, read_evaluated, sentences, tables
 from tools.evaluate import PICTURE, main
 
@@ -111,7 +113,10 @@ def test_folders_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.Captu
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["--compare", str(tmp_path / "empty")]) == 2
-    assert "empty: holds no eval-*.json and no retrieval-*.json; evaluate the run first." in capsys.readouterr().err
+    assert (
+        "empty: holds no eval-*.json, no retrieval-*.json and no ruler-*.json; evaluate the run first."
+        in capsys.readouterr().err
+    )
     report_path(tmp_path, "after").write_text('{"label": "after"}')
     with pytest.raises(DataError, match="retrieval-after.json: is not a retrieval report.*evaluate again"):
         read_evaluated([tmp_path])
@@ -126,6 +131,55 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         assert left.value.code == 2
     assert main(["--model", str(tmp_path / "no"), "--text", "t", "--output", "o"]) == 2
     assert "--model: " in capsys.readouterr().err
+
+
+def ruler(label: str, scores: dict[str, dict[int, tuple[float, ...]]]) -> RulerReport:
+    cells = [
+        RulerResult(task, length, own, ("said",) * len(own))
+        for task, lengths in scores.items()
+        for length, own in lengths.items()
+    ]
+    return RulerReport(label, 0, 800, 200, tuple(cells))
+
+
+def test_effective_length_is_judged_by_what_the_base_can_do(folder: Path) -> None:
+    base = ruler(
+        "shipped", {"vt": {100: (1.0,), 200: (0.5, 0.7), 400: (0.0,)}, "cwe": {200: (0.8,)}, "fwe": {200: (0.0,)}}
+    )
+    after = ruler(
+        "after",
+        {
+            "vt": {100: (0.6,), 200: (0.7,), 400: (0.9,), 800: (0.1,)},
+            "cwe": {100: (0.8,), 200: (0.7,), 400: (0.5,), 800: (0.1,)},
+            "fwe": {100: (0.0,), 200: (0.0,), 400: (0.0,), 800: (0.0,)},
+        },
+    )
+    reached = after.effective(base)
+    assert (reached.tokens, reached.tasks) == (400, ("vt", "cwe")) and reached.threshold == pytest.approx(0.7)
+    assert reached.criterion == "the base's own score at 200 tokens"
+    assert base.effective(base).tokens == 200
+    alone = after.effective(None)
+    assert (alone.tokens, alone.threshold, alone.criterion) == (0, 0.856, "RULER's threshold")
+    useless = ruler("shipped", {"vt": {200: (0.0,)}})
+    assert after.effective(useless) == alone, "no threshold of 0"
+    base.write(ruler_path(folder, "shipped"), base)
+    after.write(ruler_path(folder, "after"), base)
+    assert RulerReport.read(ruler_path(folder, "after")) == after
+    kept = json.loads(ruler_path(folder, "after").read_text())
+    assert kept["effective_length"]["tokens"] == 400 and kept["effective_length"]["tasks"] == ["vt", "cwe"]
+    text = shown([folder])
+    (row,) = [line for line in text.splitlines() if "│ trained" in line and "mean" in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["trained", "mean", "47", "47", "47", "7"]
+    reads = " ".join(text.split())
+    assert "trained: effective length 400 tokens: 70.0% or more over 2 tasks (the base's own score at 200" in reads
+    told = sentences(read_evaluated([folder]))
+    assert "run, trained: fwe at 200 tokens: the base scores 0 here: nothing to lose or win." in told
+    assert any("cwe at 200 tokens: 70% where the base has 80% (1 prompts)" in sentence for sentence in told)
+    assert main(["--compare", str(folder)]) == 0
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    ruler_path(folder, "after").write_text("{}")
+    with pytest.raises(DataError, match="ruler-after.json: is no RULER report.*evaluate again"):
+        read_evaluated([folder])
 
 
 def test_effective_length_ends_at_the_first_failure() -> None:

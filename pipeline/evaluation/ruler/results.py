@@ -1,0 +1,187 @@
+"""What RULER found: a result a task and length, one report a model, and the effective length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.errors import DataError
+from pipeline.evaluation.kept import VERSION, KeptResults, write_report
+from pipeline.evaluation.ruler.tasks import RulerCell
+
+PAPER = 0.856
+"""RULER's threshold (arXiv 2404.06654): what Llama-2-7B scores at 4k."""
+
+
+@dataclass(frozen=True)
+class RulerResult:
+    """How a model did in one task at one length."""
+
+    task: str
+    length: int
+    """Tokens of a prompt and what is written after it, at most."""
+    scores: tuple[float, ...]
+    """Of each prompt, the share of its answers that was written."""
+    written: tuple[str, ...]
+    """After each prompt, until all answers were there."""
+
+    @property
+    def score(self) -> float:
+        """Mean over the prompts."""
+        return sum(self.scores) / len(self.scores)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        facts = {"task": self.task, "length": self.length, "score": self.score}
+        return {**facts, "scores": list(self.scores), "written": list(self.written)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RulerResult:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is none."""
+        scores, written = tuple(float(score) for score in data["scores"]), tuple(map(str, data["written"]))
+        if not scores or len(scores) != len(written):
+            raise ValueError("as many scores as replies, one at least")
+        return cls(str(data["task"]), int(data["length"]), scores, written)
+
+
+class RulerFile(KeptResults[RulerResult]):
+    """Results by key, see `KeptResults`."""
+
+    @staticmethod
+    def entry(data: Mapping[str, Any]) -> RulerResult:
+        """As `RulerResult.from_json`."""
+        return RulerResult.from_json(data)
+
+
+def ruler_key(model: Mapping[str, Any], cell: RulerCell) -> str:
+    """Hash of all that decides a result: the model's identity, the prompts token by token, and what is wanted."""
+    digest = hashlib.sha256(json.dumps([VERSION, cell.task, cell.length, model], sort_keys=True).encode())
+    for sample, ids in zip(cell.samples, cell.prompts, strict=True):
+        digest.update(json.dumps([sample.answers, sample.new, len(ids)]).encode())
+        digest.update(np.array(ids, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def means(cells: Sequence[RulerResult]) -> dict[int, float]:
+    """By length, the mean over its tasks, each of equal weight."""
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        found.setdefault(cell.length, []).append(cell.score)
+    return {length: sum(scores) / len(scores) for length, scores in sorted(found.items())}
+
+
+def effective_length(scores: Mapping[int, float], threshold: float) -> int:
+    """The longest length up to which every score is at least `threshold`, as RULER (arXiv 2404.06654) reads its table.
+
+    Args:
+        scores: by length.
+
+    Returns:
+        0: not even the shortest.
+    """
+    longest = 0
+    for length in sorted(scores):
+        if not scores[length] >= threshold or math.isnan(scores[length]):
+            break
+        longest = length
+    return longest
+
+
+@dataclass(frozen=True)
+class Effective:
+    """An effective length, and what it was judged by."""
+
+    tokens: int
+    """0: not even the shortest length measured."""
+    threshold: float
+    """Mean score that every length up to it reaches."""
+    tasks: tuple[str, ...]
+    """Over which the mean is."""
+    criterion: str
+    """Whose threshold it is."""
+
+    @property
+    def sentence(self) -> str:
+        """For the user."""
+        of = f"{len(self.tasks)} task{'s' if len(self.tasks) > 1 else ''}"
+        return f"effective length {self.tokens} tokens: {self.threshold:.1%} or more over {of} ({self.criterion})"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        facts = {"tokens": self.tokens, "threshold": self.threshold}
+        return {**facts, "tasks": list(self.tasks), "criterion": self.criterion}
+
+
+@dataclass(frozen=True)
+class RulerReport:
+    """What one model answers."""
+
+    label: str
+    """As in `EvalReport`."""
+    step: int
+    """Optimizer steps the model was trained for."""
+    context: int
+    """Tokens the model is made for."""
+    base_context: int
+    """Tokens the base was made for, as its config.json says."""
+    cells: tuple[RulerResult, ...]
+
+    def effective(self, base: RulerReport | None) -> Effective:
+        """The effective length: by the base's score at its own length, or without that, by RULER's threshold.
+
+        Args:
+            base: as shipped. Tasks of which it does nothing at its own length are left out. Its own length is the
+                longest measured one within its context.
+        """
+        tasks = tuple(dict.fromkeys(cell.task for cell in self.cells))
+        if base is not None:
+            own = max((cell.length for cell in base.cells if cell.length <= base.base_context), default=0)
+            can = {cell.task: cell.score for cell in base.cells if cell.length == own and cell.score > 0}
+            shared = tuple(task for task in tasks if task in can)
+            if shared:
+                threshold = sum(can[task] for task in shared) / len(shared)
+                mine = means([cell for cell in self.cells if cell.task in shared])
+                # A mean of the same scores must reach itself.
+                reached = effective_length(mine, threshold - 1e-9)
+                return Effective(reached, threshold, shared, f"the base's own score at {own} tokens")
+        return Effective(effective_length(means(self.cells), PAPER), PAPER, tasks, "RULER's threshold")
+
+    def write(self, path: Path, base: RulerReport | None = None) -> None:
+        """Write as JSON.
+
+        Args:
+            base: see `effective`.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context")}
+        told = {"effective_length": self.effective(base).to_json(), "cells": [cell.to_json() for cell in self.cells]}
+        write_report(path, {**facts, **told})
+
+    @classmethod
+    def read(cls, path: Path) -> RulerReport:
+        """Read what `write` wrote.
+
+        Raises:
+            DataError: the file is missing or is not such a report.
+        """
+        try:
+            data = json.loads(path.read_text())
+            cells = tuple(RulerResult.from_json(entry) for entry in data["cells"])
+            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
+            return cls(str(data["label"]), step, context, base_context, cells)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: is no RULER report ({type(error).__name__}: {error}); evaluate again.") from None
+
+
+def ruler_path(output: Path, label: str) -> Path:
+    """Where the report of a label lies."""
+    return output / f"ruler-{label}.json"

@@ -1,0 +1,175 @@
+"""A model loaded to be evaluated: as shipped, with stretched RoPE but untrained, trained, or with an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import CheckpointError
+from parallel.world.collectives import share_from_main
+from parallel.world.groups import Groups, destroy_groups
+from parallel.world.rank_env import RankEnv
+from pipeline.build import build_model, connect, open_base
+from pipeline.checkpoint.choose import newest
+from pipeline.checkpoint.compatibility import check_resumable, check_settings
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.tensors import whole_trained
+from pipeline.config.rope import RopeSettings
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
+from pipeline.config.yaml_file import config_dict
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.evaluation.grid import fit_ranks
+from pipeline.export.adapter_notes import read_note
+from pipeline.export.adapter_read import load_adapter
+from pipeline.export.trained_model import TrainedModel
+from pipeline.hf.companions import has_tokenizer
+from pipeline.model.rank_model import RankModel
+from pipeline.model.weights.load import load_trained, mark_trainable
+from pipeline.planning import tensors as names
+from pipeline.planning.run_plan import RunPlan, plan_run
+from pipeline.planning.trainable import kind_of
+from pipeline.training.planned import settled
+from pipeline.training.state import check_trained
+
+STATES = ("shipped", "untrained", "trained", "adapter")
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """A model in one of STATES, on this rank."""
+
+    label: str
+    """As in `EvalReport`."""
+    step: int
+    """Optimizer steps it was trained for."""
+    context: int
+    """Tokens it is made for."""
+    base_context: int
+    """Tokens the base was made for, as its config.json says."""
+    model: RankModel
+    groups: Groups
+    tokenizer: TextTokenizer
+    identity: Mapping[str, Any]
+    """What tells it from other models: base, positions, checkpoint, dtype."""
+    plan: RunPlan
+    """As its ranks run it."""
+
+
+@contextlib.contextmanager
+def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None) -> Iterator[LoadedState]:
+    """A model in one of STATES, ready to be evaluated; collective.
+
+    `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest; `adapter` reads a folder of
+    adapters. Whatever grid the run trains on, the ranks that are there do.
+
+    Args:
+        checkpoint: with `trained` and `adapter`.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one sentence each.
+    """
+    config, _ = settled(config, env, resumes=False)
+    trained_with, config = config, fit_ranks(config, env.world_size)
+    plan = plan_run(config, env.world_size)
+    if state == "shipped":
+        plan = plan.as_shipped()
+    base = open_base(config, plan.arch)
+    try:
+        groups = connect(plan, env, base)
+        if state == "trained":
+            folder = Path(share_from_main(groups, lambda: str(checkpoint or _newest(config))))
+            # Told before the model is loaded; the base's hash is looked at after it.
+            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
+        adapter = None
+        if state == "adapter":
+            assert checkpoint is not None
+            base_hash = share_from_main(groups, base.base_hash)
+            adapter = read_adapter(checkpoint, config, base_hash)
+            kinds = tuple(sorted({kind_of(name) for name in parameters_of(adapter)}))
+            config = replace(config, train=replace(config.train, trainable=kinds))
+            plan = replace(plan, config=config, arch=adapter.arch, rope=adapter.rope)
+        trained_with_it = None if adapter is None else adapter.tokenizer
+        if trained_with_it is None or not has_tokenizer(trained_with_it):
+            trained_with_it = Path(config.model.path)
+        tokenizer = load_tokenizer(Path(config.data.tokenizer or trained_with_it))
+        lora = config.lora if state == "trained" and "lora" in config.train.trainable else LoraConfig(rank=0)
+        if adapter is not None:
+            lora = adapter.lora
+        model = build_model(plan, lora, groups, base)
+        base_hash = share_from_main(groups, base.base_hash)
+        identity = {"base": base_hash, "rope": asdict(plan.rope), "vocab": plan.arch.vocab, "dtype": str(model.dtype)}
+        if config.model.base != "bf16":
+            identity["form"] = config.model.base
+        step = 0
+        if state == "trained":
+            own = {"base_hash": base_hash, "config": config_dict(trained_with)}
+            with CheckpointReader(folder) as reader:
+                saved = reader.manifest
+                check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
+                mark_trainable(model, config.train.trainable)
+                check_trained(model, config.train.trainable, reader)
+            load_trained(model, whole_trained(folder))
+            step = saved.step
+            identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
+        if adapter is not None:
+            held = parameters_of(adapter)
+            for name, parameter in model.canonical_parameters():
+                parameter.requires_grad_(name in held)
+            load_trained(model, adapter.trained)
+            step = adapter.step
+            assert checkpoint is not None
+            identity["trained"] = hash_files(checkpoint)
+        model.requires_grad_(False)
+        label = "after" if state in ("trained", "adapter") else state
+        own_context = plan.arch.max_positions
+        context = own_context if state == "shipped" else config.model.context
+        yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan)
+    finally:
+        destroy_groups()
+
+
+def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedModel:
+    """A folder of adapters over the base; what it does not tell of context and RoPE, the configuration does.
+
+    Raises:
+        CheckpointError, ConfigError: see `load_adapter`.
+    """
+    note = read_note(folder)
+    own = config.model.rope == RopeSettings()
+    return load_adapter(
+        folder,
+        Path(config.model.path),
+        None if note.context is not None else config.model.context,
+        None if note.plan is not None or own else config.model.rope,
+        base_hash,
+    )
+
+
+def parameters_of(trained: TrainedModel) -> set[str]:
+    """Our names of what was trained."""
+    return {names.to_ours(name)[0] for name in trained.trained}
+
+
+def hash_files(folder: Path) -> str:
+    """sha256 over a folder's files: their names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _newest(config: RunConfig) -> str:
+    """The run's newest whole checkpoint."""
+    folder = newest(Path(config.output) / "checkpoints")
+    if folder is None:
+        raise CheckpointError(f"{config.output}: has no checkpoint yet; train first, or evaluate another state.")
+    return str(folder)
