@@ -67,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
     parser.add_argument(
-        "--input", type=user_path, required=True, help=".txt or JSON lines, plain or packed (.xz .gz .zst)"
+        "--input", type=user_path, required=True, help="text, JSON lines or CSV, plain or packed; Parquet, Arrow"
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder to write; reused if it is up to date")
     parser.add_argument(
         "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
-    parser.add_argument("--text-field", default="text", help="key of the text in .jsonl records (default: text)")
+    parser.add_argument("--text-field", default="text", help="key or column of the text (default: text)")
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
