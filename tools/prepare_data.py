@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
+from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.prepare_chat import Account, prepare_chat, samples
 from pipeline.data.readings import told_differences
+from pipeline.data.shards import open_shards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
+from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
 
 
@@ -46,6 +50,17 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     return []
 
 
+def _show_card(folder: Path, what: str, fresh: bool) -> None:
+    """Say what the data card says of lengths; a fresh folder also gets their picture."""
+    card = read_card(folder)
+    if card is None:
+        return
+    shards = open_shards(folder)
+    if fresh:
+        plot_lengths(folder, np.diff(np.append(shards.starts, len(shards))), what)
+    print(f"{summary(card)}; see {folder / PAGE}")
+
+
 def _chat(options: argparse.Namespace, tokenizer: TextTokenizer) -> int:
     template = ChatTemplate(tokenizer, options.chat_template)
     if options.show:
@@ -59,6 +74,7 @@ def _chat(options: argparse.Namespace, tokenizer: TextTokenizer) -> int:
     skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
     how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+    _show_card(options.output, "conversations", bool(account.samples))
     return 0
 
 
@@ -94,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
     how = "written" if progress.calls else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
+    _show_card(options.output, "documents", bool(progress.calls))
     return 0
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.card import Notes
 from pipeline.data.discovery import find_texts
 from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.readings import first_format
@@ -273,7 +274,8 @@ def prepare(
                 progress(done, reader.total_bytes, writer.tokens)
             if not writer.documents:
                 raise DataError(f"{source}: every document in it is empty; give it text.")
-            manifest = writer.finish(entries, reader.empty, text_field)
+            notes = Notes({"it is empty": reader.empty})
+            manifest = writer.finish(entries, reader.empty, text_field, notes=notes)
         progress(reader.total_bytes, reader.total_bytes, manifest.tokens)
         return manifest
 

@@ -103,7 +103,9 @@ def test_a_folder_of_mixed_text(
         (name, (corpus / name).stat().st_size) for name in ("a.txt", "b.jsonl", "empty.txt", "sub/c.txt.xz")
     ]
     told = capsys.readouterr()
-    assert told.out == f"{out}: {len(expected)} tokens, 7 documents (1 empty skipped), written\n"
+    count, lengths = told.out.splitlines()
+    assert count == f"{out}: {len(expected)} tokens, 7 documents (1 empty skipped), written"
+    assert lengths.startswith("lengths in tokens: ") and lengths.endswith(f"see {out / 'card.md'}")
     assert told.err == ""
     assert run(corpus, out, model) == 0
     assert capsys.readouterr().out.endswith("7 documents (1 empty skipped), up to date, reused\n")
@@ -389,7 +391,7 @@ def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> Non
         check=False,
     )
     assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.endswith("7 documents (1 empty skipped), written\n")
+    assert "7 documents (1 empty skipped), written\n" in good.stdout
     bad = subprocess.run([*command, "--tokenizer", "nope"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: nope: no tokenizer there;") and bad.stderr.count("\n") == 1
