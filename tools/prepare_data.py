@@ -50,6 +50,14 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     return []
 
 
+def ends(tokenizer: TextTokenizer) -> str:
+    """What stands at both ends of a document, and what the family puts before a prompt, in words."""
+    begins = "begins without a token of its own"
+    if tokenizer.prompt_start:
+        begins += f" (prompts of this tokenizer begin with {', '.join(map(str, tokenizer.prompt_start))})"
+    return f"{begins} and ends with token {tokenizer.eos_id}"
+
+
 def _show_card(folder: Path, what: str, fresh: bool) -> None:
     """Say what the data card says of lengths; a fresh folder also gets their picture."""
     card = read_card(folder)
@@ -105,9 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     with TokenProgress(console=Console(stderr=True)) as progress:
         manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
-    for warning in (*left_out(options.input, options.text_field), *_too_many_tokens(options.tokenizer, tokenizer)):
+    card = read_card(options.output) if progress.calls else None
+    told = card["warnings"] if card is not None else []
+    for warning in (
+        *told,
+        *left_out(options.input, options.text_field),
+        *_too_many_tokens(options.tokenizer, tokenizer),
+    ):
         print(f"warning: {warning}", file=sys.stderr)
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
+    print(f"{options.output}: every document {ends(tokenizer)}")
     how = "written" if progress.calls else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
     _show_card(options.output, "documents", bool(progress.calls))

@@ -103,12 +103,16 @@ def test_a_folder_of_mixed_text(
         (name, (corpus / name).stat().st_size) for name in ("a.txt", "b.jsonl", "empty.txt", "sub/c.txt.xz")
     ]
     told = capsys.readouterr()
-    count, lengths = told.out.splitlines()
+    ends, count, lengths = told.out.splitlines()
+    assert ends.endswith("and ends with token 2")
     assert count == f"{out}: {len(expected)} tokens, 7 documents (1 empty skipped), written"
     assert lengths.startswith("lengths in tokens: ") and lengths.endswith(f"see {out / 'card.md'}")
-    assert told.err == ""
+    spelled = (
+        f"1 document spells a special token, which stays the characters it is (first: '</s>' in {corpus / 'a.txt'})"
+    )
+    assert told.err == f"warning: {spelled}.\n"
     assert run(corpus, out, model) == 0
-    assert capsys.readouterr().out.endswith("7 documents (1 empty skipped), up to date, reused\n")
+    assert "7 documents (1 empty skipped), up to date, reused\n" in capsys.readouterr().out
     assert sorted(path.name for path in out.parent.iterdir()) == [".tokens.lock", "tokens"]
 
 
@@ -390,7 +394,7 @@ def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> Non
         text=True,
         check=False,
     )
-    assert (good.returncode, good.stderr) == (0, "")
+    assert good.returncode == 0 and good.stderr.count("\n") == 1 and "'</s>' in" in good.stderr
     assert "7 documents (1 empty skipped), written\n" in good.stdout
     bad = subprocess.run([*command, "--tokenizer", "nope"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
