@@ -387,13 +387,8 @@ def test_a_bad_number_of_workers(
 
 def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> None:
     command = [sys.executable, "-m", "tools.prepare_data", "--input", str(corpus), "--output", str(tmp_path / "out")]
-    good = subprocess.run(
-        [*command, "--tokenizer", str(light.path), "--workers", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = [*command, "--tokenizer", str(light.path), "--workers", "2"]
+    good = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert good.returncode == 0 and good.stderr.count("\n") == 1 and "'</s>' in" in good.stderr
     assert "7 documents (1 empty skipped), written\n" in good.stdout
     bad = subprocess.run([*command, "--tokenizer", "nope"], cwd=ROOT, capture_output=True, text=True, check=False)
