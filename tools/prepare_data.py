@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
+from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.prepare_chat import Account, prepare_chat, samples
 from pipeline.data.readings import told_differences
+from pipeline.data.shards import open_shards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
+from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
 
 
@@ -46,6 +50,25 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     return []
 
 
+def ends(tokenizer: TextTokenizer) -> str:
+    """What stands at both ends of a document, and what the family puts before a prompt, in words."""
+    begins = "begins without a token of its own"
+    if tokenizer.prompt_start:
+        begins += f" (prompts of this tokenizer begin with {', '.join(map(str, tokenizer.prompt_start))})"
+    return f"{begins} and ends with token {tokenizer.eos_id}"
+
+
+def _show_card(folder: Path, what: str, fresh: bool) -> None:
+    """Say what the data card says of lengths; a fresh folder also gets their picture."""
+    card = read_card(folder)
+    if card is None:
+        return
+    shards = open_shards(folder)
+    if fresh:
+        plot_lengths(folder, np.diff(np.append(shards.starts, len(shards))), what)
+    print(f"{summary(card)}; see {folder / PAGE}")
+
+
 def _chat(options: argparse.Namespace, tokenizer: TextTokenizer) -> int:
     template = ChatTemplate(tokenizer, options.chat_template)
     if options.show:
@@ -59,6 +82,7 @@ def _chat(options: argparse.Namespace, tokenizer: TextTokenizer) -> int:
     skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
     how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+    _show_card(options.output, "conversations", bool(account.samples))
     return 0
 
 
@@ -67,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
     parser.add_argument(
-        "--input", type=user_path, required=True, help=".txt or JSON lines, plain or packed (.xz .gz .zst)"
+        "--input", type=user_path, required=True, help="text, JSON lines or CSV, plain or packed; Parquet, Arrow"
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder to write; reused if it is up to date")
     parser.add_argument(
         "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
-    parser.add_argument("--text-field", default="text", help="key of the text in .jsonl records (default: text)")
+    parser.add_argument("--text-field", default="text", help="key or column of the text (default: text)")
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
@@ -89,11 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     with TokenProgress(console=Console(stderr=True)) as progress:
         manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
-    for warning in (*left_out(options.input, options.text_field), *_too_many_tokens(options.tokenizer, tokenizer)):
+    card = read_card(options.output) if progress.calls else None
+    told = card["warnings"] if card is not None else []
+    for warning in (
+        *told,
+        *left_out(options.input, options.text_field),
+        *_too_many_tokens(options.tokenizer, tokenizer),
+    ):
         print(f"warning: {warning}", file=sys.stderr)
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
+    print(f"{options.output}: every document {ends(tokenizer)}")
     how = "written" if progress.calls else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
+    _show_card(options.output, "documents", bool(progress.calls))
     return 0
 
 

@@ -149,15 +149,15 @@ class DataConfig:
     """Training text."""
 
     path: DatasetText
-    """Folder or file of .txt or JSON lines (.jsonl .ndjson .jsonlines .json), plain or packed (.xz .gz .zst), or a
-    folder written by tools.prepare_data, of text or (--chat) of conversations; or the Hub's name of such a data set
-    that was downloaded."""
+    """Folder or file of .txt, JSON lines (.jsonl .ndjson .jsonlines .json), CSV, Parquet or Arrow, or a folder written
+    by tools.prepare_data, of text or (--chat) of conversations; or the Hub's name of such a data set that was
+    downloaded. See docs/DATA.md."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None
     """Folder of a Hugging Face tokenizer or a sentencepiece .model file; None uses the one in model.path."""
     text_field: str = "text"
-    """Key of the text in JSONL records."""
+    """Key of the text in JSON records, column of tables."""
     cache: PathText | None = None
     """Where tokenized shards of raw text go; None uses <output>/data."""
     mask_documents: bool = False

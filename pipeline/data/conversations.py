@@ -1,4 +1,4 @@
-"""Records of conversations: messages, ShareGPT and Alpaca (LongAlpaca's too), as JSON lines or one JSON list.
+"""Records of conversations: messages, ShareGPT and Alpaca (LongAlpaca's too), as JSON lines, one JSON list or a table.
 
 All become lists of messages as chat templates take them. A record that cannot be trained on is a `RecordError`, which
 the caller counts; a file that cannot be read, or that mixes schemas, is a `DataError`.
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
-from pipeline.data.discovery import ending_of, walk
+from pipeline.data.discovery import HEAD, ending_of, walk
 from pipeline.data.packed import opened, packing_of
-from pipeline.data.schemas import schema_of
+from pipeline.data.schemas import COLUMNS, schema_of
+from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
 from pipeline.storage.lfs import refuse_pointer
 
-_KINDS = (".json", ".jsonl", ".ndjson", ".jsonlines")
+_KINDS = (".json", ".jsonl", ".ndjson", ".jsonlines", *TABLE_ENDINGS)
 """Endings of files, before that of a packing."""
+_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json")
+"""What `datasets` writes beside its tables."""
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -59,14 +62,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object and its place."""
+    """A JSON object or a row, and its place."""
 
     value: dict[str, Any]
     file: Path
     number: int
-    """1-based line of JSON lines, or position in a list."""
+    """1-based line of JSON lines and CSV, position in a list, or row."""
     unit: str
-    """`line` or `record`."""
+    """`line`, `record` or `row`."""
 
     @property
     def where(self) -> str:
@@ -75,7 +78,7 @@ class Record:
 
 
 def conversation_files(path: Path) -> list[Path]:
-    """The file, or the JSON files of a folder (not hidden ones), sorted by relative path.
+    """The file, or the JSON files and tables of a folder (not hidden ones), sorted by relative path.
 
     Raises:
         DataError: there is none.
@@ -85,7 +88,9 @@ def conversation_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; point it at conversations ({', '.join(_KINDS)}).")
     # Not a folder of prepared tokens, which may lie inside.
-    found = [file for file in walk(path) if ending_of(file.name)[0] in _KINDS and file.is_file()]
+    found = [
+        file for file in walk(path) if ending_of(file.name)[0] in _KINDS and file.name not in _NOTES and file.is_file()
+    ]
     if not found:
         raise DataError(f"{path}: holds no conversations (no file ending in {', '.join(_KINDS)}).")
     return sorted(found, key=lambda file: file.relative_to(path).parts)
@@ -121,9 +126,23 @@ def _objects(file: Path) -> Iterator[Record]:
     refuse_pointer(file, DataError)
     try:
         with file.open("rb") as raw:
-            packing = packing_of(raw.read(16))
+            head = raw.read(HEAD)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
+    packing = packing_of(head)
+    if packing:
+        with opened(file, packing) as (_, stream):
+            head = stream.read(HEAD)
+    table = table_of(head, ending_of(file.name)[0])
+    if table:
+        if packing and table != CSV:
+            raise DataError(f"{file}: is {table} packed as {packing}; unpack it.")
+        yield from _rows(file, table, packing)
+        return
+    if TABLE_ENDINGS.get(ending_of(file.name)[0], CSV) != CSV:
+        raise DataError(
+            f"{file}: does not begin as the {TABLE_ENDINGS[ending_of(file.name)[0]]} of its name; copy it again."
+        )
     with opened(file, packing) as (_, stream):
         start = stream.readline()
         number = 1
@@ -141,6 +160,24 @@ def _objects(file: Path) -> Iterator[Record]:
                 yield _record(_parsed(line, f"{file}: line {number}"), file, number, "line")
             line = stream.readline()
             number += 1
+
+
+def _rows(file: Path, kind: str, packing: str) -> Iterator[Record]:
+    with open_table(file, kind, packing) as table:
+        if not set(COLUMNS) & set(table.columns):
+            raise DataError(
+                f"{file}: the table has no column of conversations (it has {', '.join(table.columns)}); give it "
+                "messages, conversations, or instruction and output."
+            )
+        for number, row in table.rows(COLUMNS):
+            # All rows of a table have all of its columns, so what is missing is empty.
+            value = {name: member for name, member in row.items() if member is not None and member != ""}
+            for name in ("messages", "conversations"):
+                if isinstance(value.get(name), str):  # as CSV holds lists
+                    value[name] = _parsed(
+                        value[name].encode("utf-8", "surrogatepass"), f"{file}: {table.unit} {number}, {name},"
+                    )
+            yield Record(value, file, number, table.unit)
 
 
 def _record(value: Any, file: Path, number: int, unit: str) -> Record:

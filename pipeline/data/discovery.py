@@ -1,7 +1,8 @@
 """Which files are text to train on, told by their content: none is left out, or taken for text, without a word.
 
-Read are .txt (one document a file) and JSON lines in .jsonl, .ndjson, .jsonlines or .json (one a line), plain or packed
-as .xz, .gz or .zst, whatever the name says of the packing; a .txt of JSON lines with the text field is JSON lines.
+Read are .txt (one document a file), JSON lines in .jsonl, .ndjson, .jsonlines or .json (one a line) and .csv or .tsv,
+plain or packed as .xz, .gz, .zst or .bz2, whatever the name says of the packing; a .txt of JSON lines with the text
+field is JSON lines. Parquet and Arrow are known by their first bytes, under any name.
 What else lies in a folder is listed for the user, and refused where it holds data of a kind that is not read.
 """
 
@@ -17,12 +18,18 @@ from parallel.errors import DataError
 from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
 from pipeline.data.schemas import schema_of
 from pipeline.data.shards import is_prepared
+from pipeline.data.tables import ARROW, CSV, PARQUET, TABLE_ENDINGS, table_of
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
 TEXT, LINES = ".txt", ".jsonl"
 _KINDS = {TEXT: TEXT, **dict.fromkeys((LINES, ".ndjson", ".jsonlines", ".json"), LINES)}
-ENDINGS = tuple(kind + packing for kind in (TEXT, LINES) for packing in ("", *(f".{name}" for name in PACKINGS)))
+ENDINGS = (
+    *(kind + packing for kind in (TEXT, LINES) for packing in ("", *(f".{name}" for name in PACKINGS))),
+    *TABLE_ENDINGS,
+)
 """What messages name."""
+SPLITS = "dataset_dict.json"
+"""What `datasets` writes beside the folders of several splits."""
 BOM = b"\xef\xbb\xbf"
 HEAD = 4096
 """Bytes of a file's beginning that are looked at."""
@@ -32,9 +39,8 @@ LISTED = 8
 """Names of unread files in a message; the others are counted."""
 
 _MAGIC = {
-    b"PAR1": "Parquet",
-    b"ARROW1\0\0": "Arrow",
-    b"\xff\xff\xff\xff": "Arrow",
+    b"PARE": "encrypted Parquet",
+    b"FEA1": "the first version of Feather",
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
     b"Rar!\x1a\x07": "a RAR archive",
@@ -46,9 +52,6 @@ _MAGIC = {
     b"Obj\x01": "Avro",
 }
 _DATA_ENDINGS = {
-    **dict.fromkeys((".parquet", ".pq"), "Parquet"),
-    **dict.fromkeys((".arrow", ".feather"), "Arrow"),
-    **dict.fromkeys((".csv", ".tsv"), "a table"),
     **dict.fromkeys((".bin", ".idx", ".npy", ".npz", ".pt", ".pkl", ".pickle"), "binary data"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive"),
     **dict.fromkeys((".orc", ".avro", ".tfrecord", ".mds"), "data of a kind"),
@@ -62,9 +65,14 @@ class TextFile:
 
     path: Path
     kind: str
-    """`TEXT` (one document) or `LINES` (one a line)."""
+    """`TEXT` (one document), `LINES` (one a line), or one of `tables.TABLES` (one a row)."""
     packing: str
     """See `packing_of`."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it may hold more text than it has bytes."""
+        return bool(self.packing) or self.kind in (PARQUET, ARROW)
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,17 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
 
 
 def walk(path: Path) -> list[Path]:
-    """Files below a folder, and its folders of prepared tokens, which are not entered."""
+    """Files below a folder, and its folders of prepared tokens, which are not entered.
+
+    Raises:
+        DataError: it cannot be listed, or holds the splits of one dataset.
+    """
+    if (path / SPLITS).is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise DataError(
+            f"{path}: holds the splits {', '.join(splits)} of a dataset, which are not all to be trained on; name one, "
+            f"e.g. {path / (splits[0] if splits else 'train')}."
+        )
     found: list[Path] = []
     visited: set[str] = set()
     for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):
@@ -178,30 +196,40 @@ def _look(file: Path, text_field: str) -> TextFile:
     """
     ending, named_packed = ending_of(file.name)
     kind = _KINDS.get(ending)
-    if not file.is_file() and kind is None:  # a pipe would be waited for, a link to nothing is nothing
+    named = kind is not None or ending in TABLE_ENDINGS
+    if not file.is_file() and not named:  # a pipe would be waited for, a link to nothing is nothing
         raise _Unread
     try:
         with file.open("rb") as stream:
             head = stream.read(HEAD)
     except OSError as error:
-        if kind is None and ending not in _DATA_ENDINGS:
+        if not named and ending not in _DATA_ENDINGS:
             raise _Unread from None
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
-    if is_pointer(head) and (kind or ending in _DATA_ENDINGS or named_packed):
+    if is_pointer(head) and (named or ending in _DATA_ENDINGS or named_packed):
         raise DataError(pointer_sentence(file))
     packing = packing_of(head)
-    if kind and named_packed and not packing and (begins_packed(head) or not _is_text(head)):
+    if named and named_packed and not packing and (begins_packed(head) or not _is_text(head)):
         raise DataError(f"{file}: the archive is truncated or corrupt (it does not begin as one); copy it again.")
     if packing:
         try:
             with opened(file, packing) as (_, unpacked):
                 head = unpacked.read(HEAD)
         except DataError:
-            if kind:
+            if named:
                 raise
+    table = table_of(head, ending)
+    if table and table != CSV:
+        if packing:
+            raise _Unread(f"is {table} packed as {packing}; unpack it")
+        return TextFile(file, table, "")
+    # Where a .csv holds JSON, the content decides.
+    kind = table or (LINES if TABLE_ENDINGS.get(ending) == CSV else kind)
     _refuse_data(file, head, ending, kind)
     if kind is None:
         raise _Unread
+    if kind == CSV:
+        return TextFile(file, CSV, packing)
     if kind == LINES and head.removeprefix(BOM).lstrip()[:1] == b"[":
         raise _Unread(
             "holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]' (conversations: "
@@ -225,13 +253,13 @@ def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None
     found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
     if head[257:262] == b"ustar":
         found = "a tar archive"
-    elif head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
-        found = "packed with bzip2"
     if found is None and kind is None:
         found = _DATA_ENDINGS.get(ending)
     if found is not None:
         how = "unpack it" if "archive" in found or "packed" in found else f"convert it to {LINES} or {TEXT}"
         raise _Unread(f"is {found}, which is not read; {how}")
+    if kind is None and ending in TABLE_ENDINGS:
+        raise _Unread(f"is not the {TABLE_ENDINGS[ending]} that its name says (it does not begin so); copy it again")
     if kind is None:
         return
     if head.startswith(_UTF16):

@@ -59,3 +59,15 @@ def read_array(file: Path) -> NDArray[Any]:
     except Exception as error:  # NumPy evaluates the header: a damaged one raises nearly anything, MemoryError included
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{file}: is damaged ({reason}); {MEND}.") from error
+
+
+def starts_are_sound(starts: NDArray[Any], documents: int, tokens: int) -> bool:
+    """Whether they can be where so many documents start in a stream of so many tokens."""
+    return (
+        starts.ndim == 1
+        and starts.dtype.kind == "i"
+        and starts.size == documents > 0
+        and int(starts[0]) == 0
+        and bool((np.diff(starts) > 0).all())
+        and int(starts[-1]) < tokens
+    )

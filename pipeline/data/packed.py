@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
@@ -15,8 +16,10 @@ import zstandard
 
 from parallel.errors import DataError
 
-PACKINGS = ("xz", "gz", "zst")
+PACKINGS = ("xz", "gz", "zst", "bz2")
 _MAGIC = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+_BZIP2, _BZIP2_BLOCKS = b"BZh", (b"1AY&SY", b"\x17rE8P\x90")
+"""Text may begin with the first; after one more byte follows a block, or the end of an empty file."""
 _CHUNK = 1 << 18
 _PACKED = 1 << 14
 """Bytes of an archive unpacked at once: a thousand times as many may come out."""
@@ -24,17 +27,20 @@ _ARCHIVE_ERRORS = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdE
 
 
 def packing_of(head: bytes) -> str:
-    """xz, gz or zst, as a file's first bytes tell; empty: it is not compressed by any of them."""
+    """xz, gz, zst or bz2, as a file's first bytes tell; empty: it is not compressed by any of them."""
+    if head.startswith(_BZIP2) and head[4:10] in _BZIP2_BLOCKS:
+        return "bz2"
     return next((packing for magic, packing in _MAGIC.items() if head.startswith(magic)), "")
 
 
 def begins_packed(head: bytes) -> bool:
     """Whether a file of these few bytes may be a packed one that was cut off."""
-    return any(magic.startswith(head) for magic in _MAGIC)
+    bzip2 = _BZIP2.startswith(head[:3]) and any(block.startswith(head[4:]) for block in _BZIP2_BLOCKS)
+    return bzip2 or any(magic.startswith(head) for magic in _MAGIC)
 
 
 class _FrameReader(io.RawIOBase):
-    """Decompressed bytes of consecutive frames (.zst) or streams (.xz).
+    """Decompressed bytes of consecutive frames (.zst) or streams (.xz, .bz2).
 
     Unlike the libraries' own readers it drops nothing: zstandard's takes a truncated frame for a whole one, and lzma's
     takes a damaged second stream for the end of the file.
@@ -94,6 +100,8 @@ def _decompressed(raw: BinaryIO, packing: str) -> IO[bytes]:
         return cast(IO[bytes], gzip.open(raw, "rb"))
     if packing == "zst":
         return io.BufferedReader(_FrameReader(raw, _zstd_frame, padding=False), _CHUNK)
+    if packing == "bz2":
+        return io.BufferedReader(_FrameReader(raw, bz2.BZ2Decompressor, padding=False), _CHUNK)
     return raw
 
 
@@ -113,4 +121,6 @@ def opened(file: Path, packing: str) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
     except _ARCHIVE_ERRORS as error:
         raise DataError(f"{file}: the archive is truncated or corrupt ({error}); copy it again.") from error
     except OSError as error:
+        if packing == "bz2" and error.errno is None:  # it has no error class of its own
+            raise DataError(f"{file}: the archive is truncated or corrupt ({error}); copy it again.") from error
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error

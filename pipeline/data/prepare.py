@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.card import Notes
 from pipeline.data.discovery import find_texts
 from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.readings import first_format
@@ -34,6 +35,7 @@ from pipeline.data.shards import (
     is_prepared,
     open_shards,
 )
+from pipeline.data.spelled import Spelled, special_contents
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
 from pipeline.storage.durable import WITHOUT_LOCKS
 
@@ -100,7 +102,7 @@ def tokenize(batch: list[Segment], tokenizer: TextTokenizer) -> Tokens:
     return np.concatenate(rows), np.array(lengths, dtype=np.int64), unfinished
 
 
-def _batches(reader: RecordReader, tokenizer: TextTokenizer) -> Iterator[tuple[list[Segment], int]]:
+def _batches(reader: RecordReader, tokenizer: TextTokenizer, spelled: Spelled) -> Iterator[tuple[list[Segment], int]]:
     """Documents and parts of them in batches, with the source bytes read up to the end of each."""
     batch: list[Segment] = []
     characters = 0
@@ -113,6 +115,7 @@ def _batches(reader: RecordReader, tokenizer: TextTokenizer) -> Iterator[tuple[l
                 f"{len(segment.text) * _MEMORY / (1 << 30):.1f} GiB of memory.",
                 file=sys.stderr,
             )
+        spelled.add(segment.text, segment.ends, reader.file)
         batch.append(segment)
         characters += len(segment.text)
         if characters >= _BATCH_CHARACTERS:
@@ -122,10 +125,12 @@ def _batches(reader: RecordReader, tokenizer: TextTokenizer) -> Iterator[tuple[l
         yield batch, reader.done_bytes
 
 
-def _tokenized(reader: RecordReader, tokenizer: TextTokenizer, workers: int) -> Iterator[tuple[Tokens, int]]:
+def _tokenized(
+    reader: RecordReader, tokenizer: TextTokenizer, workers: int, spelled: Spelled
+) -> Iterator[tuple[Tokens, int]]:
     """Tokenized batches in the reader's order, whatever the number of worker processes."""
     if workers == 1:
-        for batch, done in _batches(reader, tokenizer):
+        for batch, done in _batches(reader, tokenizer, spelled):
             yield tokenize(batch, tokenizer), done
         return
     # spawn: forking a process that runs tokenizer threads can deadlock.
@@ -133,7 +138,7 @@ def _tokenized(reader: RecordReader, tokenizer: TextTokenizer, workers: int) -> 
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
         waiting: deque[tuple[Future[Tokens], int]] = deque()
         try:
-            ends: Iterator[tuple[list[Segment] | None, int]] = chain(_batches(reader, tokenizer), [(None, 0)])
+            ends: Iterator[tuple[list[Segment] | None, int]] = chain(_batches(reader, tokenizer, spelled), [(None, 0)])
             for segmented, done in ends:
                 if segmented is not None:
                     waiting.append((pool.submit(_tokenize_in_worker, segmented), done))
@@ -267,13 +272,15 @@ def prepare(
         if workers is None:
             workers = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))
         entries = _describe(source, text_field, lambda: progress(0, reader.total_bytes, 0))
+        spelled = Spelled(special_contents(tokenizer))
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
-            for tokens, done in _tokenized(reader, tokenizer, workers):
+            for tokens, done in _tokenized(reader, tokenizer, workers, spelled):
                 writer.add(*tokens)
                 progress(done, reader.total_bytes, writer.tokens)
             if not writer.documents:
                 raise DataError(f"{source}: every document in it is empty; give it text.")
-            manifest = writer.finish(entries, reader.empty, text_field)
+            notes = Notes({"it is empty": reader.empty}, warnings=spelled.sentences())
+            manifest = writer.finish(entries, reader.empty, text_field, notes=notes)
         progress(reader.total_bytes, reader.total_bytes, manifest.tokens)
         return manifest
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from parallel.errors import DataError
+from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import Record, RecordError, conversation_files, conversation_of, read_records
 from pipeline.data.folders import remove_leftovers, sha256_of
@@ -41,11 +42,15 @@ class Account:
 
     def sentences(self) -> list[str]:
         """What to warn of."""
-        told = [
+        return [
             f"{count} {'record is' if count == 1 else 'records are'} left out: {reason} (first: "
             f"{self.examples[reason]})."
             for reason, count in sorted(self.refused.items())
-        ]
+        ] + self.remarks()
+
+    def remarks(self) -> list[str]:
+        """What to warn of in those that are kept."""
+        told = []
         if self.spelled is not None:
             token, place = self.spelled
             told.append(
@@ -120,7 +125,8 @@ def prepare_chat(source: Path, out: Path, template: ChatTemplate, max_tokens: in
             if not account.samples:
                 reasons = " ".join(account.sentences()) or "It holds no record."
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
-            return writer.finish(entries, sum(account.refused.values()), "", identity), account
+            notes = Notes(account.refused, account.examples, account.scored, account.remarks())
+            return writer.finish(entries, account.refused.total(), "", identity, notes), account
 
 
 def _entry(file: Path, source: Path) -> SourceEntry:

@@ -1,6 +1,6 @@
-"""Documents out of text files (`discovery` says which): one a file, or one a JSON line.
+"""Documents out of text files (`discovery` says which): one a file, one a JSON line, or one a row of a table.
 
-The order is that of the sorted relative paths, then of the lines, on every machine. Anything unreadable is a
+The order is that of the sorted relative paths, then of the lines or rows, on every machine. Anything unreadable is a
 `DataError` that names the file (and line or byte): text silently dropped from a training set
 is found weeks later or never.
 """
@@ -8,16 +8,18 @@ is found weeks later or never.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from parallel.errors import DataError
-from pipeline.data.discovery import BOM, LINES, TextFile, find_texts
+from pipeline.data.discovery import BOM, LINES, TEXT, TextFile, find_texts
 from pipeline.data.packed import opened
 from pipeline.data.schemas import schema_of
+from pipeline.data.tables import TABLES, Table, open_table
 
 _CHUNK = 1 << 18
 """Bytes, or characters, of a document that are in memory at once."""
@@ -30,7 +32,7 @@ class Document:
     text: str
     file: Path
     line: int | None
-    """1-based line of JSON lines, None for a whole file."""
+    """1-based line of JSON lines and CSV, row of other tables, None for a whole file."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,20 @@ class Piece:
     text: str
     file: Path
     line: int | None
-    """1-based line of JSON lines, None for a whole file."""
+    """1-based line of JSON lines and CSV, row of other tables, None for a whole file."""
     ends: bool
     """The document ends with it."""
 
 
 def check_first_record(file: TextFile, text_field: str) -> None:
-    """Read the first record of JSON lines (packed or not) and nothing after it; of another file nothing.
+    """Read the first record of JSON lines or of a table (packed or not) and nothing after it; of a text nothing.
 
     Raises:
-        DataError: it cannot be read, or is not a JSON object with a string at `text_field`.
+        DataError: it cannot be read, or has no string at `text_field`.
     """
-    if file.kind == LINES:
-        with opened(file.path, file.packing) as (_, stream):
-            next(_lines(stream, file.path, text_field), None)
+    if file.kind != TEXT:
+        with _opened(file, text_field) as (pieces, _):
+            next(pieces, None)
 
 
 class RecordReader:
@@ -61,7 +63,7 @@ class RecordReader:
 
     Args:
         path: file or folder.
-        text_field: key of the text in JSON records.
+        text_field: key of the text in JSON records, column of tables.
 
     Attributes:
         files: what is read, in order.
@@ -69,11 +71,11 @@ class RecordReader:
         total_bytes: their size on disk.
         done_bytes: bytes on disk consumed so far (for a progress bar).
         documents: documents yielded so far.
-        empty: documents skipped so far because they hold nothing but white space.
+        empty: documents skipped so far because they hold nothing but white space, or are missing values of a table.
 
     Raises:
         DataError: see `find_texts`; while iterating: an unreadable or truncated file, text that is not UTF-8, a line
-            that is not a JSON object with a string at `text_field`.
+            that is not a JSON object with a string at `text_field`, a table without such a column.
     """
 
     def __init__(self, path: Path, text_field: str = "text") -> None:
@@ -99,13 +101,12 @@ class RecordReader:
         """The same documents, long ones in parts of no more than some hundred thousand characters each."""
         before = 0
         for file, size in zip(self.files, self._sizes, strict=True):
-            read = _read_lines if file.kind == LINES else _read_whole
             self.file = file.path
-            with opened(file.path, file.packing) as (raw, stream):
+            with _opened(file, self._text_field) as (read, done):
                 blank: list[Piece] = []  # how a document begins, which may be all there is of it
                 begun = False
-                for piece in read(stream, file, self._text_field):
-                    self.done_bytes = before + raw.tell()
+                for piece in read:
+                    self.done_bytes = before + done()
                     begun = begun or bool(piece.text.strip())
                     if begun:
                         # Counted with its last part, which is the one that ends it.
@@ -120,6 +121,19 @@ class RecordReader:
                         begun, blank = False, []
             before += size
             self.done_bytes = before
+
+
+@contextlib.contextmanager
+def _opened(file: TextFile, text_field: str) -> Iterator[tuple[Iterator[Piece], Callable[[], int]]]:
+    """The pieces of one file, and how many of its bytes on disk were read so far."""
+    if file.kind in TABLES:
+        with open_table(file.path, file.kind, file.packing) as table:
+            size = file.path.stat().st_size
+            yield _read_table(table, file, text_field), lambda: int(size * table.done())
+        return
+    read = _read_lines if file.kind == LINES else _read_whole
+    with opened(file.path, file.packing) as (raw, stream):
+        yield read(stream, file, text_field), raw.tell
 
 
 def _decode(data: bytes, file: Path, offset: int) -> str:
@@ -156,14 +170,28 @@ def _read_whole(stream: IO[bytes], file: TextFile, _: str) -> Iterator[Piece]:
 def _read_lines(stream: IO[bytes], file: TextFile, text_field: str) -> Iterator[Piece]:
     try:
         for document in _lines(stream, file.path, text_field):
-            for start in range(0, len(document.text) or 1, _CHUNK):
-                text = document.text[start : start + _CHUNK]
-                yield Piece(text, file.path, document.line, start + _CHUNK >= len(document.text))
+            yield from _parts(document)
     except DataError:
         # A damaged archive can yield a line of garbage before its checksum tells of the damage.
         while file.packing and stream.read(1 << 20):
             pass
         raise
+
+
+def _parts(document: Document) -> Iterator[Piece]:
+    for start in range(0, len(document.text) or 1, _CHUNK):
+        text = document.text[start : start + _CHUNK]
+        yield Piece(text, document.file, document.line, start + _CHUNK >= len(document.text))
+
+
+def _read_table(table: Table, file: TextFile, text_field: str) -> Iterator[Piece]:
+    if text_field not in table.columns:
+        raise _no_field(f"{file.path}: the table", text_field, {name: [] for name in table.columns})
+    for number, row in table.rows([text_field]):
+        if row[text_field] is None:
+            row[text_field] = ""
+        text = _string_of(row, text_field, f"{file.path}: {table.unit} {number}")
+        yield from _parts(Document(text, file.path, number))
 
 
 def _lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]:
@@ -187,11 +215,19 @@ def _text_of(line: str, text_field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f'{where} is not a JSON object; write one {{"{text_field}": ...}} a line.')
     if text_field not in record:
-        keys = ", ".join(sorted(record)) or "nothing"
-        how = "set the text field to one of its own"
-        if schema_of(record) is not None:
-            how = "prepare conversations with tools.prepare_data --chat"
-        raise DataError(f"{where} has no field {text_field!r} (it has {keys}); {how}.")
+        raise _no_field(where, text_field, record)
+    return _string_of(record, text_field, where)
+
+
+def _no_field(where: str, text_field: str, record: dict[str, Any]) -> DataError:
+    keys = ", ".join(sorted(record)) or "nothing"
+    how = "set the text field to one of its own"
+    if schema_of(record) is not None:
+        how = "prepare conversations with tools.prepare_data --chat"
+    return DataError(f"{where} has no field {text_field!r} (it has {keys}); {how}.")
+
+
+def _string_of(record: dict[str, Any], text_field: str, where: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(f"{where} holds {type(text).__name__} in field {text_field!r}, not a string; mend it.")

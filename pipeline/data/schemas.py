@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "tools")
+"""Every key of a record that is read, at its top."""
+
 
 def schema_of(record: dict[str, Any]) -> str | None:
     """messages | ShareGPT | Alpaca, as a record's keys tell; None: none of them."""

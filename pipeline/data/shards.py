@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.folders import MEND, read_array, replace_folder, sha256_of
+from pipeline.data.card import Notes, card_of, write_card
+from pipeline.data.folders import MEND, read_array, replace_folder, sha256_of, starts_are_sound
 from pipeline.data.readings import same_tokens
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.storage.durable import sync
@@ -182,8 +183,15 @@ class ShardWriter:
             self._stream.close()
             self._stream = None
 
-    def finish(self, sources: tuple[SourceEntry, ...], skipped: int, text_field: str, chat: str = "") -> Manifest:
-        """Complete the folder and move it to `out`, replacing an older shard folder there."""
+    def finish(
+        self,
+        sources: tuple[SourceEntry, ...],
+        skipped: int,
+        text_field: str,
+        chat: str = "",
+        notes: Notes | None = None,
+    ) -> Manifest:
+        """Complete the folder, with a data card of the notes, and move it to `out`, replacing an older one there."""
         self._close()
         scored = [] if self._scored is None else [SCORED]
         if self._scored is not None:
@@ -209,6 +217,9 @@ class ShardWriter:
             chat=chat,
         )
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+        if notes is not None:
+            lengths = np.diff(np.append(starts, self.tokens))
+            names += write_card(self._folder, card_of(lengths, manifest.eos_id, [one.size for one in sources], notes))
         for file in [*names, MANIFEST, "."]:
             sync(self._folder / file)
         replace_folder(self._folder, self._out)
@@ -372,20 +383,9 @@ def open_shards(folder: Path, tokenizer: TextTokenizer | None = None, verify: bo
     starts = read_array(folder / DOCUMENTS)
     if sum(map(len, maps)) != manifest.tokens:
         raise DataError(f"{folder}: its shards do not hold the {manifest.tokens} tokens its manifest counts; {MEND}.")
-    if not _starts_are_sound(starts, manifest):
+    if not starts_are_sound(starts, manifest.documents, manifest.tokens):
         raise DataError(f"{folder / DOCUMENTS}: is damaged (the documents do not fit the tokens); {MEND}.")
     opened = TokenShards(folder, manifest, maps, starts.astype(np.int64), scored)
     if verify or manifest.tokens <= SCAN_TOKENS:
         opened.check_vocabulary()
     return opened
-
-
-def _starts_are_sound(starts: NDArray[Any], manifest: Manifest) -> bool:
-    return (
-        starts.ndim == 1
-        and starts.dtype.kind == "i"
-        and starts.size == manifest.documents > 0
-        and int(starts[0]) == 0
-        and bool((np.diff(starts) > 0).all())
-        and int(starts[-1]) < manifest.tokens
-    )

@@ -248,6 +248,9 @@ class SentencePieceTokenizer:
 
     Args:
         file: the model. What the JSON files beside a tokenizer.model say of special tokens is read too.
+
+    Attributes:
+        control: its pieces that no text becomes, such as </s>.
     """
 
     def __init__(self, file: Path) -> None:
@@ -264,6 +267,7 @@ class SentencePieceTokenizer:
         self.prompt_start = [] if self.bos_id is None else [self.bos_id]
         self.fingerprint = piece_identity(model, self.eos_id, self.encode)
         self._rule: Rule = PieceRule(model)
+        self.control = [piece.piece for piece in model.pieces if piece.type == piece.CONTROL]
 
     def _id_of(self, special: SpecialTokens, role: str) -> int | None:
         for _, content in special.contents(role):

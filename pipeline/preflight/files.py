@@ -154,8 +154,8 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
         text = str(error)
         return Finding(setting, str(path), needed, text if text.startswith(setting) else f"{setting}: {text}")
     advice = tuple(f"{setting}: {line}" for line in texts.warnings)
-    # A token takes a byte or more, but where the file is packed.
-    if size // length < batch and not any(file.packing for file in files):
+    # A token takes a byte or more, but where the file is compressed.
+    if size // length < batch and not any(file.compressed for file in files):
         advice += (few_windows(size // length, batch),)
     return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=advice)
 

@@ -37,7 +37,7 @@ SHARED_MEMORY = 128 * 2**20
 BYTES_A_TOKEN = 3
 """Of plain text; English has about four, so this overstates what the tokens take."""
 COMPRESSION = 4
-"""Plain bytes a byte of .xz, .gz or .zst."""
+"""Plain bytes a byte of a compressed file."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def token_bytes(sources: Sequence[Path], cache: Path, vocab: int, text_field: st
         if is_prepared(source) or any(cache.glob(f"{source.resolve().name}-*/{SHARDS_MANIFEST}")):
             continue
         for file in find_texts(source, text_field).files:
-            plain = COMPRESSION if file.packing else 1
+            plain = COMPRESSION if file.compressed else 1
             need += file.path.stat().st_size * plain // BYTES_A_TOKEN * (2 if token_dtype(vocab) == "uint16" else 4)
     return need
 

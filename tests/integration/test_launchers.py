@@ -132,7 +132,7 @@ def test_a_yaml_of_ones_own(calls: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "run_tiny"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "run_tiny", "run_sft_tiny"])
 def test_a_copy_or_a_link_finds_the_repository(name: str, tmp_path: Path) -> None:
     """sbatch runs a copy."""
     spool, link = tmp_path / "slurm_script", tmp_path / "go"

@@ -103,10 +103,16 @@ def test_a_folder_of_mixed_text(
         (name, (corpus / name).stat().st_size) for name in ("a.txt", "b.jsonl", "empty.txt", "sub/c.txt.xz")
     ]
     told = capsys.readouterr()
-    assert told.out == f"{out}: {len(expected)} tokens, 7 documents (1 empty skipped), written\n"
-    assert told.err == ""
+    ends, count, lengths = told.out.splitlines()
+    assert ends.endswith("and ends with token 2")
+    assert count == f"{out}: {len(expected)} tokens, 7 documents (1 empty skipped), written"
+    assert lengths.startswith("lengths in tokens: ") and lengths.endswith(f"see {out / 'card.md'}")
+    spelled = (
+        f"1 document spells a special token, which stays the characters it is (first: '</s>' in {corpus / 'a.txt'})"
+    )
+    assert told.err == f"warning: {spelled}.\n"
     assert run(corpus, out, model) == 0
-    assert capsys.readouterr().out.endswith("7 documents (1 empty skipped), up to date, reused\n")
+    assert "7 documents (1 empty skipped), up to date, reused\n" in capsys.readouterr().out
     assert sorted(path.name for path in out.parent.iterdir()) == [".tokens.lock", "tokens"]
 
 
@@ -381,15 +387,10 @@ def test_a_bad_number_of_workers(
 
 def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> None:
     command = [sys.executable, "-m", "tools.prepare_data", "--input", str(corpus), "--output", str(tmp_path / "out")]
-    good = subprocess.run(
-        [*command, "--tokenizer", str(light.path), "--workers", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.endswith("7 documents (1 empty skipped), written\n")
+    arguments = [*command, "--tokenizer", str(light.path), "--workers", "2"]
+    good = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert good.returncode == 0 and good.stderr.count("\n") == 1 and "'</s>' in" in good.stderr
+    assert "7 documents (1 empty skipped), written\n" in good.stdout
     bad = subprocess.run([*command, "--tokenizer", "nope"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: nope: no tokenizer there;") and bad.stderr.count("\n") == 1

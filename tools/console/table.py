@@ -59,6 +59,8 @@ _ALL = (
     Program("import", "tools.import_hf", "Make a clean Hugging Face folder, also from GGUF."),
     Program("prepare", "tools.prepare_data", "Text to token shards, once."),
     Program("mix-text", "tools.mix_text", "Mix books with code and with notes that refer back."),
+    Program("make-questions", "tools.make_questions", "Make questions from prose, their passage far above."),
+    Program("answer-questions", "tools.answer_questions", "Exact match of a model's answers to questions."),
     Program("merge", "tools.merge_lora", "Merge an adapter into its base."),
     Program("fetch-demo", "tools.fetch_demo", "Fetch the demo's base model, SmolLM2-135M."),
     Program("report", "tools.report", "Write a run's report: plots and one HTML page."),

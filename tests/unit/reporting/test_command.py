@@ -39,6 +39,8 @@ MISSING: dict[str, list[str]] = {
     "tools.merge_lora": ["--adapter", GONE, "--base", GONE, "--context", "64", "--output", "/nowhere/out"],
     "tools.plan": ["--config", GONE],
     "tools.preflight": ["--config", GONE],
+    "tools.answer_questions": ["--model", GONE, "--questions", GONE],
+    "tools.make_questions": ["--input", GONE, "--output", "/nowhere/out"],
     "tools.mix_text": ["--input", GONE, "--output", "/nowhere/out"],
     "tools.prepare_data": ["--input", GONE, "--output", "/nowhere/out", "--tokenizer", GONE],
     "tools.report": ["--run", GONE],

@@ -1,0 +1,106 @@
+"""Exact match of a model's answers: `python -m tools.answer_questions --model DIR --questions FILE`.
+
+transformers renders the chat template and generates greedily. The last message of every conversation is the right
+answer, and the others are what the model is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import DataError
+from pipeline.config.paths import model_path, user_path
+from pipeline.data.conversations import Conversation, RecordError, conversation_of, read_records
+from pipeline.reporting.command import command
+from pipeline.storage.durable import replace_text
+from tools.generate import load_folder
+from tools.support.questions import scored
+
+
+def _conversations(file: Path) -> list[Conversation]:
+    found = []
+    for record in read_records(file):
+        try:
+            found.append(conversation_of(record.value))
+        except RecordError as error:
+            raise DataError(f"{record.where}: {error}; mend or remove it.") from error
+    if not found:
+        raise DataError(f"{file}: holds no question; make some with tools.make_questions.")
+    return found
+
+
+def answers(folder: Path, conversations: Sequence[Conversation], template: str | None, tokens: int) -> list[str]:
+    """What the model in `folder` answers to each conversation without its last message, in at most `tokens` tokens.
+
+    Args:
+        template: Jinja text; None: the folder's own chat template.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    loaded = load_folder(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    said = []
+    for conversation in conversations:
+        prompt = tokenizer.apply_chat_template(
+            conversation.messages[:-1],
+            tools=conversation.tools,
+            chat_template=template,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(loaded.model.device)
+        with torch.inference_mode():
+            whole = loaded.model.generate(
+                **prompt,
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        said.append(tokenizer.decode(whole[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return said
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence on standard error."""
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.answer_questions", description=description)
+    parser.add_argument("--model", type=model_path, required=True, help="Hugging Face folder, such as a merged export")
+    parser.add_argument(
+        "--questions", type=user_path, required=True, help="conversations, as tools.make_questions makes"
+    )
+    parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the folder's own template)")
+    parser.add_argument("--tokens", type=int, default=24, help="longest answer (default: %(default)s)")
+    parser.add_argument("--output", type=user_path, help=".json file for every answer and the score")
+    parser.add_argument("--show", type=int, default=2, help="print so many answers (default: %(default)s)")
+    args = parser.parse_args(argv)
+    conversations = _conversations(args.questions)
+    template = None
+    if args.chat_template is not None:
+        try:
+            template = args.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{args.chat_template}: the chat template cannot be read ({error}).") from error
+    right = [str(conversation.messages[-1].get("content")) for conversation in conversations]
+    said = answers(Path(args.model), conversations, template, args.tokens)
+    for given, wanted in list(zip(said, right, strict=True))[: args.show]:
+        print(f"right: {wanted!r}  answered: {given!r}")
+    score = scored(said, right)
+    print(f"{args.model}: exact match {score.exact} of {score.asked}, the words somewhere in the answer {score.held}")
+    if args.output is not None:
+        rows = [{"right": wanted, "answered": given} for given, wanted in zip(said, right, strict=True)]
+        told = {"asked": score.asked, "exact": score.exact, "held": score.held, "answers": rows}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(args.output, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
