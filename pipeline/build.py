@@ -23,7 +23,7 @@ from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.loader import TrainLoader
 from pipeline.data.prepare import left_out, open_text_or_shards
-from pipeline.data.readings import told_differences
+from pipeline.data.readings import differing_readings
 from pipeline.data.samples import training_windows
 from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
@@ -218,7 +218,7 @@ def build(
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
     if groups.is_main and not is_prepared(Path(config.data.path)):
-        for warning in told_differences(tokenizer):
+        for warning in differing_readings(tokenizer):
             print(f"warning: {warning}", file=sys.stderr)
     tokens = open_tokens(config, config.data.path, tokenizer, groups, watch)
     dataset = training_windows(tokens, config.sequence, config.data.mask_documents)

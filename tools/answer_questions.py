@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.model}: exact match {score.exact} of {score.asked}, the words somewhere in the answer {score.held}")
     if args.output is not None:
         rows = [{"right": wanted, "answered": given} for given, wanted in zip(said, right, strict=True)]
-        told = {"asked": score.asked, "exact": score.exact, "held": score.held, "answers": rows}
+        figures = {"asked": score.asked, "exact": score.exact, "held": score.held, "answers": rows}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(args.output, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        replace_text(args.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

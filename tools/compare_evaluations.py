@@ -150,8 +150,8 @@ def ruler_table(everything: Sequence[Evaluated], names: Mapping[int, str]) -> It
         for task, scores in rows.items():
             shown = [f"{100 * scores[length]:.0f}" if length in scores else "" for length in lengths]
             table.add_row(names[id(one)], task, *shown, end_section=task == "mean")
-        told = report.effective(None if base is None else base.ruler).sentence
-        table.caption = "\n".join(filter(None, [str(table.caption or ""), f"{names[id(one)]}: {told}"]))
+        words = report.effective(None if base is None else base.ruler).sentence
+        table.caption = "\n".join(filter(None, [str(table.caption or ""), f"{names[id(one)]}: {words}"]))
     yield table
 
 
@@ -163,6 +163,6 @@ def sentences(everything: Sequence[Evaluated]) -> list[str]:
         if base is None or base is one:
             continue
         if base.base_context is not None:
-            told = one.found.against(base.found, base.base_context)
-            said += [f"{one.folder.name}, {one.name}: {sentence}" for sentence in told]
+            words = one.found.against(base.found, base.base_context)
+            said += [f"{one.folder.name}, {one.name}: {sentence}" for sentence in words]
     return said

@@ -17,7 +17,7 @@ from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.prepare_chat import Account, prepare_chat, samples
-from pipeline.data.readings import told_differences
+from pipeline.data.readings import differing_readings
 from pipeline.data.shards import open_shards
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
@@ -109,14 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _chat(options, tokenizer)
     if options.chat_template or options.max_tokens or options.show:
         parser.error("--chat-template, --max-tokens and --show are for --chat")
-    for warning in told_differences(tokenizer):
+    for warning in differing_readings(tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
     with TokenProgress(console=Console(stderr=True)) as progress:
         manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
     card = read_card(options.output) if progress.calls else None
-    told = card["warnings"] if card is not None else []
+    warned = card["warnings"] if card is not None else []
     for warning in (
-        *told,
+        *warned,
         *left_out(options.input, options.text_field),
         *_too_many_tokens(options.tokenizer, tokenizer),
     ):

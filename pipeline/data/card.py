@@ -78,8 +78,8 @@ def page_of(card: Mapping[str, Any]) -> str:
     if card["left_out"]:
         lines += ["| left out because | count | first |", "|---|---|---|"]
         lines += [
-            f"| {_cell(reason)} | {told['count']:,} | {_cell(told.get('first', ''))} |"
-            for reason, told in card["left_out"].items()
+            f"| {_cell(reason)} | {row['count']:,} | {_cell(row.get('first', ''))} |"
+            for reason, row in card["left_out"].items()
         ]
     else:
         lines.append("Nothing is left out.")

@@ -76,15 +76,15 @@ class ChatTemplate:
         except TemplateError as error:
             raise DataError(f"{file or tokenizer.path}: its chat template is no valid Jinja ({error}).") from error
         self.marked = bool(_MARKS.search(self.source))
-        self._encoder = Tokenizer.from_str(json.dumps({**tokenizer.told, "truncation": None, "padding": None}))
+        self._encoder = Tokenizer.from_str(json.dumps({**tokenizer.settings, "truncation": None, "padding": None}))
         self.special = {
             token.content: number for number, token in self._encoder.get_added_tokens_decoder().items() if token.special
         }
         self._special_ids = np.array(sorted(self.special.values()), dtype=np.uint32)
         self._names = {f"{role}_token": _content(config.get(f"{role}_token")) for role in _ROLES}
         self._names = {name: content for name, content in self._names.items() if content is not None}
-        told = json.dumps(["chat 1", self.source, self._names, sorted(self.special.items())])
-        self.identity = hashlib.sha256(told.encode()).hexdigest()
+        settings = json.dumps(["chat 1", self.source, self._names, sorted(self.special.items())])
+        self.identity = hashlib.sha256(settings.encode()).hexdigest()
 
     def holds_special(self, conversation: Conversation) -> str | None:
         """A special token whose spelling stands in a message, where it becomes that token; None: there is none."""

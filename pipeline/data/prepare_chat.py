@@ -50,16 +50,16 @@ class Account:
 
     def remarks(self) -> list[str]:
         """What to warn of in those that are kept."""
-        told = []
+        lines = []
         if self.spelled is not None:
             token, place = self.spelled
-            told.append(
+            lines.append(
                 f"{self.special} conversations spell a special token in their text, which becomes that token (first: "
                 f"{token!r} at {place})."
             )
         if self.truncated:
-            told.append(f"{self.truncated} conversations are truncated: the middle of their longest part is left out.")
-        return told
+            lines.append(f"{self.truncated} conversations are truncated: the middle of their longest part is left out.")
+        return lines
 
 
 def samples(

@@ -22,7 +22,7 @@ _FILES = (
 """What fingerprints of the first format hashed of a folder, in this order."""
 
 
-def told_differences(tokenizer: TextTokenizer) -> tuple[str, ...]:
+def differing_readings(tokenizer: TextTokenizer) -> tuple[str, ...]:
     """One sentence for every other reading of the tokenizer's folder that makes other tokens of a probe text.
 
     Imports transformers, which takes seconds.
@@ -38,17 +38,17 @@ def told_differences(tokenizer: TextTokenizer) -> tuple[str, ...]:
         readings = {"transformers": _transformers(folder)}
     else:
         return ()
-    told = []
+    sentences = []
     for name, other in readings.items():
         for text, ids in zip(PROBES, other or (), strict=False):
             own = tokenizer.encode(text)
             if own != ids:
-                told.append(
+                sentences.append(
                     f"{folder}: {name} makes {len(ids)} tokens of {text[:24]!r}... and {used} {len(own)}, which may be "
                     f"other ones; {used} is followed, so check that the model was trained with it."
                 )
                 break
-    return tuple(told)
+    return tuple(sentences)
 
 
 def _transformers(folder: Path) -> list[list[int]] | None:

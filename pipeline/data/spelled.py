@@ -11,7 +11,7 @@ from pipeline.data.tokenizer import HfTokenizer, SentencePieceTokenizer, TextTok
 def special_contents(tokenizer: TextTokenizer) -> list[str]:
     """How the tokenizer's special tokens are spelled, in its order."""
     if isinstance(tokenizer, HfTokenizer):
-        found = [token["content"] for token in tokenizer.told.get("added_tokens") or [] if token.get("special")]
+        found = [token["content"] for token in tokenizer.settings.get("added_tokens") or [] if token.get("special")]
     elif isinstance(tokenizer, SentencePieceTokenizer):
         found = tokenizer.control
     else:

@@ -85,7 +85,7 @@ class HfTokenizer:
             how text is split, only the class of that name does.
 
     Attributes:
-        told: content of tokenizer.json as the folder has it.
+        settings: content of tokenizer.json as the folder has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,7 +100,7 @@ class HfTokenizer:
             _read_pieces(folder / "tokenizer.model", tiktoken=True)
         try:
             ends = {content for role in ("eos", "bos") for _, content in special.contents(role)}
-            self.told, self._record = record, _text_alone(record, ends)
+            self.settings, self._record = record, _text_alone(record, ends)
             self._tokenizer = Tokenizer.from_str(json.dumps(self._record, ensure_ascii=False))
         except DataError:
             raise
@@ -135,7 +135,7 @@ class HfTokenizer:
         """Ids the tokenizer itself puts before a prompt: BOS, or nothing."""
         from tokenizers import Tokenizer
 
-        whole = Tokenizer.from_str(json.dumps({**self.told, "truncation": None, "padding": None}))
+        whole = Tokenizer.from_str(json.dumps({**self.settings, "truncation": None, "padding": None}))
         plain, full = whole.encode("x", add_special_tokens=False).ids, whole.encode("x").ids
         starts = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
         return list(full[: starts[0]]) if starts else []

@@ -45,7 +45,7 @@ class Assessment:
         return found
 
     @property
-    def told(self) -> list[str]:
+    def sentences(self) -> list[str]:
         """Lines for the display."""
         label, gap = self.report.label, self.gap
         lines = [f"perplexity, {label}: " + ", ".join(f"{n}: {p:.2f}" for n, p in self.perplexity.items())]

@@ -160,7 +160,7 @@ class Evaluator:
             path = long_ppl_path(Path(self.config.output), label)
             with optional_file(path):
                 found.write(path)
-            print(found.told, flush=True)
+            print(found.sentence, flush=True)
         return found
 
     def _grids(self, within: int | None) -> list[RetrievalSettings]:

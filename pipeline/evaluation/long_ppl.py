@@ -52,7 +52,7 @@ class LongPpl:
     """Mean over the key tokens, nats; NaN: there are none."""
 
     @property
-    def told(self) -> str:
+    def sentence(self) -> str:
         """A line for the display."""
         count = sum(map(len, self.keys))
         found = "no token is key" if not count else f"{self.perplexity:.2f} over {count:,} key tokens"

@@ -177,12 +177,12 @@ def own_shapes(arch: LlamaArch, own: Mapping[str, Own], dora: Iterable[str]) -> 
         return (arch.vocab, arch.hidden) if part is None else names.projection_shape(part, arch)
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for module, told in own.items():
+    for module, each in own.items():
         rows, columns = size(module)
         low, high = factor_names(module)
         if module == "model.embed_tokens":
             rows, columns = columns, rows
-        shapes |= {low: (told.rank, columns), high: (rows, told.rank)}
+        shapes |= {low: (each.rank, columns), high: (rows, each.rank)}
     return shapes | {module + MAGNITUDE: (size(module)[0],) for module in dora}
 
 

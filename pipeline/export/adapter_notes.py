@@ -111,19 +111,19 @@ def read_note(folder: Path) -> AdapterNote:
             raise bad(f"{key} is {found[key]!r}")
     plan = None
     if "rope_plan" in found:
-        told = found["rope_plan"]
+        declared = found["rope_plan"]
         known = {field.name: str(field.type) for field in dataclasses.fields(RopePlan)}
-        if not known.keys() >= told.keys() >= {"type", "theta", "factor", "original_context"}:
+        if not known.keys() >= declared.keys() >= {"type", "theta", "factor", "original_context"}:
             raise bad("rope_plan has other fields than are known")
-        for key, value in told.items():
+        for key, value in declared.items():
             number = type(value) in (int, float) and 0 < value < float("inf")
             fits = {"str": value in _ROPE_TYPES, "bool": type(value) is bool}
             whole = number and type(value) is int
             # Of linear scaling alone it may be open.
-            fits["int | None"] = whole or (value is None and told["type"] == "linear")
+            fits["int | None"] = whole or (value is None and declared["type"] == "linear")
             if not fits.get(known[key], number):
                 raise bad(f"rope_plan's {key} is {value!r}")
-        plan = RopePlan(**told)
+        plan = RopePlan(**declared)
         if "context" not in found:
             raise bad("context is missing beside rope_plan")
     if found.get("context", 1) < 1:

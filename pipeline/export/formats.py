@@ -36,8 +36,8 @@ def _job(model: TrainedModel, base: HfCheckpoint, shard_bytes: int) -> dict[str,
     source = model.source or Path()
     trained = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.glob("*")) if p.is_file()]
     where = str(source.resolve()) if model.source else os.getpid()
-    told = {"base": source_files(base), "source": where, "trained": trained, "shard_bytes": shard_bytes}
-    return {**told, "config": extended_config(model), "lora": str(model.lora), "step": model.step}
+    origin = {"base": source_files(base), "source": where, "trained": trained, "shard_bytes": shard_bytes}
+    return {**origin, "config": extended_config(model), "lora": str(model.lora), "step": model.step}
 
 
 def export_merged(

@@ -226,18 +226,18 @@ def wrong_base(folder: Path, what: Path, found: str, expected: str) -> Checkpoin
     )
 
 
-def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | None = None) -> TrainedModel:
+def load_trained_model(checkpoint: Path, base: Path | None = None, original: int | None = None) -> TrainedModel:
     """Read a checkpoint folder, verified against its checksums, and check that the base is the one it was trained on.
 
     The run may go on meanwhile: what was opened stays readable when the run deletes old checkpoints.
 
     Args:
         base: where the base model lies now; None takes the path the run recorded.
-        told: original context, tokens, where neither the run's settings nor the base tell it.
+        original: original context, tokens, where neither the run's settings nor the base tell it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the base is missing or another model.
-        ConfigError: the original context is not told, or told otherwise by the run.
+        ConfigError: the original context is not given, or given otherwise by the run.
     """
     manifest = read_manifest(checkpoint).raw
     try:
@@ -261,11 +261,11 @@ def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | N
     if found != expected:
         raise wrong_base(folder, checkpoint, found, expected)
     arch = grown_arch(folder, vocab, "model.vocab")
-    if told is not None:
+    if original is not None:
         known = original_context(arch, rope.original_context)
-        if known not in (None, told):
-            raise ConfigError(f"model.rope.original_context: {told} is not the {known} of training; leave it out.")
-        rope = replace(rope, original_context=told)
+        if known not in (None, original):
+            raise ConfigError(f"model.rope.original_context: {original} is not the {known} of training; leave it out.")
+        rope = replace(rope, original_context=original)
     plan = plan_rope(arch, rope, context)
     tokenizer = None if named is None else Path(str(named))
     warnings = base_weights.warnings
@@ -291,11 +291,11 @@ def load_trained_model(checkpoint: Path, base: Path | None = None, told: int | N
     return model
 
 
-def known_form(told: Any) -> str:
+def known_form(declared: Any) -> str:
     """model.base as a manifest or an adapter's note tells it. ValueError: there is no such form."""
-    if told not in BASES:
-        raise ValueError(f"model.base is {told!r}")
-    return str(told)
+    if declared not in BASES:
+        raise ValueError(f"model.base is {declared!r}")
+    return str(declared)
 
 
 def grown_arch(folder: Path, vocab: int | None, where: str) -> LlamaArch:

@@ -63,14 +63,14 @@ def compare_tensors(model: TrainedModel, folder: Path, form: str) -> dict[str, A
         out.check(names.hf_tensor_shapes(model.arch), one_dtype=False)
         # The bytes on the disk, against what was written.
         counts["file_hashes"] = len(out.digests())
-        told = out.recorded().tensors
+        written = out.recorded().tensors
         for name in names.hf_tensor_shapes(model.arch):
             touched = model.changes(name)
             if touched:
                 want = tensor_digest(model.merged(name, model.base_tensor(base, name)))
             else:
                 want = base.digest(name)
-            if told[name] != want:
+            if written[name] != want:
                 raise CheckpointError(f"{folder / out.file_of(name)}: {name} is not what training made of it.")
             counts["recomputed" if touched else "bit_equal"] += 1
         if json.loads((folder / "config.json").read_text(encoding="utf-8")) != extended_config(model):

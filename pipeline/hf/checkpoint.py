@@ -206,9 +206,9 @@ class HfCheckpoint:
     def _damaged(self, file: str, recorded: Hashes) -> CheckpointError:
         """Find the tensor in a file whose hash is wrong."""
         handle = SafetensorsFile(self.folder / file)
-        told = [name for name in handle.facts if name in recorded.tensors]
-        wrong = [name for name in told if handle.digest(name) != recorded.tensors[name]]
-        if told:
+        recorded_here = [name for name in handle.facts if name in recorded.tensors]
+        wrong = [name for name in recorded_here if handle.digest(name) != recorded.tensors[name]]
+        if recorded_here:
             where = f"tensor {wrong[0]} changed" if wrong else "its header changed, its tensors did not"
         else:
             where = f"which tensor is not recorded, the file holds {len(handle.facts)}"

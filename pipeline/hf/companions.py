@@ -77,13 +77,13 @@ def copy_companions(source: Path, target: Path, context: int | None = None, toke
         files[GENERATION] = source / GENERATION
     for name, path in files.items():
         shutil.copyfile(path, target / name)
-    if (told := files.get("tokenizer_config.json")) is not None:
-        settings = read_object(told)
+    if (settings_file := files.get("tokenizer_config.json")) is not None:
+        settings = read_object(settings_file)
         plain = without_code(settings)
         if context is not None and isinstance(plain.get("model_max_length"), int):
             plain["model_max_length"] = max(plain["model_max_length"], context)
         if plain != settings:
-            write_json(target / told.name, plain)
+            write_json(target / settings_file.name, plain)
     if context is not None and GENERATION in files:
         settings = read_object(files[GENERATION])
         # Llama-2's says 4096, its context: left there, generate() would stop a prompt of 32k at once.

@@ -54,8 +54,8 @@ def read_hashes(folder: Path, files: tuple[str, ...]) -> Hashes:
                 f"{path}: is damaged ({error}); import the model again, or remove the file to load unchecked."
             ) from None
         return Hashes(groups[0], groups[1], HASHES)
-    told = {file: digest for file in files if (digest := _hub_digest(folder, file)) is not None}
-    return Hashes(told, {}, "huggingface_hub's download") if told else Hashes()
+    digests = {file: digest for file in files if (digest := _hub_digest(folder, file)) is not None}
+    return Hashes(digests, {}, "huggingface_hub's download") if digests else Hashes()
 
 
 def _hub_digest(folder: Path, file: str) -> str | None:

@@ -131,10 +131,10 @@ def _kept(folder: Path) -> dict[str, Written]:
     if not path.is_file():
         return {}
     kept = {}
-    for file, told in json.loads(path.read_text()).get("shards", {}).items():
-        whole = (folder / file).is_file() and (folder / file).stat().st_size == told["nbytes"]
-        if whole and file_digest(folder / file) == told["sha256"]:
-            kept[file] = Written(**told)
+    for file, declared in json.loads(path.read_text()).get("shards", {}).items():
+        whole = (folder / file).is_file() and (folder / file).stat().st_size == declared["nbytes"]
+        if whole and file_digest(folder / file) == declared["sha256"]:
+            kept[file] = Written(**declared)
     return kept
 
 

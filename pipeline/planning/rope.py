@@ -63,32 +63,32 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
 def _temperature(scaling: Mapping[str, Any], factor: float) -> float:
     """YaRN's temperature at `factor`, by the checkpoint's rule: its mscale pair, its own constant, or the paper's."""
     mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    told, own_factor = scaling.get("attention_factor"), scaling["factor"]
+    declared, own_factor = scaling.get("attention_factor"), scaling["factor"]
     # A constant that is the paper's at the checkpoint's own factor grows with the factor.
-    if told is not None and (factor == own_factor or told != yarn_attention_factor(own_factor)):
-        return float(told)
-    if told is None and mscale and mscale_all:
+    if declared is not None and (factor == own_factor or declared != yarn_attention_factor(own_factor)):
+        return float(declared)
+    if declared is None and mscale and mscale_all:
         return yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all)
     return yarn_attention_factor(factor)
 
 
-def original_context(arch: LlamaArch, told: int | None) -> int | None:
+def original_context(arch: LlamaArch, known: int | None) -> int | None:
     """Context before any scaling, tokens; None: the checkpoint's linear scaling leaves it open.
 
     Args:
-        told: by the user, who knows best.
+        known: by the user, whose word counts.
     """
     scaling = arch.rope_scaling
-    if told is not None or scaling is None:
-        return told or arch.max_positions
+    if known is not None or scaling is None:
+        return known or arch.max_positions
     if "original_max_position_embeddings" in scaling:
         return int(scaling["original_max_position_embeddings"])
     return arch.max_positions if arch.max_positions / scaling["factor"] < SHORTEST_PRETRAINING else None
 
 
-def _known_original(arch: LlamaArch, told: int | None) -> int:
+def _known_original(arch: LlamaArch, known: int | None) -> int:
     """`original_context`, refused where it is open."""
-    original = original_context(arch, told)
+    original = original_context(arch, known)
     if original is None and arch.rope_scaling is not None:
         factor, declared = arch.rope_scaling["factor"], arch.max_positions
         raise ConfigError(
@@ -99,33 +99,33 @@ def _known_original(arch: LlamaArch, told: int | None) -> int:
     return original or arch.max_positions
 
 
-def served_context(arch: LlamaArch, told: int | None = None) -> int:
+def served_context(arch: LlamaArch, known: int | None = None) -> int:
     """Longest context the checkpoint's own RoPE serves, tokens: factor times the original one where both are known.
 
     Never less than it declares: Llama-3.1 was trained on more than 8 times its original 8192.
 
     Args:
-        told: original context as the user knows it.
+        known: original context as the user knows it.
     """
-    original = original_context(arch, told)
+    original = original_context(arch, known)
     if arch.rope_scaling is None or original is None:
         return arch.max_positions
     return max(arch.max_positions, round(original * arch.rope_scaling["factor"]))
 
 
-def own_plan(arch: LlamaArch, context: int, told: int | None = None) -> RopePlan:
+def own_plan(arch: LlamaArch, context: int, known: int | None = None) -> RopePlan:
     """The checkpoint's RoPE as it stands.
 
     Args:
         context: tokens to serve.
-        told: original context as the user knows it (linear only: the others compute with what config.json says).
+        known: original context as the user knows it (linear only: the others compute with what config.json says).
     """
     scaling = arch.rope_scaling
     if scaling is None:
         return RopePlan("none", arch.rope_theta, 1.0, max(context, arch.max_positions))
     factor, kind = float(scaling["factor"]), str(scaling["rope_type"])
     if kind == "linear":
-        return RopePlan("linear", arch.rope_theta, factor, original_context(arch, told))
+        return RopePlan("linear", arch.rope_theta, factor, original_context(arch, known))
     original = original_context(arch, None)
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

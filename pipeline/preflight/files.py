@@ -17,7 +17,7 @@ from pipeline.config.hub import MODEL, not_there
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.data.discovery import find_texts
-from pipeline.data.readings import told_differences
+from pipeline.data.readings import differing_readings
 from pipeline.data.records import check_first_record
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, read_manifest
@@ -100,7 +100,7 @@ def check_tokenizer(path: Path, rows: int | None) -> Finding:
     advice: tuple[str, ...] = ()
     try:
         tokenizer = load_tokenizer(path)
-        advice = told_differences(tokenizer)
+        advice = differing_readings(tokenizer)
         found = f"{tokenizer.vocab_size} tokens"
         if rows is not None:
             check_rows(tokenizer, rows)

@@ -49,7 +49,7 @@ class Report(Protocol):
         """Figures to plot, by name."""
 
     @property
-    def told(self) -> Sequence[str]:
+    def sentences(self) -> Sequence[str]:
         """Lines for the display."""
 
 
@@ -234,7 +234,7 @@ class Session:
             return
         with self._watch.patient("evaluation"):
             report = self._evaluator.assess(label, step, shown=shown)
-        for line in report.told:
+        for line in report.sentences:
             self._say(line)
         if self._metrics is not None:
             self._metrics.write_evaluation(step, report.points)

@@ -163,8 +163,8 @@ class RulerReport:
             DataError: the file cannot be written.
         """
         facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context")}
-        told = {"effective_length": self.effective(base).to_json(), "cells": [cell.to_json() for cell in self.cells]}
-        write_report(path, {**facts, **told})
+        figures = {"effective_length": self.effective(base).to_json(), "cells": [cell.to_json() for cell in self.cells]}
+        write_report(path, {**facts, **figures})
 
     @classmethod
     def read(cls, path: Path) -> RulerReport:

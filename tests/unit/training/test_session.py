@@ -115,7 +115,7 @@ class Evaluations:
         self._log.append((label, shown))
         # Beyond the run's context a loss is no measure of the run.
         lengths = [SimpleNamespace(length=64, nll=self._nll), SimpleNamespace(length=128, nll=99.0)]
-        return SimpleNamespace(lengths=lengths, points={}, told=["perplexity, x: 2.00", "passkey, x: 0%"])
+        return SimpleNamespace(lengths=lengths, points={}, sentences=["perplexity, x: 2.00", "passkey, x: 0%"])
 
     def has(self, label: str, step: int) -> bool:
         return label in self._made
