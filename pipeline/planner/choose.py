@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
@@ -127,8 +127,8 @@ def _axes(arch: LlamaArch, site: Site, form: str) -> Iterator[tuple[int, int, in
                 yield tp, cp, pp
 
 
-def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunConfig]:
-    """Every configuration that differs in layout alone."""
+def _settings(config: RunConfig, arch: LlamaArch, site: Site, policies: Sequence[str]) -> Iterator[RunConfig]:
+    """Every configuration that differs in layout alone, with each of these words for train.recompute."""
     train, batch = config.train, config.train.global_batch
     for tp, cp, pp in _axes(arch, site, config.model.base):
         if config.attention.legacy_wrap and cp > 1:
@@ -144,7 +144,7 @@ def _settings(config: RunConfig, arch: LlamaArch, site: Site) -> Iterator[RunCon
                     continue  # stages that never all work
                 axes = {"tp": tp, "cp": cp, "pp": pp, "virtual": 1}
                 parallel = replace(config.parallel, auto=False, **axes, engine=engine, offload=offload)
-                for word in POLICIES:
+                for word in policies:
                     # Where gate and up lie is for what keeps them; the memory to fill for recompute auto.
                     gate_up = train.gate_up if word == "pointwise" else "gpu"
                     layers = replace(train, micro_batch=micro, recompute=word, gate_up=gate_up, gpu_gib=None)
@@ -160,6 +160,24 @@ def _candidate(settings: RunConfig, stored: LlamaArch, site: Site) -> Candidate:
     return Candidate(plan, site, footprint(plan, site.a_node))
 
 
+def each_candidate(
+    config: RunConfig, stored: LlamaArch, site: Site, policies: Sequence[str] = POLICIES
+) -> Iterator[Candidate]:
+    """See `candidates`; one by one, so that whoever looks for one that fits need not count them all.
+
+    Args:
+        policies: words of train.recompute to try.
+
+    Raises:
+        ConfigError: the GPUs lack what model.base needs.
+    """
+    check_base(config.model.base, stored, 1)
+    if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
+        raise ConfigError(f"model.base: {site.gpu.name} has no FP8 products; use nf4 or bf16, or a newer GPU.")
+    for settings in _settings(config, stored, site, policies):
+        yield _candidate(settings, stored, site)
+
+
 def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
     """Every layout the GPUs could have with one recompute policy in all layers, fitting or not.
 
@@ -172,10 +190,7 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
     Raises:
         ConfigError: the batch cannot be spread over the GPUs, or they lack what model.base needs.
     """
-    check_base(config.model.base, stored, 1)
-    if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
-        raise ConfigError(f"model.base: {site.gpu.name} has no FP8 products; use nf4 or bf16, or a newer GPU.")
-    found = [_candidate(settings, stored, site) for settings in _settings(config, stored, site)]
+    found = list(each_candidate(config, stored, site))
     if not found:
         raise ConfigError(
             f"train.global_batch: {config.train.global_batch} sequences cannot be spread over {site.gpus} GPUs by any "

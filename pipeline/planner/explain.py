@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Site, Timed, candidates
+from pipeline.planner.choose import Candidate, Site, Timed, each_candidate
 from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
@@ -17,6 +17,8 @@ from pipeline.planning.run_plan import RunPlan
 
 UNIT = 1024
 """Tokens that a shorter sequence is a multiple of."""
+STREAMED_GROUP = 8192
+"""Tokens of a group that is suggested for streaming, as in launch/configs/llama3_8b_1m.yaml."""
 MOST_TIMES = 64
 """Times as many GPUs that are tried where none fits."""
 
@@ -87,11 +89,11 @@ def nearest(found: list[Candidate]) -> Candidate:
 
 
 def _fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | None:
+    """A layout that fits, if any does: the policy that keeps least tells."""
     try:
-        found = candidates(config, stored, site)
+        return next((one for one in each_candidate(config, stored, site, ("full",)) if one.fits), None)
     except ConfigError:
         return None
-    return next((one for one in found if one.fits), None)
 
 
 def _fewer_tokens(config: RunConfig, stored: LlamaArch, site: Site) -> Way | None:
@@ -111,11 +113,43 @@ def _fewer_tokens(config: RunConfig, stored: LlamaArch, site: Site) -> Way | Non
     return best
 
 
+def _smaller_base(config: RunConfig) -> tuple[str, RunConfig] | None:
+    """A base in 4 bits, which rounds it: nobody but the user chooses that."""
+    if config.model.base != "bf16":
+        return None
+    return "model.base: nf4", replace(config, model=replace(config.model, base="nf4"))
+
+
+def _streamed(config: RunConfig) -> tuple[str, RunConfig] | None:
+    """A group that does not grow with the sequence, so that it can be streamed: the user's choice."""
+    if config.train.stream is not None or config.attention.kind != "s2" or config.attention.group_size is not None:
+        return None
+    group = min(STREAMED_GROUP, config.sequence)
+    fixed = replace(config.attention, group_size=group, full_last_steps=0)
+    change = f"attention.group_size: {group} and train.stream: auto"
+    if config.attention.full_last_steps:
+        change += " (and attention.full_last_steps: 0)"
+    try:
+        return change, replace(config, attention=fixed, train=replace(config.train, stream="auto"))
+    except ConfigError:  # what does not go with a stream, such as legacy_wrap
+        return None
+
+
 def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
-    """What would make a run fit that does not: fewer tokens, more GPUs, other GPUs, more host memory."""
+    """What would make a run fit that does not: fewer tokens, a smaller base, a stream, more, other or roomier GPUs."""
     shorter = _fewer_tokens(config, stored, site)
     if shorter:
         yield shorter
+    smaller, streamed = _smaller_base(config), _streamed(config)
+    both = None if smaller is None or streamed is None else _smaller_base(streamed[1])
+    either = False
+    for way in (smaller, streamed):
+        one = None if way is None else _fitting(way[1], stored, site)
+        if way is not None and one is not None:
+            either = True
+            yield Way(way[0], one)
+    if both is not None and streamed is not None and not either and (one := _fitting(both[1], stored, site)):
+        yield Way(f"{streamed[0]} with {both[0]}", one)
     gpus = site.gpus
     while gpus < MOST_TIMES * site.gpus:
         gpus *= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from parallel.axes.halo_plan import ALIGN
 from parallel.world.grid import GridPlan
@@ -77,13 +78,27 @@ def halo_bytes(
         rows: sequences a micro-batch.
         width: bytes of an element.
     """
-    layout, local = SequenceLayout.dense(rows, stream.padded), arch.heads // grid.tp
-    vector = arch.head_dim * width
+    one = _layers_halos(stream, (arch.heads, arch.kv_heads), spec, grid.tp, rows, arch.head_dim * width)
+    return HaloBytes(arch.layers * one.parked, arch.layers * one.carried)
+
+
+@cache
+def _layers_halos(
+    stream: StreamPlan, heads_of: tuple[int, int], spec: AttentionSpec, tensor: int, rows: int, vector: int
+) -> HaloBytes:
+    """`halo_bytes` of one layer: the same for every layout that cuts sequences and heads alike.
+
+    Args:
+        heads_of: query and key-value heads of the model.
+        tensor: tensor-parallel ranks.
+        vector: bytes of a head's key or value.
+    """
+    layout, local = SequenceLayout.dense(rows, stream.padded), heads_of[0] // tensor
     parked = carried = 0
-    for tp in range(grid.tp):
-        heads = head_plan(tp * local, local, arch.heads, arch.kv_heads, spec.shifted_heads)
+    for tp in range(tensor):
+        heads = head_plan(tp * local, local, *heads_of, spec.shifted_heads)
         messages = halo_plan(layout, spec, heads, stream.edges).messages
-        for rank in range(grid.cp):
+        for rank in range(stream.cp):
             kept, waiting = 0, [0] * (len(stream.starts) + 1)
             for message in messages:
                 begin, end = message.sender // stream.cp, message.receiver // stream.cp
@@ -93,7 +108,7 @@ def halo_bytes(
                     for chunk in range(begin + 1, end + 1):
                         waiting[chunk] += message.vectors * vector
             parked, carried = max(parked, kept), max(carried, *waiting)
-    return HaloBytes(arch.layers * parked, arch.layers * carried)
+    return HaloBytes(parked, carried)
 
 
 @dataclass(frozen=True)

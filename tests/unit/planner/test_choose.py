@@ -116,11 +116,22 @@ def test_a_refusal_says_by_how_much_and_what_would_do() -> None:
     assert not ranked(every)
     said = str(refusal(every, config, found.arch, site))
     assert "a GPU lacks" in said and "GiB" in said and "data.sequence: " in said and " GPUs" in said
-    for way in ways_out(config, found.arch, site):
-        assert way.candidate.fits, way.change
+    ways = list(ways_out(config, found.arch, site))
+    assert all(way.candidate.fits for way in ways), ways
+    streamed = ways[1].candidate.plan
+    assert "group_size: 8192 and train.stream: auto" in ways[1].change and streamed.stream and streamed.group == 8192
     tokens = next(ways_out(config, found.arch, site)).candidate.plan.sequence
     longer = replace(config, data=replace(config.data, sequence=tokens + 2048))
     assert not ranked(candidates(longer, found.arch, site)), "it is the longest that fits"
+
+
+def test_one_gpu_is_offered_a_smaller_base_and_where_that_is_not_enough_a_stream_too() -> None:
+    found, site = find_model("llama2-70b"), Site.of(find_gpu("h100-80gb"), 1)
+    changes = [way.change for way in ways_out(run_of("llama2-70b", 32768), found.arch, site)]
+    assert "model.base: nf4" in changes and not any("with model.base" in change for change in changes)
+    far = list(ways_out(run_of("llama2-70b", 1 << 18), found.arch, site))
+    both = next(way.candidate.plan.config for way in far if "with model.base: nf4" in way.change)
+    assert both.model.base == "nf4" and both.train.stream == "auto"
 
 
 def test_196k_tokens_of_7b_do_not_fit_one_80_gb_gpu_with_everything_on_it() -> None:
