@@ -120,7 +120,7 @@ class StepProfile:
             torch.cuda.memory._record_memory_history(max_entries=BLOCKS)
         began = time.perf_counter()
         try:
-            with torch.profiler.profile(profile_memory=True) as profiler:
+            with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
                 yield
                 if on_gpu:
                     torch.cuda.synchronize()
