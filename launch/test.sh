@@ -21,6 +21,14 @@ step ruff format --check .
 step mypy
 step lint-imports --no-logo
 
+# Of what this process and its workers run; ranks and commands in processes of their own are not counted.
+covered=()
+if (($# == 0)); then
+  covered=(--cov=pipeline --cov=parallel --cov=tools --cov-report=)
+  export COVERAGE_CORE=sysmon COVERAGE_FILE=${TMPDIR:-/tmp}/longspan-coverage.$$
+  trap 'rm -f "$COVERAGE_FILE"*' EXIT
+fi
+
 chosen=0
 tests() {
   local code=0
@@ -28,11 +36,14 @@ tests() {
   # 5: the arguments chose no test of this part.
   case $code in 0) chosen=1 ;; 5) ;; *) exit "$code" ;; esac
 }
-tests -m "not crowd" -n 2 --dist loadfile "$@"
+tests -m "not crowd" -n 2 --dist loadfile ${covered[@]+"${covered[@]}"} "$@"
 # Tests of up to eight busy processes come last and alone: beside them, whatever waits for a process to start or to end
 # within its time waits in vain.
-tests -m crowd "$@"
+tests -m crowd ${covered[@]+"${covered[@]}" --cov-append} "$@"
 if ((!chosen)); then
   echo "test: the arguments chose no test." >&2
   exit 5
+fi
+if ((${#covered[@]})); then
+  echo "== coverage, % of lines: $(coverage report --format=total)"
 fi
