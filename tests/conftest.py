@@ -20,6 +20,20 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 NO_CUDA = "needs a CUDA device"
+LONGEST = (
+    "test_preemption",
+    "test_faults",
+    "test_run_oracle",
+    "test_launchers",
+    "test_checkpoint_faults",
+    "test_kill_savers",
+    "test_doctor",
+    "test_survive",
+    "test_resume_layouts",
+    "test_model_on_kernels",
+    "test_kernels",
+)
+"""Files of tests that take a minute or more, the longest first (pytest --durations)."""
 
 settings.register_profile(
     "ci",
@@ -50,7 +64,11 @@ def cuda_present() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests, with a reason, where there is no CUDA device."""
+    """Skip gpu tests, with a reason, where there is no CUDA device; files that take minutes come first.
+
+    Workers take whole files in order: one of minutes must not be left for last.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not cuda_present():
         for item in marked:

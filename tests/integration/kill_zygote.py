@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from tests.support.ranks import _reserved_port
+from tests.support.ranks import reserved_port
 
 WORLD = 2
 BOTH = (0, 1)
@@ -63,7 +63,7 @@ class Pair:
         sys.stdout.flush()
         # The port stays reserved until the ranks have ended.
         self._stack = contextlib.ExitStack()
-        port = self._stack.enter_context(_reserved_port())
+        port = self._stack.enter_context(reserved_port())
         for rank in range(WORLD):
             pid = os.fork()
             if not pid:

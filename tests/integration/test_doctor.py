@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +105,12 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_engine_zero3_is_examined_as_it_is(tmp_path: Path) -> None:
     away = ["parallel.engine=zero3", "parallel.offload.params=cpu", "parallel.offload.optimizer=cpu"]
-    report = run_doctor(load_config(write(tmp_path, cp=2), away), 4, timeout_s=240)
+    with socket.socket() as other:
+        # Of a job on this machine, at the port that torchrun and srun use unless told otherwise.
+        with contextlib.suppress(OSError):
+            other.bind(("127.0.0.1", 29500))
+            other.listen()
+        report = run_doctor(load_config(write(tmp_path, cp=2), away), 4, timeout_s=240)
     grid = report.shrunk.config.parallel
     assert (grid.engine, grid.offload.params, grid.offload.optimizer, grid.cp) == ("zero3", "cpu", "cpu", 2)
     assert report.passed and len(report.rows) == 14

@@ -44,7 +44,7 @@ def test_train_stop_resume_evaluate_export_report(
 
     with monkeypatch.context() as closed:
         # Other settings are told before a model is loaded.
-        closed.setattr("pipeline.evaluation.evaluator.build_model", None)
+        closed.setattr("pipeline.evaluation.states.build_model", None)
         assert evaluate([*common, "--state", "trained", "--set", "attention.shifted_heads=alternate"]) == 2
     assert "attention.shifted_heads" in capsys.readouterr().err
 

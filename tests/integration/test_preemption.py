@@ -22,7 +22,7 @@ from pipeline.checkpoint.choose import choose
 from pipeline.training.lock import OutputLock
 from tests.integration.test_faults import QUIET, ROOT, finish, mark, start
 from tests.numerics.test_training import losses, run_here, write_run
-from tests.support.ranks import _reserved_port
+from tests.support.ranks import reserved_port
 
 __all__ = ["mark"]
 STEPS = 12
@@ -110,7 +110,7 @@ def test_a_signal_to_the_launch_script_saves_and_the_same_command_resumes(
 def test_a_signal_to_one_of_two_machines_saves_on_both(mark: str, tmp_path: Path) -> None:
     path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
     settings = ("--set", "train.steps=5000", "--set", "save.every=0", "--set", "save.signal_exit_code=75")
-    with _reserved_port() as port:
+    with reserved_port() as port:
         meet = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
         jobs = [torchrun(mark, *meet, rank, "-m", "pipeline.train", "--config", str(path), *settings) for rank in "01"]
     wait_for_step(run, 3)

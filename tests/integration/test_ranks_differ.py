@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.integration.test_faults import QUIET, ROOT, Ended, finish, mark
 from tests.numerics.test_training import write_run
-from tests.support.ranks import _reserved_port
+from tests.support.ranks import reserved_port
 
 __all__ = ["mark"]
 
@@ -18,7 +18,7 @@ __all__ = ["mark"]
 def train_two(mark: str, path: Path, *second: str) -> Ended:
     """`pipeline.train` on two ranks; the second has these settings besides."""
     Path(f"{mark}.txt").unlink(missing_ok=True)
-    with _reserved_port() as port, open(f"{mark}.txt", "ab") as out:
+    with reserved_port() as port, open(f"{mark}.txt", "ab") as out:
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", "pipeline.train", "--config", path]

@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -125,13 +126,25 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+PORTS = range(15_000, 32_000)
+"""Linux gives out those from 32,768 on."""
+_ports = iter(random.Random(os.getpid()).sample(PORTS, len(PORTS)))
+"""In an order of each process's own; none is used twice."""
+
+
 @contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
-    """A free port that stays ours: bound but not listening, so that only rank 0's SO_REUSEADDR listener can take it."""
+def reserved_port() -> Iterator[int]:
+    """A free port that stays ours: bound but not listening, so that only rank 0's SO_REUSEADDR listener can take it.
+
+    Below those that the system gives to whoever connects: started ranks still import when the test lets go of it.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
+        for port in _ports:
+            with contextlib.suppress(OSError):
+                holder.bind(("127.0.0.1", port))
+                break
+        yield port
 
 
 def _kill(processes: list[Process]) -> None:
@@ -207,7 +220,7 @@ def run_ranks[T](
     processes: list[Process] = []
     pipes: list[Connection] = []
     try:
-        with _reserved_port() as port:
+        with reserved_port() as port:
             for rank in range(world):
                 ours, theirs = context.Pipe()
                 variables = {

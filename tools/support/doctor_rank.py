@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -220,7 +221,8 @@ def work(rank: int, world: int, jobs_file: Path) -> None:
     while not ready.exists():
         time.sleep(0.05)
     tables = []
-    env = RankEnv(rank, world, rank, launched=True)
+    # Where `local_ranks` says, not at the port of a job that may run here.
+    env = RankEnv(rank, world, rank, launched=True, master_port=int(os.environ["MASTER_PORT"]))
     for job in jobs:
         config = load_config(Path(job["config"]))
         with load_plant(job["plant"])():

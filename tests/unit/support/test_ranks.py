@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.ranks import _reserved_port, run_ranks
+from tests.support.ranks import reserved_port, run_ranks
 
 
 def values(rank: int, world: int, base: float) -> dict[str, Any]:
@@ -73,12 +73,12 @@ def test_results_by_rank_with_tensors_by_value() -> None:
     assert "RANK" not in os.environ
 
 
-def test_ranks_can_meet_at_the_reserved_port() -> None:
+def test_ranks_can_meet_at_thereserved_port() -> None:
     assert run_ranks(summed, 3) == [6.0, 6.0, 6.0]
 
 
-def test_a_reserved_port_is_nobody_elses() -> None:
-    with _reserved_port() as port, socket.socket() as other:
+def test_areserved_port_is_nobody_elses() -> None:
+    with reserved_port() as port, socket.socket() as other:
         with pytest.raises(OSError):
             other.bind(("127.0.0.1", port))
 
