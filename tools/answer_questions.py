@@ -43,8 +43,10 @@ def answers(folder: Path, conversations: Sequence[Conversation], template: str |
     import torch
     from transformers import AutoTokenizer
 
-    loaded = load_folder(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if template is None and tokenizer.chat_template is None:
+        raise DataError(f"{folder}: has no chat template (a base model?); give one with --chat-template FILE.")
+    loaded = load_folder(folder)
     said = []
     for conversation in conversations:
         prompt = tokenizer.apply_chat_template(

@@ -9,6 +9,7 @@ python -m tools.evaluate --compare OUT runs/a runs/b
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from pipeline.config.sections import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.ruler.tasks import TASKS as RULER
@@ -105,20 +106,35 @@ def configure(args: argparse.Namespace) -> RunConfig:
     if args.config is not None:
         return load_config(args.config, overrides)
     if args.adapter is not None:
-        from pipeline.export.trained_model import find_base  # it imports torch
+        from pipeline.export.adapter_read import must_tell  # it imports torch
+        from pipeline.export.trained_model import find_base
 
         # What its folder tells; the rest is read with the base at hand.
         note, declared = read_note(args.adapter), read_config(args.adapter)
         model = find_base(str(declared.get("base_model_name_or_path")), args.base)
-        context = note.context or args.context or read_arch(model).max_positions
+        arch = read_arch(model)
+        if note.context is None and args.context is None and must_tell(args.adapter, arch):
+            raise ConfigError(
+                f"--context: is missing, and {args.adapter} does not tell the context it was trained for; give it, for "
+                "example --context 32768."
+            )
+        if note.context is not None and args.context not in (None, note.context):
+            raise ConfigError(
+                f"--context {args.context}: {args.adapter} was trained for {note.context}; leave --context out."
+            )
+        context = note.context or args.context or arch.max_positions
     else:
         model = args.model
         if not model.is_dir():
             raise ConfigError(f"--model: {model} is not a folder; point it at a Hugging Face checkpoint.")
         arch = read_arch(model)
         context = min(arch.max_positions, arch.sliding_window or arch.max_positions)
+    window = arch.sliding_window
+    # S² plays no part here, and its groups must not be longer than the window.
+    group = window // 2 * 2 if window is not None and window < context else None
     config = RunConfig(
         model=ModelConfig(str(model), context),
+        attention=AttentionConfig(group_size=group),
         data=DataConfig(str(args.text)),
         train=TrainConfig(steps=1),
         eval=EvalConfig(path=str(args.text)),
@@ -127,7 +143,9 @@ def configure(args: argparse.Namespace) -> RunConfig:
     path = args.output / "evaluate.yaml"
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_config(config))
+        whole = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # each rank writes it
+        whole.write_text(dump_config(config))
+        whole.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another --output.") from None
     return load_config(path, overrides)

@@ -169,6 +169,7 @@ def _rows(file: Path, kind: str, packing: str) -> Iterator[Record]:
                 f"{file}: the table has no column of conversations (it has {', '.join(table.columns)}); give it "
                 "messages, conversations, or instruction and output."
             )
+        key = next((name for name in ("messages", "conversations", "instruction") if name in table.columns), None)
         for number, row in table.rows(COLUMNS):
             # All rows of a table have all of its columns, so what is missing is empty.
             value = {name: member for name, member in row.items() if member is not None and member != ""}
@@ -177,6 +178,9 @@ def _rows(file: Path, kind: str, packing: str) -> Iterator[Record]:
                     value[name] = _parsed(
                         value[name].encode("utf-8", "surrogatepass"), f"{file}: {table.unit} {number}, {name},"
                     )
+            if key is not None and key not in value and schema_of(value) is None:
+                # What tells the kind is empty: counted as a record of JSON lines is, in which it is empty too.
+                value[key] = "" if key == "instruction" else []
             yield Record(value, file, number, table.unit)
 
 

@@ -153,12 +153,6 @@ def walk(path: Path) -> list[Path]:
     Raises:
         DataError: it cannot be listed, or holds the splits of one dataset.
     """
-    if (path / SPLITS).is_file():
-        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise DataError(
-            f"{path}: holds the splits {', '.join(splits)} of a dataset, which are not all to be trained on; name one, "
-            f"e.g. {path / (splits[0] if splits else 'train')}."
-        )
     found: list[Path] = []
     visited: set[str] = set()
     for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):
@@ -169,6 +163,12 @@ def walk(path: Path) -> list[Path]:
             subfolders.clear()
             continue
         visited.add(real)
+        if SPLITS in names:
+            splits = sorted(subfolders)
+            raise DataError(
+                f"{folder}: holds the splits {', '.join(splits)} of a dataset, which are not all to be trained on; "
+                f"name one, e.g. {Path(folder, splits[0] if splits else 'train')}."
+            )
         # Sorted also while walking: which of two links to one folder is visited first must not depend on the disk.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [Path(folder, name) for name in names if not name.startswith(".")]

@@ -190,7 +190,7 @@ def _failures(file: Path, kind: str, read: list[int]) -> Iterator[None]:
         yield
     except ImportError as error:
         raise DataError(
-            f"{file}: is {kind}, for which pyarrow is needed; run: python -m pip install pyarrow."
+            f"{file}: is {kind}, for which pyarrow is needed; run: python -m pip install 'pyarrow>=20'."
         ) from error
     except PermissionError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
@@ -212,7 +212,7 @@ class _Csv:
         csv.field_size_limit(_LONGEST_FIELD)
         self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         with self._failures():
-            first = self._text.readline()
+            first = self._text.readline(_LONGEST_FIELD)
         # What the header is separated by, the others too.
         separator = max(_SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
         self._reader = csv.reader(chain([first], self._text), delimiter=separator, strict=True)

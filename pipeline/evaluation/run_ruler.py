@@ -107,7 +107,7 @@ def _evaluate(
         return bool(shards.all_reduce_sum(left) > 0)
 
     def text(ids: Sequence[int]) -> str:
-        return tokenizer.decode([token for token in ids if token != tokenizer.eos_id])
+        return tokenizer.decode([token for token in ids if token != tokenizer.eos_id and token < tokenizer.vocab_size])
 
     for batches in _rounds(len(cell.samples), shards.world, most_tokens // longest):
         shards.before_round()

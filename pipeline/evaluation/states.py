@@ -92,7 +92,16 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
             assert checkpoint is not None
             base_hash = share_from_main(groups, base.base_hash)
             adapter = read_adapter(checkpoint, config, base_hash)
+            if adapter.foreign is not None:
+                raise CheckpointError(
+                    f"{checkpoint}: has {adapter.foreign}, which is computed merged only; merge it (longspan merge) "
+                    "and evaluate that with --model."
+                )
             kinds = tuple(sorted({kind_of(name) for name in parameters_of(adapter)}))
+            if "base" in kinds:
+                raise CheckpointError(
+                    f"{checkpoint}: holds whole projections; merge it (longspan merge) and evaluate that with --model."
+                )
             config = replace(config, train=replace(config.train, trainable=kinds))
             plan = replace(plan, config=config, arch=adapter.arch, rope=adapter.rope)
         trained_with_it = None if adapter is None else adapter.tokenizer

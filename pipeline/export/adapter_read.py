@@ -292,9 +292,9 @@ def load_adapter(
     config, note = read_config(folder), read_note(folder)
     where = find_base(str(config.get("base_model_name_or_path")), base)
     checkpoint, arch = HfCheckpoint(where), read_arch(where)
-    two_files = any((folder / f"{TRAINABLE}.{end}").is_file() for end in ("safetensors", "bin"))
+    two_files = _has_two_files(folder)
     # Before the hash, which reads the whole base.
-    context, plan = stretch(note, arch, context, rope, folder, two_files or _declares_another(folder, arch))
+    context, plan = stretch(note, arch, context, rope, folder, must_tell(folder, arch))
     tensors = _collect(folder, config, checkpoint, arch, note)
     lora = _lora(config, tensors, folder / CONFIG)
     check_complete(config, tensors, arch, note, folder, tensors.fused)
@@ -330,6 +330,16 @@ def load_adapter(
     )
     check_tokenizer(model)
     return model
+
+
+def _has_two_files(folder: Path) -> bool:
+    """Whether LongLoRA wrote it: what trains besides adapters is in a file of its own."""
+    return any((folder / f"{TRAINABLE}.{end}").is_file() for end in ("safetensors", "bin"))
+
+
+def must_tell(folder: Path, arch: LlamaArch) -> bool:
+    """Whether the context must be given: the folder hints at another than the base's, and does not tell it."""
+    return _has_two_files(folder) or _declares_another(folder, arch)
 
 
 def _declares_another(folder: Path, arch: LlamaArch) -> bool:

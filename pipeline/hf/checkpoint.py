@@ -205,7 +205,7 @@ class HfCheckpoint:
 
     def _damaged(self, file: str, recorded: Hashes) -> CheckpointError:
         """Find the tensor in a file whose hash is wrong."""
-        handle = SafetensorsFile(self.folder / file)
+        handle = self._open.get(file) or SafetensorsFile(self.folder / file)
         recorded_here = [name for name in handle.facts if name in recorded.tensors]
         wrong = [name for name in recorded_here if handle.digest(name) != recorded.tensors[name]]
         if recorded_here:

@@ -171,7 +171,7 @@ class LlamaChunk(MegatronModule):
             ConfigError: full attention would see further than the model's sliding window.
         """
         window = self.arch.sliding_window
-        if window is not None and spec.kind == "full" and layout.sequence > window:
+        if window is not None and spec.kind == "full" and _longest(layout) > window:
             if shard is not None or not self.arch.all_slide:
                 # Of a run's settings it was told before (`run_plan.check_window`); a prompt may come from anywhere.
                 raise ConfigError(
@@ -242,3 +242,8 @@ class LlamaChunk(MegatronModule):
         hidden = self(tokens_BS, layout, spec)
         self._before_output()
         return (hidden @ self.output_weight.t()).transpose(0, 1)
+
+
+def _longest(layout: SequenceLayout) -> int:
+    """Tokens of the longest document: the padding that shards bring is none."""
+    return max((stop - start for _, start, stop in layout.segments(None)), default=0)

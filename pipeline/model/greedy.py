@@ -83,6 +83,10 @@ def greedy(
         tokens[row, : lengths[row] + len(likely)] = torch.tensor([*prompt, *likely])
         labels[row, lengths[row] - 1 : lengths[row] - 1 + new] = 0  # the arg max is wanted there
     cut = cut_for_greedy(min(among), size, model.prefill, grid)
+    window = model.arch.sliding_window
+    if window is not None and size > window and model.prefill is None:
+        # Beyond its window a model is not computed in chunks: all of it again for every token that was not guessed.
+        cut = StreamPlan.of(size, grid.cp * grid.shard_tokens(size), grid)
     batch = Batch(tokens, labels, None)
     layout = padded_layout(batch, cut)
     *fixed, end = model.chunks_of(cut)

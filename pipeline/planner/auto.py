@@ -69,9 +69,11 @@ def _with(config: RunConfig, layout: Mapping[str, Any]) -> RunConfig:
     parallel["offload"] = OffloadConfig(**parallel["offload"])
     parallel["timeout_s"] = config.parallel.timeout_s
     asked = config.train
-    # Records of earlier releases know of no stream but the user's.
-    stream = layout.get("stream", asked.stream)
+    # A stream that the user asks for, also since the run began, counts; records of earlier releases know of no other.
+    stream = asked.stream if asked.stream is not None else layout.get("stream")
     recompute = layout["recompute"]
+    if asked.gpu_gib is not None and recompute != "auto":
+        raise KeyError("gpu_gib")  # asked for since: what was chosen knew nothing of it
     train = replace(
         asked,
         micro_batch=layout["micro_batch"],

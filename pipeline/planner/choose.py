@@ -169,13 +169,22 @@ def each_candidate(
         policies: words of train.recompute to try.
 
     Raises:
-        ConfigError: the GPUs lack what model.base needs.
+        ConfigError: the GPUs lack what model.base needs, or no layout at all can be.
     """
     check_base(config.model.base, stored, 1)
     if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
         raise ConfigError(f"model.base: {site.gpu.name} has no FP8 products; use nf4 or bf16, or a newer GPU.")
+    refused, found = None, False
     for settings in _settings(config, stored, site, policies):
-        yield _candidate(settings, stored, site)
+        try:
+            one = _candidate(settings, stored, site)
+        except ConfigError as error:  # a layout that cannot be, such as cp beside a sliding window
+            refused = refused or error
+            continue
+        found = True
+        yield one
+    if refused is not None and not found:
+        raise refused
 
 
 def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
@@ -206,7 +215,8 @@ def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: S
     """
     by_layout: dict[object, list[Candidate]] = {}
     for one in found:
-        by_layout.setdefault((one.plan.config.parallel, one.plan.config.train.micro_batch), []).append(one)
+        train = one.plan.config.train
+        by_layout.setdefault((one.plan.config.parallel, train.micro_batch, train.stream), []).append(one)
     open_: list[tuple[float, float, list[Candidate]]] = []
     fastest: dict[object, float] = {}
     for alike in by_layout.values():
@@ -230,6 +240,14 @@ def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: S
     return mixed
 
 
+def within(config: RunConfig, site: Site) -> Site:
+    """The site with what train.gpu_gib leaves of its GPUs."""
+    asked = config.train.gpu_gib
+    if asked is None:
+        return site
+    return replace(site, gpu=replace(site.gpu, memory=min(site.gpu.memory, round(asked * GIB))))
+
+
 def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
     """All to choose from: `candidates`, mixes of policies, and where nothing else fits a streamed sequence.
 
@@ -238,15 +256,14 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
     Raises:
         ConfigError: the batch cannot be spread over the GPUs, or they lack what model.base needs.
     """
-    if config.train.gpu_gib is not None:
-        site = replace(site, gpu=replace(site.gpu, memory=min(site.gpu.memory, round(config.train.gpu_gib * GIB))))
+    site = within(config, site)
     found = candidates(config, stored, site)
     if config.train.stream is None and not any(one.fits for one in found):
         try:
             streamed = replace(config, train=replace(config.train, stream="auto"))
+            found += candidates(streamed, stored, site)
         except ConfigError:
-            return found  # a group that grows with the sequence, full attention
-        found += candidates(streamed, stored, site)
+            return found  # a group that grows with the sequence, full attention, a sliding window
     return found + _mixed(found, config, stored, site)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config.parallel import OffloadConfig
 from pipeline.planner.choose import Candidate, Site, Timed, choices, ranked
 from pipeline.planner.explain import named
@@ -40,7 +42,9 @@ def instead(plan: RunPlan, stored: LlamaArch, site: Site, most: int | None = Non
     Args:
         most: bytes that it may take of a GPU; None: what the GPU has.
     """
-    found = choices(plan.config, stored, site)
+    # What the user would leave unused of a GPU is at hand where memory lacks.
+    free = replace(plan.config, train=replace(plan.config.train, gpu_gib=None))
+    found = choices(free, stored, site)
     if most is not None:
         found = [one for one in found if one.memory.gpu_total <= most]
     return next(iter(ranked(found)), None)

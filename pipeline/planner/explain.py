@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Site, Timed, each_candidate
+from pipeline.planner.choose import Candidate, Site, Timed, each_candidate, within
 from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
@@ -91,7 +91,8 @@ def nearest(found: list[Candidate]) -> Candidate:
 def _fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | None:
     """A layout that fits, if any does: the policy that keeps least tells."""
     try:
-        return next((one for one in each_candidate(config, stored, site, ("full",)) if one.fits), None)
+        found = each_candidate(config, stored, within(config, site), ("full",))
+        return next((one for one in found if one.fits), None)
     except ConfigError:
         return None
 
@@ -170,7 +171,7 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
 
 def refusal(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: Site) -> ConfigError:
     """By how much nothing fits, and what would make it fit."""
-    least = nearest(found)
+    least, whole, site = nearest(found), site, within(config, site)
     lacks = []
     if least.over_gpu > 0:
         part = max(least.memory.gpu, key=lambda kind: least.memory.gpu[kind])
@@ -184,6 +185,8 @@ def refusal(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: 
             f"of {site.host / GIB:.0f})"
         )
     ways = [way.change for way in ways_out(config, stored, site)]
+    if site != whole and least.memory.gpu_total <= whole.gpu.memory:
+        ways.insert(0, "a larger train.gpu_gib")
     mend = f"it would fit with {', or '.join(ways)}" if ways else "no change of tokens, GPUs or host memory is enough"
     return ConfigError(
         f"No layout fits: with {named(least.plan)} on {site.gpus} x {site.gpu.name} {' and '.join(lacks)}; {mend}."

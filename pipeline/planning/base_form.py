@@ -65,7 +65,8 @@ def work_bytes(form: str, arch: LlamaArch, tp: int, tokens: int, element: int, t
     if form == "nf4":
         return arch.hidden * (wide + tiled * arch.ffn // tp) * element
     if form == "fp8":
-        return wide * (arch.hidden + tokens)
+        # The copy that goes where a result is wanted is there beside it.
+        return wide * (arch.hidden + tokens) + tiled * arch.hidden * (arch.ffn // tp + tokens * element)
     return 0
 
 

@@ -93,6 +93,15 @@ def _page(profiler: torch.profiler.profile) -> str:
     return "\n".join([table, *(summary(_kernels(profiler)) if on_gpu else ())])
 
 
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What the recorder's own writers raise, as any failure to write."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
 class StepProfile:
     """Records one optimizer step of this process.
 
@@ -126,7 +135,7 @@ class StepProfile:
                     torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             base = self._folder / f"step-{step:06d}-rank-{self._rank}"
-            with optional_file(base, self._warn):
+            with optional_file(base, self._warn), _as_os_error():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 profiler.export_chrome_trace(f"{base}.trace.json.gz")
                 Path(f"{base}.txt").write_text(

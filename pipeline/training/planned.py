@@ -78,7 +78,8 @@ class Planned:
             yield
         except torch.OutOfMemoryError:
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            say(out_of_memory(self.plan, self.stored, self.site, *peaks))
+            with contextlib.suppress(ConfigError):  # no other layout can be
+                say(out_of_memory(self.plan, self.stored, self.site, *peaks))
             raise
 
 

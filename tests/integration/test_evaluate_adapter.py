@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def test_adapters_of_ours_and_of_peft(tmp_path: Path, capsys: pytest.CaptureFixt
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for one, other in zip(want, losses(base, lambda ids: plain(ids).logits), strict=True):
         assert abs(one - other) > 1e-3, "the adapter does something"
+
+    # What is computed merged only is not evaluated as something else.
+    for number, more in enumerate(({"use_dora": True}, {"alpha_pattern": {"q_proj": 64}})):
+        other = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **more)
+        fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        peft.get_peft_model(fresh, other).save_pretrained(tmp_path / f"other-{number}")
+        words = ["--adapter", str(tmp_path / f"other-{number}"), "--base", str(base), "--output", str(tmp_path / "o")]
+        assert main([*words, *common]) == 2
+        assert "which is computed merged only; merge it" in capsys.readouterr().err
+    assert main(["--adapter", str(tmp_path / "ours"), "--output", str(tmp_path / "o"), *common, "--context", "77"]) == 2
+    assert "leave --context out" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "peft", tmp_path / "two")
+    (tmp_path / "two/trainable_params.bin").write_bytes(b"")
+    assert (
+        main(["--adapter", str(tmp_path / "two"), "--base", str(base), "--output", str(tmp_path / "o"), *common]) == 2
+    )
+    assert "--context: is missing" in capsys.readouterr().err
 
     stranger = make_tiny(tmp_path / "stranger", "llama2", tokenizer=True, intermediate_size=128)
     words = ["--adapter", str(tmp_path / "ours"), "--output", str(tmp_path / "o"), *common, "--base", str(stranger)]

@@ -140,6 +140,10 @@ def _kernels_agree(device: str) -> None:
             slack = 0.6 if device == "cpu" else 2**-4
             off = (values.double() * scales.double() - exact).abs() - slack * exact.abs()
             assert (off <= scales.double() * 2**-8).all() and not (values[1].float() * scales[1]).any()
+            spoilt = rows.clone()
+            spoilt[0, 8999] = float("nan")
+            values, scales = kernels.round_rows(spoilt, given)
+            assert (values[0].float() * scales[0]).isnan().all() and (values[2].float() * scales[2]).isfinite().all()
     for part in (None, (64 * 250, 64 * 270)):
         matrix = torch.randn(2, 64 * 270, generator=generator)
         weight = empty("nf4", (2, 64 * 270), device, part)

@@ -61,6 +61,6 @@ class _Sentence:
         from huggingface_hub import errors
 
         # Of the client's transport, whose package's name changes with the client's releases.
-        if isinstance(error, OSError | errors.HTTPError):
+        if isinstance(error, OSError | errors.HTTPError | errors.HFValidationError):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{self._what} cannot be written on the Hub ({reason}); {self._mend}.") from None

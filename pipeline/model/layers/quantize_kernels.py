@@ -24,6 +24,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     largest = tl.zeros((COLUMNS,), dtype=tl.float32)
+    odd = tl.zeros((COLUMNS,), dtype=tl.int32)
     for part in range(PARTS):
         start = part * COLUMNS
         inside = start + column < width
@@ -31,7 +32,10 @@ def _round_rows(  # type: ignore[no-untyped-def]
         if FACTORS:
             x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.abs(x))
+        odd = odd | (x != x).to(tl.int32)
     scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
+    # Maxima here leave NaN out, where torch's keep it: a row that holds one must not come out finite.
+    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)
     # The second reading finds a row in the cache.
     for part in range(PARTS):
         start = part * COLUMNS

@@ -126,8 +126,9 @@ def _fill_pieces(
             else:
                 columns = None if matrix is not None and matrix.whole_rows else run.columns
                 found = checkpoint.block(run.hf_name, (source, source + high - low), columns)
-            device = pieces[0][1].parameter.device
-            encoded = {"weight": found} if matrix is None else matrix.encode(found.to(device))
+            if matrix is not None and matrix.whole_rows:  # encoded where the model computes
+                found = found.to(pieces[0][1].parameter.device)
+            encoded = {"weight": found} if matrix is None else matrix.encode(found)
             for number, (key, piece) in enumerate(pieces):
                 filled[number] += piece.fill(low, encoded[key])
     for number, (_, piece) in enumerate(pieces):

@@ -261,7 +261,7 @@ def test_refused_records_are_counted_with_their_place(template: Callable[[str], 
         (b'{"question": "a"}\n', "line 1 is no conversation"),
         (b"\xff\xfe\n", "line 1 is not JSON in UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
-        (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 99)[:-9], "truncated or corrupt"),
+        (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 99, mtime=0)[:-9], "truncated or corrupt"),
     ],
 )
 def test_files_that_are_refused(data: bytes, words: str, tmp_path: Path) -> None:

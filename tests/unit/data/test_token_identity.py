@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers as P
 from parallel.errors import DataError
 from pipeline.data import token_identity
 from pipeline.data.prepare import cache_folder, open_text_or_shards
-from pipeline.data.readings import told_differences
+from pipeline.data.readings import differing_readings
 from pipeline.data.shards import MANIFEST, ShardWriter, open_shards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from tests.unit.data.test_tokenizer import write_hf, write_sentencepiece
@@ -197,11 +197,11 @@ def rebuilt(folder: Path) -> Path:
 
 
 def test_another_reading_is_told_and_what_it_prepared_is_refused(hf: Path, sp: Path, tmp_path: Path) -> None:
-    assert told_differences(load_tokenizer(hf)) == told_differences(load_tokenizer(sp)) == ()
+    assert differing_readings(load_tokenizer(hf)) == differing_readings(load_tokenizer(sp)) == ()
     folder = rebuilt(tmp_path / "llama")
     loaded = load_tokenizer(folder)
     assert loaded.encode("the the") == Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the the").ids
-    (told,) = told_differences(loaded)
+    (told,) = differing_readings(loaded)
     assert told.startswith(f"{folder}: transformers makes ") and "tokenizer.json is followed" in told
     old = first_format(folder, ["tokenizer.json", CONFIG])
     with pytest.raises(DataError, match="made with another tokenizer than"):
@@ -209,7 +209,7 @@ def test_another_reading_is_told_and_what_it_prepared_is_refused(hf: Path, sp: P
     shutil.copytree(hf, tmp_path / "both")
     shutil.copy(sp / "tokenizer.model", tmp_path / "both")
     both = load_tokenizer(tmp_path / "both")
-    assert any(line.startswith(f"{tmp_path / 'both'}: tokenizer.model makes ") for line in told_differences(both))
+    assert any(line.startswith(f"{tmp_path / 'both'}: tokenizer.model makes ") for line in differing_readings(both))
     assert both.encode("the whale") == load_tokenizer(hf).encode("the whale")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sp / "tokenizer.model"))
     assert both.encode("the whale") != processor.encode("the whale")

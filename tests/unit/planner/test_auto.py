@@ -142,6 +142,8 @@ def test_a_resume_keeps_chosen_policies_and_streams(tmp_path: Path) -> None:
         (tmp_path / "run" / RECORD).write_text(json.dumps(record))
         again = settle(config, LLAMA2_70B, small, 8)
         assert again.config == first.config and "keeps what this run began with" in again.chosen, extra
+    asked = load_config(path, ["train.stream=16384"])
+    assert settle(asked, LLAMA2_70B, small, 8).config.train.stream == 16384, "asked for since"
 
 
 def test_a_refusal_says_what_would_fit_also_of_auto(tmp_path: Path) -> None:

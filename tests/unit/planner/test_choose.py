@@ -125,6 +125,26 @@ def test_a_refusal_says_by_how_much_and_what_would_do() -> None:
     assert not ranked(candidates(longer, found.arch, site)), "it is the longest that fits"
 
 
+def test_layouts_that_cannot_be_leave_the_others() -> None:
+    """Full attention beyond a sliding window is not computed over context ranks, nor in chunks."""
+    windowed = replace(find_model("llama2-7b").arch, sliding_window=4096)
+    config = run_of("llama2-7b", 32768)
+    config = replace(config, attention=replace(config.attention, group_size=4096), eval=replace(config.eval, path="t"))
+    found = choices(config, windowed, Site.of(find_gpu("h100-80gb"), 2))
+    assert found and all(one.plan.grid.cp == 1 for one in found) and ranked(found)
+    small = Site.of(replace(find_gpu("h100-80gb"), memory=4 * GIB), 1)
+    none = choices(config, windowed, small)
+    assert none and not ranked(none) and "No layout fits" in str(refusal(none, config, windowed, small))
+
+
+def test_a_refusal_under_a_cap_names_the_cap() -> None:
+    config, arch, site = run_of("llama2-70b", 32768), find_model("llama2-70b").arch, Site.of(find_gpu("h100-80gb"), 8)
+    capped = replace(config, train=replace(config.train, recompute="auto", gpu_gib=6.0))
+    found = choices(capped, arch, site)
+    said = str(refusal(found, capped, arch, site))
+    assert not ranked(found) and "of 6.0" in said and "a larger train.gpu_gib" in said and "h200" not in said
+
+
 def test_one_gpu_is_offered_a_smaller_base_and_where_that_is_not_enough_a_stream_too() -> None:
     found, site = find_model("llama2-70b"), Site.of(find_gpu("h100-80gb"), 1)
     changes = [way.change for way in ways_out(run_of("llama2-70b", 32768), found.arch, site)]
