@@ -25,7 +25,7 @@ from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.ruler.tasks import TASKS as RULER
 from pipeline.evaluation.ruler.tasks import RulerSettings
-from pipeline.export.adapter_notes import read_config, read_note
+from pipeline.export.adapter_notes import read_config, read_note, told_context
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, program, say
 
@@ -113,16 +113,7 @@ def configure(args: argparse.Namespace) -> RunConfig:
         note, declared = read_note(args.adapter), read_config(args.adapter)
         model = find_base(str(declared.get("base_model_name_or_path")), args.base)
         arch = read_arch(model)
-        if note.context is None and args.context is None and must_tell(args.adapter, arch):
-            raise ConfigError(
-                f"--context: is missing, and {args.adapter} does not tell the context it was trained for; give it, for "
-                "example --context 32768."
-            )
-        if note.context is not None and args.context not in (None, note.context):
-            raise ConfigError(
-                f"--context {args.context}: {args.adapter} was trained for {note.context}; leave --context out."
-            )
-        context = note.context or args.context or arch.max_positions
+        context = told_context(note, arch, args.context, args.adapter, must_tell(args.adapter, arch))
     else:
         model = args.model
         if not model.is_dir():

@@ -70,10 +70,10 @@ def slow_ranks(groups: Groups, own: float | None = None) -> list[str]:
     Args:
         own: this rank's seconds; None: measured now.
     """
-    found = pace(groups.device) if own is None else own
     world = groups.plan.world_size
     if world == 1 or groups.fake:
         return []
+    found = pace(groups.device) if own is None else own
     # Bytes of the number and of the name: nothing is unpickled that another process sent.
     name = socket.gethostname().encode()[:_NAME].ljust(_NAME)
     sent = torch.frombuffer(bytearray(struct.pack("d", found) + name), dtype=torch.uint8)

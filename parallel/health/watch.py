@@ -373,9 +373,9 @@ class RankWatch(Watch):
             time.sleep(0.05)
         if store.add("teller", 1) == 1:
             self._print(verdict)
-            store.set("verdict-heard", "1")
+            store.set("verdict-shown", "1")
         until = time.monotonic() + FAREWELL_S
-        while time.monotonic() < until and not store.check(["verdict-heard"]):
+        while time.monotonic() < until and not store.check(["verdict-shown"]):
             time.sleep(0.05)
         store.add("heard", 1)
         if me != verdict.rank:

@@ -168,6 +168,10 @@ class RunConfig:
         """S² group length G, tokens."""
         return self.attention.group_tokens(self.sequence)
 
+    def in_full(self, step: int) -> bool:
+        """Whether optimizer step `step`, from 0, is one of the last, which train in full attention."""
+        return step >= self.train.steps - self.attention.full_last_steps
+
     @property
     def eval_lengths(self) -> tuple[int, ...]:
         """Context lengths of perplexity, tokens."""

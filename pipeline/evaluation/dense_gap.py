@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from parallel.errors import DataError
-from pipeline.evaluation.perplexity import Shards, TokenNll, whole_windows
+from pipeline.evaluation.perplexity import TokenNll, whole_windows
+from pipeline.evaluation.spread import Shards
 from pipeline.reporting.metrics import json_number
-from pipeline.storage.durable import replace_text
+from pipeline.storage.json_file import replace_json
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class DenseGap:
 
     def write(self, path: Path) -> None:
         """Write as JSON; OSError if the disk refuses."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        replace_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> DenseGap:

@@ -22,12 +22,13 @@ from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grid
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
 from pipeline.evaluation.mode import evaluating, spread_over
-from pipeline.evaluation.perplexity import EvalReport, Shards, TokenNll, cut_windows, evaluate
+from pipeline.evaluation.perplexity import EvalReport, TokenNll, cut_windows, evaluate
 from pipeline.evaluation.results import RetrievalReport, report_path
 from pipeline.evaluation.ruler.results import RulerReport
 from pipeline.evaluation.ruler.tasks import RulerSettings, ruler_cells
 from pipeline.evaluation.run_retrieval import run_retrieval
 from pipeline.evaluation.run_ruler import run_ruler
+from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.states import LoadedState, load_state_of
 from pipeline.evaluation.tasks import TASKS, Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel

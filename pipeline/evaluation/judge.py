@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.mode import evaluating
-from pipeline.evaluation.perplexity import EvalReport, Shards, cut_windows, evaluate
+from pipeline.evaluation.perplexity import EvalReport, cut_windows, evaluate
 from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
+from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.tails import tail_nll
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from parallel.errors import DataError
-from pipeline.storage.durable import replace_text
+from pipeline.storage.json_file import replace_json
 
 VERSION = 2
 """Of the measurement: another one does not take over what this one found."""
@@ -21,8 +22,7 @@ def write_report(path: Path, data: Mapping[str, Any]) -> None:
         DataError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        replace_json(path, data)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space there.") from None
 
@@ -32,6 +32,10 @@ class Kept(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError where it is none."""
 
 
 class KeptResults[Result: Kept]:
@@ -45,6 +49,11 @@ class KeptResults[Result: Kept]:
         DataError: the file is there and is not one of these.
     """
 
+    kind: type[Result]
+    """Of each result."""
+    called = "results"
+    """What all of them are, for the sentences."""
+
     def __init__(self, path: Path | None, text: str | None = None) -> None:
         self.path = path
         self.cells: dict[str, Result] = {}
@@ -54,10 +63,10 @@ class KeptResults[Result: Kept]:
             return
         try:
             data = json.loads(text)
-            self.cells = {str(key): self.entry(entry) for key, entry in data["cells"].items()}
+            self.cells = {str(key): self.kind.from_json(entry) for key, entry in data["cells"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}: does not hold retrieval results ({type(error).__name__}: {error}); move it away, and rerun."
+                f"{path}: does not hold {self.called} ({type(error).__name__}: {error}); move it away, and rerun."
             ) from None
 
     @staticmethod
@@ -85,7 +94,42 @@ class KeptResults[Result: Kept]:
             self.path, {"version": VERSION, "cells": {key: cell.to_json() for key, cell in self.cells.items()}}
         )
 
-    @staticmethod
-    def entry(data: Mapping[str, Any]) -> Result:
-        """A result from JSON; KeyError, TypeError or ValueError where it is none."""
-        raise NotImplementedError
+
+@dataclass(frozen=True)
+class ModelReport[Result: Kept]:
+    """What one model was found to do, cell by cell."""
+
+    label: str
+    """As in `EvalReport`."""
+    step: int
+    """Optimizer steps the model was trained for."""
+    context: int
+    """Tokens the model is made for."""
+    base_context: int
+    """Tokens the base was made for, as its config.json says."""
+    cells: tuple[Result, ...]
+
+    kind: ClassVar[type[Kept]]
+    """Of each cell."""
+    otherwise: ClassVar[str]
+    """What is said of a file that holds something else."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context")}
+        return {**facts, "cells": [cell.to_json() for cell in self.cells]}
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `to_json` made.
+
+        Raises:
+            DataError: the file is missing or is not such a report.
+        """
+        try:
+            data = json.loads(path.read_text())
+            cells = tuple(cls.kind.from_json(entry) for entry in data["cells"])
+            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
+            return cls(str(data["label"]), step, context, base_context, cast(Any, cells))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: {cls.otherwise} ({type(error).__name__}: {error}); evaluate again.") from None

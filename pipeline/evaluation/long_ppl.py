@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from parallel.errors import ConfigError, DataError
-from pipeline.evaluation.perplexity import Shards, TokenNll, exponential, turns
+from pipeline.evaluation.perplexity import TokenNll, exponential
+from pipeline.evaluation.spread import Shards, turns
 from pipeline.evaluation.tails import tail_spans
 from pipeline.reporting.metrics import json_number
-from pipeline.storage.durable import replace_text
+from pipeline.storage.json_file import replace_json
 
 GAIN, LEAST = 2.0, -2.0
 """Nats: what the long context brings at least, and the log-likelihood under it."""
@@ -67,8 +68,7 @@ class LongPpl:
         """Write as JSON; OSError if the disk refuses."""
         facts = {name: getattr(self, name) for name in ("label", "step", "length", "short", "text")}
         data = {**facts, "nll": json_number(self.nll), "perplexity": json_number(self.perplexity), "keys": self.keys}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(data, allow_nan=False) + "\n")
+        replace_json(path, data, indent=None)
 
     @classmethod
     def read(cls, path: Path) -> LongPpl:

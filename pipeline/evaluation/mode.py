@@ -1,14 +1,30 @@
-"""What every evaluation does around its forwards: evaluation mode, and how windows are spread over replicas."""
+"""What every evaluation does around its forwards: evaluation mode, windows over replicas, results found before."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from parallel.world.collectives import sum_over
+from parallel.world.collectives import share_from_main, sum_over
 from parallel.world.groups import Groups
-from pipeline.evaluation.perplexity import Shards
+from pipeline.evaluation.kept import KeptResults
+from pipeline.evaluation.spread import Shards
 from pipeline.model.rank_model import RankModel
+
+
+def kept_alike[Kept: KeptResults[Any]](kind: type[Kept], path: Path | None, groups: Groups) -> Kept:
+    """Results of earlier processes, alike on every rank; rank 0 keeps what is added. Collective.
+
+    Args:
+        path: the file, as rank 0 sees it; None keeps nothing.
+
+    Raises:
+        DataError: see `KeptResults`.
+    """
+    text = share_from_main(groups, lambda: kind.text_of(path))
+    return kind(path if groups.is_main else None, text)
 
 
 @contextlib.contextmanager

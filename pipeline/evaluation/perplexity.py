@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from parallel.errors import DataError
+from pipeline.evaluation.spread import Shards, turns
 from pipeline.reporting.metrics import json_number
-from pipeline.storage.durable import replace_text
+from pipeline.storage.json_file import replace_json
 
 TokenNll = Callable[[torch.Tensor], torch.Tensor]
 """int64 [B, S] -> fp32 [B, S-1], nats."""
@@ -34,41 +35,6 @@ POSITION_BLOCKS = 16
 def exponential(nll: float) -> float:
     """Perplexity of a mean negative log-likelihood in nats; infinity where fp64 has no number for it."""
     return math.exp(nll) if not nll > 700 else math.inf
-
-
-@dataclass(frozen=True)
-class Shards:
-    """How windows are spread over data-parallel ranks; the default is one process.
-
-    Ranks may get different numbers of windows, so `nll` must not talk across this group.
-    """
-
-    rank: int = 0
-    world: int = 1
-    all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-    """Sums an fp64 tensor over the ranks and returns it."""
-    lockstep: bool = False
-    """Every rank runs the model equally often, the last rounds for nothing: weights are gathered together."""
-    before_round: Callable[[], None] = lambda: None
-    """Called by every rank before each of its windows, equally often on all; what it raises ends the evaluation."""
-
-
-def shard(windows: int, rank: int, world: int) -> range:
-    """Indices of the windows rank `rank` of `world` evaluates: every world-th."""
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} is outside a world of {world}")
-    return range(rank, windows, world)
-
-
-def turns(windows: int, shards: Shards) -> Iterator[tuple[int, bool]]:
-    """(window, whether it is this rank's) of each of a rank's forwards; in lockstep the last may be for nothing."""
-    own = shard(windows, shards.rank, shards.world)
-    for turn in range(-(-windows // shards.world)):
-        shards.before_round()
-        if turn < len(own):
-            yield own[turn], True
-        elif shards.lockstep:
-            yield windows - 1, False
 
 
 @dataclass(frozen=True)
@@ -153,7 +119,8 @@ class EvalReport:
             names = [field.name for field in fields(LengthResult)]
             results = []
             for entry in data["lengths"]:
-                values = {name: {"window_nll": (), "bytes": None, **entry}[name] for name in names}
+                values = {"window_nll": (), "bytes": None, **entry}
+                values = {name: values[name] for name in names}
                 values["nll"] = math.nan if values["nll"] is None else float(values["nll"])
                 values["window_nll"] = tuple(math.nan if nll is None else float(nll) for nll in values["window_nll"])
                 for name in ("block_nll", "block_tokens"):
@@ -167,8 +134,7 @@ class EvalReport:
 
     def write(self, path: Path) -> None:
         """Write as JSON, in one step; OSError if the disk refuses."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        replace_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> EvalReport:

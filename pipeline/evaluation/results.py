@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from parallel.errors import DataError
-from pipeline.evaluation.kept import VERSION, KeptResults, write_report
+from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_report
 from pipeline.evaluation.perplexity import EvalReport, exponential
 from pipeline.evaluation.tasks import Cell
 from pipeline.reporting.metrics import json_number
@@ -88,10 +87,8 @@ def cell_key(model: Mapping[str, Any], cell: Cell) -> str:
 class ResultFile(KeptResults[CellResult]):
     """Results of retrieval by key, see `KeptResults`."""
 
-    @staticmethod
-    def entry(data: Mapping[str, Any]) -> CellResult:
-        """As `CellResult.from_json`."""
-        return CellResult.from_json(data)
+    kind = CellResult
+    called = "retrieval results"
 
 
 def by_task[Cell: Scored](cells: Iterable[Cell]) -> dict[str, list[Cell]]:
@@ -205,18 +202,11 @@ class Found:
 
 
 @dataclass(frozen=True)
-class RetrievalReport:
+class RetrievalReport(ModelReport[CellResult]):
     """What one model retrieves."""
 
-    label: str
-    """As in `EvalReport`."""
-    step: int
-    """Optimizer steps the model was trained for."""
-    context: int
-    """Tokens the model is made for."""
-    base_context: int
-    """Tokens the base was made for, as its config.json says."""
-    cells: tuple[CellResult, ...]
+    kind = CellResult
+    otherwise = "is not a retrieval report"
 
     def write(self, path: Path) -> None:
         """Write as JSON.
@@ -224,31 +214,7 @@ class RetrievalReport:
         Raises:
             DataError: the file cannot be written.
         """
-        data = {
-            "label": self.label,
-            "step": self.step,
-            "context": self.context,
-            "base_context": self.base_context,
-            "cells": [cell.to_json() for cell in self.cells],
-        }
-        write_report(path, data)
-
-    @classmethod
-    def read(cls, path: Path) -> RetrievalReport:
-        """Read what `write` wrote.
-
-        Raises:
-            DataError: the file is missing or is not such a report.
-        """
-        try:
-            data = json.loads(path.read_text())
-            cells = tuple(CellResult.from_json(entry) for entry in data["cells"])
-            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
-            return cls(str(data["label"]), step, context, base_context, cells)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: is not a retrieval report ({type(error).__name__}: {error}); evaluate again."
-            ) from None
+        write_report(path, self.to_json())
 
 
 def report_path(output: Path, label: str) -> Path:

@@ -10,16 +10,15 @@ Shapes: B windows in a forward, S tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.data.packing import IGNORE
-from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.results import CellResult, ResultFile, cell_key
+from pipeline.evaluation.spread import Shards, rounds
 from pipeline.evaluation.tasks import Cell
 
 TokenScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -54,23 +53,11 @@ def score_cases(score: TokenScores, cases: Sequence[Case]) -> torch.Tensor:
     return found
 
 
-@dataclass(frozen=True)
-class _Round:
-    """What all data-parallel ranks do at once."""
-
-    batches: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each rank: (cell, case) of its windows; ranks beyond have nothing."""
-
-
-def _rounds(cells: Sequence[Cell], world: int, most_tokens: int) -> Iterator[_Round]:
-    """Windows of one length in batches, short lengths first, a batch a rank."""
-    for length in sorted({cell.length for cell in cells}):
-        windows = [(n, m) for n, cell in enumerate(cells) if cell.length == length for m in range(len(cell.cases))]
-        # No more at once than every rank gets something.
-        size = max(1, min(most_tokens // length, -(-len(windows) // world)))
-        batches = [tuple(windows[at : at + size]) for at in range(0, len(windows), size)]
-        for at in range(0, len(batches), world):
-            yield _Round(tuple(batches[at : at + world]))
+def _rounds(cells: Mapping[int, Cell], world: int, most_tokens: int) -> Iterator[list[Sequence[tuple[int, int]]]]:
+    """Windows, as (cell, case), of one length in batches, short lengths first; see `rounds`."""
+    for length in sorted({cell.length for cell in cells.values()}):
+        windows = [(n, m) for n, cell in cells.items() if cell.length == length for m in range(len(cell.cases))]
+        yield from rounds(windows, world, most_tokens // length)
 
 
 def evaluate_retrieval(
@@ -105,24 +92,24 @@ def evaluate_retrieval(
     on_windows(sum(len(cell.cases) for cell in cells) - sum(len(cells[n].cases) for n in left))
     missing = {number: len(cells[number].cases) for number in left}
     found = {number: torch.zeros(count, COLUMNS, dtype=torch.float64) for number, count in missing.items()}
-    for turn in _rounds([cells[number] for number in left], shards.world, most_tokens):
+    for batches in _rounds({number: cells[number] for number in left}, shards.world, most_tokens):
         shards.before_round()
-        windows = [window for batch in turn.batches for window in batch]
+        windows = [window for batch in batches for window in batch]
         table = torch.zeros(len(windows), COLUMNS, dtype=torch.float64)
-        own = turn.batches[shards.rank] if shards.rank < len(turn.batches) else ()
+        own = batches[shards.rank] if shards.rank < len(batches) else ()
         if own or shards.lockstep:
-            asked = own or turn.batches[-1]
-            scored = score_cases(score, [cells[left[n]].cases[m] for n, m in asked])
+            asked = own or batches[-1]
+            scored = score_cases(score, [cells[n].cases[m] for n, m in asked])
             if own:
-                begin = sum(len(batch) for batch in turn.batches[: shards.rank])
+                begin = sum(len(batch) for batch in batches[: shards.rank])
                 table[begin : begin + len(own)] = scored
         table = shards.all_reduce_sum(table.to(device or "cpu")).cpu()
         for (n, m), row in zip(windows, table, strict=True):
-            found[left[n]][m] = row
-            missing[left[n]] -= 1
+            found[n][m] = row
+            missing[n] -= 1
         done = {
             keys[number]: _result(cells[number], found[number])
-            for number in sorted({left[n] for n, _ in windows})
+            for number in sorted({n for n, _ in windows})
             if missing[number] == 0
         }
         if done:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups
-from pipeline.evaluation.mode import evaluating, spread_over
+from pipeline.evaluation.mode import evaluating, kept_alike, spread_over
 from pipeline.evaluation.results import ResultFile, RetrievalReport, report_path
 from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tasks import Cell
@@ -50,16 +49,10 @@ def run_retrieval(
     """
     path = report_path(output, label)
     cache = path.with_name(f".{path.name}.cells") if kept else None
-    text = share_from_main(groups, lambda: ResultFile.text_of(cache))
-    known = ResultFile(cache if groups.is_main else None, text)
+    known = kept_alike(ResultFile, cache, groups)
     windows = sum(len(cell.cases) for cell in cells)
     progress_of = EvalProgress(windows, f"retrieval, {label}", enabled=shown and groups.is_main)
     with evaluating(model), progress_of as progress:
-
-        def count(done: int) -> None:
-            for _ in range(done):
-                progress.advance()
-
         found = evaluate_retrieval(
             lambda tokens, labels: model.token_scores(tokens, labels, spec),
             cells,
@@ -67,7 +60,7 @@ def run_retrieval(
             known=known,
             shards=spread_over(model, groups, before_round),
             device=groups.device,
-            on_windows=count,
+            on_windows=progress.advance,
         )
     report = RetrievalReport(label, step, context, base_context, tuple(found))
     if groups.is_main:

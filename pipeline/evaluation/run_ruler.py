@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.evaluation.mode import evaluating, spread_over
-from pipeline.evaluation.perplexity import Shards
+from pipeline.evaluation.mode import evaluating, kept_alike, spread_over
 from pipeline.evaluation.retrieval import MOST_TOKENS
 from pipeline.evaluation.ruler.results import RulerFile, RulerReport, RulerResult, ruler_key, ruler_path
 from pipeline.evaluation.ruler.score import string_match
 from pipeline.evaluation.ruler.tasks import RulerCell
+from pipeline.evaluation.spread import Shards, rounds
 from pipeline.model.greedy import greedy
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
@@ -37,14 +36,6 @@ class Asked:
 
 Decode = Callable[[Sequence[Sequence[int]], Asked], list[list[int]]]
 """Prompts -> what greedy decoding writes after each."""
-
-
-def _rounds(count: int, world: int, most: int) -> Iterator[list[range]]:
-    """Prompts of one cell in batches of at most `most`, a batch a replica."""
-    size = max(1, min(most, -(-count // world)))
-    batches = [range(at, min(at + size, count)) for at in range(0, count, size)]
-    for at in range(0, len(batches), world):
-        yield batches[at : at + world]
 
 
 def evaluate_ruler(
@@ -109,7 +100,7 @@ def _evaluate(
     def text(ids: Sequence[int]) -> str:
         return tokenizer.decode([token for token in ids if token != tokenizer.eos_id and token < tokenizer.vocab_size])
 
-    for batches in _rounds(len(cell.samples), shards.world, most_tokens // longest):
+    for batches in rounds(range(len(cell.samples)), shards.world, most_tokens // longest):
         shards.before_round()
         mine = shards.rank < len(batches)
         if mine or shards.lockstep:
@@ -167,18 +158,13 @@ def run_ruler(
     """
     path = ruler_path(output, label)
     cache = path.with_name(f".{path.name}.cells")
-    known = RulerFile(cache if groups.is_main else None, share_from_main(groups, lambda: RulerFile.text_of(cache)))
+    known = kept_alike(RulerFile, cache, groups)
     prompts = sum(len(cell.samples) for cell in cells)
 
     def decode(given: Sequence[Sequence[int]], asked: Asked) -> list[list[int]]:
         return greedy(model, given, asked.new, spec, asked.ended, asked.guesses, asked.goes_on, asked.among)
 
     with evaluating(model), EvalProgress(prompts, f"RULER, {label}", enabled=groups.is_main) as progress:
-
-        def count(done: int) -> None:
-            for _ in range(done):
-                progress.advance()
-
         found = evaluate_ruler(
             decode,
             cells,
@@ -187,7 +173,7 @@ def run_ruler(
             known=known,
             shards=spread_over(model, groups),
             device=groups.device,
-            on_prompts=count,
+            on_prompts=progress.advance,
         )
     report = RulerReport(label, step, context, base_context, tuple(found))
     if groups.is_main:

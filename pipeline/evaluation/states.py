@@ -20,15 +20,14 @@ from pipeline.checkpoint.compatibility import check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
-from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
-from pipeline.export.adapter_notes import read_note
-from pipeline.export.adapter_read import load_adapter
+from pipeline.export.adapter_read import load_adapter_of
 from pipeline.export.trained_model import TrainedModel
+from pipeline.hf.checkpoint import file_digest
 from pipeline.hf.companions import has_tokenizer
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
@@ -92,16 +91,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
             assert checkpoint is not None
             base_hash = share_from_main(groups, base.base_hash)
             adapter = read_adapter(checkpoint, config, base_hash)
-            if adapter.foreign is not None:
-                raise CheckpointError(
-                    f"{checkpoint}: has {adapter.foreign}, which is computed merged only; merge it (longspan merge) "
-                    "and evaluate that with --model."
-                )
-            kinds = tuple(sorted({kind_of(name) for name in parameters_of(adapter)}))
-            if "base" in kinds:
-                raise CheckpointError(
-                    f"{checkpoint}: holds whole projections; merge it (longspan merge) and evaluate that with --model."
-                )
+            kinds = tuple(sorted(set(map(kind_of, parameters_of(adapter)))))
             config = replace(config, train=replace(config.train, trainable=kinds))
             plan = replace(plan, config=config, arch=adapter.arch, rope=adapter.rope)
         trained_with_it = None if adapter is None else adapter.tokenizer
@@ -145,20 +135,17 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
 
 
 def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedModel:
-    """A folder of adapters over the base; what it does not tell of context and RoPE, the configuration does.
+    """A folder of adapters over the base, if it can be evaluated beside it.
 
     Raises:
-        CheckpointError, ConfigError: see `load_adapter`.
+        CheckpointError, ConfigError: see `load_adapter_of`; or it is computed merged only.
     """
-    note = read_note(folder)
-    own = config.model.rope == RopeSettings()
-    return load_adapter(
-        folder,
-        Path(config.model.path),
-        None if note.context is not None else config.model.context,
-        None if note.plan is not None or own else config.model.rope,
-        base_hash,
-    )
+    adapter, mend = load_adapter_of(folder, config.model, base_hash), "merge it (longspan merge) and evaluate that"
+    if adapter.foreign is not None:
+        raise CheckpointError(f"{folder}: has {adapter.foreign}, which is computed merged only; {mend} with --model.")
+    if "base" in map(kind_of, parameters_of(adapter)):
+        raise CheckpointError(f"{folder}: holds whole projections; {mend} with --model.")
+    return adapter
 
 
 def parameters_of(trained: TrainedModel) -> set[str]:
@@ -170,9 +157,7 @@ def hash_files(folder: Path) -> str:
     """sha256 over a folder's files: their names and contents."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     return digest.hexdigest()
 
 

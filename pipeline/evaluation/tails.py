@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.evaluation.perplexity import Shards, TokenNll, turns
+from pipeline.evaluation.perplexity import TokenNll
+from pipeline.evaluation.spread import Shards, turns
 
 
 def tail_spans(length: int, tail: int, context: int, stride: int) -> list[tuple[int, int]]:

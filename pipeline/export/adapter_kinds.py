@@ -18,6 +18,7 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.config.sections import LoraConfig
+from pipeline.hf.fused import FUSED
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 
@@ -26,8 +27,6 @@ EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 """PEFT's of an embedding: A [r, V], B [H, r]."""
 MAGNITUDE = ".lora_magnitude_vector"
 """DoRA's, one value an output row."""
-FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
-"""Phi-3's modules, and the projections that lie in their rows."""
 VOCABULARY_MODULES = ("model.embed_tokens", "lm_head")
 
 

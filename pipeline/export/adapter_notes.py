@@ -15,11 +15,11 @@ from pipeline.config.sections import BASES
 from pipeline.export.adapter_kinds import (
     EMBEDDING_FACTORS,
     FACTORS,
-    FUSED,
     MAGNITUDE,
     VOCABULARY_MODULES,
     factor_names,
 )
+from pipeline.hf.fused import FUSED
 from pipeline.hf.writer import NOTE
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
@@ -135,12 +135,8 @@ def read_note(folder: Path) -> AdapterNote:
     return AdapterNote(*known_facts, form)
 
 
-def stretch(
-    note: AdapterNote, arch: LlamaArch, context: int | None, rope: RopeSettings | None, folder: Path, must_tell: bool
-) -> tuple[int, RopePlan]:
-    """Context (tokens) and RoPE of the result: those it was trained with where they are told, else those given.
-
-    Without either LongLoRA's rule holds: linear interpolation by the next whole factor.
+def told_context(note: AdapterNote, arch: LlamaArch, context: int | None, folder: Path, must_tell: bool) -> int:
+    """The context (tokens) that an adapter was trained for where that is told, else the one given, else the base's.
 
     Args:
         must_tell: the adapter is of a kind trained at a longer context than the base's.
@@ -155,6 +151,29 @@ def stretch(
             f"--context {context}: {folder / NOTE} says it was trained for {note.context}, and another RoPE would make "
             "it useless; leave --context out."
         )
+    context = note.context if context is None else context
+    if context is None and must_tell:
+        raise ConfigError(
+            f"--context: is missing, and {folder} has no {NOTE} that tells the context it was trained for; give it, "
+            "e.g. --context 32768."
+        )
+    return arch.max_positions if context is None else context
+
+
+def stretch(
+    note: AdapterNote, arch: LlamaArch, context: int | None, rope: RopeSettings | None, folder: Path, must_tell: bool
+) -> tuple[int, RopePlan]:
+    """Context (tokens) and RoPE of the result: those it was trained with where they are told, else those given.
+
+    Without either LongLoRA's rule holds: linear interpolation by the next whole factor.
+
+    Args:
+        must_tell: see `told_context`.
+
+    Raises:
+        ConfigError: what is given contradicts what is told, or nothing tells the context although something must.
+    """
+    context = told_context(note, arch, context, folder, must_tell)
     if note.plan is not None and note.context is not None:
         # A type alone says nothing of the factor; of `none` there is the base's theta and ntk's.
         same = rope is None or (rope == RopeSettings(type=note.plan.type) and note.plan.type != "none")
@@ -164,13 +183,6 @@ def stretch(
                 f"{note.plan.factor:g}, theta {note.plan.theta:g}; leave --rope and what belongs to it out."
             )
         return note.context, note.plan
-    context = note.context if context is None else context
-    if context is None and must_tell:
-        raise ConfigError(
-            f"--context: is missing, and {folder} has no {NOTE} that tells the context it was trained for; give it, "
-            "e.g. --context 32768."
-        )
-    context = arch.max_positions if context is None else context
     rope = rope or RopeSettings()
     original = rope.original_context or arch.max_positions
     if rope.type == "auto" and rope.factor is None and context > original and arch.rope_scaling is None:

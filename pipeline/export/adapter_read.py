@@ -14,7 +14,7 @@ import torch
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import LORA_TARGETS, LoraConfig
+from pipeline.config.sections import LORA_TARGETS, LoraConfig, ModelConfig
 from pipeline.export.adapter_kinds import (
     VOCABULARY_MODULES,
     canonical,
@@ -330,6 +330,20 @@ def load_adapter(
     )
     check_tokenizer(model)
     return model
+
+
+def load_adapter_of(folder: Path, model: ModelConfig, base_hash: str) -> TrainedModel:
+    """A folder of adapters over a run's base; what it does not tell of context and RoPE, the run's settings do.
+
+    Args:
+        base_hash: of the run's base.
+
+    Raises:
+        CheckpointError, ConfigError: see `load_adapter`.
+    """
+    note = read_note(folder)
+    context = None if note.context is not None else model.context
+    return load_adapter(folder, Path(model.path), context, None if note.plan is not None else model.rope, base_hash)
 
 
 def _has_two_files(folder: Path) -> bool:

@@ -15,16 +15,15 @@ import torch
 from parallel.errors import ConfigError
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.planning.arch import CONVERTED, LlamaArch
-from pipeline.planning.tensors import projection_shape
+from pipeline.planning.tensors import PROJECTIONS, projection_shape
 from pipeline.storage.safetensors import TensorFact, tensor_digest
 
 LONGROPE = ("longrope", "su", "yarn")
 """What a Phi-3 config.json calls its own RoPE, over the years."""
 _OWN = ("embd_pdrop", "resid_pdrop", "original_max_position_embeddings", "auto_map")
 """Keys of Phi-3's that the others do not have; the dropouts are of its first training."""
-FUSED = {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}
+FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 """Module -> projections, in the order of its rows."""
-_MODULE = {part: f"self_attn.{part}_proj" for part in "qkv"} | {part: f"mlp.{part}_proj" for part in ("gate", "up")}
 
 
 def as_llama(config: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
@@ -83,7 +82,7 @@ class SplitCheckpoint(HfCheckpoint):
                 file, first = self._file.pop(stored), 0
                 del self.facts[stored]
                 for part, count in zip(parts, rows, strict=True):
-                    name = f"{module.removesuffix(fused)}{_MODULE[part]}.weight"
+                    name = f"{module.removesuffix(fused)}{PROJECTIONS[part][0]}.weight"
                     self.facts[name] = TensorFact((count, *fact.shape[1:]), fact.dtype)
                     self._file[name], self._pieces[name] = file, (stored, first)
                     first += count

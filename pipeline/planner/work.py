@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.planning.balance import attention_work
+from pipeline.planning.base_form import local_shape
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
-from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, padded_vocab, projection_shape
+from pipeline.planning.tensors import PROJECTIONS, padded_vocab, projection_shape
 
 FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Projections that are one product."""
@@ -76,12 +77,8 @@ def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
 def _product(plan: RunPlan, parts: Iterable[str]) -> Work:
     """One product over all tokens of the tensor-parallel group, forward; its input gradient counts the same."""
     tokens, tp, width = tokens_of(plan), plan.grid.tp, plan.config.model.element_bytes
-    shapes = {part: projection_shape(part, plan.arch) for part in parts}
-    rows, columns = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))[1]
-    if any(part in ROW_PARALLEL for part in shapes):
-        columns //= tp
-    else:
-        rows //= tp
+    shapes = [local_shape(part, plan.arch, tp) for part in parts]
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
     return Work(2.0 * tokens * rows * columns, width * float(tokens * (rows + columns) + rows * columns))
 
 

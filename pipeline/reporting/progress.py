@@ -190,10 +190,10 @@ class EvalProgress(_Display):
         if self.enabled:
             _say(self._console, text)
 
-    def advance(self) -> None:
-        """Count a finished window."""
-        self.done += 1
-        if self._live is not None and self._task is not None:
+    def advance(self, windows: int = 1) -> None:
+        """Count finished windows."""
+        self.done += windows
+        if self._live is not None and self._task is not None and self.done:
             spent = self._clock() - self._began
             left = spent / self.done * (self.windows - self.done)
             self._live.update(self._task, completed=self.done, facts=f"{duration(left)} left")

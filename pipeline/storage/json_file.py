@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
+from pipeline.storage.durable import replace_text
 from pipeline.storage.lfs import refuse_pointer
 
 _BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
@@ -33,6 +34,16 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: does not hold a JSON object; {mend}.")
     return found
+
+
+def replace_json(path: Path, content: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write JSON in one step, durably, with the folder it lies in; OSError if the disk refuses.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.export.adapter_notes import CONFIG, read_note
-from pipeline.export.adapter_read import load_adapter
+from pipeline.export.adapter_read import load_adapter_of
 from pipeline.export.trained_model import known_form
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.hf.weight_source import WeightSource
@@ -149,15 +149,8 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
         CheckpointError: it is damaged.
     """
     if (folder / CONFIG).exists():
-        note = read_note(folder)
-        _same_base(folder, note.base_hash, base_hash)
-        model = load_adapter(
-            folder,
-            Path(config.model.path),
-            None if note.context is not None else config.model.context,
-            None if note.plan is not None else config.model.rope,
-            base_hash,
-        )
+        _same_base(folder, read_note(folder).base_hash, base_hash)
+        model = load_adapter_of(folder, config.model, base_hash)
         if model.foreign is not None:
             raise ConfigError(
                 f"init_from: {folder} has {model.foreign}, which is not trained here; merge it with python -m "

@@ -57,9 +57,7 @@ class Planned:
         """
         if self.rate is None:
             return None
-        config = self.plan.config
-        full = step > config.train.steps - config.attention.full_last_steps
-        return useful_operations(self.plan, full) / self.rate
+        return useful_operations(self.plan, self.plan.config.in_full(step - 1)) / self.rate
 
     def record(self, output: Path) -> None:
         """Write RECORD: the layout and what is expected of it. By one rank."""

@@ -257,9 +257,7 @@ class Trainer:
         self.parts.saver.news.clear()
 
     def _spec(self, step: int) -> AttentionSpec:
-        config = self.parts.config
-        full = step >= config.train.steps - config.attention.full_last_steps
-        return self.parts.full_spec if full else self.parts.spec
+        return self.parts.full_spec if self.parts.config.in_full(step) else self.parts.spec
 
     def _one_step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns loss, norm, rates and token count."""

@@ -28,8 +28,8 @@ from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.evaluation.evaluator import TEXT_TOKENS
 from pipeline.evaluation.judge import Judge, Judgement, JudgeSettings
-from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.results import ResultFile
+from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.tasks import RetrievalSettings
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.rank_model import RankModel

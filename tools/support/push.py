@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,7 @@ class Destination:
 
         self.name = name
         self._api: HfApi = HfApi()
-        with _Sentence(f"--push: {name}", "log in (hf auth login), or leave --push out"):
+        with _in_a_sentence(f"--push: {name}", "log in (hf auth login), or leave --push out"):
             # Also what tells now, and not after the export, that it cannot be written.
             self._api.create_repo(name, repo_type="model", private=True, exist_ok=True)
 
@@ -41,26 +43,21 @@ class Destination:
         Raises:
             ConfigError: the Hub refused it or could not be reached; the folder is left as it is.
         """
-        with _Sentence(f"{folder}: is whole, but {self.name}", f"run: hf upload {self.name} {folder}"):
+        with _in_a_sentence(f"{folder}: is whole, but {self.name}", f"run: hf upload {self.name} {folder}"):
             done = self._api.upload_folder(
                 repo_id=self.name, folder_path=folder, repo_type="model", commit_message="Exported by longspan"
             )
         return str(done.commit_url)
 
 
-class _Sentence:
+@contextlib.contextmanager
+def _in_a_sentence(what: str, mend: str) -> Iterator[None]:
     """Within, what the Hub's client raises becomes one sentence."""
+    from huggingface_hub import errors
 
-    def __init__(self, what: str, mend: str) -> None:
-        self._what, self._mend = what, mend
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from huggingface_hub import errors
-
-        # Of the client's transport, whose package's name changes with the client's releases.
-        if isinstance(error, OSError | errors.HTTPError | errors.HFValidationError):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"{self._what} cannot be written on the Hub ({reason}); {self._mend}.") from None
+    try:
+        yield
+    # HTTPError is of the client's transport, whose package's name changes with the client's releases.
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{what} cannot be written on the Hub ({reason}); {mend}.") from None

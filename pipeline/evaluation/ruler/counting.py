@@ -10,7 +10,7 @@ import string
 import numpy as np
 
 from parallel.errors import DataError
-from pipeline.evaluation.ruler.sample import Count, Sample
+from pipeline.evaluation.ruler.sample import Count, Sample, first_fitting
 from pipeline.evaluation.ruler.words import all_words
 
 COMMON_TEMPLATE = (
@@ -27,8 +27,6 @@ FREQUENT_TEMPLATE = (
 FREQUENT_BEGUN = " Answer: According to the coded text above, the three most frequently appeared words are:"
 FREQUENT_NEW, LETTERS = 50, 6
 ORDER_SEED = 42
-TRIES = 100
-"""Draws at most for one that fits."""
 
 
 class CommonWords:
@@ -84,17 +82,16 @@ class CommonWords:
                 break
         found = []
         for _ in range(wanted):
-            left = count
-            for _ in range(TRIES):
-                # Fewer than ten words have no ten common ones.
-                if left > 0:
-                    _, question, answers = self.draw(left, length)
-                    if tokens(question + COMMON_BEGUN) + COMMON_NEW <= length:
-                        break
-                if left > step:
-                    left -= step
-            else:
+            drawn = first_fitting(
+                lambda size: self.draw(size, length),
+                lambda drawn: tokens(drawn[1] + COMMON_BEGUN) + COMMON_NEW <= length,
+                count,
+                step,
+            )
+            # Fewer than ten words have no ten common ones.
+            if drawn is None:
                 raise DataError(f"RULER length {length}: has no room for a list of common words; use a longer one.")
+            _, question, answers = drawn
             found.append(Sample(f"{question.strip()}\n\n{COMMON_BEGUN.strip()}", tuple(answers), COMMON_NEW))
         return found
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.errors import DataError
-from pipeline.evaluation.kept import VERSION, KeptResults, write_report
+from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_report
 from pipeline.evaluation.ruler.tasks import RulerCell
 
 PAPER = 0.856
@@ -54,10 +53,8 @@ class RulerResult:
 class RulerFile(KeptResults[RulerResult]):
     """Results by key, see `KeptResults`."""
 
-    @staticmethod
-    def entry(data: Mapping[str, Any]) -> RulerResult:
-        """As `RulerResult.from_json`."""
-        return RulerResult.from_json(data)
+    kind = RulerResult
+    called = "RULER results"
 
 
 def ruler_key(model: Mapping[str, Any], cell: RulerCell) -> str:
@@ -120,18 +117,11 @@ class Effective:
 
 
 @dataclass(frozen=True)
-class RulerReport:
+class RulerReport(ModelReport[RulerResult]):
     """What one model answers."""
 
-    label: str
-    """As in `EvalReport`."""
-    step: int
-    """Optimizer steps the model was trained for."""
-    context: int
-    """Tokens the model is made for."""
-    base_context: int
-    """Tokens the base was made for, as its config.json says."""
-    cells: tuple[RulerResult, ...]
+    kind = RulerResult
+    otherwise = "is no RULER report"
 
     def effective(self, base: RulerReport | None) -> Effective:
         """The effective length: by the base's score at its own length, or without that, by RULER's threshold.
@@ -162,24 +152,7 @@ class RulerReport:
         Raises:
             DataError: the file cannot be written.
         """
-        facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context")}
-        figures = {"effective_length": self.effective(base).to_json(), "cells": [cell.to_json() for cell in self.cells]}
-        write_report(path, {**facts, **figures})
-
-    @classmethod
-    def read(cls, path: Path) -> RulerReport:
-        """Read what `write` wrote.
-
-        Raises:
-            DataError: the file is missing or is not such a report.
-        """
-        try:
-            data = json.loads(path.read_text())
-            cells = tuple(RulerResult.from_json(entry) for entry in data["cells"])
-            step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
-            return cls(str(data["label"]), step, context, base_context, cells)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: is no RULER report ({type(error).__name__}: {error}); evaluate again.") from None
+        write_report(path, {**self.to_json(), "effective_length": self.effective(base).to_json()})
 
 
 def ruler_path(output: Path, label: str) -> Path:

@@ -8,7 +8,7 @@ import string
 import numpy as np
 
 from parallel.errors import DataError
-from pipeline.evaluation.ruler.sample import Count, Sample
+from pipeline.evaluation.ruler.sample import Count, Sample, first_fitting
 
 TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
@@ -25,8 +25,6 @@ NEW = 30
 """Tokens a model may write."""
 EXAMPLE_TOKENS = 500
 """Of the solved example before the question, at most."""
-TRIES = 100
-"""Draws at most for one that fits."""
 
 
 class Variables:
@@ -101,18 +99,17 @@ class Variables:
             noises += step
         found = []
         for _ in range(wanted):
-            left = noises
-            for _ in range(TRIES):
-                if left > 0:
-                    question, begun, names = self.draw(left, letters)
-                    if tokens(question + begun) + NEW + before <= length:
-                        break
-                if left > step:
-                    left -= step
-            else:
+            drawn = first_fitting(
+                lambda size: self.draw(size, letters),
+                lambda drawn: tokens(drawn[0] + drawn[1]) + NEW + before <= length,
+                noises,
+                step,
+            )
+            if drawn is None:
                 raise DataError(
                     f"RULER length {length}: has no room for variable tracking and its example; use a longer one."
                 )
+            question, begun, names = drawn
             found.append((self._solved(example) + "\n\n" + question if example else question, begun, names))
         return found
 

@@ -10,7 +10,7 @@ import torch
 
 from parallel.errors import ConfigError, DataError
 from pipeline.evaluation.long_ppl import LongPpl, measure_long_ppl
-from pipeline.evaluation.perplexity import Shards
+from pipeline.evaluation.spread import Shards
 
 
 def copying(tokens_BS: torch.Tensor) -> torch.Tensor:

@@ -16,14 +16,13 @@ from parallel.errors import DataError
 from pipeline.evaluation.perplexity import (
     EvalReport,
     LengthResult,
-    Shards,
     cut_windows,
     evaluate,
-    shard,
     sliding_spans,
     sliding_window,
     whole_windows,
 )
+from pipeline.evaluation.spread import Shards, shard
 
 VOCAB = 13
 

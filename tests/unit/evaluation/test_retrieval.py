@@ -12,10 +12,10 @@ import torch
 from parallel.errors import ConfigError, DataError
 from pipeline.data.packing import IGNORE
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.prompts import PieceEncoder
 from pipeline.evaluation.results import CellResult, ResultFile, by_length, cell_key, lost_and_won, standard_error
 from pipeline.evaluation.retrieval import evaluate_retrieval
+from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
 from tests.support.data_helpers import BYTES
 from tests.unit.data.test_tokenizer import write_hf, write_sentencepiece

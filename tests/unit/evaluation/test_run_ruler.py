@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.evaluation.perplexity import Shards
 from pipeline.evaluation.ruler.results import RulerFile, RulerResult
 from pipeline.evaluation.ruler.tasks import RulerSettings, ruler_cells
 from pipeline.evaluation.run_ruler import Asked, evaluate_ruler
+from pipeline.evaluation.spread import Shards
 from tests.support.data_helpers import BYTES
 from tests.support.tiny_models import make_tiny
 from tools.evaluate import main
