@@ -88,6 +88,14 @@ def write_case(folder: Path, name: str, model: str = "llama", **over: Any) -> Pa
     return path
 
 
+def train_named(path: Path, env: RankEnv) -> None:
+    """As `train_here`; what fails says which case it is, of many that one set of ranks trains."""
+    try:
+        train_here(path, env)
+    except BaseException as error:
+        raise AssertionError(path.stem) from error
+
+
 def train_here(path: Path, env: RankEnv | None = None, overrides: tuple[str, ...] = ()) -> None:
     """What `python -m pipeline.train` does, in this process, which may go on with another grid after it."""
     env = env or RankEnv()

@@ -12,9 +12,9 @@ import pytest
 
 from parallel.world.rank_env import RankEnv
 from tests.numerics.movement import tensor_errors
-from tests.numerics.run_cases import train_here, write_case
+from tests.numerics.run_cases import train_named, write_case
 from tests.numerics.run_oracle import Oracle, Outcome
-from tests.numerics.test_run_oracle import ZERO3, check
+from tests.numerics.test_run_oracle import ZERO3, check, trained_alone
 from tests.support.ranks import run_ranks
 
 ONE: dict[str, dict[str, Any]] = {
@@ -29,20 +29,13 @@ GRIDS: dict[str, dict[str, Any]] = {"tp2": {"tp": 2}, "cp2": {"cp": 2, "recomput
 
 @pytest.mark.parametrize("model", ONE)
 def test_one_process(model: str, tmp_path: Path) -> None:
-    path = write_case(tmp_path, "run", model, **ONE[model])
-    train_here(path)
-    oracle = Oracle(path)
-    expected = oracle.run()
-    check(path, oracle, expected)
+    oracle, expected = trained_alone(write_case(tmp_path, "run", model, **ONE[model]))
     assert min(tensor_errors(oracle.start, expected.weights, oracle.start).values()) > 0.9, "everything moves"
 
 
 def _train_all(rank: int, world: int, paths: list[str]) -> None:
     for path in map(Path, paths):
-        try:
-            train_here(path, RankEnv.read())
-        except BaseException as error:
-            raise AssertionError(path.stem) from error
+        train_named(path, RankEnv.read())
 
 
 def test_grids(tmp_path: Path) -> None:

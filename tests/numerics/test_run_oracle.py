@@ -16,7 +16,7 @@ import torch
 from parallel.world.rank_env import RankEnv
 from tests.numerics.dropout_masks import Masks, Replay, agreement, recorded
 from tests.numerics.movement import tensor_errors
-from tests.numerics.run_cases import LAYERS, train_here, write_case
+from tests.numerics.run_cases import LAYERS, train_here, train_named, write_case
 from tests.numerics.run_oracle import Oracle, Outcome, Tensors, distances, read_run
 from tests.numerics.run_plants import DROPOUT_PLANTS, PLANTS, shared_masks
 from tests.support.ranks import run_ranks
@@ -77,13 +77,18 @@ def check(path: Path, oracle: Oracle, expected: Outcome) -> None:
     assert not outside(told), f"{path.stem}: {text(told)}"
 
 
-@pytest.mark.parametrize("model", ONE)
-def test_one_process(model: str, tmp_path: Path) -> None:
-    path = write_case(tmp_path, "run", model, **ONE[model])
+def trained_alone(path: Path) -> tuple[Oracle, Outcome]:
+    """What one process must come to, having come to it."""
     train_here(path)
     oracle = Oracle(path)
     expected = oracle.run()
     check(path, oracle, expected)
+    return oracle, expected
+
+
+@pytest.mark.parametrize("model", ONE)
+def test_one_process(model: str, tmp_path: Path) -> None:
+    oracle, expected = trained_alone(write_case(tmp_path, "run", model, **ONE[model]))
     # What is compared does move, and is looked at whole.
     assert (
         len(expected.weights) >= 14 and min(tensor_errors(oracle.start, expected.weights, oracle.start).values()) > 0.9
@@ -146,10 +151,7 @@ def _train_all(rank: int, world: int, paths: list[str]) -> dict[str, Masks]:
     for path in map(Path, paths):
         planted = shared_masks() if path.stem == "shared" else contextlib.nullcontext()
         with recorded() as masks, planted:
-            try:
-                train_here(path, RankEnv.read())
-            except BaseException as error:
-                raise AssertionError(path.stem) from error
+            train_named(path, RankEnv.read())
         if "dropout" in path.stem or path.stem == "shared":
             found[path.stem] = masks
     return found
