@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import ConfigError, DataError
+from pipeline.evaluation.ruler.sample import TRIES, first_fitting
 from pipeline.evaluation.ruler.score import string_match
 from pipeline.evaluation.ruler.tasks import TASKS, RulerSettings, counter, draw, ruler_cells
 from pipeline.evaluation.ruler.words import WordPairs, word_pairs
@@ -97,3 +98,26 @@ def test_the_random_numbers_are_spent_as_pythons_own() -> None:
     assert [random.Random(n).choice(small) for n in range(9)] == [
         random.Random(n).choice(list(small)) for n in range(9)
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "drawn"),
+    [
+        (30, 99, [30]),
+        (30, 15, [30, 20, 10]),
+        (30, 0, [30, 20, *[10] * (TRIES - 2)]),  # the smallest again and again: what is drawn differs
+        (25, 5, [25, 15, 5]),
+        (0, 99, []),
+    ],
+)
+def test_draws_shrink_until_one_fits(size: int, room: int, drawn: list[int]) -> None:
+    """The harness's rule: a step less while more than a step is left, a hundred draws at most."""
+    asked: list[int] = []
+
+    def draw_one(count: int) -> int:
+        asked.append(count)
+        return count
+
+    found = first_fitting(draw_one, lambda count: count <= room, size, 10)
+    assert asked == drawn
+    assert found == (drawn[-1] if drawn and drawn[-1] <= room else None)
