@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from parallel.axes.pinned import pin, unpin, whole_pages
 from parallel.errors import LongspanError
 from parallel.world.groups import Groups
-from parallel.world.lone_rank import to_receive
+from parallel.world.lone_rank import all_gather_shares
 from parallel.world.rank_env import local_rank_exported
 
 ALIGN = 128
@@ -108,6 +108,13 @@ class Unit:
     """Which buffer holds it, or is being filled with it."""
     ready: Any = None
     """Awaited before use: a CUDA event, or the work handle of the gather."""
+
+    def whole(self, slot: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters [O, ...] as they lie in a buffer of bytes that holds the gathered unit: views."""
+        return [
+            slot[start:stop].view(parameter.dtype).view(shape)
+            for parameter, shape, (start, stop) in zip(self.parameters, self.shapes, self.spans, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -227,8 +234,7 @@ class FrozenShards:
                     unit.flat.ds_tensor.data = self._arena[begin : begin + share]
                     begin += share
         largest = max(unit.size for unit in self.units)
-        like = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self._slots = [to_receive(like, (largest,), self.group) for _ in self._holds]
+        self._slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in self._holds]
 
     def _partition(self, zero: Any, unit: Unit) -> Any:
         """A unit's flat parameter as DeepSpeed keeps it."""
@@ -308,13 +314,15 @@ class FrozenShards:
         self._holds[number], unit.slot = unit, number
         whole = self._slots[number][: unit.size]
         share = unit.flat.ds_tensor.data
-        for parameter, (start, stop), shape in zip(unit.parameters, unit.spans, unit.shapes, strict=True):
-            parameter.data = whole[start:stop].view(parameter.dtype).view(shape)
+        parts = unit.whole(whole)
+        for parameter, values in zip(unit.parameters, parts, strict=True):
+            parameter.data = values
+        changed = [] if evicted is not None and evicted.spans == unit.spans else parts
         if self._streams is None:
             if self.world == 1:
                 whole.copy_(share)
             else:
-                unit.ready = self._gather(whole, share)
+                unit.ready = all_gather_shares(whole, share, changed, self.group)
             return
         copies, gathers = self._streams
         # Kernels launched so far may still read what the buffer held.
@@ -332,11 +340,10 @@ class FrozenShards:
             with torch.cuda.stream(gathers):
                 gathers.wait_event(unit.ready)
                 # In place: this rank's part of the buffer is where the gather would put it.
-                self._gather(whole, mine).wait()
+                work = all_gather_shares(whole, mine, changed, self.group)
+                if work is not None:
+                    work.wait()
                 unit.ready = gathers.record_event()
-
-    def _gather(self, whole: torch.Tensor, mine: torch.Tensor) -> Any:
-        return dist.all_gather_into_tensor(whole, mine, group=self.group, async_op=True)
 
     def _evict(self, unit: Unit) -> None:
         if unit.ready is not None and self._streams is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,45 @@ def to_receive(like: torch.Tensor, shape: tuple[int, ...], group: dist.ProcessGr
     if dist.get_backend(group) == "fake" and buffer.is_floating_point():
         buffer.normal_(0.0, 0.02)
     return buffer
+
+
+def all_gather_shares(
+    whole: torch.Tensor, mine: torch.Tensor, changed: Sequence[torch.Tensor], group: dist.ProcessGroup | None
+) -> dist.Work | None:
+    """Start to gather every rank's bytes `mine` into `whole`.
+
+    torch's fake group would copy `mine` all over it, where other dtypes lie, and bytes of another dtype are NaN as
+    likely as not. A fake gather fills the others' shares with random numbers where they lie otherwise than what the
+    buffer held before, and passes over it as a real one does.
+
+    Args:
+        whole: bytes, 1-D; `mine` may be a part of it.
+        changed: views of it, in the dtypes of what it is to hold; empty if they are those of what it held.
+
+    Returns:
+        What to wait for before it is read; None: nothing.
+    """
+    if dist.get_backend(group) != "fake":
+        return dist.all_gather_into_tensor(whole, mine, group=group, async_op=True)
+    if changed:
+        kept = mine.clone()
+        for part in changed:
+            _fill(part)
+        own = dist.get_rank(group) * len(mine)
+        whole[own : own + len(mine)].copy_(kept)
+    whole.view(torch.int64).bitwise_or_(0)
+    return None
+
+
+def _fill(values: torch.Tensor) -> None:
+    """With random numbers like a frozen matrix's in any form: a deviation of one for values of 8 bits, and 0.02 for all
+    wider ones, scales among them."""
+    if values.dtype == torch.uint8:
+        values.random_(256)
+    elif values.element_size() == 1:
+        values.copy_(torch.randn_like(values, dtype=torch.float32))
+    else:
+        values.normal_(0.0, 0.02)
 
 
 _numbers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}

@@ -144,6 +144,9 @@ def _kernels_agree(device: str) -> None:
             spoilt[0, 8999] = float("nan")
             values, scales = kernels.round_rows(spoilt, given)
             assert (values[0].float() * scales[0]).isnan().all() and (values[2].float() * scales[2]).isfinite().all()
+    for shape in ((1, 1), (130, 300), (256, 128)):
+        bytes_ = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+        assert torch.equal(kernels.transposed(bytes_), bytes_.t())
     for part in (None, (64 * 250, 64 * 270)):
         matrix = torch.randn(2, 64 * 270, generator=generator)
         weight = empty("nf4", (2, 64 * 270), device, part)
@@ -182,3 +185,8 @@ def test_a_gpu_makes_the_same_products(form: str) -> None:
     rows, grads = rows.bfloat16(), grads.bfloat16()
     assert error(there.product(rows.cuda()).cpu(), here.product(rows)) < 5e-3
     assert error(there.grad_input(grads.cuda()).cpu(), here.grad_input(grads)) < 5e-3
+    # Written where it is wanted, whether the kernel can write there or not.
+    whole = torch.empty(2, 256, 512, device="cuda", dtype=torch.bfloat16)
+    for given in (whole[:1], whole[:, :128]):
+        assert there.product(rows.cuda().view(*given.shape[:2], -1), given) is given
+        assert error(given.cpu().reshape(1, 256, 512), here.product(rows)) < 5e-3

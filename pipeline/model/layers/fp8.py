@@ -52,6 +52,20 @@ def round_rows(
     return (values / scales).clamp_(-LARGEST, LARGEST).to(E4M3), scales
 
 
+def transposed(matrix_OI: torch.Tensor, fused: bool = True) -> torch.Tensor:
+    """e4m3 [O, I] as contiguous [I, O].
+
+    Args:
+        fused: use a kernel where there is one.
+    """
+    if fused and _kernels(matrix_OI) is not None:
+        from pipeline.model.layers import quantize_kernels
+
+        result: torch.Tensor = quantize_kernels.transposed(matrix_OI)
+        return result
+    return matrix_OI.t().contiguous()
+
+
 def to_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., 2 F] of any float dtype -> e4m3 of the same shape, and what to multiply each half with, fp32 [..., 2]."""
     kernels = _kernels(gate_up, gate_up)

@@ -1,4 +1,5 @@
-"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 in two readings, NF4 dequantized in one.
+"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 in two readings, bytes transposed and NF4 dequantized in
+one.
 
 See `layers.fp8` and `layers.quantized_weight`, whose torch operations make the same in many passes with float32 copies
 of everything.
@@ -15,6 +16,7 @@ from pipeline.planning.base_form import BLOCK, GROUP
 
 _COLUMNS = 4096
 _BYTES = 1024
+_TILE = 128
 
 
 @triton.jit
@@ -62,6 +64,26 @@ def round_rows(rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None) -> 
             COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8,
         )  # fmt: skip
     return out, scales
+
+
+@triton.jit
+def _transpose(x_ptr, out_ptr, rows, columns, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    tile = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0)
+    tl.store(out_ptr + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def transposed(matrix_OI: torch.Tensor) -> torch.Tensor:
+    """A contiguous [O, I] of one byte a value, as contiguous [I, O]: torch's copy reads bytes far apart."""
+    rows, columns = matrix_OI.shape
+    assert matrix_OI.is_contiguous() and matrix_OI.element_size() == 1, WHY
+    out = matrix_OI.new_empty((columns, rows))
+    if out.numel():
+        grid = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
+        _transpose[grid](matrix_OI.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE=_TILE, num_warps=8)
+    return out
 
 
 @triton.jit

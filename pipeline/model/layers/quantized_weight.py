@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.nn import Parameter
 
 from parallel.errors import ConfigError
-from pipeline.model.layers.fp8 import round_rows
+from pipeline.model.layers.fp8 import round_rows, transposed
 from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight, times
 from pipeline.model.layers.kernel_choice import kernels_for
 from pipeline.planning.base_form import BLOCK, GROUP
@@ -129,7 +129,7 @@ class Fp8Weight(_Quantized):
         turned = self._turned
         if turned is None:
             # FP8 products on Hopper read both factors along the contracted dimension: the matrix is turned for each.
-            turned = self.weight.detach().t().contiguous()
+            turned = transposed(self.weight.detach(), self.fused)
             self._turned = turned if self._holds else None
         scales = self.scales.detach().flatten()
         return self._times(grads, turned, scales.new_ones(1, len(turned)), out, scales)
@@ -145,14 +145,12 @@ class Fp8Weight(_Quantized):
         """Rows [..., K], times their columns' factors, times the transposed matrix: [..., M] in the rows' dtype."""
         quantized, scales_N1 = round_rows(like.reshape(-1, like.shape[-1]), factors_K, self.fused)
         if quantized.is_cuda:
-            found = torch._scaled_mm(
-                quantized,
-                matrix_MK.t(),
-                scales_N1,
-                scales_1M.contiguous(),
-                out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            ).to(like.dtype)
+            factors = quantized, matrix_MK.t(), scales_N1, scales_1M.contiguous()
+            options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+            if out is not None and out.dtype is torch.bfloat16 and out.is_contiguous():
+                torch._scaled_mm(*factors, **options, out=out.view(len(quantized), -1))
+                return out
+            found = torch._scaled_mm(*factors, **options).to(like.dtype)
         else:
             # No dtype narrower than the rows': a test's float64 stays one.
             wide = torch.promote_types(like.dtype, torch.float32)

@@ -54,3 +54,24 @@ def test_a_real_gather_gets_a_plain_buffer() -> None:
     assert work is not None
     work.wait()
     assert torch.equal(whole, torch.ones(2, 3)) and not hasattr(whole, "buffer") and lone_rank.numbers_bytes() == before
+
+
+def test_bytes_of_several_dtypes_are_gathered_as_numbers_of_each() -> None:
+    """torch's fake group would repeat a rank's own bytes, whatever lies there: NaN."""
+    group = _group()
+    whole = torch.full((4 * 1024,), 0xFF, dtype=torch.uint8)  # e4m3's, bf16's and fp32's NaN
+    mine = whole[1024:2048]
+    mine[:] = 7
+    parts = [
+        whole[:2560].view(torch.float8_e4m3fn),
+        whole[2560:3072].view(torch.float32),
+        whole[3072:].view(torch.bfloat16),
+    ]
+    assert lone_rank.all_gather_shares(whole, mine, parts, group) is None
+    assert all(part.float().isfinite().all() for part in parts) and (mine == 7).all()
+    for part, deviation in zip(parts, (1, 0.02, 0.02), strict=True):
+        found = torch.cat([part[: 1024 // part.element_size()], part[-256 // part.element_size() :]]).float().std()
+        assert 0.5 * deviation < float(found) < 2 * deviation
+    before = whole.clone()
+    lone_rank.all_gather_shares(whole, mine, [], group)
+    assert torch.equal(whole, before), "numbers of the same kinds stay"
