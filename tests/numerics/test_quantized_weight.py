@@ -122,6 +122,34 @@ def test_nf4_refuses_rows_of_no_whole_number_of_blocks() -> None:
         empty("nf4", (2, 192), "cpu", (96, 192))
 
 
+def _fused_swiglu_agrees(device: str) -> None:
+    """To the bit with SwiGLU's kernels and `round_rows` after them; several programs' columns and part of one."""
+    from pipeline.model.layers import quantize_kernels, triton_kernels
+
+    generator = torch.Generator().manual_seed(7)
+    for dtype in (torch.float16, torch.bfloat16)[: 1 if device == "cpu" else 2]:
+        gate_up, grads = (torch.randn(3, width, generator=generator).to(device, dtype) for width in (18000, 9000))
+        gate_up[1], grads[2] = 0, 0
+        factors = torch.rand(18000, generator=generator).to(device)
+        for spoilt in (False, True):
+            if spoilt:
+                gate_up[0, 17999] = float("nan")
+            slope = torch.empty_like(gate_up)
+            triton_kernels.swiglu_gradient_(gate_up, grads, slope)
+            for found, expected in (
+                (quantize_kernels.round_swiglu(gate_up), quantize_kernels.round_rows(triton_kernels.swiglu(gate_up))),
+                (
+                    quantize_kernels.round_swiglu_gradient(gate_up, grads, factors),
+                    quantize_kernels.round_rows(slope, factors),
+                ),
+            ):
+                for mine, theirs in zip(found, expected, strict=True):
+                    # Values of a row that has become NaN say nothing: its scale does.
+                    rows = slice(1 if spoilt else 0, None)
+                    assert torch.equal(mine.view(torch.uint8)[rows], theirs.view(torch.uint8)[rows])
+                assert bool(found[1][0].isnan()) == spoilt
+
+
 def _kernels_agree(device: str) -> None:
     """With torch's operations: widths of several programs and part of one, a group that ends within a share."""
     from pipeline.model.layers import quantize_kernels as kernels
@@ -144,6 +172,7 @@ def _kernels_agree(device: str) -> None:
             spoilt[0, 8999] = float("nan")
             values, scales = kernels.round_rows(spoilt, given)
             assert (values[0].float() * scales[0]).isnan().all() and (values[2].float() * scales[2]).isfinite().all()
+    _fused_swiglu_agrees(device)
     for shape in ((1, 1), (130, 300), (256, 128)):
         bytes_ = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
         assert torch.equal(kernels.transposed(bytes_), bytes_.t())

@@ -10,6 +10,7 @@ Shapes: N rows, K their width, F local FFN width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -23,7 +24,7 @@ CAPABILITY = (8, 9)
 """Oldest CUDA devices whose kernels know e4m3; on others torch's own operations do it, in more passes."""
 
 
-def _kernels(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
+def fp8_kernels_for(first: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
     """The module `fp8_kernels` where it can serve."""
     if kernels_for(first, *others) is None or torch.cuda.get_device_capability(first.device) < CAPABILITY:
         return None
@@ -41,7 +42,7 @@ def round_rows(
         factors_K: float32; what the columns are multiplied with before they are rounded.
         fused: use a kernel where there is one.
     """
-    if fused and _kernels(rows_NK, rows_NK) is not None:
+    if fused and fp8_kernels_for(rows_NK, rows_NK) is not None:
         from pipeline.model.layers import quantize_kernels
 
         pair: tuple[torch.Tensor, torch.Tensor] = quantize_kernels.round_rows(rows_NK, factors_K)
@@ -58,7 +59,7 @@ def transposed(matrix_OI: torch.Tensor, fused: bool = True) -> torch.Tensor:
     Args:
         fused: use a kernel where there is one.
     """
-    if fused and _kernels(matrix_OI) is not None:
+    if fused and fp8_kernels_for(matrix_OI, matrix_OI) is not None:
         from pipeline.model.layers import quantize_kernels
 
         result: torch.Tensor = quantize_kernels.transposed(matrix_OI)
@@ -66,9 +67,29 @@ def transposed(matrix_OI: torch.Tensor, fused: bool = True) -> torch.Tensor:
     return matrix_OI.t().contiguous()
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """[..., K] as `round_rows` rounds it."""
+
+    values: torch.Tensor
+    """e4m3 [N, K]."""
+    scales: torch.Tensor
+    """float32 [N, 1]."""
+    leading: torch.Size
+    """All dimensions but the last of what was rounded."""
+    dtype: torch.dtype
+    """Of what was rounded."""
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, factors_K: torch.Tensor | None = None, fused: bool = True) -> Rounded:
+        """[..., K]; see `round_rows`."""
+        pair = round_rows(rows.reshape(-1, rows.shape[-1]), factors_K, fused)
+        return cls(*pair, rows.shape[:-1], rows.dtype)
+
+
 def to_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., 2 F] of any float dtype -> e4m3 of the same shape, and what to multiply each half with, fp32 [..., 2]."""
-    kernels = _kernels(gate_up, gate_up)
+    kernels = fp8_kernels_for(gate_up, gate_up)
     if kernels is not None:
         pair: tuple[torch.Tensor, torch.Tensor] = kernels.to_fp8(gate_up)
         return pair
@@ -83,7 +104,7 @@ def from_fp8(rounded: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
 
 def rounded_gradient(rounded: torch.Tensor, scales: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
     """SwiGLU's gradient [..., 2 F] straight from what `to_fp8` made, in one pass; None where no kernel can."""
-    kernels = _kernels(grad, grad)
+    kernels = fp8_kernels_for(grad, grad)
     if kernels is None:
         return None
     result: torch.Tensor = kernels.gradient(rounded, scales, grad)

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.nn import Parameter
+
+from pipeline.model.layers.swiglu import swiglu, swiglu_gradient_
 
 
 class FrozenWeight(ABC):
@@ -22,6 +25,8 @@ class FrozenWeight(ABC):
     form: str
     """Name of the form, as manifests and reports spell it."""
 
+    rounds = False
+    """Activations and gradients are rounded before they are multiplied: SwiGLU's are better made so at once."""
     whole_rows = False
     """`encode` and `write` are given whole rows of the checkpoint's matrix, also where tensor parallelism leaves this
     rank some of its columns: what the rows are rounded to does not depend on how they are cut."""
@@ -67,6 +72,25 @@ class FrozenWeight(ABC):
     @abstractmethod
     def grad_input(self, grads: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """g W: [..., O] -> [..., I], into `out` if given, which may be a strided view of three dimensions."""
+
+    def swiglu(self, gate_up: torch.Tensor, fused: bool = True) -> Any:
+        """silu(gate) * up of [..., 2 I], as `product` takes it.
+
+        Args:
+            fused: use kernels.
+        """
+        return swiglu(gate_up, fused)
+
+    def swiglu_gradient(self, gate_up: torch.Tensor, grads: torch.Tensor, fused: bool = True) -> Any:
+        """The gradient of gate and up [..., O], given that of their product [..., O / 2], as `grad_input` takes it.
+
+        Args:
+            gate_up: contiguous; overwritten.
+            grads: contiguous.
+            fused: use kernels.
+        """
+        swiglu_gradient_(gate_up, grads, gate_up, fused)
+        return gate_up
 
 
 class DenseWeight(FrozenWeight):

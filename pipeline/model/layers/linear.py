@@ -46,7 +46,7 @@ def _product_tiles(group: dist.ProcessGroup, shape: Sequence[int], weight: Froze
     return tiles_of(group, shape, 2 * max(weight.shape))
 
 
-Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Product = Callable[[Any, torch.Tensor | None], torch.Tensor]
 """`FrozenWeight.product` or `FrozenWeight.grad_input`: (rows, out) -> rows."""
 
 
@@ -58,8 +58,8 @@ def product_into(
     product(rows.view(*target.shape[:2], -1), target)
 
 
-def sum_product(scatter: TileScatter, span: Tokens, rows: torch.Tensor, product: Product) -> None:
-    """A gathered tile's product, summed over the ranks."""
+def sum_product(scatter: TileScatter, span: Tokens, rows: Any, product: Product) -> None:
+    """A gathered tile's product, summed over the ranks; `rows` are what the product takes."""
     scatter.put(span, product(rows, scatter.target(span)))
 
 

@@ -24,7 +24,6 @@ from pipeline.model.layers.frozen_weight import FrozenWeight, frozen_weight
 from pipeline.model.layers.linear import sum_product, tiles_of
 from pipeline.model.layers.recipe import Recipe, recipe_of
 from pipeline.model.layers.recomputation import placeholder, recomputing
-from pipeline.model.layers.swiglu import swiglu, swiglu_gradient_
 from pipeline.planning.recompute import RecomputePolicy
 
 
@@ -59,7 +58,7 @@ class _FrozenMlp(torch.autograd.Function):
         gathered = tiles.gather(own)
         gate_up, down = gate_up.at_hand(own.dtype), down.at_hand(own.dtype)
         for span in tiles.spans:
-            sum_product(scatter, span, swiglu(gate_up.product(next(gathered)), fused), down.product)
+            sum_product(scatter, span, down.swiglu(gate_up.product(next(gathered)), fused), down.product)
         scatter.finish()
         return out
 
@@ -80,12 +79,33 @@ class _FrozenMlp(torch.autograd.Function):
             slope = down.grad_input(next(gathered))
             # The last tile's sums had two products' time.
             scatter.finish()
-            swiglu_gradient_(gate_up, slope, gate_up, ctx.fused)
-            del slope
-            sum_product(scatter, span, gate_up, weights.grad_input)
-            del gate_up
+            gradient = weights.swiglu_gradient(gate_up, slope, ctx.fused)
+            del gate_up, slope
+            sum_product(scatter, span, gradient, weights.grad_input)
+            del gradient
         scatter.finish()
         return grad_own, None, None, None, None, None, None
+
+
+class _RoundingMlp(torch.autograd.Function):
+    """[S, B, H] -> [S, B, H] on one rank, by weights that round what they multiply; keeps gate and up.
+
+    SwiGLU's output and the gradient of gate and up are never written unrounded.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gate_up: FrozenWeight, down: FrozenWeight, fused: bool) -> torch.Tensor:
+        wide = gate_up.product(rows)
+        ctx.save_for_backward(wide)
+        ctx.gate_up, ctx.down, ctx.fused = gate_up, down, fused
+        return down.product(down.swiglu(wide, fused))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (wide,) = ctx.saved_tensors
+        gradient = ctx.gate_up.swiglu_gradient(wide, ctx.down.grad_input(grads[0]), ctx.fused)
+        return ctx.gate_up.grad_input(gradient), None, None, None
 
 
 class TiledMLP(MLP):
@@ -111,9 +131,17 @@ class TiledMLP(MLP):
         if weights is None:
             if self.recompute is RecomputePolicy.GATE_UP and self.training:
                 return tensor_parallel.checkpoint(lambda hidden: self._whole(hidden)[0], False, hidden_states), None
-            return self._whole(hidden_states)
+            return self._rounded(hidden_states) or self._whole(hidden_states)
         where = self.linear_fc1.tp_group, recomputing(), recipe_of(hidden_states)
         return _FrozenMlp.apply(hidden_states, *weights, *where, self.fused), None
+
+    def _rounded(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None] | None:
+        """By weights that round what they multiply; None: they do not, or gate and up do not stay."""
+        stay = self.recompute in (RecomputePolicy.NONE, RecomputePolicy.POINTWISE)
+        weights = self._frozen() if stay and self.fused else None
+        if weights is None or not all(weight.rounds for weight in weights) or self.linear_fc1.tp_group.size() > 1:
+            return None
+        return _RoundingMlp.apply(hidden_states, *weights, self.fused), None
 
     def _whole(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All tokens at once, by megatron's own forward."""

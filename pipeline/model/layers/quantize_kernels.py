@@ -1,5 +1,5 @@
-"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 in two readings, bytes transposed and NF4 dequantized in
-one.
+"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 in two readings, SwiGLU's as they are made; bytes
+transposed and NF4 dequantized in one.
 
 See `layers.fp8` and `layers.quantized_weight`, whose torch operations make the same in many passes with float32 copies
 of everything.
@@ -61,6 +61,121 @@ def round_rows(rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None) -> 
         columns = min(_COLUMNS, triton.next_power_of_2(width))
         _round_rows[(count,)](
             rows_NK, factors, out, scales, width, FACTORS=factors_K is not None,
+            COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8,
+        )  # fmt: skip
+    return out, scales
+
+
+@triton.jit
+def _product(gate_up_ptr, place, width, inside, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    # To the bit what `triton_kernels.swiglu` makes.
+    gate = tl.load(gate_up_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + width, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+    return (silu * up).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _round_swiglu(  # type: ignore[no-untyped-def]
+    gate_up_ptr, out_ptr, scale_ptr, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    dtype = gate_up_ptr.dtype.element_ty
+    largest = tl.zeros((COLUMNS,), dtype=tl.float32)
+    odd = tl.zeros((COLUMNS,), dtype=tl.int32)
+    for part in range(PARTS):
+        at = part * COLUMNS + column
+        x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
+        largest = tl.maximum(largest, tl.abs(x))
+        odd = odd | (x != x).to(tl.int32)
+    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
+    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)  # see _round_rows
+    for part in range(PARTS):
+        at = part * COLUMNS + column
+        x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
+        rounded = tl.minimum(tl.maximum(x / scale, -448.0), 448.0).to(tl.float8e4nv)
+        tl.store(out_ptr + row * width + at, rounded, mask=at < width)
+    tl.store(scale_ptr + row, scale)
+
+
+def round_swiglu(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`round_rows` of what `triton_kernels.swiglu` makes: contiguous [N, 2 F] -> e4m3 [N, F], float32 [N, 1]."""
+    count, width = gate_up.shape[0], gate_up.shape[1] // 2
+    assert gate_up.is_contiguous(), WHY
+    out = gate_up.new_empty((count, width), dtype=torch.float8_e4m3fn)
+    scales = gate_up.new_empty((count, 1), dtype=torch.float32)
+    if out.numel():
+        columns = min(_COLUMNS, triton.next_power_of_2(width))
+        _round_swiglu[(count,)](
+            gate_up, out, scales, width, COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8
+        )
+    return out, scales
+
+
+@triton.jit
+def _gradient(  # type: ignore[no-untyped-def]
+    gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype: tl.constexpr
+):
+    # To the bit what `triton_kernels.swiglu_gradient_` makes, times the factors.
+    inside = at < width
+    place = row * 2 * width + at
+    gate = tl.load(gate_up_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + width, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    grad_gate = (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype).to(tl.float32)
+    grad_up = (grad * gate * sigmoid).to(dtype).to(tl.float32)
+    grad_gate = grad_gate * tl.load(factor_ptr + at, mask=inside, other=0.0)
+    grad_up = grad_up * tl.load(factor_ptr + width + at, mask=inside, other=0.0)
+    return grad_gate, grad_up
+
+
+@triton.jit
+def _round_swiglu_gradient(  # type: ignore[no-untyped-def]
+    gate_up_ptr, grad_ptr, factor_ptr, out_ptr, scale_ptr, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    dtype = gate_up_ptr.dtype.element_ty
+    largest = tl.zeros((COLUMNS,), dtype=tl.float32)
+    odd = tl.zeros((COLUMNS,), dtype=tl.int32)
+    for part in range(PARTS):
+        at = part * COLUMNS + column
+        grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(grad_gate), tl.abs(grad_up)))
+        odd = odd | (grad_gate != grad_gate).to(tl.int32) | (grad_up != grad_up).to(tl.int32)
+    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
+    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)  # see _round_rows
+    for part in range(PARTS):
+        at = part * COLUMNS + column
+        grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
+        place = out_ptr + row * 2 * width + at
+        tl.store(place, tl.minimum(tl.maximum(grad_gate / scale, -448.0), 448.0).to(tl.float8e4nv), mask=at < width)
+        tl.store(
+            place + width, tl.minimum(tl.maximum(grad_up / scale, -448.0), 448.0).to(tl.float8e4nv), mask=at < width
+        )
+    tl.store(scale_ptr + row, scale)
+
+
+def round_swiglu_gradient(
+    gate_up: torch.Tensor, grad: torch.Tensor, factors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`round_rows`, with factors float32 [2 F], of what `triton_kernels.swiglu_gradient_` makes: e4m3 [N, 2 F].
+
+    Args:
+        gate_up: contiguous [N, 2 F].
+        grad: of their product, contiguous [N, F].
+    """
+    count, width = grad.shape
+    assert gate_up.shape == (count, 2 * width) and factors.numel() == 2 * width, WHY
+    assert gate_up.is_contiguous() and grad.is_contiguous() and factors.is_contiguous(), WHY
+    out = torch.empty_like(gate_up, dtype=torch.float8_e4m3fn)
+    scales = gate_up.new_empty((count, 1), dtype=torch.float32)
+    if out.numel():
+        columns = min(_COLUMNS // 2, triton.next_power_of_2(width))
+        _round_swiglu_gradient[(count,)](
+            gate_up, grad, factors, out, scales, width,
             COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8,
         )  # fmt: skip
     return out, scales

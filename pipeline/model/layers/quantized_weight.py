@@ -25,7 +25,8 @@ import torch
 from torch.nn import Parameter
 
 from parallel.errors import ConfigError
-from pipeline.model.layers.fp8 import round_rows, transposed
+from pipeline.model.layers.fp8 import Rounded, round_rows, transposed
+from pipeline.model.layers.fp8_swiglu import round_swiglu, round_swiglu_gradient
 from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight, times
 from pipeline.model.layers.kernel_choice import kernels_for
 from pipeline.planning.base_form import BLOCK, GROUP
@@ -81,10 +82,11 @@ class Fp8Weight(_Quantized):
     """weight: e4m3 [O, I]; scales: float32 [O, 1], of whole rows of the checkpoint."""
 
     form = "fp8"
+    rounds = True
 
     def __init__(self, members: Sequence[Parameter], columns: tuple[int, int], width: int, fused: bool = True) -> None:
         super().__init__(members, columns, width, fused)
-        self._holds, self._turned = False, cast(torch.Tensor | None, None)
+        self._holds, self._transposed = False, cast(torch.Tensor | None, None)
 
     @property
     def weight(self) -> Parameter:
@@ -114,50 +116,55 @@ class Fp8Weight(_Quantized):
         weight, scales = round_rows(rows_RI, fused=self.fused)
         return {"weight": weight[:, slice(*self.columns)], "scales": scales}
 
-    def product(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def product(self, rows: torch.Tensor | Rounded, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.product`; `rows` are quantized, one scale each."""
-        return self._times(rows, self.weight.detach(), self.scales.detach().t(), out)
+        if not isinstance(rows, Rounded):
+            rows = Rounded.of(rows, fused=self.fused)
+        return _times(rows, self.weight.detach(), self.scales.detach().t().contiguous(), out)
+
+    def swiglu(self, gate_up: torch.Tensor, fused: bool = True) -> Rounded:
+        """See `FrozenWeight.swiglu`: quantized as it is made."""
+        return round_swiglu(gate_up, fused and self.fused)
 
     def at_hand(self, dtype: torch.dtype) -> FrozenWeight:
-        """See `FrozenWeight.at_hand`: it is turned once for all gradients."""
+        """See `FrozenWeight.at_hand`: it is transposed once for all gradients."""
         held = Fp8Weight(self._members, self.columns, self.width, self.fused)
         held._holds = True
         return held
 
-    def grad_input(self, grads: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def grad_input(self, grads: torch.Tensor | Rounded, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.grad_input`; `grads` times the matrix's scales are quantized, one scale a row."""
-        turned = self._turned
-        if turned is None:
-            # FP8 products on Hopper read both factors along the contracted dimension: the matrix is turned for each.
-            turned = transposed(self.weight.detach(), self.fused)
-            self._turned = turned if self._holds else None
-        scales = self.scales.detach().flatten()
-        return self._times(grads, turned, scales.new_ones(1, len(turned)), out, scales)
+        if not isinstance(grads, Rounded):
+            grads = Rounded.of(grads, self.scales.detach().flatten(), self.fused)
+        matrix_IO = self._transposed
+        if matrix_IO is None:
+            # FP8 products on Hopper read both factors along the contracted dimension.
+            matrix_IO = transposed(self.weight.detach(), self.fused)
+            self._transposed = matrix_IO if self._holds else None
+        return _times(grads, matrix_IO, self.scales.new_ones(1, len(matrix_IO)), out)
 
-    def _times(
-        self,
-        like: torch.Tensor,
-        matrix_MK: torch.Tensor,
-        scales_1M: torch.Tensor,
-        out: torch.Tensor | None,
-        factors_K: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Rows [..., K], times their columns' factors, times the transposed matrix: [..., M] in the rows' dtype."""
-        quantized, scales_N1 = round_rows(like.reshape(-1, like.shape[-1]), factors_K, self.fused)
-        if quantized.is_cuda:
-            factors = quantized, matrix_MK.t(), scales_N1, scales_1M.contiguous()
-            options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-            if out is not None and out.dtype is torch.bfloat16 and out.is_contiguous():
-                torch._scaled_mm(*factors, **options, out=out.view(len(quantized), -1))
-                return out
-            found = torch._scaled_mm(*factors, **options).to(like.dtype)
-        else:
-            # No dtype narrower than the rows': a test's float64 stays one.
-            wide = torch.promote_types(like.dtype, torch.float32)
-            found = (quantized.to(wide) @ matrix_MK.to(wide).t() * scales_N1 * scales_1M).to(like.dtype)
-        if out is None:
-            return found.view(*like.shape[:-1], -1)
-        return out.copy_(found.view(out.shape))
+    def swiglu_gradient(self, gate_up: torch.Tensor, grads: torch.Tensor, fused: bool = True) -> Rounded:
+        """See `FrozenWeight.swiglu_gradient`: quantized as it is made."""
+        return round_swiglu_gradient(gate_up, grads, self.scales.detach().flatten(), fused and self.fused)
+
+
+def _times(rows: Rounded, matrix_MK: torch.Tensor, scales_1M: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Rows times the transposed matrix, times the columns' scales: [..., M] in the dtype the rows had."""
+    values = rows.values
+    if values.is_cuda:
+        factors = values, matrix_MK.t(), rows.scales, scales_1M
+        options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        if out is not None and out.dtype is torch.bfloat16 and out.is_contiguous():
+            torch._scaled_mm(*factors, **options, out=out.view(len(values), -1))
+            return out
+        found = torch._scaled_mm(*factors, **options).to(rows.dtype)
+    else:
+        # No dtype narrower than the rows': a test's float64 stays one.
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        found = (values.to(wide) @ matrix_MK.to(wide).t() * rows.scales * scales_1M).to(rows.dtype)
+    if out is None:
+        return found.view(*rows.leading, -1)
+    return out.copy_(found.view(out.shape))
 
 
 @cache
