@@ -53,12 +53,14 @@ def _fill(values: torch.Tensor) -> None:
     wider ones, scales among them."""
     if values.dtype == torch.uint8:
         values.random_(256)
-    elif values.element_size() == 1:
-        values.copy_(torch.randn_like(values, dtype=torch.float32))
-    else:
+    elif values.element_size() > 1:
         values.normal_(0.0, 0.02)
+    else:
+        for part in values.view(-1).split(_AT_ONCE):  # a real rank has no float32 copy of them
+            part.copy_(torch.randn_like(part, dtype=torch.float32))
 
 
+_AT_ONCE = 1 << 22
 _numbers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 """Random numbers like hidden states, as many as the largest gather so far; read only."""
 

@@ -83,10 +83,12 @@ def layer_memory(
         POINTWISE: base + 2 * ffn,
         NONE: base + 2 * ffn + again,
     }
-    # Attention's backward: queries, output twice, and their gradients, one of them in fp32; gradients of keys and
-    # values, with GQA first by query heads; two hidden states.
+    # Attention's backward: queries, output and the gradients of both; keys, values and theirs; two hidden states. Of the
+    # heads that go through a kernel together, of S² a half: the queries' gradient in fp32 and, with GQA, those of keys
+    # and values by query heads.
+    halves = 2 if config.attention.kind == "full" or config.attention.full_last_steps else 1
     grouped = arch.kv_heads < arch.heads
-    attention = (9 if grouped else 7) * query + 6 * key_value + 2 * hidden
+    attention = 4 * query + halves * (1 + grouped) * query + 4 * key_value + 2 * hidden
     of_tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp))
     tile = of_tile * (6 * ffn + 4 * arch.hidden)
     # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.

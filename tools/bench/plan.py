@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fit", type=user_path, nargs="?", const=POINTS, help="the constants that suit a file best")
     parser.add_argument("--json", type=user_path, help="append each measured point here; --check reads it")
     parser.add_argument("--seconds", type=float, default=320, help="begin no point after so many (default 320)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of each (default 2)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="points with one of these words in their name")
     args = parser.parse_args(argv)
     if args.check is not None:

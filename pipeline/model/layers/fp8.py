@@ -50,7 +50,7 @@ def round_rows(
     values = rows_NK.float() if factors_K is None else rows_NK.float() * factors_K
     # A row of zeros stays one.
     scales = (values.abs().amax(dim=1, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-    return (values / scales).clamp_(-LARGEST, LARGEST).to(E4M3), scales
+    return (values * scales.reciprocal()).clamp_(-LARGEST, LARGEST).to(E4M3), scales
 
 
 def transposed(matrix_OI: torch.Tensor, fused: bool = True) -> torch.Tensor:

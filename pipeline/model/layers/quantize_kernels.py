@@ -38,6 +38,8 @@ def _round_rows(  # type: ignore[no-untyped-def]
     scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
     # Maxima here leave NaN out, where torch's keep it: a row that holds one must not come out finite.
     scale = tl.where(tl.max(odd) > 0, float("nan"), scale)
+    # One division a row: of every value, they would bound the kernel.
+    inverse = 1.0 / scale
     # The second reading finds a row in the cache.
     for part in range(PARTS):
         start = part * COLUMNS
@@ -45,7 +47,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + row * width + start + column, mask=inside, other=0.0).to(tl.float32)
         if FACTORS:
             x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
-        rounded = tl.minimum(tl.maximum(x / scale, -448.0), 448.0).to(tl.float8e4nv)
+        rounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0).to(tl.float8e4nv)
         tl.store(out_ptr + row * width + start + column, rounded, mask=inside)
     tl.store(scale_ptr + row, scale)
 
@@ -91,10 +93,11 @@ def _round_swiglu(  # type: ignore[no-untyped-def]
         odd = odd | (x != x).to(tl.int32)
     scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
     scale = tl.where(tl.max(odd) > 0, float("nan"), scale)  # see _round_rows
+    inverse = 1.0 / scale
     for part in range(PARTS):
         at = part * COLUMNS + column
         x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
-        rounded = tl.minimum(tl.maximum(x / scale, -448.0), 448.0).to(tl.float8e4nv)
+        rounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0).to(tl.float8e4nv)
         tl.store(out_ptr + row * width + at, rounded, mask=at < width)
     tl.store(scale_ptr + row, scale)
 
@@ -147,13 +150,14 @@ def _round_swiglu_gradient(  # type: ignore[no-untyped-def]
         odd = odd | (grad_gate != grad_gate).to(tl.int32) | (grad_up != grad_up).to(tl.int32)
     scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
     scale = tl.where(tl.max(odd) > 0, float("nan"), scale)  # see _round_rows
+    inverse = 1.0 / scale
     for part in range(PARTS):
         at = part * COLUMNS + column
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
         place = out_ptr + row * 2 * width + at
-        tl.store(place, tl.minimum(tl.maximum(grad_gate / scale, -448.0), 448.0).to(tl.float8e4nv), mask=at < width)
+        tl.store(place, tl.minimum(tl.maximum(grad_gate * inverse, -448.0), 448.0).to(tl.float8e4nv), mask=at < width)
         tl.store(
-            place + width, tl.minimum(tl.maximum(grad_up / scale, -448.0), 448.0).to(tl.float8e4nv), mask=at < width
+            place + width, tl.minimum(tl.maximum(grad_up * inverse, -448.0), 448.0).to(tl.float8e4nv), mask=at < width
         )
     tl.store(scale_ptr + row, scale)
 
