@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from pipeline.planner.host_memory import host_limit
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
 
-SIDE = 8192
-"""Rows and columns of the products: 70B's width."""
+SHAPES = ((57344, 8192), (8192, 28672))
+"""(O, I) of 70B's frozen matrices that nearly all products are made with, for TOKENS rows."""
+TOKENS = 8192
 COPIED = GIB
 """Bytes of a copy."""
-SECONDS = 4.0
-"""Of each measurement, after it has warmed up: as long as a GPU needs to get hot."""
+SECONDS = 0.25
+"""Of each measurement, after it has warmed up. Products for seconds on end would be slowed for their power: an H200 makes
+674 TFLOP/s then, and 745 between the other work of a step."""
 NETWORK = 25e9
 """Bytes a second a GPU is taken to have to other machines, where nothing is known of it: 200 Gbit/s."""
 
@@ -53,17 +56,23 @@ def seconds_of(work: Callable[[], object], lasting: float = SECONDS) -> float:
 
 
 def products(dtype: torch.dtype) -> float:
-    """Operations a second of a product of random numbers (zeros draw less power, and are faster)."""
-    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    if dtype == torch.bfloat16:
-        return 2 * SIDE**3 / seconds_of(lambda: torch.mm(a, b))
+    """Operations a second of forward products and input gradients, of random numbers: zeros draw less power."""
+    operations = seconds = 0.0
     scale = torch.ones((), device="cuda")
-    left, right = a.to(dtype), b.to(dtype).t()
-
-    def scaled() -> torch.Tensor:
-        return torch._scaled_mm(left, right, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
-
-    return 2 * SIDE**3 / seconds_of(scaled)
+    for rows, columns in SHAPES:
+        # x W^T, and g W as it is made: FP8 products read both factors along what is summed, and W is turned for that.
+        for inner, outer in ((columns, rows), (rows, columns)):
+            left = torch.randn(TOKENS, inner, device="cuda", dtype=torch.bfloat16)
+            right = torch.randn(outer, inner, device="cuda", dtype=torch.bfloat16)
+            if dtype == torch.bfloat16:
+                turned = right if inner == columns else right.t().contiguous().t()
+                work = partial(torch.mm, left, turned.t())
+            else:
+                scales = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.bfloat16}
+                work = partial(torch._scaled_mm, left.to(dtype), right.to(dtype).t(), **scales)
+            operations += 2 * TOKENS * rows * columns
+            seconds += seconds_of(work)
+    return operations / seconds
 
 
 def measure() -> dict[str, float]:
