@@ -13,11 +13,11 @@ import json
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from pipeline.reporting.profile import print_profile
 from pipeline.training.planned import settled, this_device
 from tools.support.gpu_cap import cap_memory
 from tools.support.random_base import RandomBase
+from tools.support.scratch import scratch, written_once
 from tools.support.shapes import KNOWN, config_json, shape_of
 from tools.support.tiny_checkpoint import write_tokenizer, write_tokens
 
@@ -81,9 +82,14 @@ def one_micro_batch(config: RunConfig, nproc: int) -> RunConfig:
 
 
 def prepare(
-    config: RunConfig, folder: Path, nproc: int, steps: int
+    config: RunConfig, folder: Path, nproc: int, steps: int, write: bool = True
 ) -> tuple[RunConfig, WeightSource | None, list[str]]:
-    """The run to measure, its stand-in weights if the real ones are not here, and notes on what differs."""
+    """The run to measure, its stand-in weights if the real ones are not here, and notes on what differs.
+
+    Args:
+        folder: of stand-ins.
+        write: make them; otherwise they are there.
+    """
     notes = ["one micro-batch a step: accumulation only adds more of the same"]
     changed = replace(
         one_micro_batch(config, nproc),
@@ -98,13 +104,15 @@ def prepare(
     weights = list(path.glob("*.safetensors")) if path.is_dir() else []
     if not weights:
         if not (path / "config.json").is_file():
-            _stand_in_model(path, folder / "base")
+            if write:
+                _stand_in_model(path, folder / "base")
             path = folder / "base"
             changed = replace(changed, model=replace(config.model, path=str(path)))
         base = RandomBase(read_arch(path))
         notes.append(f"random weights stand in for {config.model.path}")
     if not Path(config.data.path).exists() or base is not None:
-        write_tokenizer(folder / "tokenizer.model")
+        if write:
+            write_tokenizer(folder / "tokenizer.model")
         data = DataConfig(
             path=str(folder / "tokens"),
             sequence=config.data.sequence,
@@ -112,7 +120,8 @@ def prepare(
             mask_documents=config.data.mask_documents,
         )
         changed = replace(changed, data=data)
-        write_tokens(changed)
+        if write:
+            write_tokens(changed)
         notes.append(f"random tokens stand in for {config.data.path}")
     return changed, base, notes
 
@@ -218,8 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             env = RankEnv(rank=args.rank or 0, world_size=args.nproc)
         cap_memory(args.cap_gib, env.local_rank)
         config = load_config(args.config, args.set)
-        with tempfile.TemporaryDirectory(prefix="longspan-dry-run-") as name:
-            changed, base, notes = prepare(config, Path(name), env.world_size, args.steps + 1)
+        with scratch(env, "dry-run") as folder:
+            stand_in = partial(prepare, config, folder, env.world_size, args.steps + 1)
+            changed, base, notes = written_once(env, folder, stand_in)
             # The one GPU stands in for all of a machine's.
             here = replace(this_device(env), here=env.world_size)
             if args.cap_gib:

@@ -173,7 +173,10 @@ def each_candidate(
     """
     check_base(config.model.base, stored, 1)
     if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
-        raise ConfigError(f"model.base: {site.gpu.name} has no FP8 products; use nf4 or bf16, or a newer GPU.")
+        raise ConfigError(
+            f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {site.gpu.name} "
+            "lacks; use nf4 or bf16."
+        )
     refused, found = None, False
     for settings in _settings(config, stored, site, policies):
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pipeline.planner.gpus import Gpu
 from pipeline.planner.traffic import Traffic, traffic
-from pipeline.planner.work import LayerWork, Work, layer_work, loss_work, trained_elements
+from pipeline.planner.work import LayerWork, Work, chunks_of, layer_work, loss_work, trained_elements
 from pipeline.planning.memory import GRADIENT, OPTIMIZER
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
@@ -70,8 +70,9 @@ def _seconds(work: Work, gpu: Gpu, fitted: Fitted, segment: int) -> dict[str, fl
     """One pass on an otherwise idle GPU."""
     sold = gpu.sold["bf16"] or 0.0
     memory = fitted.memory * (gpu.sold["hbm"] or 0.0)
+    products = work.products / gpu.rate("bf16") + (work.rounded / gpu.rate("fp8") if work.rounded else 0.0)
     return {
-        "products": work.products / (fitted.products * gpu.rate("bf16")) + work.operands / (gpu.sold["hbm"] or 1.0),
+        "products": products / fitted.products + work.operands / (gpu.sold["hbm"] or 1.0),
         "attention": work.attention * (1 + fitted.segment / segment) / (fitted.attention * sold),
         "pointwise": work.pointwise / memory,
     }
@@ -158,7 +159,8 @@ def _layer_seconds(
     backward["attention"] /= BACKWARD_RATE
     again = sum(_seconds(layer.again[policy], gpu, fitted, segment).values())
     # A streamed sequence's chunks run forward twice, but for the last.
-    twice = 1.0 if plan.stream is None else 2.0 - 1.0 / -(-plan.sequence // plan.stream)
+    chunks = chunks_of(plan)
+    twice = 2.0 - 1.0 / chunks
     ahead = sum(forward.values())
     found = {name: forward[name] + backward[name] for name in forward}
     found["recompute"] = again + (twice - 1.0) * ahead
@@ -168,9 +170,10 @@ def _layer_seconds(
     exchanged += (moved.tensor_again if whole else 0.0) + (moved.tensor_tiled if tiled else 0.0)
     halo = links.seconds(moved.halo * (1 + whole + twice), grid.cp, grid.tp)
     found["communication"] = links.seconds(exchanged, grid.tp, 1) + halo
-    # Weights come one layer ahead, copy before gather, beside a layer's pass; what takes longer is waited for.
-    gather = links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
-    copy = moved.copy / gpu.rate("pcie")
+    # Weights come one layer ahead, copy before gather, beside a layer's pass, and for every chunk anew; what takes
+    # longer is waited for.
+    gather = chunks * links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
+    copy = chunks * moved.copy / gpu.rate("pcie")
     waits = 0.0
     passes = ((twice, ahead), (1.0, sum(backward.values()) + again))
     for times, seconds in passes:
@@ -179,7 +182,7 @@ def _layer_seconds(
     share = copy / (gather + copy) if copy else 0.0
     found["copies"] = waits * share
     found["communication"] += waits * (1 - share)
-    found["waiting"] = fitted.layer_s
+    found["waiting"] = fitted.layer_s * chunks * (1 + twice) / 2
     return found, (twice + 1.0) * (gather + copy) - waits
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.planning.balance import attention_work
-from pipeline.planning.base_form import local_shape
+from pipeline.planning.base_form import local_shape, matrix_bytes
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
@@ -32,6 +32,8 @@ class Work:
 
     products: float = 0.0
     """Floating-point operations of matrix products."""
+    rounded: float = 0.0
+    """Floating-point operations of products in 8 bits."""
     operands: float = 0.0
     """Bytes of the products' operands and results."""
     attention: float = 0.0
@@ -46,7 +48,7 @@ class Work:
         return Work(*(getattr(self, name) * times for name in FIELDS))
 
 
-FIELDS = ("products", "operands", "attention", "pointwise")
+FIELDS = ("products", "rounded", "operands", "attention", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ def tokens_of(plan: RunPlan) -> int:
     return plan.config.train.micro_batch * plan.grid.shard_tokens(plan.sequence)
 
 
+def chunks_of(plan: RunPlan) -> int:
+    """Pieces that a sequence goes through the layers in: more than one where it is streamed."""
+    return 1 if plan.stream is None else -(-plan.sequence // plan.stream)
+
+
 def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
     """Triples (query head, query, key) of a rank's micro-batch in one layer; None: of the busiest rank."""
     arch, grid = plan.arch, plan.grid
@@ -74,12 +81,23 @@ def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
     return found[place.tp][place.cp] * plan.config.train.micro_batch
 
 
-def _product(plan: RunPlan, parts: Iterable[str]) -> Work:
-    """One product over all tokens of the tensor-parallel group, forward; its input gradient counts the same."""
+def _product(plan: RunPlan, parts: Iterable[str], gradient: bool = False) -> Work:
+    """One product over all tokens of the tensor-parallel group, forward, or its input gradient; and what a base that is
+    not in 16 bits takes beside it."""
     tokens, tp, width = tokens_of(plan), plan.grid.tp, plan.config.model.element_bytes
     shapes = [local_shape(part, plan.arch, tp) for part in parts]
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    return Work(2.0 * tokens * rows * columns, width * float(tokens * (rows + columns) + rows * columns))
+    operations, elements = 2.0 * tokens * rows * columns, rows * columns * chunks_of(plan)
+    given, made = (rows, columns) if gradient else (columns, rows)
+    form = plan.config.model.base
+    if form == "fp8":
+        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first.
+        rounding = tokens * given * (width + 1) + 2 * elements * gradient
+        return Work(0.0, operations, float(tokens * (given + width * made) + elements), pointwise=float(rounding))
+    stored = sum(matrix_bytes(form, shape[0], shape[1], shape[2], width) for shape in shapes)
+    # NF4: dequantized before each.
+    decoded = chunks_of(plan) * stored + width * elements if form == "nf4" else 0
+    return Work(operations, 0.0, width * float(tokens * (rows + columns) + elements), pointwise=float(decoded))
 
 
 def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
@@ -88,6 +106,7 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     hidden, ffn = arch.hidden / tp, arch.ffn / tp
     rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
     products = {parts: _product(plan, parts) for parts in FUSED}
+    gradients = sum((_product(plan, parts, gradient=True) for parts in FUSED), Work())
     pair = float(attention_pairs(plan, rank)) * arch.head_dim
     lora = plan.config.lora
     adapted = lora.targets if lora.rank else ()
@@ -103,14 +122,9 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     scale = float(tokens * width)
     every = sum(products.values(), Work())
     ahead = every + Work(attention=FORWARD * pair, pointwise=forward * scale)
-    back = every + Work(attention=BACKWARD * pair, pointwise=backward * scale)
+    back = gradients + Work(attention=BACKWARD * pair, pointwise=backward * scale)
     # down_proj's values leave the layer and are not made again, nor is the sum after it.
-    whole = Work(
-        every.products - products[("down",)].products,
-        every.operands - products[("down",)].operands,
-        FORWARD * pair,
-        (forward - 3 * hidden) * scale,
-    )
+    whole = every + products[("down",)] * -1 + Work(attention=FORWARD * pair, pointwise=(forward - 3 * hidden) * scale)
     # Outputs of norms that adapters read; and of the MLP gate and up from its input.
     few = Work(pointwise=norms * scale)
     again = {"full": whole, "gate_up": products[("gate", "up")] + few, "none": Work()}
@@ -128,7 +142,8 @@ def loss_work(plan: RunPlan) -> Work:
     arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
     rows = padded_vocab(arch, tp) // tp
     times = 3 if trains_head(plan) else 2
-    one = Work(2.0 * tokens * rows * arch.hidden, width * float(tokens * (rows + arch.hidden) + rows * arch.hidden))
+    operands = width * float(tokens * (rows + arch.hidden) + rows * arch.hidden)
+    one = Work(2.0 * tokens * rows * arch.hidden, operands=operands)
     embedding = tokens * arch.hidden / tp * (2 * width + 2 * GRADIENT)
     return one * times + Work(pointwise=float(LOSS_BYTES * tokens) * rows + embedding)
 

@@ -83,9 +83,9 @@ def layer_memory(
         POINTWISE: base + 2 * ffn,
         NONE: base + 2 * ffn + again,
     }
-    # Attention's backward: queries, output and the gradients of both; keys, values and theirs; two hidden states. Of the
-    # heads that go through a kernel together, of S² a half: the queries' gradient in fp32 and, with GQA, those of keys
-    # and values by query heads.
+    # Attention's backward: queries, output and the gradients of both; keys, values and theirs; two hidden states. And
+    # of heads that go through a kernel together, with S² half: queries' gradients in fp32 and, with GQA, those of
+    # keys and values by query heads.
     halves = 2 if config.attention.kind == "full" or config.attention.full_last_steps else 1
     grouped = arch.kv_heads < arch.heads
     attention = 4 * query + halves * (1 + grouped) * query + 4 * key_value + 2 * hidden

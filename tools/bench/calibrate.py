@@ -31,8 +31,8 @@ TOKENS = 8192
 COPIED = GIB
 """Bytes of a copy."""
 SECONDS = 0.25
-"""Of each measurement, after it has warmed up. Products for seconds on end would be slowed for their power: an H200 makes
-674 TFLOP/s then, and 745 between the other work of a step."""
+"""Of each measurement, after it has warmed up. Products for seconds on end are slowed for the power they draw: an H200
+makes 674 TFLOP/s of them then, and 745 where they are timed one by one."""
 NETWORK = 25e9
 """Bytes a second a GPU is taken to have to other machines, where nothing is known of it: 200 Gbit/s."""
 
@@ -68,8 +68,8 @@ def products(dtype: torch.dtype) -> float:
                 turned = right if inner == columns else right.t().contiguous().t()
                 work = partial(torch.mm, left, turned.t())
             else:
-                scales = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.bfloat16}
-                work = partial(torch._scaled_mm, left.to(dtype), right.to(dtype).t(), **scales)
+                factors = left.to(dtype), right.to(dtype).t(), scale, scale
+                work = partial(torch._scaled_mm, *factors, out_dtype=torch.bfloat16)
             operations += 2 * TOKENS * rows * columns
             seconds += seconds_of(work)
     return operations / seconds

@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ from rich.table import Table
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
+from pipeline.config.run import RunConfig
+from pipeline.hf.weight_source import WeightSource
 from pipeline.planner.clock import FITTED
 from pipeline.planner.gpus import named_by
 from pipeline.planning.arch import LlamaArch
@@ -34,6 +35,7 @@ from pipeline.reporting.command import command
 from tools.support.command_line import console_of
 from tools.support.plan_fit import fit
 from tools.support.plan_points import MEASURED, POINTS, Point, misses, read_points, summary
+from tools.support.scratch import scratch, written_once
 from tools.support.shapes import config_json
 
 GRID = Path(__file__).with_name("plan_grid.yaml")
@@ -42,9 +44,15 @@ READ = {"seconds a step": "seconds", "peak GiB allocated": "allocated", "peak Gi
 
 
 def extended(few: dict[str, float], many: dict[str, float], layers: tuple[int, int], wanted: int) -> dict[str, float]:
-    """Quantities of `wanted` layers from those of two smaller numbers: a straight line."""
+    """Quantities of `wanted` layers from those of two smaller numbers: a straight line.
+
+    But what the allocator holds beyond what is allocated does not grow with layers: that of the larger number is added.
+    """
     first, second = layers
-    return {what: few[what] + (many[what] - few[what]) * (wanted - first) / (second - first) for what in few}
+    found = {what: few[what] + (many[what] - few[what]) * (wanted - first) / (second - first) for what in few}
+    if "reserved" in found:
+        found["reserved"] = found["allocated"] + many["reserved"] - many["allocated"]
+    return found
 
 
 def _write_config(folder: Path, arch: LlamaArch) -> None:
@@ -58,12 +66,15 @@ def measure_once(point: Point, layers: int, env: RankEnv, steps: int) -> dict[st
     from tools.dry_run import measure, prepare
 
     small = dataclasses.replace(point, layers=layers).plan()
-    with tempfile.TemporaryDirectory(prefix="longspan-plan-") as name:
-        folder = Path(name)
-        _write_config(folder / "base", small.arch)
-        config = small.config
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "base")))
-        changed, base, _ = prepare(config, folder, point.ranks, steps + 1)
+    with scratch(env, "plan") as folder:
+
+        def stand_in(write: bool) -> tuple[RunConfig, WeightSource | None, list[str]]:
+            if write:
+                _write_config(folder / "base", small.arch)
+            model = dataclasses.replace(small.config.model, path=str(folder / "base"))
+            return prepare(dataclasses.replace(small.config, model=model), folder, point.ranks, steps + 1, write)
+
+        changed, base, _ = written_once(env, folder, stand_in)
         plan = plan_run(changed, point.ranks)
         if not env.launched:
             rank = plan.busiest_rank() if point.rank is None else point.rank

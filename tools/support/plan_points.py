@@ -35,9 +35,10 @@ class Point:
     ranks: int
     context: int
     set: dict[str, Any]
-    """tp cp pp engine recompute attention group micro_batch, and of parallel.offload what is not the default."""
+    """tp cp pp engine recompute gpu_gib attention group micro_batch base stream; of parallel.offload what is not the
+    default."""
     use: str
-    """fit (the constants know its time) | held (they do not)."""
+    """fit (the constants know its time) | held (they do not) | open (nor do they, and the time is far off)."""
     layers: int | None = None
     rank: int | None = None
     """Whose step; None: the busiest rank's."""
@@ -59,12 +60,17 @@ class Point:
         micro = chosen.get("micro_batch", 1)
         replicas = self.ranks // (axes["tp"] * axes["cp"] * axes["pp"])
         train = TrainConfig(
-            steps=1, global_batch=micro * replicas * axes["pp"], micro_batch=micro, recompute=chosen["recompute"]
+            steps=1,
+            global_batch=micro * replicas * axes["pp"],
+            micro_batch=micro,
+            recompute=chosen["recompute"],
+            gpu_gib=chosen.get("gpu_gib"),
+            stream=chosen.get("stream"),
         )
         found = find_model(self.model)
         arch = found.arch if self.layers is None else replace(found.arch, layers=self.layers)
         attention = AttentionConfig(chosen.get("attention", "s2"), group_size=chosen.get("group"))
-        model = ModelConfig(found.path, self.context)
+        model = ModelConfig(found.path, self.context, base=chosen.get("base", "bf16"))
         config = RunConfig(model, DataConfig("tokens"), train, "run", attention=attention, parallel=parallel)
         return RunPlan.shaped(config, arch, self.ranks)
 

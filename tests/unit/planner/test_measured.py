@@ -10,13 +10,24 @@ from pipeline.planner import clock
 from pipeline.planner.gpus import find_gpu
 from tools.support.plan_points import POINTS, Miss, misses, read_points, summary
 
-BOUNDS = {"seconds": (0.05, 0.10), "allocated": (0.02, 0.05), "reserved": (0.04, 0.05), "host": (0.02, 0.05)}
+BOUNDS = {"seconds": (0.03, 0.10), "allocated": (0.01, 0.05), "reserved": (0.02, 0.02), "host": (0.02, 0.05)}
 """(median, worst) of the relative misses."""
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Miss]:
+def everything() -> list[Miss]:
     return misses(read_points())
+
+
+@pytest.fixture(scope="module")
+def found(everything: list[Miss]) -> list[Miss]:
+    """What docs/PLANNER.md calls open left out, of their memory nothing."""
+    return [miss for miss in everything if (miss.what, miss.point.use) != ("seconds", "open")]
+
+
+def test_what_is_called_open_is_far_off(everything: list[Miss]) -> None:
+    off = [abs(miss.relative) for miss in everything if (miss.what, miss.point.use) == ("seconds", "open")]
+    assert off and min(off) > 0.10 and len(off) < 0.1 * len(everything)
 
 
 @pytest.mark.parametrize("what", BOUNDS)
@@ -35,7 +46,8 @@ def test_points_that_were_only_predicted_are_near_too(found: list[Miss]) -> None
 def test_there_are_more_predicted_points_than_constants() -> None:
     points = read_points()
     held = [point for point in points if point.use == "held"]
-    assert len(held) > len(clock.Fitted.__dataclass_fields__) and {point.use for point in points} == {"fit", "held"}
+    assert len(held) > len(clock.Fitted.__dataclass_fields__)
+    assert {point.use for point in points} == {"fit", "held", "open"}
     assert all(point.source for point in points), POINTS
 
 

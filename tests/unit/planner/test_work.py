@@ -108,3 +108,25 @@ def test_weights_pass_once_a_pass_and_gradients_once_a_step() -> None:
     assert moved.tensor_forward == 0
     # 296.2M trained elements: fp32 gradients summed, bf16 weights gathered.
     assert moved.gradients == pytest.approx(296.2e6 * 6 * 7 / 8, rel=1e-3)
+
+
+def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_each() -> None:
+    plain, eight, four = (layer_work(plan_of(base=base)) for base in ("bf16", "fp8", "nf4"))
+    assert eight.forward.rounded == eight.backward.rounded == plain.forward.products == four.backward.products
+    assert eight.forward.products == eight.again[next(iter(plan_of().recompute))].products == 0
+    arch, tokens = plan_of().arch, 4096
+    shapes = [projection_shape(part, arch) for parts in FUSED for part in parts]
+    elements = sum(rows * columns for rows, columns in shapes)
+    # A byte read and one written of what is transposed; of a row 2 bytes read and one written.
+    widths = [
+        (sum(projection_shape(p, arch)[0] for p in parts), projection_shape(parts[0], arch)[1]) for parts in FUSED
+    ]
+    assert eight.forward.pointwise - plain.forward.pointwise == 3 * tokens * sum(columns for _, columns in widths)
+    rounded = 3 * tokens * sum(rows for rows, _ in widths)
+    assert eight.backward.pointwise - plain.backward.pointwise == rounded + 2 * elements
+    # Half a byte a value, its block's magnitude, a float32 mean and scale a row; two bytes written.
+    stored = elements / 2 + elements / 64 + 8 * sum(rows for rows, _ in shapes)
+    assert four.forward.pointwise - plain.forward.pointwise == stored + 2 * elements
+    streamed = layer_work(plan_of(base="nf4", stream=1024, group=1024))
+    assert streamed.forward.pointwise - plain.forward.pointwise == 4 * (stored + 2 * elements)
+    assert streamed.forward.products == plain.forward.products

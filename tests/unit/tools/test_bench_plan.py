@@ -11,7 +11,7 @@ import yaml
 
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
-from pipeline.planner.clock import FITTED, step_time
+from pipeline.planner.clock import FITTED, Fitted, step_time
 from pipeline.planner.gpus import find_gpu
 from pipeline.planning.memory import GIB
 from tests.support.tiny_models import make_tiny
@@ -45,29 +45,27 @@ def test_a_point_is_measured_by_the_real_trainer(tmp_path: Path) -> None:
     assert measure_once(point, 1, RankEnv(), steps=1)["seconds"] > 0
 
 
+def seconds_of(point: Point, constants: Fitted) -> float:
+    return step_time(point.plan(), find_gpu(point.gpu), constants, alone=point.alone, rank=point.rank).total
+
+
 def test_constants_are_found_again() -> None:
     """Points made with other constants: the fit finds these, or as good ones."""
-    gpu = find_gpu("h100-80gb")
     planted = replace(FITTED, products=0.8, attention=0.5, memory=0.6, links=0.3, host_elements=1.5e8)
-    points = [
-        replace(p, use="fit", seconds=step_time(p.plan(), gpu, planted, alone=p.alone, rank=p.rank).total)
-        for p in read_points()
-    ]
+    points = [replace(p, use="fit", seconds=seconds_of(p, planted)) for p in read_points()]
     found = fit(points)
     for point in points:
-        time = step_time(point.plan(), gpu, found, alone=point.alone, rank=point.rank).total
-        assert time == pytest.approx(point.seconds, rel=0.02), point.name
+        assert seconds_of(point, found) == pytest.approx(point.seconds, rel=0.02), point.name
     assert found.links == pytest.approx(0.3, rel=0.05) and found.products == pytest.approx(0.8, rel=0.05)
 
 
 def test_the_shipped_constants_are_those_of_the_shipped_points() -> None:
     """Within what the points can tell: no point's time changes by 3% with a new fit."""
-    gpu, points = find_gpu("h100-80gb"), read_points()
+    points = read_points()
     again = fit(points, replace(FITTED, products=0.8, attention=0.5, memory=0.6, links=0.3))
     assert set(FREE) <= set(FITTED.__dataclass_fields__)
     for point in points:
-        times = [step_time(point.plan(), gpu, c, alone=point.alone, rank=point.rank).total for c in (FITTED, again)]
-        assert times[1] == pytest.approx(times[0], rel=0.03), point.name
+        assert seconds_of(point, again) == pytest.approx(seconds_of(point, FITTED), rel=0.03), point.name
 
 
 def test_check_reads_what_a_measurement_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,10 @@ def test_70b_on_one_gpu_with_its_base_in_four_bits(capsys: pytest.CaptureFixture
         (["--model", "llama2-70b", "--context", "32k", "--set", "a=b"], "--set: overrides a YAML's settings"),
         (["--model", "llama2-70b", "--context", "32k", "--gpus", "20"], "give 16 or 24"),
         (["--model", "llama2-70b", "--context", "1M"], "No layout fits"),
-        (["--model", "llama2-70b", "--context", "32k", "--base", "fp8", "--gpu", "a100-80gb"], "no FP8 products"),
+        (
+            ["--model", "llama2-70b", "--context", "32k", "--base", "fp8", "--gpu", "a100-80gb"],
+            "products of e4m3 with a scale a row",
+        ),
         (["--config", str(ROOT / "launch/configs/llama2_7b_32k.yaml"), "--context", "32k"], "the YAML says it"),
     ],
 )
