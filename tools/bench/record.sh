@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
-#   bash tools/bench/record.sh one|speed|speed-7b|base|doctor|ring|survive-megatron|survive-zero3|tensor OUT
+#   bash tools/bench/record.sh one|speed|speed-7b|base|base-two|doctor|ring|survive-megatron|survive-zero3|tensor OUT
 # one, speed, speed-7b, base: any GPU of 80 GB (of base, FP8 needs a Hopper). The others: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-part=${1:?one, speed, speed-7b, base, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, speed, speed-7b, base, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -59,9 +59,20 @@ case $part in
     alone 60 tools.bench.products --rows 8192 --columns 28672 --tokens 8192
     alone 180 tools.bench.step --cp 8 --engine zero3 --offload --layers 20 --recompute pointwise --cap-gib 79 \
       --variant model.base=bf16 --variant model.base=fp8 --variant model.base=nf4 --json "$out/step.json"
+    alone 120 tools.bench.step --cp 8 --engine zero3 --offload --recompute auto --set train.gpu_gib=74 --base fp8 --cap-gib 79 \
+      --micro-batches 4 --steps 2 --warmup 1 --profile --json "$out/step.json"
     # The whole model on one GPU; quantizing its random weights is part of the limit.
-    alone 240 tools.bench.step --base nf4 --group 8192 --recompute auto --set train.stream=8192 --set train.gpu_gib=75 --cap-gib 79 --steps 2 \
-      --warmup 1 --json "$out/step.json"
+    for where in "--base nf4" "--base fp8 --engine zero3 --offload"; do
+      alone 120 tools.bench.step $where --group 8192 --recompute auto --set train.stream=8192 --set train.gpu_gib=75 --cap-gib 79 --steps 2 \
+        --warmup 1 --json "$out/step.json"
+    done
+    ;;
+  base-two)
+    share="--cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise --micro-batches 2"
+    two 70 tools.bench.step $share --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json"
+    alone 60 tools.bench.step $share --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json"
+    alone 90 tools.doctor --config $yaml --device cuda --processes 2 --set model.base=fp8 --set parallel.cp=2
+    two 120 tools.bench.plan --json "$out/points.yaml" --seconds 90
     ;;
   ring) two 420 tools.bench.context --repeats 5 --json "$out/context.json" ;;
   survive-megatron | survive-zero3)
@@ -73,6 +84,6 @@ case $part in
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, speed, speed-7b, base, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, speed, speed-7b, base, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed
