@@ -92,6 +92,11 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
             f"model.base: fp8 needs a GPU that multiplies e4m3 with a scale a row (Hopper and newer), and "
             f"{torch.cuda.get_device_name(device)} does not; set model.base: nf4 or bf16."
         )
+    if config.model.base == "fp8" and device.type == "cuda" and dtype is not torch.bfloat16:
+        raise ConfigError(
+            f"model.base: fp8 has products in bf16 on a GPU, and model.dtype is {config.model.dtype}; set "
+            "model.dtype: bf16, or another model.base."
+        )
     select_backend(config.attention.backend, device, dtype, arch.head_dim)
     return dtype
 

@@ -117,6 +117,17 @@ def test_rows_of_zeros_stay_zero() -> None:
         assert not made(form, torch.zeros(3, 64)).product(torch.ones(1, 64)).any()
 
 
+@pytest.mark.parametrize("form", ["fp8", "nf4"])
+def test_many_rows_are_encoded_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is rounded from itself alone, so that parts of a matrix are the matrix."""
+    matrix = torch.randn(7, 128)
+    whole = empty(form, (7, 128), "cpu").encode(matrix)
+    monkeypatch.setattr(quantized_weight, "AT_ONCE", 2 * 128)
+    parts = empty(form, (7, 128), "cpu").encode(matrix)
+    for name, values in whole.items():
+        assert torch.equal(values.view(torch.uint8), parts[name].view(torch.uint8)), name
+
+
 def test_nf4_refuses_rows_of_no_whole_number_of_blocks() -> None:
     with pytest.raises(ConfigError, match=r"blocks of 64, but a rank has 96 of 192 columns"):
         empty("nf4", (2, 192), "cpu", (96, 192))

@@ -22,6 +22,7 @@ from pipeline.config.parallel import ParallelConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation import evaluator
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.planning.arch import read_arch
 from pipeline.planning.run_plan import plan_run
 from pipeline.train import train
 from tests.numerics.test_training import write_run
@@ -160,3 +161,17 @@ def test_other_settings_are_refused_before_the_base_is_opened(tmp_path: Path, mo
     (manifest,) = (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json")
     manifest.write_bytes(manifest.read_bytes()[:-20])
     assert check_output(load_config(path, ["lora.rank=2"])) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "said"),
+    [((8, 9), "bf16", "scale a row"), ((9, 0), "fp32", "products in bf16 on a GPU, and model.dtype is fp32")],
+)
+def test_fp8_is_refused_where_a_gpu_cannot_multiply_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    config = load_config(write_run(tmp_path, "fp8"), ["model.base=fp8", f"model.dtype={dtype}"])
+    with pytest.raises(ConfigError, match=said):
+        composition.check_backend(config, read_arch(Path(config.model.path)), torch.device("cuda"))

@@ -17,6 +17,7 @@ a rank's row, G = ceil(W / 64 / 256) groups.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, cast
@@ -61,6 +62,15 @@ class _Quantized(FrozenWeight):
     def given_shape(self) -> torch.Size:
         """See `FrozenWeight.given_shape`."""
         return torch.Size((*self.shape[:1], self.width))
+
+    @abstractmethod
+    def _encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """See `FrozenWeight.encode`, of no more than `rows_at_once` rows: it may have wide copies of them."""
+
+    def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """See `FrozenWeight.encode`; whole rows [R, W], some at a time."""
+        parts = [self._encode(part) for part in rows_RI.split(rows_at_once(self.width))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
     def write(self, whole_OI: torch.Tensor) -> None:
@@ -111,7 +121,7 @@ class Fp8Weight(_Quantized):
         """[O, I]."""
         return (self.weight.detach().float() * self.scales.detach()).to(dtype)
 
-    def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def _encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """e4m3 [R, I] and float32 [R, 1] of whole rows [R, W]."""
         weight, scales = round_rows(rows_RI, fused=self.fused)
         return {"weight": weight[:, slice(*self.columns)], "scales": scales}
@@ -213,7 +223,7 @@ class Nf4Weight(_Quantized):
         """The codes, and two levels of scales."""
         return dict(zip(("weight", "magnitudes", "second"), self._members, strict=True))
 
-    def encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def _encode(self, rows_RI: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """See the members; of whole rows [R, W]."""
         rows = len(rows_RI)
         blocks = rows_RI.float().view(rows, -1, BLOCK)
