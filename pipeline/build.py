@@ -32,9 +32,9 @@ from pipeline.hf.weight_source import WeightSource
 from pipeline.model.attention.backends import select_backend
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.run_plan import RunPlan
+from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 from pipeline.reporting.progress import TokenProgress
 from pipeline.training.init_from import (
     Start,
@@ -75,7 +75,7 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
     """
     base = HfCheckpoint(Path(config.model.path))
     # Added tokens have no rows there yet.
-    base.check(names.hf_tensor_shapes(replace(arch, vocab=read_arch(base.folder).vocab)), names.is_derived)
+    base.check(hf_tensor_shapes(replace(arch, vocab=read_arch(base.folder).vocab)), is_derived)
     return base
 
 

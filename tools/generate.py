@@ -89,7 +89,7 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
     from pipeline.export.trained_model import extended_config
     from pipeline.hf.checkpoint import HfCheckpoint
     from pipeline.hf.companions import has_tokenizer
-    from pipeline.planning import tensors as names
+    from pipeline.planning.tensors import hf_tensor_shapes
 
     own = trained.tokenizer is not None and has_tokenizer(trained.tokenizer)
     tokenizer = load_tokenizer(trained.tokenizer if own and trained.tokenizer is not None else trained.base)
@@ -97,7 +97,7 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
     dtype = _placement(cpu)["dtype"]
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**extended_config(trained)), dtype=dtype)
-    shapes = names.hf_tensor_shapes(trained.arch)
+    shapes = hf_tensor_shapes(trained.arch)
     weights = {name: trained.merged(name, trained.base_tensor(checkpoint, name)).to(dtype) for name in shapes}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied output matrix has no tensor of its own
     model.tie_weights()

@@ -35,9 +35,9 @@ from pipeline.hf.fused import SplitCheckpoint, as_llama
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.weight_files import only_pickled
 from pipeline.hf.writer import SHARD_BYTES, is_finite, new_folder, resumable_folder, write_safetensors_sharded
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import parse_arch, read_arch, read_config
 from pipeline.planning.rope import ROPE_KEYS, hf_rope_fields, plan_rope
+from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.json_file import read_object, write_json
@@ -154,13 +154,13 @@ def _import_folder(
         arch.vocab,
         "use the model's own tokenizer files; or, to add rows for the others, train from this folder with model.vocab",
     )
-    checkpoint.check(names.hf_tensor_shapes(arch), names.is_derived, one_dtype=dtype is None)
+    checkpoint.check(hf_tensor_shapes(arch), is_derived, one_dtype=dtype is None)
     if checkpoint.recorded().files:
         # What was recorded when it was made or downloaded, if anything was.
         checkpoint.digests()
     # A vocabulary padded to more rows than the tokenizer has tokens has room already.
     rows = arch.vocab if pad_token is None else max(arch.vocab, (tokenizer_size(source) or 0) + 1)
-    shapes = names.hf_tensor_shapes(replace(arch, vocab=rows))
+    shapes = hf_tensor_shapes(replace(arch, vocab=rows))
     config = {**without_code(stored), "vocab_size": rows}
     if split is not None:
         plain = {key: value for key, value in split.items() if key not in ROPE_KEYS}
@@ -249,7 +249,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         facts = {}
         # Of these tensors llama.cpp's names are the same in every architecture read here, but for norms of heads.
         theirs = get_tensor_name_map(MODEL_ARCH.QWEN3 if arch.qk_norm else MODEL_ARCH.LLAMA, arch.layers)
-        for name, shape in names.hf_tensor_shapes(arch).items():
+        for name, shape in hf_tensor_shapes(arch).items():
             # transformers gives random values to what it does not find, and leaves out what it has no place for.
             called = theirs.get_name(name, try_suffixes=(".weight", ".bias"))
             if called not in stored:

@@ -33,11 +33,11 @@ def weights_bytes(folder: Path) -> int:
     """
     # torch, which nothing else in a failing preflight needs
     from pipeline.hf.checkpoint import HfCheckpoint
-    from pipeline.planning import tensors as names
     from pipeline.planning.arch import read_arch
+    from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 
     weights = HfCheckpoint(folder)
-    weights.check(names.hf_tensor_shapes(read_arch(folder)), names.is_derived)
+    weights.check(hf_tensor_shapes(read_arch(folder)), is_derived)
     return sum(fact.nbytes for fact in weights.facts.values())
 
 

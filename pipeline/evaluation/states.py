@@ -31,8 +31,8 @@ from pipeline.hf.checkpoint import file_digest
 from pipeline.hf.companions import has_tokenizer
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
-from pipeline.planning import tensors as names
 from pipeline.planning.run_plan import RunPlan, plan_run
+from pipeline.planning.tensors import to_ours
 from pipeline.planning.trainable import kind_of
 from pipeline.training.planned import settled
 from pipeline.training.state import check_trained
@@ -150,7 +150,7 @@ def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedMode
 
 def parameters_of(trained: TrainedModel) -> set[str]:
     """Our names of what was trained."""
-    return {names.to_ours(name)[0] for name in trained.trained}
+    return {to_ours(name)[0] for name in trained.trained}
 
 
 def hash_files(folder: Path) -> str:

@@ -19,8 +19,8 @@ import torch
 from parallel.errors import CheckpointError
 from pipeline.config.sections import LoraConfig
 from pipeline.hf.fused import FUSED
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
@@ -100,8 +100,8 @@ def taken_apart(tensors: Mapping[str, torch.Tensor], arch: LlamaArch, prefix: st
             continue
         fused, first, leaf = True, 0, name.removeprefix(module)
         for part in parts:
-            last = first + names.projection_shape(part, arch)[0]
-            inner = ".".join([*module.split(".")[:3], names.PROJECTIONS[part][0]])
+            last = first + projection_shape(part, arch)[0]
+            inner = ".".join([*module.split(".")[:3], PROJECTIONS[part][0]])
             found[inner + leaf] = stored, slice(None) if leaf == FACTORS[0] else slice(first, last)
             first = last
     return _Apart(tensors, found) if fused else None
@@ -111,7 +111,7 @@ def _fused_name(module: str) -> str:
     """What a projection's module is called in a base that keeps it fused; otherwise its own name."""
     for fused, parts in FUSED.items():
         for part in parts:
-            own = names.PROJECTIONS[part][0]
+            own = PROJECTIONS[part][0]
             if module.endswith(f".{own}"):
                 return module.removesuffix(own) + fused
     return module
@@ -169,11 +169,11 @@ def own_shapes(arch: LlamaArch, own: Mapping[str, Own], dora: Iterable[str]) -> 
     Args:
         dora: modules with magnitudes.
     """
-    parts = {hf: part for part, (hf, _) in names.PROJECTIONS.items()}
+    parts = {hf: part for part, (hf, _) in PROJECTIONS.items()}
 
     def size(module: str) -> tuple[int, int]:
         part = parts.get(".".join(module.split(".")[3:]))
-        return (arch.vocab, arch.hidden) if part is None else names.projection_shape(part, arch)
+        return (arch.vocab, arch.hidden) if part is None else projection_shape(part, arch)
 
     shapes: dict[str, tuple[int, ...]] = {}
     for module, each in own.items():

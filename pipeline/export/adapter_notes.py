@@ -21,9 +21,9 @@ from pipeline.export.adapter_kinds import (
 )
 from pipeline.hf.fused import FUSED
 from pipeline.hf.writer import NOTE
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.rope import RopePlan, plan_rope
+from pipeline.planning.tensors import PROJECTIONS, hf_tensor_shapes
 from pipeline.storage.json_file import read_object
 
 CONFIG = "adapter_config.json"
@@ -219,9 +219,9 @@ def adapted_modules(config: Mapping[str, Any], arch: LlamaArch, path: Path, fuse
         return None
     layers = range(arch.layers)
     # A module as the base has it -> ours.
-    own = {module: [module] for module, _ in names.PROJECTIONS.values()}
+    own = {module: [module] for module, _ in PROJECTIONS.values()}
     for module, parts in FUSED.items() if fused else ():
-        own[module] = [inner for part in parts for inner in own.pop(names.PROJECTIONS[part][0])]
+        own[module] = [inner for part in parts for inner in own.pop(PROJECTIONS[part][0])]
     plain = {f"model.layers.{layer}.{module}" for layer in layers for module in own}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = sorted(plain)
@@ -291,7 +291,7 @@ def check_complete(
             f"{folder}: adapts {extra[0]}, which target_modules of {CONFIG} does not list, so the two files do not "
             f"belong together; {mend}."
         )
-    for name in names.hf_tensor_shapes(arch):
+    for name in hf_tensor_shapes(arch):
         parts = name.split(".")
         owners = [".".join(parts[:end]) for end in range(1, len(parts))]
         if name not in found and any(saved_whole(config, owner) for owner in owners):

@@ -35,8 +35,8 @@ from pipeline.export.adapter_notes import (
 from pipeline.export.trained_model import LazyTensors, TrainedModel, check_tokenizer, find_base, grown_arch, wrong_base
 from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.tensors import PROJECTIONS
 from pipeline.storage.pickled import read_pickled
 
 EMBEDDING, HEAD = VOCABULARY_HF
@@ -46,7 +46,7 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 """PEFT's suffix of single embedding rows (`trainable_token_indices`); they are new values, not differences."""
 BELOW = ".token_adapter.base_layer.weight"
 """PEFT's suffix of the whole matrix that such rows replace rows of; written where the vocabulary grew."""
-_PART_OF = {module.split(".")[-1]: part for part, (module, _) in names.PROJECTIONS.items()}
+_PART_OF = {module.split(".")[-1]: part for part, (module, _) in PROJECTIONS.items()}
 
 
 def _tensors(folder: Path, stem: str) -> Mapping[str, torch.Tensor] | None:

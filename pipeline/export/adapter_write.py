@@ -16,7 +16,7 @@ from pipeline.export.trained_model import TrainedModel, companions, extended_con
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.hf.writer import NOTE, check_space, new_folder, trained_finite
-from pipeline.planning import tensors as names
+from pipeline.planning.tensors import NORMS
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact, write_safetensors
 
@@ -92,7 +92,7 @@ def peft_config(model: TrainedModel, rows: list[int] | None = None) -> dict[str,
     saved = {
         "model.norm" if name == "model.norm.weight" else name.removesuffix(".weight").split(".")[-1] for name in whole
     }
-    norms = [norm.split(".")[-1] for norm in names.NORMS]
+    norms = [norm.split(".")[-1] for norm in NORMS]
     for module in norms:
         count = sum(name.endswith(f"{module}.weight") for name in whole)
         if count not in (0, model.arch.layers):

@@ -16,8 +16,8 @@ from pipeline.export.adapter_write import export_adapter, export_longlora
 from pipeline.export.trained_model import TrainedModel, companions, extended_config
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import SHARD_BYTES, resumable_folder, trained_finite, write_safetensors_sharded
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
@@ -56,10 +56,8 @@ def export_merged(
     """
     _refuse_overlaps(model, output)
     base = HfCheckpoint(model.base)
-    base.check(names.hf_tensor_shapes(read_arch(model.base)), names.is_derived)
-    facts = {
-        name: TensorFact(shape, base.facts[name].dtype) for name, shape in names.hf_tensor_shapes(model.arch).items()
-    }
+    base.check(hf_tensor_shapes(read_arch(model.base)), is_derived)
+    facts = {name: TensorFact(shape, base.facts[name].dtype) for name, shape in hf_tensor_shapes(model.arch).items()}
     total = sum(fact.nbytes for fact in facts.values())
 
     def read(name: str) -> torch.Tensor:

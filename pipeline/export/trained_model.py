@@ -34,10 +34,10 @@ from pipeline.hf.companions import (
     without_code,
 )
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import ROPE_KEYS, RopePlan, hf_rope_fields, original_context, plan_rope
 from pipeline.planning.run_plan import check_growth
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes
 from pipeline.storage.json_file import read_object
 from pipeline.storage.safetensors import SafetensorsFile
 
@@ -117,7 +117,7 @@ class TrainedModel:
     """Module -> rank and scale of its adapter, where they are not `lora`'s; adapters of others have such."""
 
     def __post_init__(self) -> None:
-        allowed = names.hf_tensor_shapes(self.arch) | names.adapter_shapes(self.arch, self.lora)
+        allowed = hf_tensor_shapes(self.arch) | adapter_shapes(self.arch, self.lora)
         allowed |= own_shapes(self.arch, self.own, self.dora)
         for name in self.trained:
             shape = self.shape(name)

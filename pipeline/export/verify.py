@@ -23,7 +23,7 @@ from pipeline.export.verify_config import check_config
 from pipeline.export.verify_reference import own_logits
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import REPORT
-from pipeline.planning import tensors as names
+from pipeline.planning.tensors import hf_tensor_shapes
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import tensor_digest
 
@@ -60,11 +60,11 @@ def compare_tensors(model: TrainedModel, folder: Path, form: str) -> dict[str, A
     counts = {"bit_equal": 0, "recomputed": 0, "file_hashes": 0}
     if form == "merged":
         out, base = HfCheckpoint(folder), HfCheckpoint(model.base)
-        out.check(names.hf_tensor_shapes(model.arch), one_dtype=False)
+        out.check(hf_tensor_shapes(model.arch), one_dtype=False)
         # The bytes on the disk, against what was written.
         counts["file_hashes"] = len(out.digests())
         written = out.recorded().tensors
-        for name in names.hf_tensor_shapes(model.arch):
+        for name in hf_tensor_shapes(model.arch):
             touched = model.changes(name)
             if touched:
                 want = tensor_digest(model.merged(name, model.base_tensor(base, name)))

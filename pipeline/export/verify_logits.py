@@ -21,7 +21,7 @@ from pipeline.export.verify_config import check_rotary, read_hf_config
 from pipeline.export.verify_reference import Weight
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.layers.quantized_weight import FORMS, dequantized
-from pipeline.planning import tensors as names
+from pipeline.planning.tensors import hf_tensor_shapes, to_ours
 from pipeline.storage.pickled import read_pickled
 
 ROOM = 0.7
@@ -42,7 +42,7 @@ def available_memory() -> int:
 
 def whole_bytes(model: TrainedModel) -> int:
     """What loading the model in fp32 takes, with a quarter for the largest tensors' copies."""
-    shapes = names.hf_tensor_shapes(model.arch)
+    shapes = hf_tensor_shapes(model.arch)
     return 5 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
@@ -158,7 +158,7 @@ def training_weights(model: TrainedModel) -> Weight:
     plain = trained_weights(model, "adapter", apart=True)
 
     def weight(name: str) -> torch.Tensor:
-        projection = names.to_ours(name)[1] is not None and name.endswith(".weight")
+        projection = to_ours(name)[1] is not None and name.endswith(".weight")
         return dequantized(model.form, plain(name)) if projection and model.form in FORMS else plain(name)
 
     return weight

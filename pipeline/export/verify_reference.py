@@ -18,8 +18,8 @@ from torch.nn.functional import linear, silu
 
 from pipeline.export.trained_model import TrainedModel
 from pipeline.model.layers.rotary import apply_rope, rope_tables
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tensors import hf_tensor_shapes
 
 Weight = Callable[[str], torch.Tensor]
 """Canonical name -> tensor, in any dtype."""
@@ -34,7 +34,7 @@ class _Layer:
 
     def __init__(self, model: TrainedModel, number: int, weight: Weight, apart: bool) -> None:
         self.model, self.prefix, self.weight, self.apart = model, f"model.layers.{number}.", weight, apart
-        self.shapes = names.hf_tensor_shapes(model.arch)
+        self.shapes = hf_tensor_shapes(model.arch)
 
     def product(self, module: str, x: torch.Tensor) -> torch.Tensor:
         """A linear layer of this model, its adapter included."""

@@ -23,11 +23,11 @@ from pipeline.model.layers.frozen_weight import FrozenWeight, kept_by
 from pipeline.model.layers.loss import VocabShard, sum_cross_entropy, token_losses, token_scores
 from pipeline.model.layers.rotary import rope_tables
 from pipeline.model.spec import block_submodules
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan
+from pipeline.planning.tensors import padded_vocab, vocab_range
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LlamaChunk(MegatronModule):
         # megatron's schedules look for these two.
         self.vp_stage, self.model_type = self.chunk.virtual, ModelType.encoder_or_decoder
         self.tp_rank, self.tp_size = groups.tp.rank(), groups.tp.size()
-        vocab = names.padded_vocab(arch, self.tp_size)
+        vocab = padded_vocab(arch, self.tp_size)
         policies = plan_recompute("none", arch.layers) if recompute is None else recompute
         if self.chunk.first:
             self.embedding = VocabParallelEmbedding(
@@ -159,7 +159,7 @@ class LlamaChunk(MegatronModule):
         """Which rows `output_weight` holds; None: all."""
         if self.tp_size == 1:
             return None
-        start, stop = names.vocab_range(self.arch, self.tp_rank, self.tp_size)
+        start, stop = vocab_range(self.arch, self.tp_rank, self.tp_size)
         return VocabShard(self.groups.tp, start, stop - start)
 
     def context(

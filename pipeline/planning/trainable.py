@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config.sections import LoraConfig
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes, to_ours
 
 
 def kind_of(name: str) -> str:
@@ -31,5 +31,5 @@ def trains(name: str, kinds: Sequence[str], arch: LlamaArch) -> bool:
 
 def trained_names(arch: LlamaArch, lora: LoraConfig, kinds: Sequence[str]) -> set[str]:
     """Canonical names of everything that trains, over all ranks: what a checkpoint of such a run must hold."""
-    every = [*names.hf_tensor_shapes(arch), *names.adapter_shapes(arch, lora)]
-    return {name for name in every if trains(names.to_ours(name)[0], kinds, arch)}
+    every = [*hf_tensor_shapes(arch), *adapter_shapes(arch, lora)]
+    return {name for name in every if trains(to_ours(name)[0], kinds, arch)}

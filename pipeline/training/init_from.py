@@ -25,9 +25,9 @@ from pipeline.export.adapter_read import load_adapter_of
 from pipeline.export.trained_model import known_form
 from pipeline.hf.vocabulary import VOCABULARY_HF, grown_tensor
 from pipeline.hf.weight_source import WeightSource
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.rope import RopePlan, plan_rope
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes
 from pipeline.planning.trainable import trained_names
 
 KINDS = f"a run's output, a checkpoint or an adapter ({CONFIG})"
@@ -203,7 +203,7 @@ def check_fits(source: Source, config: RunConfig, arch: LlamaArch, lora: LoraCon
                 f"init_from: {folder} scales its adapters by {there.scale:g} and this run by {here.scale:g}; set "
                 f"lora.alpha: {there.alpha:g} and lora.rslora: {str(there.rslora).lower()}."
             )
-    own = {**names.hf_tensor_shapes(arch), **names.adapter_shapes(arch, lora)}
+    own = {**hf_tensor_shapes(arch), **adapter_shapes(arch, lora)}
     kept = trained_names(arch, lora, config.train.trainable)
     taken = set()
     for name, shape in shapes.items():

@@ -11,7 +11,7 @@ import torch
 from parallel.health.replicas import Checked, Replicas, agree, bit_sums
 from parallel.world.groups import Groups
 from pipeline.model.rank_model import RankModel
-from pipeline.planning import tensors as names
+from pipeline.planning.tensors import to_hf
 from pipeline.training.optimizer import TrainableAdamW
 
 BESIDE = re.compile(r"\.weight_\w+$")
@@ -127,7 +127,7 @@ def run_checks(groups: Groups, model: RankModel, optimizer: TrainableAdamW) -> R
         checked.append(
             Checked(
                 # A fused frozen weight goes by the first of the tensors it holds, and so do its scales.
-                name=names.to_hf(BESIDE.sub(".weight", name))[0][0],
+                name=to_hf(BESIDE.sub(".weight", name))[0][0],
                 parameter=parameter,
                 trained=parameter.requires_grad,
                 tied=tied and name == "embedding.weight",

@@ -18,9 +18,9 @@ from pipeline.config.checks import within
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
 from pipeline.planning.run_plan import RunPlan
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes, to_ours
 from pipeline.planning.trainable import kind_of, trained_names
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.versions import versions
@@ -78,10 +78,10 @@ def git_commit() -> str | None:
 def parameter_counts(run: Run) -> dict[str, int]:
     """Parameters of the whole model: total, frozen, and each trainable kind."""
     model = run.trainer.parts.model
-    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
+    shapes = {**hf_tensor_shapes(model.arch), **adapter_shapes(model.arch, model.lora)}
     counts: dict[str, int] = {}
     for name in trained_names(model.arch, model.lora, run.config.train.trainable):
-        kind = kind_of(names.to_ours(name)[0])
+        kind = kind_of(to_ours(name)[0])
         counts[kind] = counts.get(kind, 0) + math.prod(shapes[name])
     total = sum(math.prod(shape) for shape in shapes.values())
     return {"total": total, "frozen": total - sum(counts.values()), **counts}

@@ -13,7 +13,7 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.saver import StatePiece
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.gather import gather, owned
-from pipeline.planning import tensors as names
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes, tp_slice
 from pipeline.planning.trainable import trained_names
 from pipeline.training.optimizer import MOMENTS, STEP, TrainableAdamW
 
@@ -46,9 +46,7 @@ def load_state(model: RankModel, kinds: Sequence[str], optimizer: TrainableAdamW
     """
     check_trained(model, kinds, reader)
     tp, tensors = model.groups.plan.tp, reader.manifest.tensors
-    cuts: dict[str, Cut] = {
-        name: names.tp_slice(name, model.arch, model.tp_rank, tp) if tp > 1 else None for name in tensors
-    }
+    cuts: dict[str, Cut] = {name: tp_slice(name, model.arch, model.tp_rank, tp) if tp > 1 else None for name in tensors}
 
     def read(name: str, field: str, start: int, stop: int) -> torch.Tensor:
         cut = cuts[name]
@@ -72,7 +70,7 @@ def load_weights(
         weights: (name, cut, start, stop) -> elements [start, stop) of the flattened cut of a tensor, fp32, 1-D.
     """
     tp = model.groups.plan.tp
-    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
+    shapes = {**hf_tensor_shapes(model.arch), **adapter_shapes(model.arch, model.lora)}
     own = {(name, start): state["master"].clone() for name, start, _, state in optimizer.own_pieces()}
 
     def read(name: str, field: str, start: int, stop: int) -> torch.Tensor:
@@ -81,7 +79,7 @@ def load_weights(
             return found
         if name not in taken:
             return own[name, start]
-        cut: Cut = names.tp_slice(name, model.arch, model.tp_rank, tp) if tp > 1 else None
+        cut: Cut = tp_slice(name, model.arch, model.tp_rank, tp) if tp > 1 else None
         limit = min(stop, math.prod(cut_shape(shapes[name], cut)))
         if start < limit:
             found[: limit - start] = weights(name, cut, start, limit)
@@ -96,7 +94,7 @@ def check_trained(model: RankModel, kinds: Sequence[str], reader: CheckpointRead
     Raises:
         CheckpointError: names one.
     """
-    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
+    shapes = {**hf_tensor_shapes(model.arch), **adapter_shapes(model.arch, model.lora)}
     tensors = reader.manifest.tensors
     odd = sorted(trained_names(model.arch, model.lora, kinds) ^ tensors.keys())
     if odd:

@@ -24,9 +24,9 @@ from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.export.verify import sample_tokens, verify
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import plan_shards, write_safetensors_sharded
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import plan_rope
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes, is_derived
 from pipeline.storage.safetensors import TensorFact
 from tests.support.tiny_models import KINDS, make_tiny
 from tools.export_hf import main as export_main
@@ -43,7 +43,7 @@ def trained_tensors(base: Path, lora: LoraConfig, kinds: tuple[str, ...]) -> dic
     arch = read_arch(base)
     generator = torch.Generator().manual_seed(7)
     changed = {}
-    for name, shape in names.adapter_shapes(arch, lora).items():
+    for name, shape in adapter_shapes(arch, lora).items():
         changed[name] = torch.randn(shape, generator=generator) * 0.15
     for name, tensor in load_file(base / "model.safetensors").items():
         kind = "embed" if "embed" in name else "norm" if "norm" in name else "lm_head" if "lm_head" in name else ""
@@ -373,13 +373,13 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 
 def test_check_against_the_architecture(tmp_path: Path) -> None:
     base = make_tiny(tmp_path / "m", "smollm2")
-    shapes = names.hf_tensor_shapes(read_arch(base))
+    shapes = hf_tensor_shapes(read_arch(base))
     tensors = load_file(base / "model.safetensors")
 
     def check(**change: torch.Tensor | None) -> None:
         merged = {**tensors, **{name.replace("__", "."): tensor for name, tensor in change.items()}}
         save_file({name: t.clone() for name, t in merged.items() if t is not None}, base / "model.safetensors")
-        HfCheckpoint(base).check(shapes, names.is_derived)
+        HfCheckpoint(base).check(shapes, is_derived)
 
     check()
     check(lm_head__weight=tensors["model.embed_tokens.weight"])

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 from tests.support.tiny_models import make_tiny
 from tools.import_hf import main
 
@@ -122,7 +122,7 @@ def test_a_gguf_file_gives_back_its_model(
         assert getattr(arch, size) == getattr(own, size), size
     assert (arch.rope_theta, arch.rope_scaling, arch.norm_eps) == (own.rope_theta, None, pytest.approx(1e-5))
     found = HfCheckpoint(tmp_path / "out")
-    found.check(names.hf_tensor_shapes(arch), names.is_derived)
+    found.check(hf_tensor_shapes(arch), is_derived)
     for name, tensor in expected.items():
         assert torch.equal(found.tensor(name), tensor), name
         assert tensor.abs().max() > 0.1

@@ -17,10 +17,10 @@ from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_base
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import plan_rope
+from pipeline.planning.tensors import to_hf, tp_slice
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import make_tiny
 
@@ -45,8 +45,8 @@ def load_and_score(rank: int, world: int, folder: str, tokens: torch.Tensor) -> 
         load_base(part, checkpoint)
         expected = 0
         for name, parameter in part.canonical_parameters():
-            for source, _ in names.to_hf(name):
-                cut = names.tp_slice(source, stored, part.tp_rank, 2)
+            for source, _ in to_hf(name):
+                cut = tp_slice(source, stored, part.tp_rank, 2)
                 whole = checkpoint.facts[source].nbytes
                 expected += (
                     whole if cut is None else whole * (cut[2] - cut[1]) // checkpoint.facts[source].shape[cut[0]]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.tensors import hf_tensor_shapes
 
 VOCAB = 128
 _COMMON: dict[str, Any] = {
@@ -113,7 +113,7 @@ def random_weights(arch: LlamaArch, seed: int, dtype: torch.dtype = torch.float3
     """Hugging Face name -> tensor, scaled so that activations stay near one and norms are not all ones."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in names.hf_tensor_shapes(arch).items():
+    for name, shape in hf_tensor_shapes(arch).items():
         values = torch.randn(shape, generator=generator)
         if "norm" in name:
             weights[name] = (1 + 0.1 * values).to(dtype)

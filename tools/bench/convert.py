@@ -39,10 +39,10 @@ from pipeline.hf.hashes import HASHES
 from pipeline.hf.writer import SHARD_BYTES, check_space, write_safetensors_sharded
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_base
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_rope
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes
 from pipeline.reporting.command import command
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
@@ -77,13 +77,13 @@ def generate(folder: Path, gb: float) -> None:
         # Cheap, and no two tensors alike: the pool, turned by another amount.
         return pool.roll(7919 * shift).repeat(-(-count // len(pool)))[:count].view(shape)
 
-    shapes = names.hf_tensor_shapes(arch)
+    shapes = hf_tensor_shapes(arch)
     order = {name: number for number, name in enumerate(shapes)}
     facts = {name: TensorFact(shape, torch.bfloat16) for name, shape in shapes.items()}
     check_space(folder, 3 * sum(fact.nbytes for fact in facts.values()))
     write_safetensors_sharded(base, facts, lambda name: values(name, shapes[name], order[name]))
     lora = LoraConfig()
-    trained = {name: values(name, shape, 7).float() for name, shape in names.adapter_shapes(arch, lora).items()}
+    trained = {name: values(name, shape, 7).float() for name, shape in adapter_shapes(arch, lora).items()}
     trained |= {
         name: values(name, shape, order[name] + 1)
         for name, shape in shapes.items()
@@ -174,7 +174,7 @@ def compare_hashes(one: Path, other: Path) -> int:
 
 def largest(arch: LlamaArch) -> float:
     """GiB of the largest tensor in bf16."""
-    return max(torch.Size(shape).numel() for shape in names.hf_tensor_shapes(arch).values()) * 2 / GIB
+    return max(torch.Size(shape).numel() for shape in hf_tensor_shapes(arch).values()) * 2 / GIB
 
 
 def run(folder: Path, gb: float) -> list[dict[str, Any]]:

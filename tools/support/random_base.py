@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tensors import hf_tensor_shapes
 from pipeline.storage.safetensors import TensorFact
 
 
@@ -20,7 +20,7 @@ class RandomBase:
 
     def __init__(self, arch: LlamaArch, dtype: torch.dtype = torch.bfloat16) -> None:
         self.folder = Path("random")
-        self.facts = {name: TensorFact(shape, dtype) for name, shape in names.hf_tensor_shapes(arch).items()}
+        self.facts = {name: TensorFact(shape, dtype) for name, shape in hf_tensor_shapes(arch).items()}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _make(self, name: str, shape: Sequence[int]) -> torch.Tensor:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from pipeline.config.run import RunConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.tensors import hf_tensor_shapes
 from tools.support.shrink import TOKENS
 
 LONGEST_DOCUMENT = 50
@@ -58,7 +58,7 @@ def _weights(arch: LlamaArch) -> dict[str, torch.Tensor]:
     """Seeded, fp32, scaled so that activations stay near one; norms are not all ones."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, shape in names.hf_tensor_shapes(arch).items():
+    for name, shape in hf_tensor_shapes(arch).items():
         values = torch.randn(shape, generator=generator)
         if "norm" in name:
             values = 1 + 0.1 * values

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import VOCABULARY_HF
-from pipeline.planning import tensors as names
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes, tp_slice
 from pipeline.planning.trainable import trained_names
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -27,14 +27,14 @@ def owned(model: RankModel, kinds: Sequence[str], tp: int, pp: int) -> Iterator[
     plan = model.groups.plan
     layers = model.chunk_layers
     mine = {layer for number in range(pp, len(layers), plan.pp) for layer in layers[number]}
-    shapes = {**names.hf_tensor_shapes(model.arch), **names.adapter_shapes(model.arch, model.lora)}
+    shapes = {**hf_tensor_shapes(model.arch), **adapter_shapes(model.arch, model.lora)}
     trained = trained_names(model.arch, model.lora, kinds)
     for name, shape in shapes.items():
         if name not in trained:
             continue
         match = _LAYER.match(name)
         here = int(match.group(1)) in mine if match else pp == (0 if "embed" in name else plan.pp - 1)
-        cut = names.tp_slice(name, model.arch, tp, plan.tp) if plan.tp > 1 else None
+        cut = tp_slice(name, model.arch, tp, plan.tp) if plan.tp > 1 else None
         if here and (cut is not None or tp == 0):
             yield name, shape, cut
 

@@ -15,8 +15,8 @@ from pipeline.hf.weight_source import WeightSource
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.layers.lora import initial_a
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.tensors import adapter_shapes, row_runs, to_hf, tp_slice, vocab_range
 from pipeline.planning.trainable import kind_of, trains
 
 
@@ -46,8 +46,8 @@ VOCABULARY = ("embedding.weight", "output_layer.weight")
 def _cut(checkpoint: WeightSource, hf_name: str, part: Part, whole_rows: bool = False) -> torch.Tensor:
     """This rank's slice of a stored tensor; only its bytes are read. With `whole_rows`, all columns."""
     if hf_name in VOCABULARY_HF:
-        return read_rows(checkpoint, hf_name, *names.vocab_range(part.arch, part.tp_rank, part.tp_size))
-    found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
+        return read_rows(checkpoint, hf_name, *vocab_range(part.arch, part.tp_rank, part.tp_size))
+    found = tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size) if part.tp_size > 1 else None
     return (
         checkpoint.tensor(hf_name) if found is None or (whole_rows and found[0]) else checkpoint.slice(hf_name, *found)
     )
@@ -71,7 +71,7 @@ def load_base(part: Part, checkpoint: WeightSource) -> None:
                 continue
             if part.shards is not None and part.shards.holds(parameter):
                 continue
-            sources = [hf_name for hf_name, _ in names.to_hf(name)]
+            sources = [hf_name for hf_name, _ in to_hf(name)]
             if name in VOCABULARY:
                 _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
                 continue
@@ -113,7 +113,7 @@ def _fill_pieces(
 ) -> None:
     """Fill stretches of one matrix's members, some rows at a time."""
     filled = dict.fromkeys(range(len(pieces)), 0)
-    for run in names.row_runs(name, part.arch, part.tp_rank, part.tp_size):
+    for run in row_runs(name, part.arch, part.tp_rank, part.tp_size):
         for first in range(run.row, run.row + run.count, ROWS):
             block = first, min(first + ROWS, run.row + run.count)
             touched = [rows for _, piece in pieces if (rows := piece.rows(*block)) is not None]
@@ -146,7 +146,7 @@ def _misshaped(hf_name: str, found: torch.Tensor, wanted: Sequence[int]) -> Chec
 
 def _fill_rows(hf_name: str, parameter: torch.Tensor, rows: torch.Tensor, part: Part) -> None:
     """Copy a vocabulary slice, and zero the padding rows behind it."""
-    first, last = names.vocab_range(part.arch, part.tp_rank, part.tp_size)
+    first, last = vocab_range(part.arch, part.tp_rank, part.tp_size)
     if rows.shape != (last - first, *parameter.shape[1:]):
         raise _misshaped(hf_name, rows, (last - first, *parameter.shape[1:]))
     parameter[: len(rows)].copy_(rows)
@@ -166,11 +166,11 @@ def _assemble(name: str, parts: Sequence[torch.Tensor], arch: LlamaArch) -> torc
 
 def init_adapters(part: Part, seed: int) -> None:
     """Draw every A factor from the seed and its canonical name (see `lora.initial_a`); B factors stay zero."""
-    shapes = names.adapter_shapes(part.arch, part.lora)
+    shapes = adapter_shapes(part.arch, part.lora)
     with torch.no_grad():
         for name, parameter in part.canonical_parameters():
             if name.endswith(".lora_A"):
-                ((hf_name, _),) = names.to_hf(name)
+                ((hf_name, _),) = to_hf(name)
                 parameter.copy_(local_slice(initial_a(hf_name, seed, shapes[hf_name]), hf_name, part))
 
 
@@ -178,7 +178,7 @@ def local_slice(whole: torch.Tensor, hf_name: str, part: Part) -> torch.Tensor:
     """What this tensor-parallel rank holds of a canonical tensor; a view."""
     if part.tp_size == 1:
         return whole
-    found = names.tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size)
+    found = tp_slice(hf_name, part.arch, part.tp_rank, part.tp_size)
     return whole if found is None else whole.narrow(found[0], found[1], found[2] - found[1])
 
 
@@ -201,7 +201,7 @@ def trainable(part: Part) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
     """(canonical name, kind, parameter) of everything that trains; such parameters are never fused."""
     for name, parameter in part.canonical_parameters():
         if parameter.requires_grad:
-            ((hf_name, _),) = names.to_hf(name)
+            ((hf_name, _),) = to_hf(name)
             yield hf_name, kind_of(name), parameter
 
 

@@ -18,8 +18,8 @@ from pipeline.data.discovery import find_texts
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.companions import check_companions, tokenizer_size
 from pipeline.hf.weight_files import INDEX, SINGLE, choose_weights
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import read_arch
+from pipeline.planning.tensors import hf_tensor_shapes
 from pipeline.preflight.files import check_model
 from pipeline.storage.json_file import read_object
 from pipeline.storage.lfs import is_pointer
@@ -106,7 +106,7 @@ def test_a_tensor_that_zero3_left_empty(tmp_path: Path) -> None:
     tensors = load_file(base / SINGLE)
     save_file({**tensors, NORM: torch.zeros(0)}, base / SINGLE)
     arch = read_arch(base)
-    said = refused(lambda: HfCheckpoint(base).check(names.hf_tensor_shapes(arch)))
+    said = refused(lambda: HfCheckpoint(base).check(hf_tensor_shapes(arch)))
     assert NORM in said and "ZeRO-3 without gathering" in said and "zero_to_fp32" in said
 
 
@@ -124,7 +124,7 @@ def test_pointers_are_told_for_every_file_that_is_read(tmp_path: Path) -> None:
             path.write_bytes(before)
 
     def whole() -> None:
-        HfCheckpoint(base).check(names.hf_tensor_shapes(read_arch(base)))
+        HfCheckpoint(base).check(hf_tensor_shapes(read_arch(base)))
 
     whole()
     at(base / SINGLE, whole)

@@ -17,8 +17,8 @@ from pipeline.hf.writer import write_safetensors_sharded
 from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight
 from pipeline.model.weights.fusing import split_gate_up, split_qkv
 from pipeline.model.weights.load import VOCABULARY, load_base
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.tensors import hf_tensor_shapes, padded_vocab, to_hf, to_ours, tp_slice
 from pipeline.storage.safetensors import TensorFact
 from tests.support.tiny_models import KINDS, make_tiny
 
@@ -34,12 +34,12 @@ class RankPart:
         self.arch, self.lora, self.tp_rank, self.tp_size = arch, LoraConfig(rank=0), tp_rank, tp_size
         self.shards = None
         rows: dict[str, list[tuple[int, ...]]] = {}
-        for name, shape in names.hf_tensor_shapes(arch).items():
+        for name, shape in hf_tensor_shapes(arch).items():
             layer = name.split(".")[2] if name.startswith("model.layers.") else None
             first = name == "model.embed_tokens.weight" and (ends[0] or (ends[1] and arch.tied))
             last = name in ("model.norm.weight", "lm_head.weight") and ends[1]
             if (int(layer) in layers) if layer is not None else (first or last):
-                rows.setdefault(names.to_ours(name)[0], []).append(self._local(name, shape))
+                rows.setdefault(to_ours(name)[0], []).append(self._local(name, shape))
         self.parameters = {
             name: torch.nn.Parameter(torch.full((sum(s[0] for s in shapes), *shapes[0][1:]), 77.0, dtype=dtype))
             for name, shapes in rows.items()
@@ -47,8 +47,8 @@ class RankPart:
 
     def _local(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if "embed_tokens" in name or "lm_head" in name:
-            return names.padded_vocab(self.arch, self.tp_size) // self.tp_size, shape[1]
-        cut = names.tp_slice(name, self.arch, self.tp_rank, self.tp_size)
+            return padded_vocab(self.arch, self.tp_size) // self.tp_size, shape[1]
+        cut = tp_slice(name, self.arch, self.tp_rank, self.tp_size)
         return shape if cut is None else (*shape[: cut[0]], cut[2] - cut[1], *shape[cut[0] + 1 :])
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -60,14 +60,14 @@ class RankPart:
     def give_back(self) -> Iterator[tuple[str, tuple[int, int, int] | None, torch.Tensor]]:
         """(Hugging Face name, slice, tensor) of everything held, padding rows trimmed."""
         for name, parameter in self.parameters.items():
-            sources = [hf_name for hf_name, _ in names.to_hf(name)]
+            sources = [hf_name for hf_name, _ in to_hf(name)]
             pieces: tuple[torch.Tensor, ...] = (parameter.data,)
             if "linear_qkv" in name:
                 pieces = split_qkv(parameter.data, self.arch)
             elif "linear_fc1" in name:
                 pieces = split_gate_up(parameter.data)
             for source, piece in zip(sources, pieces, strict=True):
-                cut = names.tp_slice(source, self.arch, self.tp_rank, self.tp_size)
+                cut = tp_slice(source, self.arch, self.tp_rank, self.tp_size)
                 if name in VOCABULARY:
                     assert cut is not None
                     assert not piece[cut[2] - cut[1] :].any(), "padding rows are zero"

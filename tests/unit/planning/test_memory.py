@@ -10,11 +10,11 @@ import pytest
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.model.layers import loss
-from pipeline.planning import tensors as names
 from pipeline.planning.activations import LOGITS
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS, MemoryEstimate, count_parameters
 from pipeline.planning.run_plan import RunPlan, plan_model
+from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes
 from pipeline.planning.tile_size import tile_tokens
 from tests.support.tiny_models import KINDS, make_tiny
 from tools.support.shapes import llama2
@@ -37,8 +37,8 @@ def test_parameters_are_counted_as_the_checkpoint_names_them(tmp_path: Path, kin
     arch = read_arch(make_tiny(tmp_path, kind, **biased))
     config = load_config(CONFIG, [f"train.trainable={trains}", "lora.targets=[q, v, o, down]"])
     counts = count_parameters(config, arch)
-    base = {name: prod(shape) for name, shape in names.hf_tensor_shapes(arch).items()}
-    adapters = sum(map(prod, names.adapter_shapes(arch, config.lora).values()))
+    base = {name: prod(shape) for name, shape in hf_tensor_shapes(arch).items()}
+    adapters = sum(map(prod, adapter_shapes(arch, config.lora).values()))
     frozen = arch.layers * counts.layer + counts.head + counts.embedding + counts.norms
     assert frozen + counts.trained == sum(base.values()) + adapters
     trained = [

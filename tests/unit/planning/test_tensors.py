@@ -12,8 +12,17 @@ import torch
 from parallel.errors import ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv, split_gate_up, split_qkv
-from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.tensors import (
+    adapter_shapes,
+    hf_tensor_shapes,
+    is_derived,
+    padded_vocab,
+    to_hf,
+    to_ours,
+    tp_slice,
+    vocab_range,
+)
 from tests.support.tiny_models import KINDS, tiny_config
 
 
@@ -25,36 +34,36 @@ def arch_of(folder: Path, kind: str, **over: Any) -> LlamaArch:
 @pytest.mark.parametrize("kind", KINDS)
 def test_table_is_two_way(tmp_path: Path, kind: str) -> None:
     arch = arch_of(tmp_path, kind, attention_bias=True, mlp_bias=True)
-    shapes = names.hf_tensor_shapes(arch) | names.adapter_shapes(arch, LoraConfig(targets=LORA_TARGETS))
+    shapes = hf_tensor_shapes(arch) | adapter_shapes(arch, LoraConfig(targets=LORA_TARGETS))
     ours = set()
     for name in shapes:
-        our_name, part = names.to_ours(name)
+        our_name, part = to_ours(name)
         ours.add(our_name)
-        assert (name, part) in names.to_hf(our_name)
-    assert sorted(name for our_name in ours for name, _ in names.to_hf(our_name)) == sorted(shapes)
+        assert (name, part) in to_hf(our_name)
+    assert sorted(name for our_name in ours for name, _ in to_hf(our_name)) == sorted(shapes)
 
 
 def test_some_names_by_hand() -> None:
-    assert names.to_ours("model.layers.11.self_attn.k_proj.lora_B.weight") == (
+    assert to_ours("model.layers.11.self_attn.k_proj.lora_B.weight") == (
         "decoder.layers.11.self_attention.linear_qkv.adapters.k.lora_B",
         "k",
     )
-    assert names.to_ours("model.layers.3.post_attention_layernorm.weight") == (
+    assert to_ours("model.layers.3.post_attention_layernorm.weight") == (
         "decoder.layers.3.pre_mlp_layernorm.weight",
         None,
     )
-    assert names.to_hf("decoder.layers.0.mlp.linear_fc1.weight") == [
+    assert to_hf("decoder.layers.0.mlp.linear_fc1.weight") == [
         ("model.layers.0.mlp.gate_proj.weight", "gate"),
         ("model.layers.0.mlp.up_proj.weight", "up"),
     ]
-    assert names.is_derived("model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert not names.is_derived("model.norm.weight")
+    assert is_derived("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert not is_derived("model.norm.weight")
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.foo.weight", "model.layers.x.mlp.up_proj.weight", "transformer.wte"])
 def test_unknown_hf_names(name: str) -> None:
     with pytest.raises(KeyError):
-        names.to_ours(name)
+        to_ours(name)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +71,7 @@ def test_unknown_hf_names(name: str) -> None:
 )
 def test_unknown_names_of_ours(name: str) -> None:
     with pytest.raises(KeyError):
-        names.to_hf(name)
+        to_hf(name)
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "smollm2", "mistral"])
@@ -99,10 +108,10 @@ def test_wrong_rows_are_refused(tmp_path: Path) -> None:
 
 def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:
     arch = arch_of(tmp_path, "llama3", attention_bias=True)
-    shapes = names.hf_tensor_shapes(arch) | names.adapter_shapes(arch, LoraConfig(targets=LORA_TARGETS))
+    shapes = hf_tensor_shapes(arch) | adapter_shapes(arch, LoraConfig(targets=LORA_TARGETS))
     cut = set()
     for name, shape in shapes.items():
-        ranges = [names.tp_slice(name, arch, rank, 2) for rank in range(2)]
+        ranges = [tp_slice(name, arch, rank, 2) for rank in range(2)]
         if ranges[0] is None:
             assert ranges[1] is None
             continue
@@ -117,7 +126,7 @@ def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:
     for rank in range(2):
         mine = []
         for part, weight in zip("qkv", weights, strict=True):
-            cut_range = names.tp_slice(f"model.layers.0.self_attn.{part}_proj.weight", arch, rank, 2)
+            cut_range = tp_slice(f"model.layers.0.self_attn.{part}_proj.weight", arch, rank, 2)
             assert cut_range is not None and cut_range[0] == 0
             mine.append(weight[cut_range[1] : cut_range[2]])
         assert torch.equal(fuse_qkv(*mine, arch), whole.chunk(2)[rank])
@@ -133,25 +142,25 @@ def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:
 )
 def test_indivisible_slices_are_errors(tmp_path: Path, name: str, size: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        names.tp_slice(name, arch_of(tmp_path, "smollm2"), 0, size)
+        tp_slice(name, arch_of(tmp_path, "smollm2"), 0, size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 127, 200])
 def test_vocabulary_slices_tile_it_and_fit_the_padded_rows(tmp_path: Path, size: int) -> None:
     arch = arch_of(tmp_path, "smollm2")
-    share = names.padded_vocab(arch, size) // size
+    share = padded_vocab(arch, size) // size
     assert arch.vocab <= share * size < arch.vocab + size
-    ranges = [names.vocab_range(arch, rank, size) for rank in range(size)]
+    ranges = [vocab_range(arch, rank, size) for rank in range(size)]
     assert [row for start, stop in ranges for row in range(start, stop)] == list(range(arch.vocab))
     assert all(stop - start <= share for start, stop in ranges)
-    assert names.tp_slice("lm_head.weight", arch, 0, size) == (0, *ranges[0])
+    assert tp_slice("lm_head.weight", arch, 0, size) == (0, *ranges[0])
 
 
 def test_shapes_of_adapters_and_tied_heads(tmp_path: Path) -> None:
     arch = arch_of(tmp_path, "smollm2")
-    assert "lm_head.weight" not in names.hf_tensor_shapes(arch)
-    assert names.adapter_shapes(arch, LoraConfig(rank=0)) == {}
-    shapes = names.adapter_shapes(arch, LoraConfig(rank=4, targets=("k", "down")))
+    assert "lm_head.weight" not in hf_tensor_shapes(arch)
+    assert adapter_shapes(arch, LoraConfig(rank=0)) == {}
+    shapes = adapter_shapes(arch, LoraConfig(rank=4, targets=("k", "down")))
     assert len(shapes) == 8
     assert shapes["model.layers.1.self_attn.k_proj.lora_B.weight"] == (48, 4)
     assert shapes["model.layers.1.mlp.down_proj.lora_A.weight"] == (4, 96)
