@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from parallel.errors import ConfigError
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import CoreAttention, LongAttention
+from pipeline.model.layers.activation import EagerSwiGlu, SwiGlu
 from pipeline.model.layers.layer import LlamaLayer
 from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
 from pipeline.model.layers.lora import Linear, adapted_column, adapted_row
@@ -31,7 +32,6 @@ from pipeline.model.layers.norm import RMSNorm, StreamNorm
 from pipeline.model.layers.quantized_linear import keep
 from pipeline.model.layers.quantized_weight import FORMS
 from pipeline.model.layers.residual import Add, last_residual_add, plain_add, residual_add
-from pipeline.model.layers.swiglu import EagerSwiGlu, SwiGlu
 from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.recompute import RecomputePolicy

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from parallel.errors import LongspanError
-from pipeline.model.layers import fp8, parking, swiglu
+from pipeline.model.layers import activation, fp8, parking
+from pipeline.model.layers.activation import SwiGlu
 from pipeline.model.layers.parking import Parking
-from pipeline.model.layers.swiglu import SwiGlu
 from pipeline.planning.recompute import RecomputePolicy
 from tests.support.interpreted import interpret
 
@@ -96,7 +96,7 @@ def test_gradients_in_8_bits() -> None:
 
 def _host_gives_back_what_it_was_given(device: str) -> None:
     lot, layers = Parking(torch.device(device)), 6
-    with mock.patch.object(swiglu, "parking_of", lambda device: lot):
+    with mock.patch.object(activation, "parking_of", lambda device: lot):
         for micro in range(3):
             x = _numbers(32, 1, 64, device=device, seed=micro)
             found = {}
@@ -129,7 +129,7 @@ def test_host_memory_of_a_gpu() -> None:
 def test_pipelined_micro_batches_come_back_in_the_order_of_1f1b() -> None:
     """Two under way, the first one's backward first; a user's own tensor is not written to."""
     lot = Parking(torch.device("cpu"))
-    with mock.patch.object(swiglu, "parking_of", lambda device: lot):
+    with mock.patch.object(activation, "parking_of", lambda device: lot):
         leaves = [_numbers(8, 1, 16, seed=seed).requires_grad_() for seed in range(2)]
         kept = [leaf.detach().clone() for leaf in leaves]
         outputs = [[SwiGlu(None, RecomputePolicy.HOST)(leaf) for _ in range(3)] for leaf in leaves]  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.model.layers import swiglu
-from pipeline.model.layers.swiglu import _SwiGlu
+from pipeline.model.layers.activation import _SwiGlu
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
