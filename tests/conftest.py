@@ -13,6 +13,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
@@ -53,6 +54,14 @@ def _own_groups() -> Iterator[None]:
     groups = sys.modules.get("parallel.world.groups")  # not imported for tests that need no torch
     if groups is not None:
         groups.destroy_groups()
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of Python that the test starts are forks of a process that has imported everything."""
+    from tests.support.commands import ForkedPopen
+
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ START_S = 180.0
 """Longest a job may take: processes import torch and megatron, perhaps on two cores that others keep busy."""
 END_S = 30.0
 """Longest from a fault to the end of every process; on an idle machine it is about a second."""
+pytestmark = pytest.mark.usefixtures("forked")
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 

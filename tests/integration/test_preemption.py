@@ -25,6 +25,7 @@ from tests.numerics.test_training import losses, run_here, write_run
 from tests.support.ranks import reserved_port
 
 __all__ = ["mark"]
+pytestmark = pytest.mark.usefixtures("forked")
 STEPS = 12
 
 
