@@ -57,11 +57,12 @@ def _own_groups() -> Iterator[None]:
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands of Python that the test starts are forks of a process that has imported everything."""
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of Python that the test starts are forks of a process that has imported everything, unless `started`."""
     from tests.support.commands import ForkedPopen
 
-    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
+    if request.node.get_closest_marker("started") is None:
+        monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 @functools.cache

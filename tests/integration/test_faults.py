@@ -133,7 +133,8 @@ def wait_for(mark: str, text: str) -> None:
     ("fault", "parts"),
     [
         ("user_error", ("rank 1 failed at step 2: The text is missing; put it back.",)),
-        ("kill", ("rank 1 died at step 2 (", "killed")),
+        # Through torchrun as users start it.
+        pytest.param("kill", ("rank 1 died at step 2 (", "killed"), marks=pytest.mark.started),
     ],
 )
 def test_the_trainer_ends_with_the_cause(fault: str, parts: tuple[str, ...], mark: str, tmp_path: Path) -> None:

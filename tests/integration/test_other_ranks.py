@@ -15,6 +15,7 @@ from tests.numerics.test_training import losses, run_here, write_run
 from tools.evaluate import main
 
 __all__ = ["mark"]
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def test_a_grid_of_eight_is_evaluated_by_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 from tests.support.fork_server import die_with_server, fork_context, show_as
 
+_POPEN = subprocess.Popen
 _ARGUMENTS = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")
 _OTHERS = ("preexec_fn", "pass_fds", "shell", "gid", "gids", "uid")
@@ -200,6 +201,18 @@ def _become(command: Command, streams: list[int]) -> NoReturn:
         os._exit(code)
 
 
+def become(words: Sequence[str]) -> NoReturn:
+    """Go on as the command `python words...`, in a process that has imported everything and has one thread."""
+    found = read_command([sys.executable, *words])
+    if found is None:
+        raise SystemExit(f"no command to become: {words}")
+    module, arguments, filters, unbuffered = found
+    command = Command(
+        (sys.executable, *words), module, arguments, filters, unbuffered, dict(os.environ), os.getcwd(), False
+    )
+    _become(command, [0, 1, 2])
+
+
 def _run(command: Command) -> int:
     """Exit code of the module, run as a program."""
     sys.stdin = open(0, closefd=False)
@@ -207,7 +220,9 @@ def _run(command: Command) -> int:
     warnings.filters[:] = _FILTERS  # type: ignore[index]
     for text in command.warning_filters:
         warnings.simplefilter(text)  # type: ignore[arg-type]
-    subprocess.Popen = ForkedPopen  # type: ignore[misc]
+    for module in list(sys.modules.values()):  # torchrun's has the class under a name of its own
+        if vars(module).get("Popen") is _POPEN:
+            module.Popen = ForkedPopen  # type: ignore[attr-defined]
     sys.path[0] = command.folder
     sys.argv = [command.module, *command.arguments]
     sys.modules.pop(command.module, None)

@@ -1,9 +1,10 @@
-"""What the fork server imports.
+"""What the fork server imports; run, a stand-in for Python: `-m tests.support.preloaded -m MODULE ARGUMENT...`.
 
 Objects made so far are exempt from garbage collection, whose walks over them would cost each fork more than its work.
 """
 
 import gc
+import sys
 from importlib import import_module
 
 for _name in (
@@ -24,3 +25,8 @@ for _name in (
     import_module(_name)
 gc.collect()
 gc.freeze()
+
+if __name__ == "__main__":
+    from tests.support.commands import become
+
+    become(sys.argv[1:])
