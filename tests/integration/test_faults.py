@@ -144,7 +144,7 @@ def test_the_trainer_ends_with_the_cause(fault: str, parts: tuple[str, ...], mar
 
 @pytest.mark.parametrize("grid", [(), ("parallel.pp=2", "checks=true")], ids=["data parallel", "pipeline"])
 def test_the_trainer_names_a_rank_that_hangs(grid: tuple[str, ...], mark: str, tmp_path: Path) -> None:
-    settings = [word for setting in ("parallel.timeout_s=10", *grid) for word in ("--set", setting)]
+    settings = [word for setting in ("parallel.timeout_s=6", *grid) for word in ("--set", setting)]
     ended = run(mark, "hang", 1, 2, "--config", write_run(tmp_path, "mark"), *settings)
     folder = tmp_path / "mark/hang"
     only_message(
