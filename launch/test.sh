@@ -36,7 +36,8 @@ tests() {
   # 5: the arguments chose no test of this part.
   case $code in 0) chosen=1 ;; 5) ;; *) exit "$code" ;; esac
 }
-tests -m "not crowd" -n 2 --dist loadfile ${covered[@]+"${covered[@]}"} "$@"
+# Files as tests/conftest.py orders them, the longest first: xdist would take those of most tests first.
+tests -m "not crowd" -n 2 --dist loadfile --no-loadscope-reorder ${covered[@]+"${covered[@]}"} "$@"
 # Tests of up to eight busy processes come last and alone: beside them, whatever waits for a process to start or to end
 # within its time waits in vain.
 tests -m crowd ${covered[@]+"${covered[@]}" --cov-append} "$@"

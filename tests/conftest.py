@@ -13,6 +13,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools  # noqa: E402
+import gc  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
@@ -21,19 +23,19 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 NO_CUDA = "needs a CUDA device"
 LONGEST = (
-    "test_preemption",
-    "test_faults",
     "test_run_oracle",
+    "test_faults",
+    "test_preemption",
     "test_launchers",
-    "test_checkpoint_faults",
     "test_kill_savers",
     "test_doctor",
+    "test_checkpoint_faults",
     "test_survive",
     "test_resume_layouts",
     "test_model_on_kernels",
-    "test_kernels",
+    "test_streaming",
 )
-"""Files of tests that take a minute or more, the longest first (pytest --durations)."""
+"""Files of tests that take half a minute or more, the longest first (pytest --durations)."""
 
 settings.register_profile(
     "ci",
@@ -55,6 +57,15 @@ def _own_groups() -> Iterator[None]:
         groups.destroy_groups()
 
 
+@pytest.fixture
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of Python that the test starts are forks of a process that has imported everything, unless `started`."""
+    from tests.support.commands import ForkedPopen
+
+    if request.node.get_closest_marker("started") is None:
+        monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
+
+
 @functools.cache
 def cuda_present() -> bool:
     """Whether torch sees a CUDA device (torch is imported only if a gpu test was collected)."""
@@ -73,6 +84,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and not cuda_present():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector of garbage need not walk over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 
@@ -10,6 +11,11 @@ PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "peft", "safe
 
 def versions() -> dict[str, str]:
     """Package -> version; what is not installed is left out."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

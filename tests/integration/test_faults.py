@@ -29,6 +29,7 @@ START_S = 180.0
 """Longest a job may take: processes import torch and megatron, perhaps on two cores that others keep busy."""
 END_S = 30.0
 """Longest from a fault to the end of every process; on an idle machine it is about a second."""
+pytestmark = pytest.mark.usefixtures("forked")
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -132,7 +133,8 @@ def wait_for(mark: str, text: str) -> None:
     ("fault", "parts"),
     [
         ("user_error", ("rank 1 failed at step 2: The text is missing; put it back.",)),
-        ("kill", ("rank 1 died at step 2 (", "killed")),
+        # Through torchrun as users start it.
+        pytest.param("kill", ("rank 1 died at step 2 (", "killed"), marks=pytest.mark.started),
     ],
 )
 def test_the_trainer_ends_with_the_cause(fault: str, parts: tuple[str, ...], mark: str, tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_the_trainer_ends_with_the_cause(fault: str, parts: tuple[str, ...], mar
 
 @pytest.mark.parametrize("grid", [(), ("parallel.pp=2", "checks=true")], ids=["data parallel", "pipeline"])
 def test_the_trainer_names_a_rank_that_hangs(grid: tuple[str, ...], mark: str, tmp_path: Path) -> None:
-    settings = [word for setting in ("parallel.timeout_s=10", *grid) for word in ("--set", setting)]
+    settings = [word for setting in ("parallel.timeout_s=6", *grid) for word in ("--set", setting)]
     ended = run(mark, "hang", 1, 2, "--config", write_run(tmp_path, "mark"), *settings)
     folder = tmp_path / "mark/hang"
     only_message(

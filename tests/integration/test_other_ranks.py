@@ -15,6 +15,7 @@ from tests.numerics.test_training import losses, run_here, write_run
 from tools.evaluate import main
 
 __all__ = ["mark"]
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def test_a_grid_of_eight_is_evaluated_by_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +33,7 @@ def test_a_grid_of_eight_is_evaluated_by_one_process(tmp_path: Path, capsys: pyt
     assert found[0] and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+@pytest.mark.started
 def test_two_tasks_of_srun_are_one_run(mark: str, tmp_path: Path) -> None:
     path = write_run(tmp_path, "mark")
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from tests.numerics.test_training import losses, run_here, write_run
 from tests.support.ranks import reserved_port
 
 __all__ = ["mark"]
+pytestmark = pytest.mark.usefixtures("forked")
 STEPS = 12
 
 
@@ -56,23 +58,35 @@ def test_a_signal_to_one_rank_saves_on_all(number: signal.Signals, mark: str, tm
     assert not (run / ".lock").exists()
 
 
-def launch(mark: str, path: Path, *settings: str) -> subprocess.Popen[bytes]:
-    """launch/run.sh on two CPU processes, in a session of its own."""
+def launch(mark: str, path: Path, *settings: str, script: bool = False) -> subprocess.Popen[bytes]:
+    """The launcher on two CPU processes, in a session of its own.
+
+    Args:
+        script: started by launch/run.sh.
+    """
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-W", "ignore", "-m", "tools.launch", "--config", str(path), "--device", "cpu", *words]
+    with open(f"{mark}.txt", "wb") as out:
+        streams = {"stdout": out, "stderr": out}
+        if not script:
+            environment = os.environ | QUIET
+            return subprocess.Popen(
+                [*command, "--nproc", "2"], cwd=ROOT, env=environment, start_new_session=True, **streams
+            )
+        return launch_script(path, words, streams)
+
+
+def launch_script(path: Path, words: list[str], streams: dict[str, BinaryIO]) -> subprocess.Popen[bytes]:
+    """launch/run.sh with words for two CPU processes."""
     python, script = path.parent / "python", path.parent / "run_test.sh"
     python.write_text(
         f'#!/bin/sh\ncase "$*" in *tools.launch*) set -- "$@" --device cpu ;; esac\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
     script.write_text(f"name=run_test config={path}\nsource {ROOT}/launch/run.sh\n")
-    words = [word for setting in settings for word in ("--set", setting)]
-    with open(f"{mark}.txt", "wb") as out:
-        return subprocess.Popen(
-            ["bash", str(script), "--nproc", "2", *words],
-            env=os.environ | QUIET | {"LONGSPAN_PYTHON": str(python)},
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+    environment = os.environ | QUIET | {"LONGSPAN_PYTHON": str(python)}
+    command = ["bash", str(script), "--nproc", "2", *words]
+    return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
 
 def torchrun(mark: str, *words: str) -> subprocess.Popen[bytes]:
@@ -84,12 +98,12 @@ def torchrun(mark: str, *words: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 75)])
-def test_a_signal_to_the_launch_script_saves_and_the_same_command_resumes(
+def test_a_signal_to_the_launcher_saves_and_the_same_command_resumes(
     number: signal.Signals, code: int, mark: str, tmp_path: Path
 ) -> None:
     path, run = write_run(tmp_path, "mark"), tmp_path / "mark"
     settings = ("save.every=0", f"save.signal_exit_code={code}")
-    job = launch(mark, path, "train.steps=5000", *settings)
+    job = launch(mark, path, "train.steps=5000", *settings, script=number == signal.SIGTERM)
     wait_for_step(run, 3)
     job.send_signal(number)
     time.sleep(0.3)
@@ -136,7 +150,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_the_launch_script_at_once(mark: str,
     assert f"Ctrl-C: stopped and saved at step {done}; rerun the same command to go on" in ended.text
     assert ended.text.count("once more ends it at once") == 1
 
-    job = launch(mark, path, *settings)
+    job = launch(mark, path, *settings, script=True)
     wait_for_step(run, done + 2)
     ranks = psutil.Process(job.pid).children()
     ranks[0].suspend()  # nobody reaches a boundary any more
@@ -183,7 +197,7 @@ def test_ctrl_c_to_one_process_saves_and_to_two_without_a_launcher_ends_twice(ma
 
 def test_a_signal_with_nothing_to_save_ends_it_at_once(mark: str, tmp_path: Path) -> None:
     """Its processes are still starting, or wait for another machine."""
-    job = launch(mark, write_run(tmp_path, "mark"), "train.steps=5000")
+    job = launch(mark, write_run(tmp_path, "mark"), "train.steps=5000", script=True)
     until = time.monotonic() + 60
     launcher = psutil.Process(job.pid)
     while "tools.launch" not in " ".join(launcher.cmdline()) or not launcher.children():
@@ -206,7 +220,7 @@ def test_a_signal_with_nothing_to_save_ends_it_at_once(mark: str, tmp_path: Path
 
 
 def test_what_a_rank_says_of_its_failure_comes_last(mark: str, tmp_path: Path) -> None:
-    ended = finish(mark, [launch(mark, write_run(tmp_path, "mark"), "train.xyzzy=1")])
+    ended = finish(mark, [launch(mark, write_run(tmp_path, "mark"), "train.xyzzy=1", script=True)])
     assert ended.codes == [2] and "train.xyzzy: unknown key" in ended.text.splitlines()[-1], ended.text
     assert "Traceback" not in ended.text
 

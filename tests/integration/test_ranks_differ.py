@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.integration.test_faults import QUIET, ROOT, Ended, finish, mark
 from tests.numerics.test_training import write_run
 from tests.support.ranks import reserved_port
 
 __all__ = ["mark"]
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def train_two(mark: str, path: Path, *second: str) -> Ended:

@@ -10,6 +10,7 @@ import pytest
 
 from tools.bench import survive
 
+pytestmark = pytest.mark.usefixtures("forked")
 TINY = ["--cpu", "--hidden", "64", "--layers", "2", "--sequence", "64", "--vocab", "128"]
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pipeline.model.layers import kernel_choice, lora_functions, mlp, norm, rotary, swiglu
 from pipeline.model.layers.frozen_weight import DenseWeight
-from tests.support.interpreted import interpret
+from tests.support.interpreted import interpret_all
 from tests.support.single import single_groups
 
 DTYPES = ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9))
@@ -197,9 +197,16 @@ CHECKS = (
 )
 
 
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """What each of CHECKS fails with under the interpreter."""
+    told = interpret_all([f"test_kernels.{check}('cpu')" for check in CHECKS])
+    return dict(zip(CHECKS, told.values(), strict=True))
+
+
 @pytest.mark.parametrize("check", CHECKS)
-def test_interpreted(check: str) -> None:
-    interpret(f"test_kernels.{check}('cpu')")
+def test_interpreted(check: str, interpreted: dict[str, str]) -> None:
+    assert not interpreted[check], interpreted[check]
 
 
 @pytest.mark.gpu

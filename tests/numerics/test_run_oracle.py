@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"dropout-{grid}": {**GRIDS[grid], "dropout": DROPOUT} for grid in ("tp2", "cp2")},
     # Chunks spread over context ranks, of which a shard is shorter than half a group; over tensor ranks; replicas.
     **{
-        f"streamed-{grid}": {**GRIDS[grid], "group": "group_size: 16", "full_last": 0, "stream": 12}
+        f"streamed-{grid}": {**GRIDS[grid], "group": "group_size: 16", "full_last": 0, "stream": 12, "steps": 2}
         for grid in ("tp2", "cp2", "dp2", "zero3")
     },
     "shared": {"tp": 2, "dropout": DROPOUT, "steps": 2},

@@ -22,7 +22,7 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
         ("full", Grid(cp=2, engine=OFFLOAD)),
     ],
     4: [
-        ("untied", Grid(engine=ZERO3)),
+        ("untied eight", Grid(engine=ZERO3)),
         ("tied", Grid(engine=OFFLOAD)),
         ("frozen", Grid(tp=2, engine=OFFLOAD)),
         ("tied", Grid(tp=2, engine=ZERO3)),

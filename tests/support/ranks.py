@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import os
 import random
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from multiprocessing.reduction import DupFd
@@ -24,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.support.fork_server import die_with_server, environment, fork_context
+
 GRACE_S = 1.0
 """After the first failure: seconds to hear of the failure that caused it, since peers of a dead rank fail too."""
 EXIT_S = 10.0
 """Seconds a finished rank may take to leave."""
-PRELOADED = ("pipeline.build", "pipeline.evaluation.evaluator", "pipeline.export.formats", "deepspeed")
-"""Imported once, by the process that ranks are forked from: a rank would import for seven seconds."""
 Process = SpawnProcess | ForkServerProcess
 
 
@@ -92,9 +89,7 @@ def _arrived(variables: dict[str, str], *output: Any) -> None:
 def _child(home: _Home | None, fn: Callable[..., Any], rank: int, world: int, args: Any, pipe: Connection) -> None:
     """One rank, in a process group of its own so that its children die with it."""
     os.setsid()
-    if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: never outlive a killed pytest, whose end its fork server does not outlive either.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    die_with_server()
     faulthandler.register(signal.SIGUSR1, file=2)
     torch.set_num_threads(1)
     try:
@@ -109,21 +104,6 @@ def _child(home: _Home | None, fn: Callable[..., Any], rank: int, world: int, ar
         pipe.recv()  # rank 0 hosts the rendezvous store: stay until every rank is done
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables while a child (or the process that children are forked from) starts: before it imports torch."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 PORTS = range(15_000, 32_000)
@@ -213,9 +193,7 @@ def run_ranks[T](
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"backend {backend!r} is not gloo or nccl")
     forked = backend == "gloo"
-    context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
-    if forked:
-        context.set_forkserver_preload(list(PRELOADED))
+    context: Any = fork_context() if forked else multiprocessing.get_context("spawn")
     deadline = time.monotonic() + timeout
     processes: list[Process] = []
     pipes: list[Connection] = []
@@ -234,10 +212,7 @@ def run_ranks[T](
                 }
                 if backend == "gloo":
                     variables |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-                with _environment(variables):
-                    if forked:
-                        # Starts the server with these variables, if this is the first rank; its own ones follow.
-                        forkserver.ensure_running()
+                with environment(variables):
                     home = _Home(variables) if forked else None
                     process = context.Process(
                         target=_child, args=(home, fn, rank, world, args, theirs), name=f"rank{rank}"
