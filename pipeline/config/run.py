@@ -10,6 +10,7 @@ from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import PathText
 from pipeline.config.resume import ResumeConfig
 from pipeline.config.sections import (
+    RULER_TASKS,
     AttentionConfig,
     DataConfig,
     EvalConfig,
@@ -183,10 +184,26 @@ class RunConfig:
         return self.eval.retrieval_lengths or self.eval_lengths
 
     @property
+    def ruler_tasks(self) -> tuple[str, ...]:
+        """RULER's tasks that are measured during training, in its order."""
+        asked = self.eval.tasks
+        return tuple(task for task in RULER_TASKS if "ruler" in asked or task in asked)
+
+    @property
+    def ruler_lengths(self) -> tuple[int, ...]:
+        """Windows of RULER, tokens."""
+        return self.eval.ruler_lengths or self.retrieval_lengths
+
+    @property
+    def ruler_prompts(self) -> int:
+        """Prompts of RULER a task and length."""
+        return self.eval.ruler_trials or self.eval.depths * self.eval.trials
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and may not be meant, one sentence each."""
         found = []
-        asked = sorted({*self.eval.lengths, *self.eval.retrieval_lengths})
+        asked = sorted({*self.eval.lengths, *self.eval.retrieval_lengths, *self.eval.ruler_lengths})
         beyond = [length for length in asked if length > self.model.context]
         if self.eval.path is not None and beyond:
             found.append(

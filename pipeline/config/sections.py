@@ -23,8 +23,13 @@ BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
-EVAL_TASKS = ("passkey", "needle", "dense_gap")
-"""What an evaluation during training may measure besides perplexity."""
+RULER_TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe"),
+)
+"""RULER's that need no download, as lm-evaluation-harness names them."""
+EVAL_TASKS = ("passkey", "needle", "ruler", "dense_gap", *RULER_TASKS)
+"""What an evaluation during training may measure besides perplexity; `ruler`: all of RULER's."""
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap")
 """Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
@@ -286,15 +291,19 @@ class EvalConfig:
     stride: int | None = None
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
     tasks: tuple[str, ...] = ()
-    """Measured besides perplexity: passkey | needle (retrieval) | dense_gap (S² against full attention; nothing with
-    attention.kind: full). With any, the base is measured too, at the lengths it was made for, and the run's last lines
-    say what was lost."""
+    """Measured besides perplexity: passkey | needle (retrieval) | ruler, or some of RULER's tasks by name | dense_gap
+    (S² against full attention; nothing with attention.kind: full). With any, the base is measured too, at the lengths
+    it was made for, and the run's last lines say what was lost."""
     retrieval_lengths: tuple[int, ...] = ()
     """Windows of passkey and needle, tokens; empty uses lengths."""
     depths: int = 5
     """Depths of passkey and needle, from 0 to 100%."""
     trials: int = 4
     """Prompts a length and depth."""
+    ruler_lengths: tuple[int, ...] = ()
+    """Windows of RULER, tokens; empty uses retrieval_lengths."""
+    ruler_trials: int | None = None
+    """Prompts of RULER a task and length; None uses depths x trials."""
     prefill: int | None = None
     """Tokens at work at once, over all ranks of a replica: longer windows go through in chunks, and keys and values of
     the earlier ones wait in host memory; None uses train.stream, and without it whole windows are at work."""
@@ -311,6 +320,10 @@ class EvalConfig:
             one_of("eval.tasks", task, EVAL_TASKS)
         for length in self.retrieval_lengths:
             at_least("eval.retrieval_lengths", length, 2)
+        for length in self.ruler_lengths:
+            at_least("eval.ruler_lengths", length, 2)
+        if self.ruler_trials is not None:
+            at_least("eval.ruler_trials", self.ruler_trials, 1)
         at_least("eval.depths", self.depths, 1)
         at_least("eval.trials", self.trials, 1)
         if self.tasks and self.path is None:

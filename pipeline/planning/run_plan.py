@@ -84,7 +84,7 @@ def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> Non
             f"attention.full_last_steps: full attention over {sequence} {needs}, {obstacle}; set it to 0, or use a "
             "checkpoint without a window."
         )
-    asked = max(config.eval_lengths + config.retrieval_lengths)
+    asked = max(config.eval_lengths + config.retrieval_lengths + config.ruler_lengths)
     if not obstacle and prefill is not None and asked > prefill:
         obstacle = "which is not computed in chunks (eval.prefill, train.stream)"
     if obstacle and config.eval.path is not None and asked > window:
