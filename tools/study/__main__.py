@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command, program
+from pipeline.storage.json_file import replace_json
 from tools.study.plan import Places, read_study
 
 DEFAULT = Path(__file__).with_name("recipes.yaml")
@@ -33,6 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of every run")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="recipes by name (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="instead of the study's")
+    parser.add_argument("--ruler", nargs="+", default=[], metavar="TASK", help="judge by RULER too: `ruler`, or tasks")
     parser.add_argument("--code", type=user_path, help="Python code to mix (default: Python's standard library)")
     parser.add_argument("--list", action="store_true", help="only say which runs there are")
     return parser.parse_args(argv)
@@ -43,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 (also when time ran out: the same command goes on), or 2 with one sentence on standard error."""
     args = parse(argv)
     study = read_study(args.study).only(args.only, args.seeds)
+    if args.ruler:
+        study = replace(study, judge=replace(study.judge, ruler=tuple(args.ruler)))
     if args.list:
         for number, (recipe, seed) in enumerate(study.order(), start=1):
             print(f"{number:3d}  {recipe.name}, seed {seed}")
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
-    from tools.study.table import markdown
+    from tools.study.table import figures, markdown
 
     workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
 
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "table.md").write_text(markdown(outcomes, base))
+        replace_json(args.output / "table.json", figures(outcomes, base))
 
     outcomes, reason = workshop.run(show)
     show(outcomes)

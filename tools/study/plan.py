@@ -55,6 +55,11 @@ class Asked:
     digits: int = 5
     filler: str = "grass"
     tail: float = 0.25
+    ruler: tuple[str, ...] = ()
+    """RULER's tasks by name, or `ruler`: all; empty: none."""
+    ruler_lengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    ruler_trials: int = 4
+    """Prompts a task and length."""
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,21 @@ import torch
 
 from parallel.errors import ConfigError, DataError
 from parallel.health.signals import StopSignals
+from parallel.world.grid import GridPlan
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build, build_model, connect, open_base
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import LoraConfig
+from pipeline.config.sections import RULER_TASKS, LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.evaluation.evaluator import TEXT_TOKENS
 from pipeline.evaluation.judge import Judge, Judgement, JudgeSettings
 from pipeline.evaluation.results import ResultFile
+from pipeline.evaluation.ruler.cost import ruler_cost
+from pipeline.evaluation.ruler.results import RulerFile
+from pipeline.evaluation.ruler.tasks import RulerSettings
 from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.tasks import RetrievalSettings
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -88,7 +92,9 @@ def judge_settings(study: Study, own_context: int) -> JudgeSettings:
         RetrievalSettings(tokens(asked.retrieval_lengths), asked.depths, asked.trials, task, asked.filler, asked.digits)
         for task in asked.tasks
     )
-    return JudgeSettings(tokens(asked.lengths), asked.windows, round(asked.tail * own_context), grids)
+    tasks = RULER_TASKS if "ruler" in asked.ruler else asked.ruler
+    ruler = RulerSettings(tasks, tokens(asked.ruler_lengths), asked.ruler_trials) if tasks else None
+    return JudgeSettings(tokens(asked.lengths), asked.windows, round(asked.tail * own_context), grids, ruler)
 
 
 class Workshop:
@@ -138,6 +144,9 @@ class Workshop:
         self.judge_settings = judge_settings(study, self.own_context)
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
         self.judge = Judge(self.judge_settings, self.tokenizer, text)
+        if self.judge.riddles:
+            cost = ruler_cost(self.judge.riddles, stored, GridPlan(1, 1, 1, 1))
+            self.say(f"RULER, of every run: {cost.sentence(config.train.global_batch * config.sequence)}")
         asked = json.dumps([self.judge_settings.to_json(), held_out.fingerprint], sort_keys=True)
         self.asked = hashlib.sha256(asked.encode()).hexdigest()
         self._pace: dict[tuple[bool, bool], float] = {}
@@ -257,6 +266,7 @@ class Workshop:
                     config.model.context,
                     {"weights": key, "dtype": str(model.dtype)},
                     ResultFile(self.results / "cells" / self.file(recipe, seed).name),
+                    RulerFile(self.results / "ruler" / self.file(recipe, seed).name),
                     label=recipe.name,
                     step=training.get("steps", 0),
                     shards=Shards(before_round=self._heed),

@@ -6,10 +6,20 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pipeline.evaluation.judge import Judgement
 from pipeline.evaluation.perplexity import exponential
-from pipeline.evaluation.results import CellResult, begun_by_length, by_length, paired_difference, relative
+from pipeline.evaluation.results import (
+    CellResult,
+    begun_by_length,
+    by_length,
+    by_task,
+    paired_difference,
+    relative,
+)
+from pipeline.evaluation.ruler.results import Effective, RulerReport, means
+from pipeline.reporting.metrics import json_number
 from tools.study.run import Outcome
 
 
@@ -38,9 +48,25 @@ def _against(runs: Sequence[Outcome], of: Callable[[Judgement], Sequence[float]]
     return _mean([100 * (exponential(mean) - 1) for mean in means], lambda value: f"{value:.1f}") + "%"
 
 
+def ruler_of(run: Outcome, base: Outcome | None) -> RulerReport:
+    """What a run answers of RULER, as a report.
+
+    Args:
+        base: the model as shipped, whose context is the report's.
+    """
+    own = run.judgement.tail_context
+    base_context = own if base is None else base.judgement.tail_context
+    return RulerReport(run.recipe.name, int(run.training.get("steps", 0)), own, base_context, run.judgement.ruler)
+
+
+def effective(run: Outcome, base: Outcome | None) -> Effective:
+    """Effective length, judged by what the base answers at its own length, or by RULER's threshold."""
+    return ruler_of(run, base).effective(None if base is None else ruler_of(base, base))
+
+
 def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
     """A row a recipe, means over its seeds with their standard deviations; retrieval in brackets: where the answer's
-    first token was given.
+    first token was given. RULER's columns are means over all its tasks; its effective length is each seed's.
 
     Args:
         outcomes: in the order of the rows.
@@ -61,6 +87,8 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
     for task in tasks:
         found = by_length(cell for cell in outcomes[0].judgement.cells if cell.task == task)
         head += [f"{task} {length}" for length in found] + [f"{task} worst cell"]
+    ruler = list(means(outcomes[0].judgement.ruler))
+    head += [f"RULER {length}" for length in ruler] + ["effective length"] * bool(ruler)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         trained = [run for run in runs if run.training]
@@ -86,5 +114,42 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
                 scores = [by_length(_cells(run, task))[length][0] for run in runs]
                 cells.append(f"{_mean(scores, '{:.0%}'.format)} ({given[length][0]:.0%})")
             cells.append(f"{min(cell.score for cell in every):.0%}")
+        for length in ruler:
+            cells.append(_mean([means(run.judgement.ruler)[length] for run in runs], "{:.0%}".format))
+        if ruler:
+            cells.append(", ".join(map(str, sorted({effective(run, base).tokens for run in runs}))))
         lines.append("| " + " | ".join(cells) + " |")
+    if ruler:
+        asked = effective(outcomes[0], base)
+        lines += [
+            "",
+            f"Effective length: the longest to which all means over {', '.join(asked.tasks)} stay at "
+            f"{asked.threshold:.1%} ({asked.criterion}).",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def figures(outcomes: Sequence[Outcome], base: Outcome | None) -> dict[str, Any]:
+    """What the table is made of, JSON-ready: under `runs` an entry a run.
+
+    Args:
+        base: see `markdown`.
+    """
+    found = []
+    for run in outcomes:
+        judged = run.judgement
+        entry: dict[str, Any] = {"recipe": run.recipe.name, "seed": run.seed, "training": dict(run.training)}
+        entry["perplexity"] = {str(n): json_number(value) for n, value in judged.perplexity.perplexity.items()}
+        entry["tail_nll"] = [json_number(value) for value in judged.tail_nll]
+        entry["retrieval"] = {
+            task: {
+                str(n): {"exact": score, "first token given": begun_by_length(cells)[n][0]}
+                for n, (score, _) in by_length(cells).items()
+            }
+            for task, cells in by_task(judged.cells).items()
+        }
+        if judged.ruler:
+            entry["ruler"] = {str(n): score for n, score in means(judged.ruler).items()}
+            entry["effective_length"] = effective(run, base).to_json()
+        found.append(entry)
+    return {"base": None if base is None else base.recipe.name, "runs": found}
