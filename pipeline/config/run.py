@@ -92,6 +92,16 @@ class RunConfig:
                 "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
                 "parallel.cp to 1."
             )
+        if self.attention.for_studies and self.parallel.cp > 1:
+            raise ConfigError(
+                f"{self.attention.for_studies} is for studies and not computed over context shards; set parallel.cp to "
+                "1."
+            )
+        if (self.attention.dilation - 1) * self.group >= self.sequence:
+            raise ConfigError(
+                f"attention.dilation: {self.attention.dilation} groups of {self.group} tokens are more than the "
+                f"training sequence of {self.sequence}; use at most {max(1, self.sequence // self.group)}."
+            )
         for length in self.eval_lengths:
             if self.eval.stride is not None and self.eval.stride > length:
                 raise ConfigError(f"eval.stride: {self.eval.stride} exceeds the evaluation length {length}.")
@@ -141,6 +151,10 @@ class RunConfig:
         if attention.legacy_wrap:
             raise ConfigError(
                 "attention.legacy_wrap: wraps around the whole sequence, which train.stream cuts; switch one off."
+            )
+        if attention.for_studies:
+            raise ConfigError(
+                f"{attention.for_studies} is for studies and computed on whole sequences; remove it, or train.stream."
             )
         if self.parallel.pp > 1:
             raise ConfigError(

@@ -30,7 +30,7 @@ RULER_TASKS = (
 """RULER's that need no download, as lm-evaluation-harness names them."""
 EVAL_TASKS = ("passkey", "needle", "ruler", "dense_gap", *RULER_TASKS)
 """What an evaluation during training may measure besides perplexity; `ruler`: all of RULER's."""
-S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap")
+S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
 """Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
 
@@ -78,7 +78,11 @@ class AttentionConfig:
     group_fraction: float = 0.25
     """G as a fraction of the training sequence length (the paper: 1/4); used when group_size is None."""
     shifted_heads: str = "upper_half"
-    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups) | none, all (for studies)."""
+    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups) | none, all, odd_layers (all heads of every other
+    layer), for studies."""
+    dilation: int = 1
+    """For studies: above 1, heads that shifted_heads names are not shifted; they see every so many-th token of segments
+    that are as many times as long as a group. Sequence over group makes it strided attention."""
     backend: str = "auto"
     """auto | cudnn | flash | flash_attn | math."""
     legacy_wrap: bool = False
@@ -88,9 +92,16 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         one_of("attention.kind", self.kind, ("s2", "full"))
-        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all"))
+        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all", "odd_layers"))
         one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
         at_least("attention.full_last_steps", self.full_last_steps, 0)
+        at_least("attention.dilation", self.dilation, 1)
+        if self.dilation > 1 and self.shifted_heads == "none":
+            raise ConfigError(
+                "attention.dilation: shifted_heads: none leaves no head to dilate; name some, or remove it."
+            )
+        if self.dilation > 1 and self.legacy_wrap:
+            raise ConfigError("attention.dilation: dilated heads are not rolled; switch attention.legacy_wrap off.")
         if self.group_size is not None:
             at_least("attention.group_size", self.group_size, 2)
             if self.group_size % 2:
@@ -107,6 +118,13 @@ class AttentionConfig:
                         f"attention.{item.name}: full attention has no shift and no groups; set "
                         "attention.kind: s2, or remove it."
                     )
+
+    @property
+    def for_studies(self) -> str:
+        """The setting that only whole sequences on a rank are computed with; empty: none is set."""
+        if self.dilation > 1:
+            return f"attention.dilation: {self.dilation}"
+        return "attention.shifted_heads: odd_layers" if self.shifted_heads == "odd_layers" else ""
 
     def group_tokens(self, sequence: int) -> int:
         """Group length G in tokens (even, >= 2) for a training sequence of `sequence` tokens."""

@@ -63,9 +63,10 @@ def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> Non
     window, attention, sequence = arch.sliding_window, config.attention, config.sequence
     if window is None:
         return
-    if attention.kind == "s2" and min(sequence, config.group) > window:
+    reach = config.group * attention.dilation
+    if attention.kind == "s2" and min(sequence, reach) > window:
         raise ConfigError(
-            f"attention.group_size: groups of {config.group} tokens see further than the checkpoint's sliding_window "
+            f"attention.group_size: groups of {reach} tokens see further than the checkpoint's sliding_window "
             f"of {window}, in which it is served; set at most {window // 2 * 2}, or use a checkpoint without a window."
         )
     obstacle = ""
