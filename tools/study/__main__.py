@@ -1,4 +1,4 @@
-"""Compare recipes of context extension on one model: `python -m tools.study --study study.yaml --model DIR --text DIR`
+"""Compare recipes of context extension on one model: `python -m tools.study --plan table2 --model DIR --text DIR`
 
 Each recipe is trained by the product's trainer, in this process, and judged by perplexity, the last tokens of long
 windows and retrieval. Finished runs are kept by a hash of what decides them: the same command goes on.
@@ -9,21 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command, program
+from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
-from tools.study.plan import Places, read_study
-
-DEFAULT = Path(__file__).with_name("recipes.yaml")
+from tools.study.plan import Places, asked, plan_file, read_study
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog=program("tools.study"), description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--study", type=user_path, default=DEFAULT, help="YAML of recipes (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plan", default="recipes", help="table1, table2, table6, groups, or recipes (the default)")
+    what.add_argument("--study", type=user_path, help="instead: a YAML of recipes of your own")
     parser.add_argument(
         "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"
     )
@@ -33,6 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=user_path, help="checkpoints and tokens (default: OUTPUT/runs)")
     parser.add_argument("--seconds", type=float, help="leave in good order before so many have passed")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of every run")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="a=b", help="instead of the study's: trials=2")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="recipes by name (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="instead of the study's")
     parser.add_argument("--ruler", nargs="+", default=[], metavar="TASK", help="judge by RULER too: `ruler`, or tasks")
@@ -45,13 +46,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 (also when time ran out: the same command goes on), or 2 with one sentence on standard error."""
     args = parse(argv)
-    study = read_study(args.study).only(args.only, args.seeds)
-    if args.ruler:
-        study = replace(study, judge=replace(study.judge, ruler=tuple(args.ruler)))
+    path = args.study or plan_file(args.plan)
+    study = asked(read_study(path), args.judge, args.ruler).only(args.only, args.seeds)
     if args.list:
         for number, (recipe, seed) in enumerate(study.order(), start=1):
             print(f"{number:3d}  {recipe.name}, seed {seed}")
         return 0
+    table = args.output / ("table.md" if args.study or args.plan == "recipes" else f"{args.plan}.md")
     runs = args.runs or args.output / "runs"
     places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
     # Both import torch, which a wrong study need not wait for.
@@ -63,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show(outcomes: list[Outcome]) -> None:
         base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "table.md").write_text(markdown(outcomes, base))
-        replace_json(args.output / "table.json", figures(outcomes, base))
+        replace_text(table, markdown(outcomes, base))
+        replace_json(table.with_suffix(".json"), figures(outcomes, base))
 
     outcomes, reason = workshop.run(show)
     show(outcomes)
-    print((args.output / "table.md").read_text())
+    print(table.read_text())
     if reason:
         print(f"left early: {reason}; the same command goes on")
     return 0
