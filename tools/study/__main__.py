@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of every run")
     parser.add_argument("--judge", nargs="+", default=[], metavar="a=b", help="instead of the study's: trials=2")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="recipes by name (default: all)")
+    parser.add_argument("--equal-seconds", metavar="NAME", help="train each recipe in this one's seconds too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="instead of the study's")
     parser.add_argument("--ruler", nargs="+", default=[], metavar="TASK", help="judge by RULER too: `ruler`, or tasks")
     parser.add_argument("--code", type=user_path, help="Python code to mix (default: Python's standard library)")
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     path = args.study or plan_file(args.plan)
     study = asked(read_study(path), args.judge, args.ruler).only(args.only, args.seeds)
+    if args.equal_seconds:
+        study = study.in_seconds_of(args.equal_seconds)
     if args.list:
         for number, (recipe, seed) in enumerate(study.order(), start=1):
             print(f"{number:3d}  {recipe.name}, seed {seed}")
@@ -57,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
-    from tools.study.table import figures, markdown
+    from tools.study.table import comparisons, figures
 
     workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
 
     def show(outcomes: list[Outcome]) -> None:
         base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)
         args.output.mkdir(parents=True, exist_ok=True)
-        replace_text(table, markdown(outcomes, base))
+        ended = "".join(f"\nDiverged: {sentence}\n" for sentence in workshop.diverged)
+        replace_text(table, comparisons(outcomes, base) + ended)
         replace_json(table.with_suffix(".json"), figures(outcomes, base))
 
     outcomes, reason = workshop.run(show)

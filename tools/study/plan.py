@@ -14,6 +14,7 @@ import yaml
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict, load_config
+from tools.study.pace import check_budget
 from tools.support.mixture import Mixture
 
 VERSION = 1
@@ -37,8 +38,15 @@ class Recipe:
     """What is mixed with the training text."""
     whole: bool = False
     """Every weight is trained, in transformers' model by torch (`whole_model`): what adapters are compared with."""
+    seconds: float | None = None
+    """As many steps as take so long (see `pace`); None: `seconds_of`, or the configuration's steps."""
     seconds_of: str | None = None
-    """With `whole`: end once the steps have taken as long as this recipe's of the same seed; None: train all steps."""
+    """As many steps as take as long as all of this recipe's; None: see `seconds`."""
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether its steps follow from a time."""
+        return self.seconds is not None or self.seconds_of is not None
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,23 @@ class Study:
     recipes: tuple[Recipe, ...]
     """The most valuable first."""
     judge: Asked
+    every: tuple[Recipe, ...]
+    """Also those that are left out, by which others are paced."""
+
+    def in_seconds_of(self, name: str) -> Study:
+        """The same study, and after it each trained recipe again in the seconds of one of them.
+
+        Raises:
+            ConfigError: it is no recipe with steps of its own.
+        """
+        paces = [recipe.name for recipe in self.every if not recipe.untrained and not recipe.budgeted]
+        if name not in paces:
+            raise ConfigError(
+                f"--equal-seconds: {name!r} is no recipe with steps of its own; there are: {'; '.join(paces)}."
+            )
+        again = [recipe for recipe in self.recipes if recipe.name in paces and recipe.name != name]
+        twins = [replace(recipe, name=f"{recipe.name}, seconds of {name}", seconds_of=name) for recipe in again]
+        return replace(self, recipes=(*self.recipes, *twins))
 
     def only(self, names: Sequence[str], seeds: Sequence[int]) -> Study:
         """The same study of some recipes and seeds, in the study's order; empty: of all.
@@ -149,10 +174,11 @@ def read_study(path: Path) -> Study:
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: two recipes are called {twice[0]!r}; give each its own name.")
+    paces = [recipe.name for recipe in recipes if not recipe.untrained and not recipe.budgeted]
     for number, recipe in enumerate(recipes):
-        if recipe.seconds_of is not None and recipe.seconds_of not in names[:number]:
+        if recipe.seconds_of is not None and recipe.seconds_of not in paces:
             raise ConfigError(
-                f"{path}: recipes[{number}].seconds_of: {recipe.seconds_of!r} is no recipe before this one."
+                f"{path}: recipes[{number}].seconds_of: {recipe.seconds_of!r} is no recipe with steps of its own here."
             )
     given = _keys(top.get("judge") or {}, path, "judge", tuple(Asked.__dataclass_fields__))
     questions: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in given.items()}
@@ -167,6 +193,7 @@ def read_study(path: Path) -> Study:
             tuple(_keys(top.get("common") or {}, path, "common").items()),
             tuple(recipes),
             judge,
+            tuple(recipes),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: stretch is a number and seeds are integers ({error}).") from None
@@ -204,15 +231,13 @@ def _recipe(entry: Any, path: Path, where: str) -> Recipe:
     untrained, whole = bool(given.get("untrained", False)), bool(given.get("whole", False))
     if untrained and (whole or mix):
         raise ConfigError(f"{path}: {where}: is untrained, so whole and mix mean nothing; remove them.")
-    if given.get("seconds_of") is not None and not whole:
-        raise ConfigError(f"{path}: {where}.seconds_of: only a recipe with whole: true ends by time; remove it.")
+    budget = given.get("seconds"), given.get("seconds_of")
+    check_budget(f"{path}: {where}", *budget, untrained)
     try:
         mixture = Mixture(**mix)
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {where}.mix: {error}") from None
-    return Recipe(
-        str(given["name"]), settings, untrained, given.get("stretch"), mixture, whole, given.get("seconds_of")
-    )
+    return Recipe(str(given["name"]), settings, untrained, given.get("stretch"), mixture, whole, *budget)
 
 
 def _varied(recipes: Sequence[Recipe], variants: Sequence[Any], path: Path) -> Iterator[Recipe]:
@@ -234,7 +259,7 @@ def _varied(recipes: Sequence[Recipe], variants: Sequence[Any], path: Path) -> I
                 yield replace(recipe, name=name, settings=own, seconds_of=called(recipe.seconds_of))
 
 
-_RECIPE_KEYS = ("name", "set", "untrained", "stretch", "mix", "whole", "seconds_of")
+_RECIPE_KEYS = ("name", "set", "untrained", "stretch", "mix", "whole", "seconds", "seconds_of")
 
 
 def _keys(
@@ -315,13 +340,12 @@ def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
     return config
 
 
-def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str, paced_by: str = "") -> str:
+def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> str:
     """Hash of all that decides the weights of a run.
 
     Args:
         base_hash: of the base's weights.
         data: fingerprint of the training tokens.
-        paced_by: key of the run whose seconds end this one; empty: its steps do.
     """
     decisive = {key: value for key, value in config_dict(config).items() if key not in _NOT_DECISIVE}
     decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "path"}
@@ -330,7 +354,7 @@ def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str, pace
         decisive, data = {"model": decisive["model"]}, ""
     if recipe.whole:  # what only adapters look at decides nothing
         attention = {} if config.attention.kind == "full" else {"attention": decisive["attention"]}
-        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": paced_by or "steps"}
+        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": "steps"}
         decisive |= attention
     text = json.dumps([VERSION, decisive, base_hash, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -79,7 +79,7 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
         rows.setdefault(outcome.recipe.name, []).append(outcome)
     lengths = list(outcomes[0].judgement.perplexity.perplexity)
     tasks = list(dict.fromkeys(cell.task for cell in outcomes[0].judgement.cells))
-    head = ["recipe", "seeds", "s/run", "GiB", *(f"ppl {length}" for length in lengths)]
+    head = ["recipe", "seeds", "steps", "Mtokens", "s/run", "GiB", *(f"ppl {length}" for length in lengths)]
     if base is not None:
         head += [f"{length} vs base" for length in lengths if length <= base.judgement.tail_context]
         if base.judgement.tail_nll:
@@ -93,6 +93,8 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
     for name, runs in rows.items():
         trained = [run for run in runs if run.training]
         cells = [name, str(len(runs))]
+        cells.append(", ".join(f"{steps}" for steps in sorted({run.training["steps"] for run in trained})))
+        cells.append(", ".join(f"{n / 1e6:.4g}" for n in sorted({run.training["tokens"] for run in trained})))
         cells.append(
             _mean([float(run.training["seconds"]) for run in trained], lambda v: f"{v:.0f}") if trained else ""
         )
@@ -127,6 +129,31 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
             f"{asked.threshold:.1%} ({asked.criterion}).",
         ]
     return "\n".join(lines) + "\n"
+
+
+def comparisons(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
+    """The tables of a study: recipes of as many steps as their settings say, then those of each budget in seconds.
+
+    Args:
+        outcomes, base: see `markdown`.
+    """
+    budgeted = [run for run in outcomes if run.recipe.budgeted]
+    plain = [run for run in outcomes if not run.recipe.budgeted]
+    if not budgeted:
+        return markdown(outcomes, base)
+    parts = ["## Equal tokens\n\nSteps as the settings say.\n\n", markdown(plain, base)]
+    for of, seconds in dict.fromkeys((run.recipe.seconds_of, run.recipe.seconds) for run in budgeted):
+        alike = [run for run in budgeted if (run.recipe.seconds_of, run.recipe.seconds) == (of, seconds)]
+        budget = alike[0].training["budget"]["seconds"]
+        devices = ", ".join(sorted({str(run.training["budget"]["device"]) for run in alike}))
+        whose = f"those of {of}, " if of else ""
+        parts.append(
+            f"\n## Equal seconds: {whose}{budget:.1f} of optimizer steps\n\nSteps follow from timing a few of each "
+            f"recipe ({devices}), and are kept with it.\n\n"
+        )
+        beside = [run for run in plain if run is base or run.recipe.name == of]
+        parts.append(markdown([*beside, *alike], base))
+    return "".join(parts)
 
 
 def figures(outcomes: Sequence[Outcome], base: Outcome | None) -> dict[str, Any]:

@@ -84,16 +84,13 @@ def load_whole(plan: RunPlan, device: torch.device, attention: TrainingAttention
     return model.to(device).train()
 
 
-def train_whole(
-    plan: RunPlan, shards: TokenShards, folder: Path, seconds: float | None, device: torch.device, on_step: OnStep
-) -> None:
+def train_whole(plan: RunPlan, shards: TokenShards, folder: Path, device: torch.device, on_step: OnStep) -> None:
     """Train every weight and save the model as a Hugging Face folder.
 
     Args:
         plan: of one rank; what concerns adapters and the grid is not looked at.
         shards: the training text.
         folder: where the model goes.
-        seconds: of optimizer steps, after which no other is begun; None: `train.steps` are taken.
         device: where it trains.
         on_step: told of every step; what it raises ends training.
 
@@ -115,7 +112,6 @@ def train_whole(
     ]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=device.type == "cuda")
     dataset = PackedDataset(shards, config.sequence)
-    spent = 0.0
     with TrainLoader(dataset, train.seed, train.global_batch, train.micro_batch, 0, 1, False) as loader:
         for step in range(train.steps):
             began = time.perf_counter()
@@ -145,10 +141,7 @@ def train_whole(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             took = time.perf_counter() - began
-            spent += took
             on_step(step + 1, total, took, sum(batch.tokens.numel() for batch in batches))
-            if seconds is not None and spent >= seconds:
-                break
     model.save_pretrained(folder)  # its config names no implementation of attention
 
 
