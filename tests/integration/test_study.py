@@ -122,7 +122,8 @@ def test_a_study_trains_judges_and_is_not_done_twice(
 
 
 def test_a_run_that_diverges_leaves_the_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wild = "  - {name: wild, set: {model.rope: {type: abf, theta: 200000}, train.lr: 1.0e+30, train.bad_steps: 2, train.steps: 9}}\n"
+    train = "train.lr: 1.0e+30, train.bad_steps: 2, train.steps: 9"
+    wild = f"  - {{name: wild, set: {{model.rope: {{type: abf, theta: 200000}}, {train}}}}}\n"
     (place / "wild.yaml").write_text(STUDY.replace("  - {name: larger", wild + "  - {name: larger"))
     for _ in range(2):
         assert go(place, study="wild.yaml") == 0

@@ -108,6 +108,17 @@ def test_the_plans_are_the_papers_tables() -> None:
         assert len({(c.train.steps, c.train.lr_embed_norm) for c in plan.values()}) == 1, "equal steps"
 
 
+def test_what_a_plan_reads_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--plan", "table6", "--model", str(place / "base"), "--text", "t", "--seeds", "1", "2", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 400 tokens of its own, 6 windows of 1/4, 1 and 2 of them, 20 prompts of 1/4, 1/2, 1 and 2; 100 steps of 800.
+    judged = 400 * (6 * 3.25 + 20 * 3.75) / 1e6
+    assert lines[0] == f"  1  as shipped, seed 1: is not trained, is judged on {judged:.2f}M"
+    assert lines[1] == f"  2  full attention, PI, seed 1: trains 0.08M tokens, is judged on {judged:.2f}M"
+    assert len(lines) == 1 + 2 * 14 + 1
+    assert lines[-1].startswith(f"all: {2 * 14 * 0.08:.1f}M tokens trained, {29 * judged:.1f}M read to judge")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

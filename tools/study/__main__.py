@@ -16,6 +16,7 @@ from pipeline.reporting.command import command, program
 from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
 from tools.study.plan import Places, asked, plan_file, read_study
+from tools.study.workload import listing
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="instead of the study's")
     parser.add_argument("--ruler", nargs="+", default=[], metavar="TASK", help="judge by RULER too: `ruler`, or tasks")
     parser.add_argument("--code", type=user_path, help="Python code to mix (default: Python's standard library)")
-    parser.add_argument("--list", action="store_true", help="only say which runs there are")
+    parser.add_argument("--list", action="store_true", help="only say which runs there are, and what they read")
     return parser.parse_args(argv)
 
 
@@ -51,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = asked(read_study(path), args.judge, args.ruler).only(args.only, args.seeds)
     if args.equal_seconds:
         study = study.in_seconds_of(args.equal_seconds)
-    if args.list:
-        for number, (recipe, seed) in enumerate(study.order(), start=1):
-            print(f"{number:3d}  {recipe.name}, seed {seed}")
-        return 0
     table = args.output / ("table.md" if args.study or args.plan == "recipes" else f"{args.plan}.md")
     runs = args.runs or args.output / "runs"
     places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
+    if args.list:
+        for line in listing(study, places):
+            print(line)
+        return 0
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
     from tools.study.table import comparisons, figures
