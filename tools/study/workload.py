@@ -35,9 +35,10 @@ def listing(study: Study, places: Places) -> Iterator[str]:
     """
     own, total = read_arch(places.model).max_positions, [0, 0]
     for number, (recipe, seed) in enumerate(study.order(), start=1):
-        trained, judged = tokens_of(study, recipe, seed, places, own)
-        total = [total[0] + trained, total[1] + judged]
-        steps = "steps as a time allows" if recipe.budgeted else f"trains {trained / 1e6:.2f}M tokens"
+        train, read = tokens_of(study, recipe, seed, places, own)
+        total = [total[0] + train, total[1] + read]
+        steps = "steps as a time allows" if recipe.budgeted else f"trains {train / 1e6:.2f}M tokens"
         what = "is not trained" if recipe.untrained else steps
-        yield f"{number:3d}  {recipe.name}, seed {seed}: {what}, is judged on {judged / 1e6:.2f}M"
-    yield f"all: {total[0] / 1e6:.1f}M tokens trained, {total[1] / 1e6:.1f}M read to judge (RULER and tails not counted)"
+        yield f"{number:3d}  {recipe.name}, seed {seed}: {what}, is judged on {read / 1e6:.2f}M"
+    trained, judged = (f"{count / 1e6:.1f}M" for count in total)
+    yield f"all: {trained} tokens trained, {judged} read to judge (RULER and tails not counted)"
