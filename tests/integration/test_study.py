@@ -74,6 +74,7 @@ def test_a_study_trains_judges_and_is_not_done_twice(
         for data in map(json.loads, (p.read_text() for p in (place / "out/results").glob("*.json")))
     }
     assert set(results) == {"as shipped", "larger base"}
+    assert "\npasskey-grass-5 at 400 tokens: the base scores 0 here: nothing to lose or win.\n" in table
     trained, shipped = results["larger base"], results["as shipped"]
 
     # The weights are those of pipeline.train, to the bit.

@@ -65,6 +65,7 @@ def test_recipes_are_judged_by_ruler(place: Path, capsys: pytest.CaptureFixture[
     assert header.endswith("| RULER 1200 | RULER 1500 | effective length |")
     told = "Effective length: the longest to which all means over ruler_fwe, niah_single_2 stay at 85.6% (RULER's"
     assert told in out
+    assert "RULER: the base does none of its tasks at its own length: nothing to lose or win." in out
     kept = json.loads((place / "out" / "table.json").read_text())
     assert [(run["recipe"], run["ruler"]) for run in kept["runs"]] == [
         (name, {"1200": 0.0, "1500": 0.0}) for name in ("as shipped", "larger base")

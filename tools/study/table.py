@@ -15,10 +15,11 @@ from pipeline.evaluation.results import (
     begun_by_length,
     by_length,
     by_task,
+    lost_and_won,
     paired_difference,
     relative,
 )
-from pipeline.evaluation.ruler.results import Effective, RulerReport, means
+from pipeline.evaluation.ruler.results import Effective, RulerReport, fell_short, means
 from pipeline.reporting.metrics import json_number
 from tools.study.run import Outcome
 
@@ -66,7 +67,8 @@ def effective(run: Outcome, base: Outcome | None) -> Effective:
 
 def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
     """A row a recipe, means over its seeds with their standard deviations; retrieval in brackets: where the answer's
-    first token was given. RULER's columns are means over all its tasks; its effective length is each seed's.
+    first token was given. RULER's columns are means over all its tasks; its effective length is each seed's. Below it
+    stands what the base itself cannot do within its own context, in words.
 
     Args:
         outcomes: in the order of the rows.
@@ -128,6 +130,12 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
             f"Effective length: the longest to which all means over {', '.join(asked.tasks)} stay at "
             f"{asked.threshold:.1%} ({asked.criterion}).",
         ]
+    if base is not None:
+        own = base.judgement
+        said = lost_and_won(own.cells, own.cells, own.tail_context)  # of itself: only what it cannot do at all
+        if own.ruler:
+            said += fell_short(ruler_of(base, base), ruler_of(base, base), "the base")
+        lines += ["", *said] if said else []
     return "\n".join(lines) + "\n"
 
 
