@@ -11,7 +11,7 @@ from rich.table import Table
 from parallel.errors import DataError
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.results import Found, RetrievalReport, by_length, by_task, relative, standard_error
-from pipeline.evaluation.ruler.results import RulerReport, means
+from pipeline.evaluation.ruler.results import RulerReport, fell_short, means
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 
@@ -164,5 +164,7 @@ def sentences(everything: Sequence[Evaluated]) -> list[str]:
             continue
         if base.base_context is not None:
             words = one.found.against(base.found, base.base_context)
+            if one.ruler is not None and base.ruler is not None:
+                words += fell_short(one.ruler, base.ruler, "the base")
             said += [f"{one.folder.name}, {one.name}: {sentence}" for sentence in words]
     return said

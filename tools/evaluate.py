@@ -20,10 +20,10 @@ from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
+from pipeline.config.sections import RULER_TASKS as RULER
 from pipeline.config.sections import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
-from pipeline.evaluation.ruler.tasks import TASKS as RULER
 from pipeline.evaluation.ruler.tasks import RulerSettings
 from pipeline.export.adapter_notes import read_config, read_note, told_context
 from pipeline.planning.arch import read_arch
@@ -103,6 +103,8 @@ def configure(args: argparse.Namespace) -> RunConfig:
     for name in ("lengths", "depths", "trials"):
         if getattr(args, name) is not None:
             overrides.append(f"eval.{name}={getattr(args, name)}")
+    if args.depths is not None or args.trials is not None:
+        overrides.append("eval.ruler_trials=null")
     if args.config is not None:
         return load_config(args.config, overrides)
     if args.adapter is not None:
@@ -166,8 +168,8 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
         args.filler or "grass",
     )
     riddles = RULER if "ruler" in tasks else tuple(task for task in RULER if task in tasks)
-    prompts = config.eval.depths * config.eval.trials
-    ruler = RulerSettings(riddles, lengths, prompts, args.seed) if riddles else None
+    ruler_lengths = tuple(args.lengths or config.ruler_lengths)
+    ruler = RulerSettings(riddles, ruler_lengths, config.ruler_prompts, args.seed) if riddles else None
     if env.is_main:
         grid = fit_ranks(config, env.world_size).parallel
         if grid != config.parallel:
@@ -175,7 +177,7 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
                 f"Evaluated on the ranks that are here, {env.world_size}: tp {grid.tp} cp {grid.cp} pp {grid.pp}; the "
                 "figures do not depend on it."
             )
-        beyond = beyond_own_context(args, config, lengths)
+        beyond = beyond_own_context(args, config, (*lengths, *(ruler_lengths if ruler else ())))
         # Of a run that was made up around a folder, only what was asked for counts.
         own = [line for line in config.warnings if args.config is not None or line.startswith("eval.lengths")]
         for warning in (*own, *beyond):

@@ -1,11 +1,12 @@
 """Write a run's report: `python -m tools.report --run runs/tiny`. PNG plots, and one HTML page with them inside.
 
-Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, retrieval-<key>.json and
-gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional; what is missing is named
-on the page. Of run.json these keys are used where present: title, device, dtype, world_size, commit, versions,
-parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds), original_context and
-base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows and does not),
-init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings changed on resume).
+Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, retrieval-<key>.json,
+ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional;
+what is missing is named on the page. Of run.json these keys are used where present: title, device, dtype, world_size,
+commit, versions, parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds),
+original_context and base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows
+and does not), init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings
+changed on resume).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.evaluation.results import RetrievalReport, begun_by_length, by_length, by_task
+from pipeline.evaluation.ruler.results import RulerReport
 from pipeline.reporting.command import command, program
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
 from tools.support.report_html import CSS, missing, section, show, table
 from tools.support.report_plan import planned_lines
+from tools.support.report_ruler import ruler_section
 
 PAGE = "index.html"
 FIRST, LAST = ("shipped", "before", "untrained", "initial"), ("after",)
@@ -50,6 +53,8 @@ class RunRecord:
     evaluations: dict[str, EvalReport]
     """By file key, in the order they are told."""
     retrieval: dict[str, RetrievalReport]
+    """By file key, in the order they are told."""
+    ruler: dict[str, RulerReport]
     """By file key, in the order they are told."""
     gaps: dict[str, DenseGap]
     """By file key, in the order they are told."""
@@ -99,11 +104,12 @@ def read_run(folder: Path) -> RunRecord:
         rows=read_metrics(metrics) if metrics.is_file() else [],
         evaluations=_by_key(folder, "eval", EvalReport.read),
         retrieval=_by_key(folder, "retrieval", RetrievalReport.read),
+        ruler=_by_key(folder, "ruler", RulerReport.read),
         gaps=_by_key(folder, "gap", DenseGap.read),
         config=config,
         facts=facts,
     )
-    if not record.rows and not record.evaluations and not record.retrieval:
+    if not record.rows and not record.evaluations and not record.retrieval and not record.ruler:
         raise DataError(f"--run: {folder} holds neither {METRICS_FILE} nor eval-*.json; name a run that has begun.")
     return record
 
@@ -299,6 +305,7 @@ def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
         + verdict_section(record)
         + perplexity_section(record, images)
         + retrieval_section(record, images)
+        + ruler_section(record.ruler)
         + notes_section(record)
         + training_section(record, images)
         + planned_section(record)

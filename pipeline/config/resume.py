@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "attention.group_size",
     "attention.group_fraction",
     "attention.shifted_heads",
+    "attention.dilation",
     "attention.legacy_wrap",
     "data.path",
     "data.sequence",

@@ -10,6 +10,7 @@ from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import PathText
 from pipeline.config.resume import ResumeConfig
 from pipeline.config.sections import (
+    RULER_TASKS,
     AttentionConfig,
     DataConfig,
     EvalConfig,
@@ -91,6 +92,16 @@ class RunConfig:
                 "attention.legacy_wrap: wraps around the whole sequence, which context parallelism cuts; set "
                 "parallel.cp to 1."
             )
+        if self.attention.for_studies and self.parallel.cp > 1:
+            raise ConfigError(
+                f"{self.attention.for_studies} is for studies and not computed over context shards; set parallel.cp to "
+                "1."
+            )
+        if (self.attention.dilation - 1) * self.group >= self.sequence:
+            raise ConfigError(
+                f"attention.dilation: {self.attention.dilation} groups of {self.group} tokens are more than the "
+                f"training sequence of {self.sequence}; use at most {max(1, self.sequence // self.group)}."
+            )
         for length in self.eval_lengths:
             if self.eval.stride is not None and self.eval.stride > length:
                 raise ConfigError(f"eval.stride: {self.eval.stride} exceeds the evaluation length {length}.")
@@ -141,6 +152,10 @@ class RunConfig:
             raise ConfigError(
                 "attention.legacy_wrap: wraps around the whole sequence, which train.stream cuts; switch one off."
             )
+        if attention.for_studies:
+            raise ConfigError(
+                f"{attention.for_studies} is for studies and computed on whole sequences; remove it, or train.stream."
+            )
         if self.parallel.pp > 1:
             raise ConfigError(
                 f"parallel.pp: {self.parallel.pp} pipeline stages and train.stream are two ways to cut the work in "
@@ -183,10 +198,26 @@ class RunConfig:
         return self.eval.retrieval_lengths or self.eval_lengths
 
     @property
+    def ruler_tasks(self) -> tuple[str, ...]:
+        """RULER's tasks that are measured during training, in its order."""
+        asked = self.eval.tasks
+        return tuple(task for task in RULER_TASKS if "ruler" in asked or task in asked)
+
+    @property
+    def ruler_lengths(self) -> tuple[int, ...]:
+        """Windows of RULER, tokens."""
+        return self.eval.ruler_lengths or self.retrieval_lengths
+
+    @property
+    def ruler_prompts(self) -> int:
+        """Prompts of RULER a task and length."""
+        return self.eval.ruler_trials or self.eval.depths * self.eval.trials
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and may not be meant, one sentence each."""
         found = []
-        asked = sorted({*self.eval.lengths, *self.eval.retrieval_lengths})
+        asked = sorted({*self.eval.lengths, *self.eval.retrieval_lengths, *self.eval.ruler_lengths})
         beyond = [length for length in asked if length > self.model.context]
         if self.eval.path is not None and beyond:
             found.append(

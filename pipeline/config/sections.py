@@ -23,9 +23,14 @@ BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
-EVAL_TASKS = ("passkey", "needle", "dense_gap")
-"""What an evaluation during training may measure besides perplexity."""
-S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "legacy_wrap")
+RULER_TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe"),
+)
+"""RULER's that need no download, as lm-evaluation-harness names them."""
+EVAL_TASKS = ("passkey", "needle", "ruler", "dense_gap", *RULER_TASKS)
+"""What an evaluation during training may measure besides perplexity; `ruler`: all of RULER's."""
+S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
 """Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
 
@@ -73,7 +78,11 @@ class AttentionConfig:
     group_fraction: float = 0.25
     """G as a fraction of the training sequence length (the paper: 1/4); used when group_size is None."""
     shifted_heads: str = "upper_half"
-    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups) | none, all (for studies)."""
+    """upper_half (h >= H/2, the paper's) | alternate (odd KV groups) | none, all, odd_layers (all heads of every other
+    layer), for studies."""
+    dilation: int = 1
+    """For studies: above 1, heads that shifted_heads names are not shifted; they see every so many-th token of segments
+    that are as many times as long as a group. Sequence over group makes it strided attention."""
     backend: str = "auto"
     """auto | cudnn | flash | flash_attn | math."""
     legacy_wrap: bool = False
@@ -83,9 +92,16 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         one_of("attention.kind", self.kind, ("s2", "full"))
-        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all"))
+        one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all", "odd_layers"))
         one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
         at_least("attention.full_last_steps", self.full_last_steps, 0)
+        at_least("attention.dilation", self.dilation, 1)
+        if self.dilation > 1 and self.shifted_heads == "none":
+            raise ConfigError(
+                "attention.dilation: shifted_heads: none leaves no head to dilate; name some, or remove it."
+            )
+        if self.dilation > 1 and self.legacy_wrap:
+            raise ConfigError("attention.dilation: dilated heads are not rolled; switch attention.legacy_wrap off.")
         if self.group_size is not None:
             at_least("attention.group_size", self.group_size, 2)
             if self.group_size % 2:
@@ -102,6 +118,13 @@ class AttentionConfig:
                         f"attention.{item.name}: full attention has no shift and no groups; set "
                         "attention.kind: s2, or remove it."
                     )
+
+    @property
+    def for_studies(self) -> str:
+        """The setting that only whole sequences on a rank are computed with; empty: none is set."""
+        if self.dilation > 1:
+            return f"attention.dilation: {self.dilation}"
+        return "attention.shifted_heads: odd_layers" if self.shifted_heads == "odd_layers" else ""
 
     def group_tokens(self, sequence: int) -> int:
         """Group length G in tokens (even, >= 2) for a training sequence of `sequence` tokens."""
@@ -286,15 +309,19 @@ class EvalConfig:
     stride: int | None = None
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
     tasks: tuple[str, ...] = ()
-    """Measured besides perplexity: passkey | needle (retrieval) | dense_gap (S² against full attention; nothing with
-    attention.kind: full). With any, the base is measured too, at the lengths it was made for, and the run's last lines
-    say what was lost."""
+    """Measured besides perplexity: passkey | needle (retrieval) | ruler, or some of RULER's tasks by name | dense_gap
+    (S² against full attention; nothing with attention.kind: full). With any, the base is measured too, at the lengths
+    it was made for, and the run's last lines say what was lost."""
     retrieval_lengths: tuple[int, ...] = ()
     """Windows of passkey and needle, tokens; empty uses lengths."""
     depths: int = 5
     """Depths of passkey and needle, from 0 to 100%."""
     trials: int = 4
     """Prompts a length and depth."""
+    ruler_lengths: tuple[int, ...] = ()
+    """Windows of RULER, tokens; empty uses retrieval_lengths."""
+    ruler_trials: int | None = None
+    """Prompts of RULER a task and length; None uses depths x trials."""
     prefill: int | None = None
     """Tokens at work at once, over all ranks of a replica: longer windows go through in chunks, and keys and values of
     the earlier ones wait in host memory; None uses train.stream, and without it whole windows are at work."""
@@ -311,6 +338,10 @@ class EvalConfig:
             one_of("eval.tasks", task, EVAL_TASKS)
         for length in self.retrieval_lengths:
             at_least("eval.retrieval_lengths", length, 2)
+        for length in self.ruler_lengths:
+            at_least("eval.ruler_lengths", length, 2)
+        if self.ruler_trials is not None:
+            at_least("eval.ruler_trials", self.ruler_trials, 1)
         at_least("eval.depths", self.depths, 1)
         at_least("eval.trials", self.trials, 1)
         if self.tasks and self.path is None:

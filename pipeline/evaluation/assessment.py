@@ -11,6 +11,7 @@ from pipeline.config.sections import EvalConfig
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.evaluation.results import Found, RetrievalReport, begun_by_length, by_length, by_task, report_path
+from pipeline.evaluation.ruler.results import RulerReport, fell_short, means, ruler_path
 from pipeline.evaluation.tasks import RetrievalSettings
 
 
@@ -23,6 +24,10 @@ class Assessment:
     """None: eval.tasks does not ask for it."""
     retrieval: RetrievalReport | None = None
     """None: eval.tasks asks for none."""
+    ruler: RulerReport | None = None
+    """None: eval.tasks asks for none."""
+    base_ruler: RulerReport | None = None
+    """Of the base as shipped, which the effective length is judged by; None: by RULER's threshold."""
 
     @property
     def perplexity(self) -> dict[int, float]:
@@ -42,6 +47,10 @@ class Assessment:
             found["dense_gap"] = self.gap.mean
         for task, cells in by_task(self.retrieval.cells if self.retrieval else ()).items():
             found |= {f"retrieval/{task}/{length}": score for length, (score, _) in by_length(cells).items()}
+        if self.ruler is not None:
+            found |= {f"ruler/{cell.task}/{cell.length}": cell.score for cell in self.ruler.cells}
+            found |= {f"ruler/mean/{length}": score for length, score in means(self.ruler.cells).items()}
+            found["ruler/effective_length"] = float(self.ruler.effective(self.base_ruler).tokens)
         return found
 
     @property
@@ -53,6 +62,10 @@ class Assessment:
             scores, given = by_length(cells), begun_by_length(cells)
             shares = (f"{n}: {score:.0%} ({given[n][0]:.0%})" for n, (score, _) in scores.items())
             lines.append(f"{task}, {label}, exact (first token given): " + ", ".join(shares))
+        if self.ruler is not None:
+            shares = (f"{n}: {score:.0%}" for n, score in means(self.ruler.cells).items())
+            lines.append(f"RULER, {label}, mean of {len(by_task(self.ruler.cells))} tasks: " + ", ".join(shares))
+            lines.append(f"RULER, {label}: {self.ruler.effective(self.base_ruler).sentence}")
         if gap is not None:
             worse = "worse" if gap.mean > 0 else "better"
             lines.append(
@@ -113,6 +126,10 @@ def verdict(output: Path, base_context: int) -> list[str]:
             there = all(path.exists() for path in retrieval)
             before, after = (RetrievalReport.read(path).cells if there else () for path in retrieval)
             said = Found(mine, after).against(Found(base, before), base_context)
+            riddles = [ruler_path(output, name) for name in (label, "after")]
+            if all(path.exists() for path in riddles):
+                theirs, own = map(RulerReport.read, riddles)
+                said += fell_short(own, theirs, against)
         except DataError:
             continue
         return said or [f"nothing that {against} can do at its own lengths was lost, of what was measured."]

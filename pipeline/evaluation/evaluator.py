@@ -24,8 +24,9 @@ from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_pp
 from pipeline.evaluation.mode import evaluating, spread_over
 from pipeline.evaluation.perplexity import EvalReport, TokenNll, cut_windows, evaluate
 from pipeline.evaluation.results import RetrievalReport, report_path
-from pipeline.evaluation.ruler.results import RulerReport
-from pipeline.evaluation.ruler.tasks import RulerSettings, ruler_cells
+from pipeline.evaluation.ruler.cost import ruler_cost
+from pipeline.evaluation.ruler.results import RulerReport, ruler_path
+from pipeline.evaluation.ruler.tasks import RulerCell, RulerSettings, ruler_cells
 from pipeline.evaluation.run_retrieval import run_retrieval
 from pipeline.evaluation.run_ruler import run_ruler
 from pipeline.evaluation.spread import Shards
@@ -59,6 +60,7 @@ class Evaluator:
         self.config, self.plan, self.spec = config, plan, plan.full_attention
         self._costs = plan.prefill_costs()
         self._prompts: dict[RetrievalSettings, tuple[Cell, ...]] = {}
+        self._riddles: dict[RulerSettings, list[RulerCell]] = {}
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
         self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
@@ -118,25 +120,45 @@ class Evaluator:
         report = self.run(label, step, shown=shown, lengths=within_context(self.config.eval_lengths, within))
         sparse = "dense_gap" in asked.tasks and self.config.attention.kind != "full"
         gap = self._gap(label, step) if sparse and within is None else None
-        grids = self._grids(within)
-        if not grids:
-            return Assessment(report, gap)
-        retrieval = run_retrieval(
-            self.model,
-            self.groups,
-            self.spec,
-            [cell for grid in grids for cell in self._cells(grid)],
-            {},
-            Path(self.config.output),
-            label=label,
-            step=step,
-            context=self.config.model.context,
-            base_context=self.plan.arch.max_positions,
-            shown=shown,
-            kept=False,  # the weights of a step are those of one process
-            before_round=self.before_round,
-        )
-        return Assessment(report, gap, retrieval)
+        grids, riddles = self._grids(within), self._ruler(within)
+        run_on, output = (self.model, self.groups, self.spec), Path(self.config.output)
+        facts: Any = {
+            "label": label,
+            "step": step,
+            "context": self.config.model.context,
+            "base_context": self.plan.arch.max_positions,
+            "shown": shown,
+            "kept": False,  # the weights of a step are those of one process
+            "before_round": self.before_round,
+        }
+        retrieval = ruler = None
+        if grids:
+            prompts = [cell for grid in grids for cell in self._cells(grid)]
+            retrieval = run_retrieval(*run_on, prompts, {}, output, **facts)
+        if riddles is not None:
+            step_tokens = self.config.train.global_batch * self.config.sequence
+            found, cost = self.riddles(riddles, step_tokens)
+            ruler = run_ruler(*run_on, found, {}, output, self.tokenizer, **facts, cost=cost)
+        return Assessment(report, gap, retrieval, ruler, self._base_ruler())
+
+    def _base_ruler(self) -> RulerReport | None:
+        """RULER of the base as shipped, on rank 0; None: it was not measured."""
+        path = ruler_path(Path(self.config.output), "shipped")
+        return RulerReport.read(path) if self.groups.is_main and path.exists() else None
+
+    def riddles(self, asked: RulerSettings, step_tokens: int | None = None) -> tuple[list[RulerCell], str]:
+        """RULER's prompts, and what they cost in words; empty where that was said before.
+
+        Args:
+            step_tokens: see `RulerCost.sentence`.
+
+        Raises:
+            DataError: see `ruler_cells`.
+        """
+        if asked in self._riddles:
+            return self._riddles[asked], ""
+        self._riddles[asked] = found = ruler_cells(asked, self.tokenizer, self.text_T)
+        return found, ruler_cost(found, self.plan.arch, self.plan.grid).sentence(step_tokens)
 
     def _gap(self, label: str, step: int) -> DenseGap:
         """The dense gap, written as `<output>/gap-<label>.json`."""
@@ -170,6 +192,11 @@ class Evaluator:
         names = [task for task in asked.tasks if task in TASKS]
         lengths = within_context(self.config.retrieval_lengths, within)
         return retrieval_grids(asked, names, lengths) if lengths else []
+
+    def _ruler(self, within: int | None) -> RulerSettings | None:
+        """RULER, in windows of no more tokens than `within` (None: all); None: not asked for."""
+        tasks, lengths = self.config.ruler_tasks, within_context(self.config.ruler_lengths, within)
+        return RulerSettings(tasks, lengths, self.config.ruler_prompts) if tasks and lengths else None
 
     def _cells(self, grid: RetrievalSettings) -> Sequence[Cell]:
         """Prompts of a grid, made once: a run asks the same at every evaluation."""
@@ -208,10 +235,13 @@ class Evaluator:
 
         def look() -> str:
             try:
-                steps = {EvalReport.read(self._path(label)).step}
+                output, steps = Path(self.config.output), {EvalReport.read(self._path(label)).step}
                 # The base is measured within its own context alone.
-                if self._grids(self.plan.arch.max_positions if label == "shipped" else None):
-                    steps.add(RetrievalReport.read(report_path(Path(self.config.output), label)).step)
+                within = self.plan.arch.max_positions if label == "shipped" else None
+                if self._grids(within):
+                    steps.add(RetrievalReport.read(report_path(output, label)).step)
+                if self._ruler(within) is not None:
+                    steps.add(RulerReport.read(ruler_path(output, label)).step)
                 return ",".join(map(str, steps))
             except DataError:
                 return ""
@@ -275,7 +305,7 @@ def evaluate_state(
         if retrieval:
             # Before perplexity: what is wrong with them is told at once.
             asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, evaluator.text_T)]
-        riddles = [] if ruler is None else ruler_cells(ruler, loaded.tokenizer, evaluator.text_T)
+        riddles, cost = ([], "") if ruler is None else evaluator.riddles(ruler)
         if perplexity:
             evaluator.run(loaded.label, loaded.step)
         if long_ppl is not None:
@@ -285,5 +315,5 @@ def evaluate_state(
         if asked:
             run_retrieval(*run_on, asked, loaded.identity, Path(config.output), **facts)
         if riddles:
-            run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts)
+            run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts, cost=cost)
     return loaded

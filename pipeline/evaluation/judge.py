@@ -1,5 +1,5 @@
-"""One judgement of one model: perplexity by length, the last tokens of long windows, retrieval. The same questions for
-every model of one tokenizer, prepared once."""
+"""One judgement of one model: perplexity by length, the last tokens of long windows, retrieval, RULER. The same
+questions for every model of one tokenizer, prepared once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from pipeline.evaluation.mode import evaluating
 from pipeline.evaluation.perplexity import EvalReport, cut_windows, evaluate
 from pipeline.evaluation.results import CellResult, ResultFile
 from pipeline.evaluation.retrieval import evaluate_retrieval
+from pipeline.evaluation.ruler.results import RulerFile, RulerResult
+from pipeline.evaluation.ruler.tasks import RulerCell, RulerSettings, ruler_cells
+from pipeline.evaluation.run_ruler import decoder, evaluate_ruler
 from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.tails import tail_nll
 from pipeline.evaluation.tasks import Cell, RetrievalSettings, cells
@@ -40,10 +43,13 @@ class JudgeSettings:
     """Last tokens of the longest windows, scored apart; 0: none."""
     retrieval: tuple[RetrievalSettings, ...] = ()
     """Grids."""
+    ruler: RulerSettings | None = None
+    """None: RULER is not asked."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict that tells settings apart."""
-        return asdict(self)
+        # What was judged before RULER could be asked stays what it is.
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Judgement:
     """Tokens the model had in sight at most when it read the tail."""
     cells: tuple[CellResult, ...]
     seconds: float
+    ruler: tuple[RulerResult, ...] = ()
+    """A task and length each."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -66,6 +74,7 @@ class Judgement:
             "tail_context": self.tail_context,
             "cells": [cell.to_json() for cell in self.cells],
             "seconds": self.seconds,
+            "ruler": [cell.to_json() for cell in self.ruler],
         }
 
     @classmethod
@@ -77,6 +86,7 @@ class Judgement:
             int(data["tail_context"]),
             tuple(CellResult.from_json(entry) for entry in data["cells"]),
             float(data["seconds"]),
+            tuple(RulerResult.from_json(entry) for entry in data.get("ruler", ())),
         )
 
 
@@ -96,6 +106,9 @@ class Judge:
         self.settings, self.tokenizer = settings, tokenizer
         self.text_T = torch.from_numpy(text_T)
         self.cells: list[Cell] = [cell for grid in settings.retrieval for cell in cells(grid, tokenizer, text_T)]
+        self.riddles: list[RulerCell] = []
+        if settings.ruler is not None:
+            self.riddles = ruler_cells(settings.ruler, tokenizer, text_T)
         self.longest = cut_windows(self.text_T, max(settings.lengths), settings.windows)
 
     def __call__(
@@ -105,6 +118,7 @@ class Judge:
         context: int,
         identity: Mapping[str, Any],
         known: ResultFile,
+        solved: RulerFile,
         *,
         label: str,
         step: int,
@@ -118,10 +132,10 @@ class Judge:
             spec: full attention.
             context: tokens the model is made for: the longest it reads a tail with.
             identity: see `evaluate_retrieval`.
-            known: retrieval found earlier.
+            known, solved: retrieval and RULER found earlier.
             label, step: see `EvalReport`.
             shards: how windows are spread over data-parallel ranks.
-            on_windows: called with a count of finished windows of retrieval.
+            on_windows: called with a count of finished windows of retrieval and RULER.
         """
         began, asked, device = time.perf_counter(), self.settings, model.groups.device
         with evaluating(model):
@@ -155,4 +169,15 @@ class Judge:
                 device=device,
                 on_windows=on_windows,
             )
-        return Judgement(perplexity, tuple(tails), whole, tuple(found), time.perf_counter() - began)
+            answered = evaluate_ruler(
+                decoder(model, spec),
+                self.riddles,
+                identity,
+                self.tokenizer,
+                known=solved,
+                shards=shards,
+                device=device,
+                on_prompts=on_windows,
+            )
+        took = time.perf_counter() - began
+        return Judgement(perplexity, tuple(tails), whole, tuple(found), took, tuple(answered))

@@ -130,6 +130,19 @@ def _evaluate(
     return RulerResult(cell.task, cell.length, scores, tuple(said))
 
 
+def decoder(model: RankModel, spec: AttentionSpec) -> Decode:
+    """Greedy decoding by a model that is loaded.
+
+    Args:
+        spec: full attention.
+    """
+
+    def decode(given: Sequence[Sequence[int]], asked: Asked) -> list[list[int]]:
+        return greedy(model, given, asked.new, spec, asked.ended, asked.guesses, asked.goes_on, asked.among)
+
+    return decode
+
+
 def run_ruler(
     model: RankModel,
     groups: Groups,
@@ -143,6 +156,10 @@ def run_ruler(
     step: int,
     context: int,
     base_context: int,
+    shown: bool = True,
+    kept: bool = True,
+    cost: str = "",
+    before_round: Callable[[], None] = lambda: None,
 ) -> RulerReport:
     """Evaluate and, on rank 0, write the report; collective. Cells found by an earlier process are not computed again.
 
@@ -152,26 +169,27 @@ def run_ruler(
         identity: of the model, see `evaluate_ruler`.
         output: the run's folder.
         label, step, context, base_context: see `RulerReport`.
+        shown, kept, before_round: see `run_retrieval`.
+        cost: a sentence that is said first.
 
     Raises:
         DataError: the results cannot be read or written.
     """
     path = ruler_path(output, label)
-    cache = path.with_name(f".{path.name}.cells")
+    cache = path.with_name(f".{path.name}.cells") if kept else None
     known = kept_alike(RulerFile, cache, groups)
     prompts = sum(len(cell.samples) for cell in cells)
-
-    def decode(given: Sequence[Sequence[int]], asked: Asked) -> list[list[int]]:
-        return greedy(model, given, asked.new, spec, asked.ended, asked.guesses, asked.goes_on, asked.among)
-
-    with evaluating(model), EvalProgress(prompts, f"RULER, {label}", enabled=groups.is_main) as progress:
+    progress_of = EvalProgress(prompts, f"RULER, {label}", enabled=shown and groups.is_main)
+    with evaluating(model), progress_of as progress:
+        if cost:
+            progress.say(f"RULER, {label}: {cost}")
         found = evaluate_ruler(
-            decode,
+            decoder(model, spec),
             cells,
             identity,
             tokenizer,
             known=known,
-            shards=spread_over(model, groups),
+            shards=spread_over(model, groups, before_round),
             device=groups.device,
             on_prompts=progress.advance,
         )

@@ -131,8 +131,8 @@ def _settings(config: RunConfig, arch: LlamaArch, site: Site, policies: Sequence
     """Every configuration that differs in layout alone, with each of these words for train.recompute."""
     train, batch = config.train, config.train.global_batch
     for tp, cp, pp in _axes(arch, site, config.model.base):
-        if config.attention.legacy_wrap and cp > 1:
-            continue  # it wraps around the whole sequence
+        if (config.attention.legacy_wrap or config.attention.for_studies) and cp > 1:
+            continue  # computed on whole sequences alone
         replicas = site.gpus // (tp * cp * pp)
         micros = [m for m in MICRO_BATCHES if batch % (m * replicas) == 0]
         engines = [("megatron", OffloadConfig())]

@@ -17,7 +17,7 @@ import numpy as np
 from parallel.errors import ConfigError, DataError
 from pipeline.config.sections import AttentionConfig
 
-SHIFT_RULES = ("upper_half", "alternate", "none", "all")
+SHIFT_RULES = ("upper_half", "alternate", "none", "all", "odd_layers")
 KINDS = ("s2", "full")
 
 
@@ -30,7 +30,7 @@ class AttentionSpec:
     group: int
     """Group length G in tokens, even, >= 2; unused by `full`."""
     shifted_heads: str = "upper_half"
-    """upper_half | alternate | none | all, as `head_plan` explains."""
+    """upper_half | alternate | none | all | odd_layers, as `head_plan` explains."""
     legacy_wrap: bool = False
     """Reproduce the published roll, which leaks the future; parity studies only."""
     backend: str = "auto"
@@ -39,6 +39,9 @@ class AttentionSpec:
     """Merge attention over a halo and over own keys in one kernel, where there is one (train.without: kernels)."""
     window: int | None = None
     """Of `full`: keys that a query sees, its own among them (a sliding window); None: all before it."""
+    dilation: int = 1
+    """Of `s2`, above 1: heads that would be shifted see every so many-th token of segments of `dilation` groups
+    instead."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,6 +79,11 @@ class HeadPlan:
         return any(before.kv_stop > after.kv_start for before, after in zip(blocks, blocks[1:], strict=False))
 
 
+def layer_rule(rule: str, layer: int) -> str:
+    """The rule of one layer, which is numbered from 0 in the whole model."""
+    return rule if rule != "odd_layers" else ("none", "all")[layer % 2]
+
+
 def head_plan(
     first_query_head: int, local_query_heads: int, total_query_heads: int, total_kv_heads: int, rule: str
 ) -> HeadPlan:
@@ -84,6 +92,7 @@ def head_plan(
     upper_half: heads h < H // 2 are unshifted, as in the paper's code (`num_heads // 2`): 4 of 9 heads.
     alternate: the query heads of odd KV groups are shifted (with one KV head, none is).
     none, all: no head is, or each: rows of the paper's tables 1 and 6, for studies.
+    odd_layers: likewise; here as in an odd layer, where all are (`layer_rule`).
     Local KV heads are counted from the first one the slice reads. Raises ConfigError for impossible head counts.
     """
     if rule not in SHIFT_RULES:
@@ -100,8 +109,8 @@ def head_plan(
     ratio = total_query_heads // total_kv_heads
 
     def is_shifted(head: int) -> bool:
-        if rule in ("none", "all"):
-            return rule == "all"
+        if rule in ("none", "all", "odd_layers"):
+            return rule != "none"
         return head >= total_query_heads // 2 if rule == "upper_half" else (head // ratio) % 2 == 1
 
     heads = range(first_query_head, stop)
@@ -159,6 +168,8 @@ class Span:
     length: int
     count: int = 1
     edges: tuple[int, ...] | None = None
+    step: int = 1
+    """Above 1, in each row alone every step-th token from `start` on, `length` of them."""
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """Device copies of `edges`; kept here so that all layers share them."""
 
@@ -264,6 +275,21 @@ class SequenceLayout:
             for span in _row_spans(row, [(start, stop) for _, start, stop in row_cuts], packed)
         )
 
+    def dilated_spans(self, group: int, dilation: int) -> tuple[Span, ...]:
+        """Segments of `dilation` groups, each cut into `dilation` spans of every dilation-th token."""
+
+        def make() -> tuple[Span, ...]:
+            spans = []
+            for whole in self.spans(group * dilation, False, False):
+                for index in range(whole.count):
+                    start = whole.start + index * whole.length
+                    for first in range(min(dilation, whole.length)):
+                        length = -(-(whole.length - first) // dilation)
+                        spans.append(Span(whole.row_start, whole.row_stop, start + first, length, step=dilation))
+            return tuple(spans)
+
+        return self.remember(("dilated", group, dilation), make)
+
     def shard_spans(
         self, group: int | None, shifted: bool, packed: bool, first: int, last: int
     ) -> tuple[tuple[Span, ...], tuple[Straddle, ...]]:
@@ -360,6 +386,7 @@ def attention_spec(attention: AttentionConfig, group: int) -> AttentionSpec:
         shifted_heads=attention.shifted_heads,
         legacy_wrap=attention.legacy_wrap,
         backend=attention.backend,
+        dilation=attention.dilation,
     )
 
 

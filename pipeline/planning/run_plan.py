@@ -63,9 +63,10 @@ def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> Non
     window, attention, sequence = arch.sliding_window, config.attention, config.sequence
     if window is None:
         return
-    if attention.kind == "s2" and min(sequence, config.group) > window:
+    reach = config.group * attention.dilation
+    if attention.kind == "s2" and min(sequence, reach) > window:
         raise ConfigError(
-            f"attention.group_size: groups of {config.group} tokens see further than the checkpoint's sliding_window "
+            f"attention.group_size: groups of {reach} tokens see further than the checkpoint's sliding_window "
             f"of {window}, in which it is served; set at most {window // 2 * 2}, or use a checkpoint without a window."
         )
     obstacle = ""
@@ -84,7 +85,7 @@ def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> Non
             f"attention.full_last_steps: full attention over {sequence} {needs}, {obstacle}; set it to 0, or use a "
             "checkpoint without a window."
         )
-    asked = max(config.eval_lengths + config.retrieval_lengths)
+    asked = max(config.eval_lengths + config.retrieval_lengths + config.ruler_lengths)
     if not obstacle and prefill is not None and asked > prefill:
         obstacle = "which is not computed in chunks (eval.prefill, train.stream)"
     if obstacle and config.eval.path is not None and asked > window:

@@ -74,6 +74,7 @@ def test_a_study_trains_judges_and_is_not_done_twice(
         for data in map(json.loads, (p.read_text() for p in (place / "out/results").glob("*.json")))
     }
     assert set(results) == {"as shipped", "larger base"}
+    assert "\npasskey-grass-5 at 400 tokens: the base scores 0 here: nothing to lose or win.\n" in table
     trained, shipped = results["larger base"], results["as shipped"]
 
     # The weights are those of pipeline.train, to the bit.
@@ -121,6 +122,19 @@ def test_a_study_trains_judges_and_is_not_done_twice(
         go(place, "--set", "train.lr=2.0e-3")
 
 
+def test_a_run_that_diverges_leaves_the_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = "train.lr: 1.0e+30, train.bad_steps: 2, train.steps: 9"
+    wild = f"  - {{name: wild, set: {{model.rope: {{type: abf, theta: 200000}}, {train}}}}}\n"
+    (place / "wild.yaml").write_text(STUDY.replace("  - {name: larger", wild + "  - {name: larger"))
+    for _ in range(2):
+        assert go(place, study="wild.yaml") == 0
+        page = (place / "out" / "table.md").read_text()
+        assert "| larger base |" in page and "| wild |" not in page
+        assert "\nDiverged: wild, seed 5: Training stopped at step" in page
+        out = capsys.readouterr().out
+    assert "wild, seed 5\n" not in out, "it is not trained again"
+
+
 def as_user(config: RunConfig, output: Path, lengths: tuple[int, ...], windows: int) -> RunConfig:
     """The same run as a user would write it."""
     evaluation = replace(config.eval, lengths=lengths, windows=windows)
@@ -162,8 +176,18 @@ def test_what_decides_a_run_is_in_its_key(place: Path) -> None:
         (("seeds: [5]", "seeds: 5"), "seeds must be a list"),
         (("lengths: [0.5, 1, 2]", "lengths: [0.5, 1, 200]"), "fewer than one window of 80000"),
         (("name: larger base,", "name: larger base, mix: {code: 2},"), "mix: code: 2 is no share in [0, 1)"),
-        (("name: larger base,", "name: larger base, seconds_of: as shipped,"), "only a recipe with whole: true ends"),
-        (("name: larger base,", "name: larger base, whole: true, seconds_of: b,"), "'b' is no recipe before this"),
+        (
+            ("name: larger base,", "name: larger base, seconds_of: as shipped,"),
+            "'as shipped' is no recipe with",
+        ),
+        (
+            ("name: larger base,", "name: larger base, whole: true, seconds_of: b,"),
+            "'b' is no recipe with steps",
+        ),
+        (("name: larger base,", "name: larger base, seconds: 0,"), "recipes[1].seconds: 0 is no time; give seconds of"),
+        (("name: larger base,", "name: larger base, seconds: ten,"), "recipes[1].seconds: 'ten' is no time"),
+        (("name: larger base,", "name: larger base, seconds: 9, seconds_of: x,"), "are two budgets; remove one"),
+        (("shipped, untrained: true", "shipped, untrained: true, seconds: 9"), "is untrained and takes no time"),
         (("shipped, untrained: true", "shipped, untrained: true, whole: true"), "is untrained, so whole and mix"),
     ],
 )
@@ -233,7 +257,11 @@ def test_full_fine_tuning_reads_the_same_windows_and_is_judged_alike(place: Path
     assert whole["tokens"] == adapters["tokens"] == 1600
     (mixed,) = (path for path in place.rglob("mixed/code-0.5-*") if path.is_dir())
     assert mixed.with_name(f"{mixed.name}.json").is_file(), "a mark of each mixture's own, whatever its shares"
-    assert adapters["seconds"] <= in_time["seconds"] and in_time["steps"] < 1000
+    # The budget is the other's steps at the pace it was timed at, and the steps are as many as fit into it.
+    budget = in_time["budget"]
+    assert in_time["steps"] == max(1, round(budget["seconds"] / budget["step_seconds"])) < 1000
+    assert in_time["tokens"] == in_time["steps"] * 1600 and budget["device"] == "CPU"
+    assert results["whole in time"]["config"]["train"]["steps"] == in_time["steps"], "it can be repeated"
 
     # The judge's figures are transformers' own of the model that was saved.
     (folder,) = (path for path in (place / "out/runs").iterdir() if path.name.startswith("whole-5-"))

@@ -144,7 +144,7 @@ def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("eval.tasks=[passkeys]", "is not one of passkey, needle, dense_gap"),
+        ("eval.tasks=[passkeys]", "is not one of passkey, needle, ruler, dense_gap"),
         ("eval.path=null", "eval.tasks: there is no held-out text to evaluate on"),
         ("eval.depths=0", "eval.depths: must be at least 1"),
     ],

@@ -9,18 +9,24 @@ import numpy as np
 import torch
 
 
-def table(real: np.ndarray, document: np.ndarray, group: int | None, shifted: bool) -> np.ndarray:
-    """bool [S, S] of one row, [query, key]: the key is not later, in the query's document run, and in its group."""
+def table(real: np.ndarray, document: np.ndarray, group: int | None, shifted: bool, dilation: int = 1) -> np.ndarray:
+    """bool [S, S] of one row, [query, key]: the key is not later, in the query's document run, and in its group.
+
+    Dilated heads are not shifted: their groups are as many times as long, and the key is a multiple of it away.
+    """
     sequence = len(real)
     first = int(np.argmax(real))  # groups count from the first real token
-    offset = group // 2 if group is not None and shifted else 0
+    dilated = shifted and dilation > 1
+    offset = group // 2 if group is not None and shifted and not dilated else 0
+    group = group * dilation if group is not None and dilated else group
     result = np.zeros((sequence, sequence), bool)
     for query in range(sequence):
         for key in range(query, -1, -1):
             if document[key] != document[query]:
                 break  # another document begins between here and the query; an equal id further back is a third one
             same_group = group is None or (query - first + offset) // group == (key - first + offset) // group
-            result[query, key] = real[query] and real[key] and same_group
+            met = not dilated or group is None or (query - key) % dilation == 0
+            result[query, key] = real[query] and real[key] and same_group and met
     return result
 
 
@@ -42,6 +48,7 @@ def masks(
     rule: str = "upper_half",
     padding: np.ndarray | None = None,
     documents: np.ndarray | None = None,
+    dilation: int = 1,
 ) -> torch.Tensor:
     """bool [B, H, S, S], True where attention is allowed."""
     result = np.zeros((batch, heads, sequence, sequence), bool)
@@ -49,7 +56,7 @@ def masks(
         real = np.ones(sequence, bool) if padding is None else padding[row]
         document = np.zeros(sequence, int) if documents is None else documents[row]
         for shifted in (False, True):
-            row_table = table(real, document, group, shifted)
+            row_table = table(real, document, group, shifted, dilation)
             for head in range(heads):
                 if is_shifted(head, heads, kv_heads, rule) == shifted:
                     result[row, head] = row_table

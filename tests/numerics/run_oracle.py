@@ -91,6 +91,9 @@ class Oracle:
                 _in_fp64(module)  # transformers computes it in fp32
         self._place: tuple[int, int] = (0, 0)
         self.training = False
+        self._odd: torch.Tensor | None = None
+        for layer in self.model.model.layers[1::2]:
+            layer.register_forward_pre_hook(self._masked_oddly, with_kwargs=True)
         self.parameters = dict(self._trainable())
         self.start = {name: p.detach().double().clone() for name, p in self.parameters.items()}
 
@@ -116,6 +119,9 @@ class Oracle:
             module.register_forward_hook(self._adapt(name, *pair))
             yield from zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), pair, strict=True)
 
+    def _masked_oddly(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs if self._odd is None else {**kwargs, "attention_mask": self._odd}
+
     def _adapt(self, name: str, a: torch.Tensor, b: torch.Tensor) -> Callable[..., torch.Tensor]:
         lora = self.yaml["lora"]
         scale = lora["alpha"] / lora["rank"]
@@ -128,8 +134,8 @@ class Oracle:
 
         return hook
 
-    def _sees(self, documents_S: np.ndarray, full: bool) -> np.ndarray:
-        """[H, S, S]: which head's query sees which key."""
+    def _sees(self, documents_S: np.ndarray, full: bool, layer: int = 0) -> np.ndarray:
+        """[H, S, S]: which head's query sees which key, in an even or odd layer."""
         at = np.arange(documents_S.size)
         seen = (at[:, None] >= at[None]) & (documents_S[:, None] == documents_S[None])
         if self.window is not None:
@@ -142,14 +148,24 @@ class Oracle:
         head = np.arange(self.heads)
         if attention["shifted_heads"] == "upper_half":
             shifted = 2 * head >= self.heads
+        elif attention["shifted_heads"] == "odd_layers":
+            shifted = np.full(self.heads, layer % 2 == 1)
         else:
             shifted = head // (self.heads // self.kv_heads) % 2 == 1
+        if (dilation := attention.get("dilation", 1)) > 1:
+            number = at[None] // np.where(shifted, group * dilation, group)[:, None]
+            met = (at[:, None] - at[None]) % np.where(shifted, dilation, 1)[:, None, None] == 0
+            return seen & met & (number[:, :, None] == number[:, None, :])
         number = (at[None] + shifted[:, None] * (group // 2)) // group  # [H, S]
         return seen & (number[:, :, None] == number[:, None, :])
 
-    def _logits(self, tokens_BS: np.ndarray, seen_BHSS: np.ndarray) -> torch.Tensor:
+    def _mask(self, seen_BHSS: np.ndarray) -> torch.Tensor:
         mask = torch.zeros(seen_BHSS.shape, dtype=self.dtype)
-        mask.masked_fill_(torch.from_numpy(~seen_BHSS), -torch.inf)
+        return mask.masked_fill_(torch.from_numpy(~seen_BHSS), -torch.inf)
+
+    def _logits(self, tokens_BS: np.ndarray, seen_BHSS: np.ndarray, odd_BHSS: np.ndarray | None = None) -> torch.Tensor:
+        mask = self._mask(seen_BHSS)
+        self._odd = None if odd_BHSS is None else self._mask(odd_BHSS)
         self.model.train(self.training)
         return self.model(torch.from_numpy(tokens_BS), attention_mask=mask, use_cache=False).logits
 
@@ -194,7 +210,8 @@ class Oracle:
         for micro, first in enumerate(range(0, len(tokens), rows)):
             self._place = (step, micro)
             part = slice(first, first + rows)
-            logits = self._logits(tokens[part], np.stack([self._sees(row, full) for row in documents[part]]))
+            sees = (np.stack([self._sees(row, full, layer) for row in documents[part]]) for layer in (0, 1))
+            logits = self._logits(tokens[part], *sees)
             wide = logits if self.dtype == torch.float64 else logits.float()
             goal = torch.from_numpy(labels[part]).flatten()
             loss = torch.nn.functional.cross_entropy(wide.flatten(0, 1), goal, ignore_index=-100, reduction="sum")

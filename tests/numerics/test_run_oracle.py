@@ -16,7 +16,7 @@ import torch
 from parallel.world.rank_env import RankEnv
 from tests.numerics.dropout_masks import Masks, Replay, agreement, recorded
 from tests.numerics.movement import tensor_errors
-from tests.numerics.run_cases import LAYERS, train_here, train_named, write_case
+from tests.numerics.run_cases import LAYERS, MODELS, train_here, train_named, write_case
 from tests.numerics.run_oracle import Oracle, Outcome, Tensors, distances, read_run
 from tests.numerics.run_plants import DROPOUT_PLANTS, PLANTS, shared_masks
 from tests.support.ranks import run_ranks
@@ -41,6 +41,9 @@ ONE: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"micro": 2, "shifted": "alternate", "clip": 0, "recompute": "none"},
     "mistral": {"schedule": "constant", "masked": "false", "stride": "null", "sequence": 64, "targets": "q, v, down"},
+    # For studies: all heads of odd layers; strided heads.
+    "layers": {"shifted": "odd_layers"},
+    "dilated": {"group": "group_fraction: 0.25, dilation: 2"},
 }
 ZERO3 = {"cp": 2, "engine": "zero3, offload: {params: cpu, optimizer: cpu}"}
 GRIDS: dict[str, dict[str, Any]] = {"tp2": {"tp": 2}, "cp2": {"cp": 2}, "pp2": {"pp": 2}, "dp2": {}, "zero3": ZERO3}
@@ -51,6 +54,9 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-pp2-prefill": {**GRIDS["pp2"], "prefill": 14},  # full attention in chunks, stage after stage
     "qwen2-dp2": {"model": "qwen2", "micro": 2},
     "mistral-pp2": {"pp": 2, "model": "mistral", "masked": "false"},
+    # The second stage has the odd layer, whose number counts in the whole model; dilated heads on one rank of two.
+    "layers-pp2": {"pp": 2, "shifted": "odd_layers"},
+    "dilated-tp2": {"tp": 2, "group": "group_fraction: 0.25, dilation: 2"},
     **{f"dropout-{grid}": {**GRIDS[grid], "dropout": DROPOUT} for grid in ("tp2", "cp2")},
     # Chunks spread over context ranks, of which a shard is shorter than half a group; over tensor ranks; replicas.
     **{
@@ -88,7 +94,8 @@ def trained_alone(path: Path) -> tuple[Oracle, Outcome]:
 
 @pytest.mark.parametrize("model", ONE)
 def test_one_process(model: str, tmp_path: Path) -> None:
-    oracle, expected = trained_alone(write_case(tmp_path, "run", model, **ONE[model]))
+    kind = model if model in MODELS else "llama"
+    oracle, expected = trained_alone(write_case(tmp_path, "run", kind, **ONE[model]))
     # What is compared does move, and is looked at whole.
     assert (
         len(expected.weights) >= 14 and min(tensor_errors(oracle.start, expected.weights, oracle.start).values()) > 0.9

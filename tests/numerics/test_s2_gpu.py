@@ -44,10 +44,12 @@ def arrays(kind: str, batch: int, sequence: int) -> tuple[np.ndarray | None, np.
 
 
 @functools.cache
-def definition_mask(kind: str, batch: int, heads: int, kv_heads: int, group: int | None) -> torch.Tensor:
+def definition_mask(
+    kind: str, batch: int, heads: int, kv_heads: int, group: int | None, dilation: int = 1
+) -> torch.Tensor:
     """The oracle's mask; slow to build, so kept for all backends."""
     padding, documents = arrays(kind, batch, SEQUENCE)
-    return oracle.masks(batch, SEQUENCE, heads, kv_heads, group, "upper_half", padding, documents)
+    return oracle.masks(batch, SEQUENCE, heads, kv_heads, group, "upper_half", padding, documents, dilation)
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -73,7 +75,7 @@ def both(
 
     exact = fused.detach().double().requires_grad_()
     group = GROUP if spec.kind == "s2" else None
-    mask = definition_mask(kind, batch, heads, kv_heads, group)
+    mask = definition_mask(kind, batch, heads, kv_heads, group, spec.dilation)
     expected = oracle.attention(*exact.split([heads, kv_heads, kv_heads], 2), mask)
     (expected_grad,) = torch.autograd.grad((expected * weight.double()).sum(), exact)
 
@@ -103,6 +105,17 @@ def test_half_precision_against_the_definition(name: str, kind: str, head_dim: i
                 error = relative_error(ours, theirs)
                 # bf16 rounds at 2^-9 = 2e-3; scores, weights and gradients each round once or twice.
                 assert error < (6e-3 if what == "out" else 1.5e-2), f"{what} of {heads}/{kv_heads}, B {batch}: {error}"
+
+
+@pytest.mark.parametrize("layout", ["dense", "documents"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "flash_attn", "math"])
+def test_dilated_heads_against_the_definition(name: str, layout: str) -> None:
+    """Kernels are given views of every so many-th token."""
+    backend_or_skip(name, torch.bfloat16, 64)
+    for dilation in (2, 4):
+        spec = AttentionSpec("s2", GROUP, backend=name, dilation=dilation)
+        for what, ours, theirs in both(spec, layout, 2, 9, 3, 64, torch.bfloat16):
+            assert relative_error(ours, theirs) < (6e-3 if what == "out" else 1.5e-2), (what, dilation)
 
 
 @pytest.mark.parametrize("layout", ["dense", "padding and documents"])

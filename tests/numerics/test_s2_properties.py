@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Case:
     padding: np.ndarray | None
     documents: np.ndarray | None
     seed: int
+    dilation: int = 1
 
     def tensors(self) -> list[torch.Tensor]:
         """q, k, v in fp64, requiring gradients."""
@@ -43,7 +44,7 @@ class Case:
         return SequenceLayout.build(self.batch, self.sequence, self.padding, self.documents)
 
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.kind, self.group, self.rule)
+        return AttentionSpec(self.kind, self.group, self.rule, dilation=self.dilation)
 
     def attend(self, tensors: list[torch.Tensor], first: int = 0, local: int | None = None) -> torch.Tensor:
         plan = head_plan(first, local or self.heads, self.heads, self.kv_heads, self.rule)
@@ -77,6 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
         padding,
         documents,
         draw(st.integers(0, 99)),
+        draw(st.sampled_from([1, 1, 2, 3])),
     )
 
 
@@ -85,7 +87,8 @@ def test_definition_forward_and_gradients(case: Case) -> None:
     tensors = case.tensors()
     group = case.group if case.kind == "s2" else None
     mask = oracle.masks(
-        case.batch, case.sequence, case.heads, case.kv_heads, group, case.rule, case.padding, case.documents
+        *(case.batch, case.sequence, case.heads, case.kv_heads, group, case.rule, case.padding, case.documents),
+        dilation=case.dilation,
     )
     expected = oracle.attention(*tensors, mask)
     out = case.attend(tensors)
@@ -138,17 +141,11 @@ def test_later_tokens_change_nothing(case: Case, data: st.DataObject) -> None:
 def test_rows_do_not_influence_each_other(case: Case) -> None:
     """Row 0 alone gives what row 0 gives in the batch."""
     tensors = [tensor.detach() for tensor in case.tensors()]
-    alone = Case(
-        1,
-        case.sequence,
-        case.heads,
-        case.kv_heads,
-        case.group,
-        case.rule,
-        case.kind,
-        None if case.padding is None else case.padding[:1],
-        None if case.documents is None else case.documents[:1],
-        case.seed,
+    alone = replace(
+        case,
+        batch=1,
+        padding=None if case.padding is None else case.padding[:1],
+        documents=None if case.documents is None else case.documents[:1],
     )
     single = alone.attend([tensor[:, :1] for tensor in tensors])
     torch.testing.assert_close(case.attend(tensors)[:, :1], single, atol=1e-14, rtol=0)

@@ -1,4 +1,4 @@
-"""Compare recipes of context extension on one model: `python -m tools.study --study study.yaml --model DIR --text DIR`
+"""Compare recipes of context extension on one model: `python -m tools.study --plan table2 --model DIR --text DIR`
 
 Each recipe is trained by the product's trainer, in this process, and judged by perplexity, the last tokens of long
 windows and retrieval. Finished runs are kept by a hash of what decides them: the same command goes on.
@@ -13,15 +13,18 @@ from pathlib import Path
 
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command, program
-from tools.study.plan import Places, read_study
-
-DEFAULT = Path(__file__).with_name("recipes.yaml")
+from pipeline.storage.durable import replace_text
+from pipeline.storage.json_file import replace_json
+from tools.study.plan import Places, asked, plan_file, read_study
+from tools.study.workload import listing
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog=program("tools.study"), description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--study", type=user_path, default=DEFAULT, help="YAML of recipes (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plan", default="recipes", help="table1, table2, table6, groups, or recipes (the default)")
+    what.add_argument("--study", type=user_path, help="instead: a YAML of recipes of your own")
     parser.add_argument(
         "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"
     )
@@ -31,10 +34,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=user_path, help="checkpoints and tokens (default: OUTPUT/runs)")
     parser.add_argument("--seconds", type=float, help="leave in good order before so many have passed")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of every run")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="a=b", help="instead of the study's: trials=2")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="recipes by name (default: all)")
+    parser.add_argument("--equal-seconds", metavar="NAME", help="train each recipe in this one's seconds too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="instead of the study's")
+    parser.add_argument("--ruler", nargs="+", default=[], metavar="TASK", help="judge by RULER too: `ruler`, or tasks")
     parser.add_argument("--code", type=user_path, help="Python code to mix (default: Python's standard library)")
-    parser.add_argument("--list", action="store_true", help="only say which runs there are")
+    parser.add_argument("--list", action="store_true", help="only say which runs there are, and what they read")
     return parser.parse_args(argv)
 
 
@@ -42,27 +48,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 (also when time ran out: the same command goes on), or 2 with one sentence on standard error."""
     args = parse(argv)
-    study = read_study(args.study).only(args.only, args.seeds)
-    if args.list:
-        for number, (recipe, seed) in enumerate(study.order(), start=1):
-            print(f"{number:3d}  {recipe.name}, seed {seed}")
-        return 0
+    path = args.study or plan_file(args.plan)
+    study = asked(read_study(path), args.judge, args.ruler).only(args.only, args.seeds)
+    if args.equal_seconds:
+        study = study.in_seconds_of(args.equal_seconds)
+    table = args.output / ("table.md" if args.study or args.plan == "recipes" else f"{args.plan}.md")
     runs = args.runs or args.output / "runs"
     places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
+    if args.list:
+        for line in listing(study, places):
+            print(line)
+        return 0
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
-    from tools.study.table import markdown
+    from tools.study.table import comparisons, figures
 
     workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
 
     def show(outcomes: list[Outcome]) -> None:
         base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "table.md").write_text(markdown(outcomes, base))
+        ended = "".join(f"\nDiverged: {sentence}\n" for sentence in workshop.diverged)
+        replace_text(table, comparisons(outcomes, base) + ended)
+        replace_json(table.with_suffix(".json"), figures(outcomes, base))
 
     outcomes, reason = workshop.run(show)
     show(outcomes)
-    print((args.output / "table.md").read_text())
+    print(table.read_text())
     if reason:
         print(f"left early: {reason}; the same command goes on")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict, load_config
+from tools.study.pace import check_budget
 from tools.support.mixture import Mixture
 
 VERSION = 1
@@ -36,9 +37,16 @@ class Recipe:
     mix: Mixture = Mixture()
     """What is mixed with the training text."""
     whole: bool = False
-    """Every weight is trained, by transformers and torch (`whole_model`): what adapters are compared with."""
+    """Every weight is trained, in transformers' model by torch (`whole_model`): what adapters are compared with."""
+    seconds: float | None = None
+    """As many steps as take so long (see `pace`); None: `seconds_of`, or the configuration's steps."""
     seconds_of: str | None = None
-    """With `whole`: end once the steps have taken as long as this recipe's of the same seed; None: train all steps."""
+    """As many steps as take as long as all of this recipe's; None: see `seconds`."""
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether its steps follow from a time."""
+        return self.seconds is not None or self.seconds_of is not None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,26 @@ class Asked:
     digits: int = 5
     filler: str = "grass"
     tail: float = 0.25
+    ruler: tuple[str, ...] = ()
+    """RULER's tasks by name, or `ruler`: all; empty: none."""
+    ruler_lengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    ruler_trials: int = 4
+    """Prompts a task and length."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, many = getattr(self, item.name), isinstance(item.default, tuple)
+            kind: tuple[type, ...] = (str,) if item.name in ("tasks", "filler", "ruler") else (int, float)
+            if item.name in ("windows", "trials", "digits", "ruler_trials"):
+                kind = (int,)
+            parts = value if many and isinstance(value, tuple) else (value,)
+            if isinstance(value, tuple) != many or any(type(part) not in kind for part in parts):
+                what = {str: "text", int: "a whole number", float: "a number"}[kind[-1]]
+                raise ConfigError(f"judge.{item.name}: {value!r} is not {'a list, each ' if many else ''}{what}.")
+        if not self.lengths or not self.retrieval_lengths or (self.ruler and not self.ruler_lengths):
+            raise ConfigError("judge: lengths, retrieval_lengths and ruler_lengths must name at least one length.")
+        if self.windows < 1:
+            raise ConfigError(f"judge.windows: must be at least 1, got {self.windows}.")
 
 
 @dataclass(frozen=True)
@@ -69,6 +97,23 @@ class Study:
     recipes: tuple[Recipe, ...]
     """The most valuable first."""
     judge: Asked
+    every: tuple[Recipe, ...]
+    """Also those that are left out, by which others are paced."""
+
+    def in_seconds_of(self, name: str) -> Study:
+        """The same study, and after it each trained recipe again in the seconds of one of them.
+
+        Raises:
+            ConfigError: it is no recipe with steps of its own.
+        """
+        paces = [recipe.name for recipe in self.every if not recipe.untrained and not recipe.budgeted]
+        if name not in paces:
+            raise ConfigError(
+                f"--equal-seconds: {name!r} is no recipe with steps of its own; there are: {'; '.join(paces)}."
+            )
+        again = [recipe for recipe in self.recipes if recipe.name in paces and recipe.name != name]
+        twins = [replace(recipe, name=f"{recipe.name}, seconds of {name}", seconds_of=name) for recipe in again]
+        return replace(self, recipes=(*self.recipes, *twins))
 
     def only(self, names: Sequence[str], seeds: Sequence[int]) -> Study:
         """The same study of some recipes and seeds, in the study's order; empty: of all.
@@ -91,6 +136,22 @@ class Study:
                     yield recipe, seed
 
 
+PLANS = Path(__file__).parent
+"""Where the shipped studies lie."""
+
+
+def plan_file(name: str) -> Path:
+    """A shipped study by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = sorted(path.stem for path in PLANS.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"--plan: {name!r} is not one of {', '.join(known)}; your own list of recipes is --study.")
+    return PLANS / f"{name}.yaml"
+
+
 def read_study(path: Path) -> Study:
     """Read a study's YAML.
 
@@ -104,32 +165,63 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a study's YAML file.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML, {' '.join(str(error).split())}.") from None
-    top = _keys(tree, path, "", ("stretch", "seeds", "common", "recipes", "judge"), ("recipes",))
+    top = _keys(tree, path, "", ("stretch", "seeds", "common", "variants", "recipes", "judge"), ("recipes",))
     recipes = []
     for number, entry in enumerate(_listed(top["recipes"], path, "recipes")):
         recipes.append(_recipe(entry, path, f"recipes[{number}]"))
+    if top.get("variants"):
+        recipes = list(_varied(recipes, _listed(top["variants"], path, "variants"), path))
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: two recipes are called {twice[0]!r}; give each its own name.")
+    paces = [recipe.name for recipe in recipes if not recipe.untrained and not recipe.budgeted]
     for number, recipe in enumerate(recipes):
-        if recipe.seconds_of is not None and recipe.seconds_of not in names[:number]:
+        if recipe.seconds_of is not None and recipe.seconds_of not in paces:
             raise ConfigError(
-                f"{path}: recipes[{number}].seconds_of: {recipe.seconds_of!r} is no recipe before this one."
+                f"{path}: recipes[{number}].seconds_of: {recipe.seconds_of!r} is no recipe with steps of its own here."
             )
-    fields = tuple(Asked.__dataclass_fields__)
-    given = _keys(top.get("judge") or {}, path, "judge", fields)
-    asked: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    given = _keys(top.get("judge") or {}, path, "judge", tuple(Asked.__dataclass_fields__))
+    questions: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in given.items()}
     try:
-        judge = Asked(**asked)
+        judge = Asked(**questions)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
         return Study(
             float(top.get("stretch", 4.0)),
             tuple(int(seed) for seed in _listed(top.get("seeds", [1234]), path, "seeds")),
             tuple(_keys(top.get("common") or {}, path, "common").items()),
             tuple(recipes),
             judge,
+            tuple(recipes),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: stretch is a number and seeds are integers ({error}).") from None
+
+
+def asked(study: Study, judge: Sequence[str], ruler: Sequence[str]) -> Study:
+    """The study with other questions.
+
+    Args:
+        judge: `key=value`, of the section judge.
+        ruler: see `Asked.ruler`; empty: the study's.
+
+    Raises:
+        ConfigError: no such key, or no such value.
+    """
+    changes: dict[str, Any] = {"ruler": tuple(ruler)} if ruler else {}
+    for text in judge:
+        key, sign, value = text.partition("=")
+        if not sign or key not in Asked.__dataclass_fields__:
+            raise ConfigError(
+                f"--judge: {text!r} sets nothing; give key=value of {', '.join(Asked.__dataclass_fields__)}."
+            )
+        try:
+            found = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--judge: {text!r}: the value is not valid YAML.") from None
+        changes[key] = tuple(found) if isinstance(found, list) else found
+    return replace(study, judge=replace(study.judge, **changes))
 
 
 def _recipe(entry: Any, path: Path, where: str) -> Recipe:
@@ -139,18 +231,35 @@ def _recipe(entry: Any, path: Path, where: str) -> Recipe:
     untrained, whole = bool(given.get("untrained", False)), bool(given.get("whole", False))
     if untrained and (whole or mix):
         raise ConfigError(f"{path}: {where}: is untrained, so whole and mix mean nothing; remove them.")
-    if given.get("seconds_of") is not None and not whole:
-        raise ConfigError(f"{path}: {where}.seconds_of: only a recipe with whole: true ends by time; remove it.")
+    budget = given.get("seconds"), given.get("seconds_of")
+    check_budget(f"{path}: {where}", *budget, untrained)
     try:
         mixture = Mixture(**mix)
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {where}.mix: {error}") from None
-    return Recipe(
-        str(given["name"]), settings, untrained, given.get("stretch"), mixture, whole, given.get("seconds_of")
-    )
+    return Recipe(str(given["name"]), settings, untrained, given.get("stretch"), mixture, whole, *budget)
 
 
-_RECIPE_KEYS = ("name", "set", "untrained", "stretch", "mix", "whole", "seconds_of")
+def _varied(recipes: Sequence[Recipe], variants: Sequence[Any], path: Path) -> Iterator[Recipe]:
+    """What is not trained as it is, then every trained recipe under the first variant's settings, then the next's."""
+    trained = {recipe.name for recipe in recipes if not recipe.untrained}
+    yield from (recipe for recipe in recipes if recipe.untrained)
+    for number, entry in enumerate(variants):
+        where = f"variants[{number}]"
+        given = _keys(entry, path, where, ("name", "set"), ("name", "set"))
+        settings = tuple(_keys(given["set"], path, f"{where}.set").items())
+
+        def called(name: str | None, variant: str = str(given["name"])) -> str | None:
+            return f"{name}, {variant}" if name in trained else name
+
+        for recipe in recipes:
+            if not recipe.untrained:
+                name = str(called(recipe.name))
+                own = (*settings, *recipe.settings)
+                yield replace(recipe, name=name, settings=own, seconds_of=called(recipe.seconds_of))
+
+
+_RECIPE_KEYS = ("name", "set", "untrained", "stretch", "mix", "whole", "seconds", "seconds_of")
 
 
 def _keys(
@@ -231,20 +340,21 @@ def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
     return config
 
 
-def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str, paced_by: str = "") -> str:
+def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> str:
     """Hash of all that decides the weights of a run.
 
     Args:
         base_hash: of the base's weights.
         data: fingerprint of the training tokens.
-        paced_by: key of the run whose seconds end this one; empty: its steps do.
     """
     decisive = {key: value for key, value in config_dict(config).items() if key not in _NOT_DECISIVE}
     decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "path"}
     decisive["data"] = {key: value for key, value in decisive["data"].items() if key not in ("path", "cache")}
     if recipe.untrained:
         decisive, data = {"model": decisive["model"]}, ""
-    if recipe.whole:  # what only adapters and S² look at decides nothing
-        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": paced_by or "steps"}
+    if recipe.whole:  # what only adapters look at decides nothing
+        attention = {} if config.attention.kind == "full" else {"attention": decisive["attention"]}
+        decisive = {key: decisive[key] for key in ("model", "data", "train")} | {"whole": "steps"}
+        decisive |= attention
     text = json.dumps([VERSION, decisive, base_hash, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

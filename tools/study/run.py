@@ -7,9 +7,10 @@ import gc
 import hashlib
 import json
 import re
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,31 +19,35 @@ import torch
 
 from parallel.errors import ConfigError, DataError
 from parallel.health.signals import StopSignals
+from parallel.world.grid import GridPlan
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.build import build, build_model, connect, open_base
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import LoraConfig
+from pipeline.config.sections import RULER_TASKS
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.evaluation.evaluator import TEXT_TOKENS
 from pipeline.evaluation.judge import Judge, Judgement, JudgeSettings
 from pipeline.evaluation.results import ResultFile
+from pipeline.evaluation.ruler.cost import ruler_cost
+from pipeline.evaluation.ruler.results import RulerFile
+from pipeline.evaluation.ruler.tasks import RulerSettings
 from pipeline.evaluation.spread import Shards
 from pipeline.evaluation.tasks import RetrievalSettings
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.rank_model import RankModel
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import full_attention
 from pipeline.planning.run_plan import plan_run
-from pipeline.reporting.metrics import peak_memory_gib
-from pipeline.reporting.progress import TokenProgress, TrainProgress
+from pipeline.reporting.progress import TokenProgress
 from pipeline.reporting.versions import versions
 from pipeline.storage.durable import replace_text
+from pipeline.training.non_finite import TrainingDiverged
 from pipeline.training.trainer import Stopped
+from tools.study.pace import Pace, pace_of, timing_run, with_steps
 from tools.study.plan import Places, Recipe, Study, configure, train_key
-from tools.study.whole_model import as_base, train_whole
+from tools.study.training import OutOfTime, Training
+from tools.study.whole_model import as_base
 from tools.support.mixture import Mixture, write_mixture
 
 
@@ -54,27 +59,16 @@ class Outcome:
     seed: int
     judgement: Judgement
     training: Mapping[str, Any]
-    """steps, tokens, seconds (of the optimizer steps alone), last loss (mean of the last tenth), peak GiB."""
+    """steps, tokens, seconds (of the optimizer steps alone), last loss (mean of the last tenth), peak GiB; of a budget
+    in seconds also `budget`: its seconds, seconds a step, and where they were timed."""
 
 
-class OutOfTime(Exception):
-    """The time the user gave is over; what was done is kept."""
-
-
-class _Recorder(TrainProgress):
-    """Shows training and keeps what a study records of it."""
-
-    def __init__(self, total: int, start: int) -> None:
-        super().__init__(total, start, every=50)
-        self.losses: list[float] = []
-        self.seconds = 0.0
-        self.tokens = 0
-
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        super().update(step, metrics)
-        self.losses.append(metrics["loss"])
-        self.seconds += metrics["seconds"]
-        self.tokens += metrics["tokens"]
+def _let_go() -> None:
+    """Give back what a model held."""
+    destroy_groups()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def judge_settings(study: Study, own_context: int) -> JudgeSettings:
@@ -88,7 +82,9 @@ def judge_settings(study: Study, own_context: int) -> JudgeSettings:
         RetrievalSettings(tokens(asked.retrieval_lengths), asked.depths, asked.trials, task, asked.filler, asked.digits)
         for task in asked.tasks
     )
-    return JudgeSettings(tokens(asked.lengths), asked.windows, round(asked.tail * own_context), grids)
+    tasks = RULER_TASKS if "ruler" in asked.ruler else asked.ruler
+    ruler = RulerSettings(tasks, tokens(asked.ruler_lengths), asked.ruler_trials) if tasks else None
+    return JudgeSettings(tokens(asked.lengths), asked.windows, round(asked.tail * own_context), grids, ruler)
 
 
 class Workshop:
@@ -112,6 +108,9 @@ class Workshop:
         if self.env.world_size > 1:
             raise ConfigError("Environment: a study is one process; start it without torchrun.")
         self.signals = StopSignals()
+        self.diverged: list[str] = []
+        """Runs that ended so, a sentence each."""
+        self.training = Training(self.env, self.signals, self.left)
         stored = read_arch(places.model)
         self.own_context = stored.max_positions
         # Every recipe's mistakes are told before the first one is trained.
@@ -138,20 +137,68 @@ class Workshop:
         self.judge_settings = judge_settings(study, self.own_context)
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
         self.judge = Judge(self.judge_settings, self.tokenizer, text)
+        if self.judge.riddles:
+            cost = ruler_cost(self.judge.riddles, stored, GridPlan(1, 1, 1, 1))
+            self.say(f"RULER, of every run: {cost.sentence(config.train.global_batch * config.sequence)}")
         asked = json.dumps([self.judge_settings.to_json(), held_out.fingerprint], sort_keys=True)
         self.asked = hashlib.sha256(asked.encode()).hexdigest()
         self._pace: dict[tuple[bool, bool], float] = {}
         """Seconds a run of a kind (untrained, whole) took last."""
 
-    def key(self, recipe: Recipe, seed: int) -> str:
-        """Of the run's weights."""
-        data = self.texts[recipe.mix].fingerprint
-        paced_by = "" if recipe.seconds_of is None else self.key(*self._pacer(recipe, seed))
-        return train_key(recipe, self.configs[recipe, seed], self.base_hash, data, paced_by)
+    def config(self, recipe: Recipe, seed: int) -> RunConfig | None:
+        """Of the run; None: its steps follow from a time, and it was not timed yet."""
+        config = self.configs[recipe, seed]
+        if not recipe.budgeted:
+            return config
+        budget, pace = self._budget(recipe), Pace.read(self._pace_file(recipe))
+        return None if budget is None or pace is None else with_steps(config, pace.steps_in(budget))
 
-    def _pacer(self, recipe: Recipe, seed: int) -> tuple[Recipe, int]:
-        """The run after whose seconds this one ends."""
-        return next(other for other in self.configs if other[0].name == recipe.seconds_of and other[1] == seed)
+    def key(self, recipe: Recipe, config: RunConfig) -> str:
+        """Of the run's weights."""
+        return train_key(recipe, config, self.base_hash, self.texts[recipe.mix].fingerprint)
+
+    def _pacer(self, recipe: Recipe) -> Recipe:
+        """The recipe whose seconds this one may take."""
+        return next(other for other in self.study.every if other.name == recipe.seconds_of)
+
+    def _budget(self, recipe: Recipe) -> float | None:
+        """Seconds a budgeted recipe may train; None: not known yet."""
+        if recipe.seconds is not None:
+            return recipe.seconds
+        other = self._pacer(recipe)
+        pace = Pace.read(self._pace_file(other))
+        return None if pace is None else pace.step_seconds * self._plain(other).train.steps
+
+    def _plain(self, recipe: Recipe) -> RunConfig:
+        """A recipe's configuration with its own steps, of the first seed: all are timed by it."""
+        return configure(self.study, recipe, self.study.seeds[0], self.places, self.own_context)
+
+    def _pace_file(self, recipe: Recipe) -> Path:
+        """Where a recipe's pace lies: of what it trains, whatever it is called and however long."""
+        # Nothing of a step's time follows from these.
+        config = replace(self._plain(recipe), train=replace(self._plain(recipe).train, seed=0))
+        return self.results / "paces" / f"{self.key(recipe, config)[:12]}.json"
+
+    def _timed(self, recipe: Recipe) -> None:
+        """Time a recipe, unless that was done."""
+        path, plain = self._pace_file(recipe), self._plain(recipe)
+        if path.exists():
+            return
+        self.say(f"timing {recipe.name}")
+        folder = self.places.runs / f"timing-{path.stem}"
+        shutil.rmtree(folder, ignore_errors=True)
+        config = timing_run(plain, folder)
+        try:
+            if recipe.whole:
+                _, progress = self.training.whole(config, self.texts[recipe.mix], folder)
+            else:
+                with self.training.trained(config) as (_, _, progress):
+                    pass
+        finally:
+            _let_go()
+            shutil.rmtree(folder, ignore_errors=True)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        pace_of(plain, progress.seconds, device).write(path)
 
     def _mixed(self, mixture: Mixture, fingerprint: str) -> Path:
         """The folder of a mixture of the training text, written if it is not there."""
@@ -164,17 +211,20 @@ class Workshop:
             replace_text(mark, made_from)
         return folder
 
-    def file(self, recipe: Recipe, seed: int) -> Path:
+    def file(self, recipe: Recipe, seed: int, config: RunConfig) -> Path:
         """Where a run's result lies."""
-        slug = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-")
-        return self.results / f"{slug}-{seed}-{self.key(recipe, seed)[:12]}.json"
+        slug = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:150]
+        return self.results / f"{slug}-{seed}-{self.key(recipe, config)[:12]}.json"
 
     def finished(self, recipe: Recipe, seed: int) -> Outcome | None:
         """The result, if this very run was judged by these very questions."""
-        path = self.file(recipe, seed)
+        config = self.config(recipe, seed)
+        if config is None:
+            return None
+        path = self.file(recipe, seed, config)
         try:
             data = json.loads(path.read_text())
-            if data["key"] != self.key(recipe, seed) or data["asked"] != self.asked:
+            if data["key"] != self.key(recipe, config) or data["asked"] != self.asked:
                 return None
             return Outcome(recipe, seed, Judgement.from_json(data["judgement"]), data["training"])
         except FileNotFoundError:
@@ -206,6 +256,8 @@ class Workshop:
                 if run in outcomes:
                     continue
                 recipe, seed = run
+                if self._has_diverged(recipe, seed):
+                    continue
                 kind = recipe.untrained, recipe.whole
                 needed = self._pace.get(kind, 0.0)
                 try:
@@ -215,6 +267,9 @@ class Workshop:
                     began = time.monotonic()
                     outcomes[run] = self._one(recipe, seed)
                     self._pace[kind] = time.monotonic() - began
+                except TrainingDiverged as end:
+                    self._note_divergence(recipe, seed, end)
+                    continue
                 except OutOfTime as end:
                     reason = str(end)
                     break
@@ -224,48 +279,65 @@ class Workshop:
                 on_outcome([outcomes[run] for run in order if run in outcomes])
         return [outcomes[run] for run in order if run in outcomes], reason
 
-    def _heed(self) -> None:
-        """Between windows and steps.
+    def _divergence(self, recipe: Recipe, seed: int) -> Path | None:
+        """Where it is noted that a run diverged; None: its steps are not known yet."""
+        config = self.config(recipe, seed)
+        return None if config is None else self.file(recipe, seed, config).with_suffix(".diverged.txt")
 
-        Raises:
-            Stopped, OutOfTime: it is time to leave.
-        """
-        if self.signals.number:
-            raise Stopped(self.signals.number)
-        if self.left() <= 0:
-            raise OutOfTime("the time given is over")
+    def _has_diverged(self, recipe: Recipe, seed: int) -> bool:
+        path = self._divergence(recipe, seed)
+        if path is None or not path.exists():
+            return False
+        self.diverged.append(f"{recipe.name}, seed {seed}: {path.read_text().strip()}")
+        return True
+
+    def _note_divergence(self, recipe: Recipe, seed: int, error: TrainingDiverged) -> None:
+        """The others go on; the same command does not train it again."""
+        path = self._divergence(recipe, seed)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, f"{error}\n")
+        self.diverged.append(f"{recipe.name}, seed {seed}: {error}")
+        self.say(self.diverged[-1])
 
     def _one(self, recipe: Recipe, seed: int) -> Outcome:
-        config, key = self.configs[recipe, seed], self.key(recipe, seed)
+        if recipe.budgeted:
+            for one in (recipe, *([] if recipe.seconds_of is None else [self._pacer(recipe)])):
+                self._timed(one)
+        config = self.config(recipe, seed)
+        assert config is not None, "it was timed"
+        key, file = self.key(recipe, config), self.file(recipe, seed, config)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
             with contextlib.ExitStack() as cleanup:
                 training: dict[str, Any] = {}
+                folder = self.places.runs / file.stem
                 if recipe.untrained:
-                    model = cleanup.enter_context(self._untrained(config))
+                    model = cleanup.enter_context(self.training.untrained(config))
                 elif recipe.whole:
-                    folder = self.places.runs / self.file(recipe, seed).stem
-                    training = self._whole(recipe, seed, config, folder)
-                    model = cleanup.enter_context(self._untrained(as_base(config, folder)))
+                    training, _ = self.training.whole(config, self.texts[recipe.mix], folder)
+                    model = cleanup.enter_context(self.training.untrained(as_base(config, folder)))
                 else:
-                    folder = self.places.runs / self.file(recipe, seed).stem
-                    model, training = cleanup.enter_context(self._trained(replace(config, output=str(folder))))
+                    ready = self.training.trained(replace(config, output=str(folder)))
+                    model, training, _ = cleanup.enter_context(ready)
+                if recipe.budgeted:
+                    pace = Pace.read(self._pace_file(recipe))
+                    assert pace is not None
+                    training["budget"] = {"seconds": self._budget(recipe), **asdict(pace)}
                 judgement = self.judge(
                     model,
                     full_attention(config.attention),
                     config.model.context,
                     {"weights": key, "dtype": str(model.dtype)},
-                    ResultFile(self.results / "cells" / self.file(recipe, seed).name),
+                    ResultFile(self.results / "cells" / file.name),
+                    RulerFile(self.results / "ruler" / file.name),
                     label=recipe.name,
                     step=training.get("steps", 0),
-                    shards=Shards(before_round=self._heed),
+                    shards=Shards(before_round=self.training.heed),
                 )
         finally:
-            destroy_groups()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _let_go()
         outcome = Outcome(recipe, seed, judgement, training)
         self._write(outcome, config, key)
         return outcome
@@ -283,89 +355,6 @@ class Workshop:
             "judge": self.judge_settings.to_json(),
             "judgement": outcome.judgement.to_json(),
         }
-        path = self.file(outcome.recipe, outcome.seed)
+        path = self.file(outcome.recipe, outcome.seed, config)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(data, indent=1) + "\n")
-
-    @contextlib.contextmanager
-    def _untrained(self, config: RunConfig) -> Iterator[RankModel]:
-        plan = plan_run(config, self.env.world_size)
-        base = open_base(config, plan.arch)
-        groups = connect(plan, self.env)
-        model = build_model(plan, LoraConfig(rank=0), groups, base)
-        model.requires_grad_(False)
-        try:
-            yield model
-        finally:
-            model.close()
-
-    def _whole(self, recipe: Recipe, seed: int, config: RunConfig, folder: Path) -> dict[str, Any]:
-        """Train every weight; a run that is left begins anew."""
-        device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
-        if recipe.seconds_of is not None:
-            other = self._pacer(recipe, seed)
-            found = self.finished(*other)
-            if found is None:
-                raise ConfigError(
-                    f"Recipe {recipe.name!r}: {recipe.seconds_of!r}, seed {seed}, is to be run before it."
-                )
-            seconds = float(found.training["seconds"])
-        with _Recorder(config.train.steps, 0) as progress:
-
-            def on_step(step: int, loss: float, took: float, tokens: int) -> None:
-                row = {"loss": loss, "seconds": took, "tokens": tokens, "tokens_per_second": tokens / took}
-                progress.update(step, {**row, "memory_gib": peak_memory_gib(), "skipped": 0})
-                self._heed()
-
-            train_whole(plan_run(config, self.env.world_size), self.texts[recipe.mix], folder, seconds, device, on_step)
-        return self._facts(len(progress.losses), progress, 0, folder)
-
-    @contextlib.contextmanager
-    def _trained(self, config: RunConfig) -> Iterator[tuple[RankModel, dict[str, Any]]]:
-        """The model after training, which goes on from what an earlier process saved."""
-        run = build(plan_run(config, self.env.world_size), self.env)
-        parts, trainer = run.trainer.parts, run.trainer
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(parts.model.close)
-            cleanup.callback(parts.loader.close)
-            cleanup.callback(parts.saver.close)
-            progress = _Recorder(config.train.steps, trainer.step)
-            start = trainer.step
-
-            def on_step(step: int) -> None:
-                if self.left() <= 0 and step < config.train.steps:
-                    raise Stopped(signal.SIGALRM)
-
-            with progress, trainer.listening(self.signals):
-                stopped = trainer.run(None, progress, on_step)
-            training = self._facts(config.train.steps, progress, start, Path(config.output))
-            if stopped == signal.SIGALRM:
-                raise OutOfTime(f"the time given is over; step {trainer.step} of {config.train.steps} is saved")
-            if stopped:
-                raise Stopped(stopped)
-            yield parts.model, training
-
-    def _facts(self, steps: int, progress: _Recorder, start: int, folder: Path) -> dict[str, Any]:
-        """What training was, across the processes that took part."""
-        path = folder / "training.json"
-        parts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-        if progress.losses:
-            tail = progress.losses[-max(1, len(progress.losses) // 10) :]
-            parts = [part for part in parts if part["start"] < start]
-            parts.append(
-                {
-                    "start": start,
-                    "seconds": progress.seconds,
-                    "tokens": progress.tokens,
-                    "loss": sum(tail) / len(tail),
-                }
-            )
-            replace_text(path, json.dumps(parts) + "\n")
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        return {
-            "steps": steps,
-            "seconds": sum(part["seconds"] for part in parts),
-            "tokens": sum(part["tokens"] for part in parts),
-            "loss": parts[-1]["loss"] if parts else None,
-            "peak_gib": peak,
-        }

@@ -6,10 +6,21 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pipeline.evaluation.judge import Judgement
 from pipeline.evaluation.perplexity import exponential
-from pipeline.evaluation.results import CellResult, begun_by_length, by_length, paired_difference, relative
+from pipeline.evaluation.results import (
+    CellResult,
+    begun_by_length,
+    by_length,
+    by_task,
+    lost_and_won,
+    paired_difference,
+    relative,
+)
+from pipeline.evaluation.ruler.results import Effective, RulerReport, fell_short, means
+from pipeline.reporting.metrics import json_number
 from tools.study.run import Outcome
 
 
@@ -38,9 +49,26 @@ def _against(runs: Sequence[Outcome], of: Callable[[Judgement], Sequence[float]]
     return _mean([100 * (exponential(mean) - 1) for mean in means], lambda value: f"{value:.1f}") + "%"
 
 
+def ruler_of(run: Outcome, base: Outcome | None) -> RulerReport:
+    """What a run answers of RULER, as a report.
+
+    Args:
+        base: the model as shipped, whose context is the report's.
+    """
+    own = run.judgement.tail_context
+    base_context = own if base is None else base.judgement.tail_context
+    return RulerReport(run.recipe.name, int(run.training.get("steps", 0)), own, base_context, run.judgement.ruler)
+
+
+def effective(run: Outcome, base: Outcome | None) -> Effective:
+    """Effective length, judged by what the base answers at its own length, or by RULER's threshold."""
+    return ruler_of(run, base).effective(None if base is None else ruler_of(base, base))
+
+
 def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
     """A row a recipe, means over its seeds with their standard deviations; retrieval in brackets: where the answer's
-    first token was given.
+    first token was given. RULER's columns are means over all its tasks; its effective length is each seed's. Below it
+    stands what the base itself cannot do within its own context, in words.
 
     Args:
         outcomes: in the order of the rows.
@@ -53,7 +81,7 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
         rows.setdefault(outcome.recipe.name, []).append(outcome)
     lengths = list(outcomes[0].judgement.perplexity.perplexity)
     tasks = list(dict.fromkeys(cell.task for cell in outcomes[0].judgement.cells))
-    head = ["recipe", "seeds", "s/run", "GiB", *(f"ppl {length}" for length in lengths)]
+    head = ["recipe", "seeds", "steps", "Mtokens", "s/run", "GiB", *(f"ppl {length}" for length in lengths)]
     if base is not None:
         head += [f"{length} vs base" for length in lengths if length <= base.judgement.tail_context]
         if base.judgement.tail_nll:
@@ -61,10 +89,14 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
     for task in tasks:
         found = by_length(cell for cell in outcomes[0].judgement.cells if cell.task == task)
         head += [f"{task} {length}" for length in found] + [f"{task} worst cell"]
+    ruler = list(means(outcomes[0].judgement.ruler))
+    head += [f"RULER {length}" for length in ruler] + ["effective length"] * bool(ruler)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, runs in rows.items():
         trained = [run for run in runs if run.training]
         cells = [name, str(len(runs))]
+        cells.append(", ".join(f"{steps}" for steps in sorted({run.training["steps"] for run in trained})))
+        cells.append(", ".join(f"{n / 1e6:.4g}" for n in sorted({run.training["tokens"] for run in trained})))
         cells.append(
             _mean([float(run.training["seconds"]) for run in trained], lambda v: f"{v:.0f}") if trained else ""
         )
@@ -86,5 +118,73 @@ def markdown(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
                 scores = [by_length(_cells(run, task))[length][0] for run in runs]
                 cells.append(f"{_mean(scores, '{:.0%}'.format)} ({given[length][0]:.0%})")
             cells.append(f"{min(cell.score for cell in every):.0%}")
+        for length in ruler:
+            cells.append(_mean([means(run.judgement.ruler)[length] for run in runs], "{:.0%}".format))
+        if ruler:
+            cells.append(", ".join(map(str, sorted({effective(run, base).tokens for run in runs}))))
         lines.append("| " + " | ".join(cells) + " |")
+    if ruler:
+        asked = effective(outcomes[0], base)
+        lines += [
+            "",
+            f"Effective length: the longest to which all means over {', '.join(asked.tasks)} stay at "
+            f"{asked.threshold:.1%} ({asked.criterion}).",
+        ]
+    if base is not None:
+        own = base.judgement
+        said = lost_and_won(own.cells, own.cells, own.tail_context)  # of itself: only what it cannot do at all
+        if own.ruler:
+            said += fell_short(ruler_of(base, base), ruler_of(base, base), "the base")
+        lines += ["", *said] if said else []
     return "\n".join(lines) + "\n"
+
+
+def comparisons(outcomes: Sequence[Outcome], base: Outcome | None) -> str:
+    """The tables of a study: recipes of as many steps as their settings say, then those of each budget in seconds.
+
+    Args:
+        outcomes, base: see `markdown`.
+    """
+    budgeted = [run for run in outcomes if run.recipe.budgeted]
+    plain = [run for run in outcomes if not run.recipe.budgeted]
+    if not budgeted:
+        return markdown(outcomes, base)
+    parts = ["## Equal tokens\n\nSteps as the settings say.\n\n", markdown(plain, base)]
+    for of, seconds in dict.fromkeys((run.recipe.seconds_of, run.recipe.seconds) for run in budgeted):
+        alike = [run for run in budgeted if (run.recipe.seconds_of, run.recipe.seconds) == (of, seconds)]
+        budget = alike[0].training["budget"]["seconds"]
+        devices = ", ".join(sorted({str(run.training["budget"]["device"]) for run in alike}))
+        whose = f"those of {of}, " if of else ""
+        parts.append(
+            f"\n## Equal seconds: {whose}{budget:.1f} of optimizer steps\n\nSteps follow from timing a few of each "
+            f"recipe ({devices}), and are kept with it.\n\n"
+        )
+        beside = [run for run in plain if run is base or run.recipe.name == of]
+        parts.append(markdown([*beside, *alike], base))
+    return "".join(parts)
+
+
+def figures(outcomes: Sequence[Outcome], base: Outcome | None) -> dict[str, Any]:
+    """What the table is made of, JSON-ready: under `runs` an entry a run.
+
+    Args:
+        base: see `markdown`.
+    """
+    found = []
+    for run in outcomes:
+        judged = run.judgement
+        entry: dict[str, Any] = {"recipe": run.recipe.name, "seed": run.seed, "training": dict(run.training)}
+        entry["perplexity"] = {str(n): json_number(value) for n, value in judged.perplexity.perplexity.items()}
+        entry["tail_nll"] = [json_number(value) for value in judged.tail_nll]
+        entry["retrieval"] = {
+            task: {
+                str(n): {"exact": score, "first token given": begun_by_length(cells)[n][0]}
+                for n, (score, _) in by_length(cells).items()
+            }
+            for task, cells in by_task(judged.cells).items()
+        }
+        if judged.ruler:
+            entry["ruler"] = {str(n): score for n, score in means(judged.ruler).items()}
+            entry["effective_length"] = effective(run, base).to_json()
+        found.append(entry)
+    return {"base": None if base is None else base.recipe.name, "runs": found}

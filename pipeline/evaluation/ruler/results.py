@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from pipeline.evaluation.ruler.tasks import RulerCell
 
 PAPER = 0.856
 """RULER's threshold (arXiv 2404.06654): what Llama-2-7B scores at 4k."""
+PAPER_SAYS = "RULER's threshold"
+"""Whose threshold it is where no base says."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class RulerReport(ModelReport[RulerResult]):
                 # A mean of the same scores must reach itself.
                 reached = effective_length(mine, threshold - 1e-9)
                 return Effective(reached, threshold, shared, f"the base's own score at {own} tokens")
-        return Effective(effective_length(means(self.cells), PAPER), PAPER, tasks, "RULER's threshold")
+        return Effective(effective_length(means(self.cells), PAPER), PAPER, tasks, PAPER_SAYS)
 
     def write(self, path: Path, base: RulerReport | None = None) -> None:
         """Write as JSON.
@@ -153,6 +155,30 @@ class RulerReport(ModelReport[RulerResult]):
             DataError: the file cannot be written.
         """
         write_report(path, {**self.to_json(), "effective_length": self.effective(base).to_json()})
+
+
+def fell_short(mine: RulerReport, base: RulerReport, whose: str) -> list[str]:
+    """What a model lost of RULER at lengths that the base serves, in words; none: nothing.
+
+    Args:
+        base: as shipped, or what the model began with.
+        whose: the base, for the sentences.
+    """
+    tasks = {cell.task for cell in mine.cells}
+    shared = replace(base, cells=tuple(cell for cell in base.cells if cell.task in tasks))
+    theirs, own = shared.effective(shared), mine.effective(shared)
+    if theirs.criterion == PAPER_SAYS:
+        return [f"RULER: {whose} does none of its tasks at its own length: nothing to lose or win."]
+    if own.tokens >= theirs.tokens:
+        return []
+    scores = means([cell for cell in mine.cells if cell.task in own.tasks])
+    first = next((length for length in scores if length > own.tokens), None)
+    there = "" if first is None else f": at {first} it scores {scores[first]:.0%}"
+    return [
+        f"RULER's effective length fell from {theirs.tokens} tokens, {whose}'s, to {own.tokens}{there} where "
+        f"{own.threshold:.0%} over {len(own.tasks)} task{'s' if len(own.tasks) > 1 else ''} is wanted "
+        f"({own.criterion})."
+    ]
 
 
 def ruler_path(output: Path, label: str) -> Path:

@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.sections import RULER_TASKS
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.ruler import needles
 from pipeline.evaluation.ruler.counting import CommonWords, FrequentWords
 from pipeline.evaluation.ruler.sample import Count, Sample
 from pipeline.evaluation.ruler.variables import Variables
 
-TASKS = (*needles.TASKS, "ruler_vt", "ruler_cwe", "ruler_fwe")
-"""As lm-evaluation-harness names them."""
 NUMBERS_SEED = 1234
 """lm-evaluation-harness's of numpy, where its own is 0."""
 SPARE = 8192
@@ -29,7 +28,7 @@ class RulerSettings:
     """A grid of tasks and lengths."""
 
     tasks: tuple[str, ...]
-    """Of `TASKS`."""
+    """Of `RULER_TASKS`."""
     lengths: tuple[int, ...]
     """Tokens of a prompt and what is written after it, at most."""
     trials: int
@@ -39,8 +38,8 @@ class RulerSettings:
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            if task not in TASKS:
-                raise ConfigError(f"tasks: {task!r} is not one of {', '.join(TASKS)}.")
+            if task not in RULER_TASKS:
+                raise ConfigError(f"tasks: {task!r} is not one of {', '.join(RULER_TASKS)}.")
         if not self.lengths or min(self.lengths) < 2 or self.trials < 1:
             raise ConfigError(f"lengths: {list(self.lengths)} and trials: {self.trials} must be at least 2 and 1.")
 

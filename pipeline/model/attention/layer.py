@@ -22,7 +22,7 @@ from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.model.layers.recipe import Make, Recipe, give_recipe, recipe_of
 from pipeline.model.layers.rotary import apply_rope, split_and_rotate
-from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan, layer_rule
 from pipeline.planning.context_shards import ShardWork
 
 
@@ -91,7 +91,7 @@ class CoreAttention(torch.nn.Module):
         self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
         """q [S, B, Hq, D], k and v [S, B, Hkv, D] with RoPE applied, local tokens and heads -> [S, B, Hq * D]."""
-        plan = self.heads(context.spec.shifted_heads)
+        plan = self.heads(layer_rule(context.spec.shifted_heads, self.layer))
         layout, spec, scale = context.layout, context.spec, self.softmax_scale
         if context.shard is None:
             mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)

@@ -30,7 +30,8 @@ class Window(NamedTuple):
         """Its view [segments, tokens, heads, D]; never a copy, whatever the strides."""
         span = self.span
         if span.count == 1:
-            rows = x_SBHD[span.start : span.start + span.length, span.row_start : span.row_stop]
+            tokens = slice(span.start, span.start + (span.length - 1) * span.step + 1, span.step)
+            rows = x_SBHD[tokens, span.row_start : span.row_stop]
             return rows[:, :, self.head_start : self.head_stop].transpose(0, 1)
         row = x_SBHD[span.start : span.start + span.length * span.count, span.row_start]
         return row[:, self.head_start : self.head_stop].unflatten(0, (span.count, span.length))
@@ -118,7 +119,13 @@ def attend(
         return _attend_rolled(q_SBHD, k_SBHD, v_SBHD, layout, spec.group, blocks, backend, scale)
     group = spec.group if spec.kind == "s2" else None
     packed = backend.varlen is not None and spec.window is None
-    calls = [(block, span) for block in blocks for span in layout.spans(group, block.shifted, packed)]
+
+    def spans(block: HeadBlock) -> tuple[Span, ...]:
+        if group is not None and block.shifted and spec.dilation > 1:
+            return layout.dilated_spans(group, spec.dilation)
+        return layout.spans(group, block.shifted, packed)
+
+    calls = [(block, span) for block in blocks for span in spans(block)]
     if not calls:  # nothing but padding
         return q_SBHD.new_zeros(q_SBHD.shape)
     covers = not layout.padded

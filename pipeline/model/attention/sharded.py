@@ -138,6 +138,8 @@ def context_attend(
         ConfigError: `legacy_wrap` is on, or the device lacks the backend.
         ValueError: shapes contradict the layout, the plan or the shard.
     """
+    if spec.kind == "s2" and spec.dilation > 1:
+        raise ConfigError("attention.dilation: is not computed over context shards; set parallel.cp to 1.")
     if spec.kind == "s2" and spec.legacy_wrap:
         raise ConfigError(
             "attention.legacy_wrap: the published roll wraps the whole sequence around and cannot be split over "

@@ -210,6 +210,13 @@ STREAM = ["train.stream=4096", "attention.group_size=4096"]
             "attention.group_size: 4096 exceeds the training sequence of 128 tokens, which cuts it into no groups; use "
             "less (the paper's is 32), or set attention.kind: full.",
         ),
+        (["attention.dilation=0"], "attention.dilation: must be at least 1"),
+        (["attention.dilation=2", "attention.kind=full"], "attention.dilation: full attention has no shift"),
+        (["attention.dilation=2", "attention.shifted_heads=none"], "shifted_heads: none leaves no head to dilate"),
+        (["attention.dilation=2", "attention.legacy_wrap=true"], "dilated heads are not rolled"),
+        (["attention.dilation=5"], "attention.dilation: 5 groups of 8192 tokens are more than the training sequence"),
+        (["attention.dilation=2", "parallel.cp=2"], "attention.dilation: 2 is for studies and not computed over"),
+        (["attention.shifted_heads=odd_layers", "parallel.cp=2"], "attention.shifted_heads: odd_layers is for studies"),
         (["attention.full_last_steps=101"], "attention.full_last_steps: 101 exceeds train.steps 100"),
         (["attention.kind=sparse"], "attention.kind: 'sparse' is not one of s2, full."),
         (["train.trainable=[embed, norm]"], "adapters of lora.rank 8 would never train"),
@@ -264,6 +271,7 @@ STREAM = ["train.stream=4096", "attention.group_size=4096"]
             [*STREAM, "attention.full_last_steps=1"],
             "attention.full_last_steps: full attention needs the whole past",
         ),
+        ([*STREAM, "attention.dilation=2"], "attention.dilation: 2 is for studies and computed on whole sequences"),
         (
             [*STREAM, "attention.legacy_wrap=true"],
             "attention.legacy_wrap: wraps around the whole sequence, which",

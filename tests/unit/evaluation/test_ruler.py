@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.sections import RULER_TASKS
 from pipeline.evaluation.ruler.sample import TRIES, first_fitting
 from pipeline.evaluation.ruler.score import string_match
-from pipeline.evaluation.ruler.tasks import TASKS, RulerSettings, counter, draw, ruler_cells
+from pipeline.evaluation.ruler.tasks import RulerSettings, counter, draw, ruler_cells
 from pipeline.evaluation.ruler.words import WordPairs, word_pairs
 from tests.support.data_helpers import BYTES, ByteTokenizer
 from tests.unit.evaluation.ruler_golden import GOLDEN, SCORED, WANTED, essay, tokens_of
@@ -39,7 +40,7 @@ def test_prompts_and_answers_are_the_harness_s(case: dict[str, Any]) -> None:
 
 
 def test_every_task_is_compared() -> None:
-    assert {case["task"] for case in HARNESS["cases"]} == set(TASKS)
+    assert {case["task"] for case in HARNESS["cases"]} == set(RULER_TASKS)
 
 
 def test_answers_are_scored_as_the_harness_scores() -> None:
@@ -56,7 +57,7 @@ def test_word_pairs_are_sorted_as_strings() -> None:
 
 
 def test_prompts_fit_and_hold_their_answers() -> None:
-    tasks = [task for task in TASKS if task != "ruler_vt"]  # bytes are too many tokens for its example
+    tasks = [task for task in RULER_TASKS if task != "ruler_vt"]  # bytes are too many tokens for its example
     settings = RulerSettings(tuple(tasks), (12000,), 2, seed=3)
     found = ruler_cells(settings, ByteTokenizer(prompt_start=(1,)), TEXT)
     assert [cell.task for cell in found] == tasks
@@ -71,7 +72,7 @@ def test_prompts_fit_and_hold_their_answers() -> None:
     assert all(a.prompts[0] != b.prompts[0] for a, b in zip(found, other, strict=True))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RULER_TASKS)
 def test_a_length_without_room_is_one_sentence(task: str) -> None:
     for length in (40, 150):
         with pytest.raises(DataError, match=f"RULER length {length}: has no room.*use a longer one"):
@@ -89,7 +90,7 @@ def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="'niah' is not one of niah_single_1"):
         RulerSettings(("niah",), (2000,), 1)
     with pytest.raises(ConfigError, match="lengths"):
-        RulerSettings(TASKS, (), 1)
+        RulerSettings(RULER_TASKS, (), 1)
 
 
 def test_the_random_numbers_are_spent_as_pythons_own() -> None:

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from parallel.world.grid import GridPlan
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.ruler.cost import ruler_cost
 from pipeline.evaluation.ruler.results import RulerFile, RulerResult
 from pipeline.evaluation.ruler.tasks import RulerSettings, ruler_cells
 from pipeline.evaluation.run_ruler import Asked, evaluate_ruler
 from pipeline.evaluation.spread import Shards
+from pipeline.planning.arch import read_arch
 from tests.support.data_helpers import BYTES
 from tests.support.tiny_models import make_tiny
 from tools.evaluate import main
@@ -127,3 +131,26 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path, capsys: pytest.
     assert "'niah_single_9' is not one of perplexity, longppl, passkey, needle, ruler, niah_" in capsys.readouterr().err
     assert main([*given, "--tasks", "ruler", "--lengths", "300"]) == 2
     assert "RULER length 300: has no room" in capsys.readouterr().err
+
+
+def test_the_cost_is_what_torch_counts(tmp_path: Path) -> None:
+    """Reading: products of matrices as torch counts them in transformers' model, and the causal half of attention."""
+    base = make_tiny(tmp_path / "base", "smollm2", num_hidden_layers=2)
+    arch, model = read_arch(base), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).model.eval()
+    (cell,) = ruler_cells(RulerSettings(("ruler_fwe",), (3000,), 2), BYTES, np.zeros(0, dtype=np.int64))
+    sizes = [len(prompt) for prompt in cell.prompts]
+    reading = writing = 0.0
+    for tokens in sizes:
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+        by_kind = counted.get_flop_counts()["Global"]
+        attention = sum(n for op, n in by_kind.items() if "attention" in str(op) or "bmm" in str(op))
+        products = sum(by_kind.values()) - attention
+        pairs = 4 * arch.head_dim * arch.heads * arch.layers
+        reading += products + pairs * tokens * (tokens + 1) / 2
+        writing += sum(products / tokens + pairs * (tokens + at) for _ in range(50) for at in range(50))
+    cost = ruler_cost([cell], arch, GridPlan(1, 1, 1, 1))
+    assert (cost.prompts, cost.tokens) == (2, sum(sizes))
+    assert cost.reading == pytest.approx(reading, rel=1e-3)
+    assert cost.writing == pytest.approx(writing, rel=2e-2), "of what is written, all counts as the last token does"
+    assert f"2 prompts of {sum(sizes):,} tokens (as many as 2.0 training steps have)" in cost.sentence(sum(sizes) // 2)
