@@ -30,7 +30,8 @@ launch/$name.sh ${shown}[--dry-run | --tiny] [--nproc N] [--set a.b=c ...]
 SIGTERM, SIGUSR1 and Ctrl-C save and stop it; a second Ctrl-C ends it at once. Paths in the YAML
 and in --set are seen from the repository.
 Several machines: start it on each, with NNODES, NODE_RANK and MASTER_ADDR (MASTER_PORT) set, or through
-srun --ntasks-per-node=1. LONGSPAN_PYTHON names a Python that has everything; otherwise .venv is used.
+srun --ntasks-per-node=1. NCCL's settings and their reasons are in launch/nccl.env; exported variables win over it.
+LONGSPAN_PYTHON names a Python that has everything; otherwise .venv is used.
 TEXT
 }
 refuse() { echo "$name: $*" >&2; exit 2; }
