@@ -123,16 +123,19 @@ class Trainer:
             try:
                 self.heed()
                 self._show(progress)
-                began = time.perf_counter()
                 with contextlib.nullcontext() if profile is None else profile.around(self.step + 1):
+                    began = time.perf_counter()
                     row = self._one_step(self.step)
+                    seconds = time.perf_counter() - began
             except Stopped as stop:
                 self._save_and_leave(progress, watch)
                 return stop.number
             except TrainingDiverged as error:
                 raise self.diverged(error) from None
             self.step += 1
-            seconds = time.perf_counter() - began
+            if profile is not None and profile.recorded:
+                with watch.patient("writing the profile"):  # which the other ranks wait for
+                    profile.write()
             row |= {
                 "step": self.step,
                 "seconds": seconds,
