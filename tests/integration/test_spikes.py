@@ -162,6 +162,13 @@ def test_bad_data_are_named_and_nothing_is_changed(tmp_path: Path) -> None:
     assert run_on(path, {})[1] == [], "without it nothing is said"
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_step_is_told_to_be_the_same(tmp_path: Path) -> None:
+    """Where additions come in any order: see TOLERANCE."""
+    (line,) = run_on(write_run(tmp_path), {}, odd=True)[1]
+    assert f"so the data are the cause: window {odd_window()} (" in line
+
+
 def test_a_fault_of_the_hardware_is_undone(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     losses, said = run_on(path, {}, "gradient")
