@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ from pipeline.training.reduction import GradientReduction
 from pipeline.training.restore import layout_of, resume
 from pipeline.training.run_record import Run
 from pipeline.training.shared_output import check_shared
+from pipeline.training.spikes import SpikeWatch
 from pipeline.training.state import load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
 
@@ -252,6 +254,16 @@ def build(
         group=groups.data,
         offload=config.parallel.offload.optimizer == "cpu",
     )
+    manifest: dict[str, Any] = {
+        "config": config_dict(config),
+        "layout": layout_of(config, groups),
+        "base": str(Path(config.model.path).resolve()),
+        "base_hash": share_from_main(groups, base.base_hash),
+        "data_fingerprint": dataset.fingerprint,
+        "data_start": asdict(DataStart()),
+        "changes": [],
+        "init_from": None,
+    }
     parts = TrainerParts(
         config=config,
         groups=groups,
@@ -270,17 +282,11 @@ def build(
         ),
         spec=plan.attention,
         full_spec=plan.full_attention,
-        manifest={
-            "config": config_dict(config),
-            "layout": layout_of(config, groups),
-            "base": str(Path(config.model.path).resolve()),
-            "base_hash": share_from_main(groups, base.base_hash),
-            "data_fingerprint": dataset.fingerprint,
-            "data_start": asdict(DataStart()),
-            "changes": [],
-            "init_from": None,
-        },
+        manifest=manifest,
         checks=run_checks(groups, model, optimizer) if config.checks else None,
+        spikes=SpikeWatch(config, groups, loader, optimizer, manifest)
+        if config.train.rerun_spikes and not fake
+        else None,
     )
     choice = resume(parts)
     start = 0 if choice is None else choice.step

@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 NO_CUDA = "needs a CUDA device"
+NO_BROWSER = "needs Chromium on PATH"
 LONGEST = (
     "test_run_oracle",
     "test_faults",
@@ -93,11 +94,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many gpu tests did not run, so that a green CPU run is not mistaken for more."""
-    skipped = [
-        report
-        for report in terminalreporter.stats.get("skipped", [])
-        if NO_CUDA in str(getattr(report, "longrepr", ""))
-    ]
-    if skipped:
-        terminalreporter.write_line(f"gpu tests skipped (no CUDA device): {len(skipped)}")
+    """Say how many tests did not run, and for want of what, so that a green run is not mistaken for more."""
+    reasons = [str(getattr(report, "longrepr", "")) for report in terminalreporter.stats.get("skipped", [])]
+    for reason, told in ((NO_CUDA, "gpu tests skipped (no CUDA device)"), (NO_BROWSER, "skipped without Chromium")):
+        if skipped := sum(reason in one for one in reasons):
+            terminalreporter.write_line(f"{told}: {skipped}")

@@ -17,7 +17,7 @@ from pipeline.config.paths import user_path
 from pipeline.reporting.command import command, program
 
 SHIPPED = Path(__file__).parents[1] / "launch"
-PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "skypilot.yaml")
+PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "skypilot.yaml", "nccl.env")
 
 
 def write(folder: Path) -> tuple[list[Path], list[Path]]:

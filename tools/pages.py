@@ -1,4 +1,4 @@
-"""Write what docs/ says of the code from the code: docs/SETTINGS.md, and the import graph in docs/ARCHITECTURE.md."""
+"""Write what docs/ says of the code from the code: SETTINGS.md, the import graph in ARCHITECTURE.md, and pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from parallel.errors import ConfigError
 from pipeline.reporting.command import command, program
 from tools.support.import_graph import graph_section
+from tools.support.pictures import PICTURES
 from tools.support.settings_page import settings_page
 
 ROOT = Path(__file__).parents[1]
 SETTINGS, ARCHITECTURE = Path("docs/SETTINGS.md"), Path("docs/ARCHITECTURE.md")
+IMAGES = Path("docs/images")
 BEGIN, END = "<!-- python -m tools.pages: begin -->", "<!-- python -m tools.pages: end -->"
 """What lies between these lines of docs/ARCHITECTURE.md is written here."""
 
@@ -30,7 +32,8 @@ def pages(root: Path) -> dict[Path, str]:
     if not begun or not ended:
         raise ConfigError(f"{ARCHITECTURE}: the lines {BEGIN} and {END} are missing; put them where the graph belongs.")
     graph = f"{before}{BEGIN}\n\n{graph_section(root)}\n\n{END}{after}"
-    return {SETTINGS: settings_page(), ARCHITECTURE: graph}
+    drawn = {IMAGES / name: draw() for name, draw in PICTURES.items()}
+    return {SETTINGS: settings_page(), ARCHITECTURE: graph} | drawn
 
 
 def stale(root: Path) -> list[Path]:

@@ -1,140 +1,39 @@
 """Write a run's report: `python -m tools.report --run runs/tiny`. PNG plots, and one HTML page with them inside.
 
+`--compare runs/b runs/c` sets other runs beside it: settings that differ, results, and their curves in one picture.
+
 Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, retrieval-<key>.json,
-ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional;
-what is missing is named on the page. Of run.json these keys are used where present: title, device, dtype, world_size,
-commit, versions, parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds),
-original_context and base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows
-and does not), init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings
-changed on resume).
+ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional; what
+is missing is named on the page. Of run.json these keys are used where present: title, device, dtype, world_size, commit, versions,
+parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds), original_context and
+base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows and does not),
+init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings changed on resume).
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from parallel.errors import DataError
 from pipeline.config.paths import user_path
 from pipeline.evaluation.assessment import verdict
-from pipeline.evaluation.dense_gap import DenseGap
-from pipeline.evaluation.perplexity import EvalReport, LengthResult
-from pipeline.evaluation.results import RetrievalReport, begun_by_length, by_length, by_task
-from pipeline.evaluation.ruler.results import RulerReport
+from pipeline.evaluation.results import begun_by_length, by_length, by_task
 from pipeline.reporting.command import command, program
-from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+from pipeline.reporting.metrics import METRICS_FILE
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
+from tools.support.report_compare import compared_section, draw_compared, named
 from tools.support.report_html import CSS, missing, section, show, table
 from tools.support.report_plan import planned_lines
+from tools.support.report_record import RunRecord, flatten, perplexity_cell, read_run
 from tools.support.report_ruler import ruler_section
 
 PAGE = "index.html"
-FIRST, LAST = ("shipped", "before", "untrained", "initial"), ("after",)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What was found in a run folder."""
-
-    folder: Path
-    rows: list[dict[str, Any]]
-    """Metrics, a step each; empty without metrics.jsonl."""
-    evaluations: dict[str, EvalReport]
-    """By file key, in the order they are told."""
-    retrieval: dict[str, RetrievalReport]
-    """By file key, in the order they are told."""
-    ruler: dict[str, RulerReport]
-    """By file key, in the order they are told."""
-    gaps: dict[str, DenseGap]
-    """By file key, in the order they are told."""
-    config: dict[str, Any]
-    """Resolved configuration, nested; empty without config.yaml."""
-    facts: dict[str, Any]
-    """run.json; empty without it."""
-
-
-def evaluation_order(key: str) -> tuple[int, str]:
-    """Sort key: as shipped, untrained, then during training by step, then after."""
-    if key in FIRST:
-        return FIRST.index(key), key
-    return (99 if key in LAST else 50), key
-
-
-def _mapping(path: Path, text: str) -> dict[str, Any]:
-    """Parse a YAML or JSON file that holds named values."""
-    try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be parsed ({str(error).splitlines()[0]}); restore or remove it.") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: holds no named values; restore or remove it.")
-    return data
-
-
-def _by_key[R](folder: Path, kind: str, read: Callable[[Path], R]) -> dict[str, R]:
-    """Reports of one kind by file key, in the order they are told."""
-    paths = {path.stem.removeprefix(f"{kind}-"): path for path in folder.glob(f"{kind}-*.json")}
-    return {key: read(paths[key]) for key in sorted(paths, key=evaluation_order)}
-
-
-def read_run(folder: Path) -> RunRecord:
-    """Collect a run's records.
-
-    Raises:
-        DataError: the folder is missing, holds nothing to report, or a file in it is damaged.
-    """
-    if not folder.is_dir():
-        raise DataError(f"--run: {folder} is not a folder; name the output folder of a run.")
-    metrics = folder / METRICS_FILE
-    named = [folder / name for name in ("config.yaml", "run.json")]
-    config, facts = (_mapping(path, path.read_text()) if path.is_file() else {} for path in named)
-    record = RunRecord(
-        folder=folder,
-        rows=read_metrics(metrics) if metrics.is_file() else [],
-        evaluations=_by_key(folder, "eval", EvalReport.read),
-        retrieval=_by_key(folder, "retrieval", RetrievalReport.read),
-        ruler=_by_key(folder, "ruler", RulerReport.read),
-        gaps=_by_key(folder, "gap", DenseGap.read),
-        config=config,
-        facts=facts,
-    )
-    if not record.rows and not record.evaluations and not record.retrieval and not record.ruler:
-        raise DataError(f"--run: {folder} holds neither {METRICS_FILE} nor eval-*.json; name a run that has begun.")
-    return record
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names of nested values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def perplexity_cell(result: LengthResult) -> str:
-    """Perplexity with the reach of one standard error."""
-    perplexity = result.perplexity
-    if not 0 <= perplexity < float("inf"):
-        return "not finite"
-    if perplexity >= 1e4:
-        return f"{perplexity:.3g}"
-    digits = 2 if perplexity < 100 else 1
-    error = "" if result.nll_stderr is None else f" ± {perplexity * result.nll_stderr:.{digits}f}"
-    return f"{perplexity:.{digits}f}{error}"
 
 
 def perplexity_section(record: RunRecord, images: Mapping[str, str]) -> str:
@@ -175,7 +74,7 @@ def verdict_section(record: RunRecord) -> str:
     return section(f"Against the base at its own lengths, up to {own:,} tokens", f"<ul>{items}</ul>")
 
 
-def retrieval_section(record: RunRecord, images: Mapping[str, str]) -> str:
+def retrieval_section(record: RunRecord) -> str:
     """Retrieval by length and the dense gap; empty where neither was measured."""
     parts = []
     for task in dict.fromkeys(cell.task for report in record.retrieval.values() for cell in report.cells):
@@ -192,7 +91,6 @@ def retrieval_section(record: RunRecord, images: Mapping[str, str]) -> str:
     if parts:
         note = "Exact answers of greedy decoding; in brackets, once the answer's first token is given."
         parts.append(f"<p><small>{note}</small></p>")
-        parts.append(images.get("retrieval", ""))
     if record.gaps:
         lines = [[key, f"{gap.mean:+.4f}"] for key, gap in record.gaps.items()]
         length = next(iter(record.gaps.values())).length
@@ -282,11 +180,14 @@ def history_section(record: RunRecord) -> str:
     return section("Changes on the way", *parts) if parts else ""
 
 
-def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
+def page(
+    record: RunRecord, pngs: Mapping[str, tuple[str, bytes]], compared: Mapping[str, RunRecord] | None = None
+) -> str:
     """The whole HTML page; nothing in it points outside.
 
     Args:
         pngs: file stem -> (caption, PNG bytes).
+        compared: runs side by side, by name, the page's own first; None: none.
     """
     images = {
         name: f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -302,9 +203,10 @@ def page(record: RunRecord, pngs: Mapping[str, tuple[str, bytes]]) -> str:
         f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
         f"<style>{CSS}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
+        + ("" if compared is None else compared_section(compared, images))
         + verdict_section(record)
         + perplexity_section(record, images)
-        + retrieval_section(record, images)
+        + retrieval_section(record)
         + ruler_section(record.ruler)
         + notes_section(record)
         + training_section(record, images)
@@ -333,18 +235,22 @@ def draw(record: RunRecord) -> dict[str, tuple[str, bytes]]:
     return drawn
 
 
-def write_report(run: Path, output: Path) -> Path:
+def write_report(run: Path, output: Path, others: Sequence[Path] = ()) -> Path:
     """Write PNGs and the page into `output`; returns the page's path.
+
+    Args:
+        others: runs to set beside it.
 
     Raises:
         DataError: nothing to report, or a damaged file.
     """
     record = read_run(run)
-    pngs = draw(record)
+    compared = named([record, *map(read_run, others)]) if others else None
+    pngs = draw(record) | ({} if compared is None else draw_compared(compared))
     output.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in pngs.items():
         (output / f"{name}.png").write_bytes(png)
-    (output / PAGE).write_text(page(record, pngs), encoding="utf-8")
+    (output / PAGE).write_text(page(record, pngs, compared), encoding="utf-8")
     return output / PAGE
 
 
@@ -354,8 +260,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program("tools.report"), description="Write a run's report.")
     parser.add_argument("--run", type=user_path, required=True, help="output folder of a run")
     parser.add_argument("--output", type=user_path, help="where the report goes; <run>/report if not given")
+    parser.add_argument(
+        "--compare", type=user_path, nargs="+", default=[], metavar="RUN", help="other runs, to be set beside it"
+    )
     args = parser.parse_args(argv)
-    print(write_report(args.run, args.output or args.run / "report"))
+    print(write_report(args.run, args.output or args.run / "report", args.compare))
     return 0
 
 

@@ -5,6 +5,8 @@ after SIGTERM or Ctrl-C whether they have saved or not, makes a 1 of every exit 
 a traceback of its own. Exit code: 0; `save.signal_exit_code` after SIGTERM or SIGUSR1, and 130 after Ctrl-C, once the
 state is saved; 128 + the signal that ended it with nothing to save, or 130 after a second Ctrl-C; otherwise that of the
 first process that failed.
+
+What NCCL is told is in launch/nccl.env; variables that are set already win over it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import psutil
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, SAVING, SIGNALS, end_at_once, stop_name, tell
 from parallel.world.rank_env import EXIT_FILE
 from pipeline.reporting.command import TOLD, command
+from tools.support.nccl import NCCL_FILE, nccl_settings
 
 if TYPE_CHECKING:  # it imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -115,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from parallel.world.meeting import cannot_meet, refuse_unknown_host
 
     args = parse_args(argv)
+    for name, value in nccl_settings(NCCL_FILE).items():
+        os.environ.setdefault(name, value)
     if args.standalone:
         # Else it is the host's name, which need not resolve, that the processes are to meet at.
         args.local_addr = args.local_addr or "127.0.0.1"

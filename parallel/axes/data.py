@@ -71,6 +71,9 @@ class GradientReducer:
         self._views = [flat[spans[bucket[-1]][0] : spans[bucket[0]][1]] for bucket in self.buckets]
         self._works: list[Any] = []
         self._finished = False
+        self.norms: list[torch.Tensor] | None = None
+        """fp32 scalars: L2 norms of the buckets started in this step, of this rank's own gradients; None: not wanted.
+        They take one more reading of the buffer."""
         self.reset()
 
     @property
@@ -92,6 +95,8 @@ class GradientReducer:
         if self._works and not self._finished:
             raise RuntimeError("gradient sums are still under way: call finish() before the next step")
         self._works = []
+        if self.norms is not None:
+            self.norms.clear()
         self._armed: set[int] = set()
         self._ready: set[int] = set()
         self._missing = [len(bucket) for bucket in self.buckets]
@@ -148,7 +153,10 @@ class GradientReducer:
         self._finished = True
 
     def _start(self) -> None:
-        self._works.append(dist.all_reduce(self._views[self.started], group=self.group, async_op=True))
+        view = self._views[self.started]
+        if self.norms is not None:
+            self.norms.append(torch.linalg.vector_norm(view))
+        self._works.append(dist.all_reduce(view, group=self.group, async_op=True))
 
 
 @dataclass(frozen=True)

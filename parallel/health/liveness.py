@@ -10,6 +10,7 @@ import contextlib
 import json
 import linecache
 import re
+import signal
 import socket
 import sys
 import sysconfig
@@ -22,11 +23,15 @@ from types import FrameType
 import psutil
 import torch
 
+from parallel.health.verdict import Verdict, at_step
+
 SILENCE_S = 30.0
 """Seconds without a beat after which a process on another machine counts as lost: longer than a library may hold
 Python's lock inside a training step. (On the same machine the process itself is looked at, and none is waited for.)"""
 PATIENCE = 6
 """A phase declared long (loading, evaluation, saving) may stand still for so many times the time-out."""
+SIGNAL_S = 2.0
+"""Seconds after a rank was ended by a signal in which the reason may be told, if there is another."""
 SHOWN_RANKS = 8
 """Ranks a sentence names one by one."""
 
@@ -67,6 +72,8 @@ class Beat:
     pid: int = 0
     ended: bool = False
     """Left in good order: its absence means nothing."""
+    signal: int = 0
+    """What ended it before it had anything to save, or after: SIGTERM or SIGUSR1; 0: none did."""
 
     def encode(self) -> str:
         """As JSON."""
@@ -78,29 +85,6 @@ class Beat:
         return cls(**json.loads(text))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Why the job ends."""
-
-    rank: int
-    """Whose fault, -1: nobody's alone."""
-    text: str
-    """One sentence."""
-    code: int = 1
-    """Exit code of every rank."""
-    detail: str = ""
-    """Traceback of an unexpected error."""
-
-    def encode(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, text: str | bytes) -> Verdict:
-        """From JSON."""
-        return cls(**json.loads(text))
-
-
 def machine() -> str:
     """Names this machine's process table (boot and process-id namespace); empty where Linux' /proc is not to be had."""
     try:
@@ -108,12 +92,6 @@ def machine() -> str:
         return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
-
-
-def at_step(step: int, phase: str) -> str:
-    """`at step 12`, with the phase where it is not plain training."""
-    place = f"at step {step}" if step else "before the first step"
-    return place if phase == "training" else f"{place} ({phase})"
 
 
 def _short(file: str) -> str:
@@ -153,17 +131,6 @@ def main_thread_stands(ident: int) -> tuple[bool, str]:
             collective = any(_WAITING_FILES[0] in entry.filename for entry in traceback.extract_stack(stack, limit=8))
             waiting |= other != ident and collective
     return waiting, where
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether an error says only that a peer went away: what happened to the peer is the news, not this."""
-    if not isinstance(error, (RuntimeError, OSError)):
-        return False
-    kinds = (torch.distributed.DistError, ConnectionError)
-    named = re.search(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", str(error), re.IGNORECASE)
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = bool(frames) and "torch/distributed/" in frames[-1].filename
-    return isinstance(error, kinds) or bool(named) or inside
 
 
 class Peers:
@@ -254,6 +221,10 @@ class Peers:
             silence_s: seconds without a beat that make a loss, in a phase that is not declared long.
         """
         running = self.running()
+        for beat in self.beats.values():
+            # A launcher ends its processes so, too, when another has failed: that is soon told, and comes first.
+            if beat.signal and now - self.seen[beat.rank] > SIGNAL_S:
+                return self.signaled(beat)
         for beat in running:
             if self.gone(beat):
                 return self._died(beat, "its process is gone: killed, for want of memory perhaps, or crashed")
@@ -270,6 +241,15 @@ class Peers:
                 f"{self.world} ranks wait; look at what {_it(absent)} printed, and at the machine",
             )
         return None if self.missing else self._hung(running, now, timeout_s)
+
+    def signaled(self, beat: Beat) -> Verdict:
+        """A machine of several was told to stop, and the others cannot go on without it."""
+        name, place = signal.Signals(beat.signal).name, at_step(beat.step, beat.phase)
+        text = (
+            f"rank {beat.rank} was ended by {name} {place}, and the others cannot go on without it: nothing was to be "
+            "saved; rerun the same command to go on"
+        )
+        return Verdict(beat.rank, text, 128 + beat.signal)
 
     def _died(self, beat: Beat, how: str) -> Verdict:
         # In lockstep nobody is ahead of the dead rank, and what it last said of itself may be half a second old.

@@ -6,15 +6,13 @@ step tells which it is.
 
 from __future__ import annotations
 
-import socket
 import statistics
-import struct
 import time
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
+from parallel.world.collectives import of_every_rank
 from parallel.world.groups import Groups
 
 PACE_EVERY = 100
@@ -23,8 +21,6 @@ SLOW = 1.15
 """Seconds over the median's, above which a rank is named: GPUs of one kind differ by a few hundredths."""
 SIZE = {"cuda": 4096, "cpu": 256}
 """Rows and columns of the matrices that are multiplied."""
-_NAME = 64
-"""Bytes of a machine's name that are sent."""
 TIMES = 10
 """Products of a look, of which the fastest counts: what else the machine does must not be taken for the GPU's pace."""
 
@@ -74,11 +70,5 @@ def slow_ranks(groups: Groups, own: float | None = None) -> list[str]:
     if world == 1 or groups.fake:
         return []
     found = pace(groups.device) if own is None else own
-    # Bytes of the number and of the name: nothing is unpickled that another process sent.
-    name = socket.gethostname().encode()[:_NAME].ljust(_NAME)
-    sent = torch.frombuffer(bytearray(struct.pack("d", found) + name), dtype=torch.uint8)
-    every = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(every, sent, group=groups.host)
-    known = [bytes(one.tolist()) for one in every]
-    seconds = [float(struct.unpack("d", one[:8])[0]) for one in known]
-    return named_slow(seconds, [one[8:].decode(errors="replace").strip() for one in known])
+    known = of_every_rank(groups, [found])
+    return named_slow([seconds for (seconds,), _ in known], [host for _, host in known])

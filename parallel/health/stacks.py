@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.health.liveness import Verdict
+from parallel.health.verdict import Verdict
 
 FOLDER = "hang"
 """Below a run's output."""

@@ -26,20 +26,17 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
-from parallel.errors import LongspanError
 from parallel.health.liveness import (
     PATIENCE,
     SILENCE_S,
     Beat,
     Peers,
-    Verdict,
-    at_step,
-    is_communication_error,
     machine,
     main_thread_stands,
 )
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, end_at_once, tell
 from parallel.health.stacks import StackWriter, with_stacks
+from parallel.health.verdict import Verdict, at_step, is_communication_error, verdict_of
 from parallel.health.watch_store import STORE_S, StoreMinder, meet
 from parallel.world.meeting import LOST
 from parallel.world.rank_env import RankEnv
@@ -51,6 +48,8 @@ CROWD = 64
 FAREWELL_S = 3.0
 """Seconds a rank waits for the verdict to be printed, and the store's host for the others to have heard it."""
 SIGTERM_CODE = 128 + signal.SIGTERM
+ENDING = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that end a rank at once while there is nothing to save."""
 
 
 def collective_timeout_s(timeout_s: float) -> float:
@@ -141,7 +140,8 @@ class RankWatch(Watch):
         # pipe arrives at once. It lets the thread say why the launcher ends everybody: it saw the dead rank first.
         self._old_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._handler = lambda *_: None
-        self._old_handler = signal.signal(signal.SIGTERM, self._handler)
+        self._old_handlers = {number: signal.signal(number, self._handler) for number in ENDING}
+        self._ended_by = 0
         self._publish(False)  # before anything can fail: whoever dies at once has been known
         self._minder = StoreMinder(lambda: self._exchanges, self._interval, self._store_silent)
         self._thread = threading.Thread(target=self._run, name="longspan-watch", daemon=True)
@@ -179,7 +179,8 @@ class RankWatch(Watch):
             return False
         if is_communication_error(error):
             self._secondary_since = time.monotonic()
-        self._failure = self._verdict_of(error, trace)
+        place = at_step(self._step, self._phase)
+        self._failure = verdict_of(error, trace, self._env.rank, place, self._secondary_since is not None)
         self._wake()
         # The thread ends the process. If it cannot (the store's machine vanished without a word), this does.
         self._thread.join(self._silence_s + 2 * STORE_S)
@@ -193,7 +194,8 @@ class RankWatch(Watch):
         self._thread.join()
         self._minder.close()
         signal.set_wakeup_fd(self._old_fd)
-        signal.signal(signal.SIGTERM, self._old_handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         os.close(self._wake_read)
         os.close(self._wake_write)
 
@@ -201,28 +203,15 @@ class RankWatch(Watch):
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
 
-    def _verdict_of(self, error: BaseException, trace: TracebackType | None) -> Verdict:
-        """One sentence of an exception, and the traceback unless the user can mend it."""
-        rank, place = self._env.rank, at_step(self._step, self._phase)
-        if isinstance(error, LongspanError):
-            return Verdict(rank, f"rank {rank} failed {place}: {error}", 2)
-        if isinstance(error, KeyboardInterrupt):
-            return Verdict(rank, f"rank {rank} was interrupted {place}", INTERRUPT_CODE)
-        last = traceback.extract_tb(trace)[-1:]
-        line = "".join(f" ({'/'.join(at.filename.split('/')[-3:])}:{at.lineno} in {at.name})" for at in last)
-        sentence = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        if self._secondary_since is not None:
-            return Verdict(rank, f"rank {rank} lost touch with the others {place}: {sentence}{line}", 1)
-        detail = "".join(traceback.format_exception(type(error), error, trace))
-        return Verdict(rank, f"rank {rank} failed {place}: {sentence}{line}", 1, detail)
-
     def _run(self) -> None:
         """The thread."""
         try:
             while True:
                 signaled, lost = self._sleep(self._interval), False
                 # Another handler is the trainer's, which saves and leaves in good order, unless a peer is dead.
-                terminated = signaled and signal.getsignal(signal.SIGTERM) is self._handler
+                terminated = bool(signaled) and signal.getsignal(signaled) is self._handler
+                if terminated and not self._closing:
+                    self._ended_by = signaled
                 try:
                     verdict = self._exchange()
                     if signaled and verdict is None:
@@ -235,7 +224,7 @@ class RankWatch(Watch):
                 if verdict is not None:
                     self._end(verdict, lost)
                 if terminated:
-                    self._leave(SIGTERM_CODE)
+                    self._leave(128 + signaled if signaled else SIGTERM_CODE)
                 if self._closing and self._all_left():
                     return
         except Exception:  # a fault in here must not end a healthy run; collectives still have their time-out
@@ -259,8 +248,8 @@ class RankWatch(Watch):
         elif silent_s > max(self._timeout_s, self._silence_s):
             self._end(self._without_store() or Verdict(0, "rank 0 left without a word"), lost=True)
 
-    def _sleep(self, seconds: float) -> bool:
-        """Until something happens, at most `seconds`; whether it was SIGTERM."""
+    def _sleep(self, seconds: float) -> int:
+        """Until something happens, at most `seconds`; which of ENDING it was, 0: none."""
         ready, _, _ = select.select([self._wake_read], [], [], seconds)
         came = os.read(self._wake_read, 4096) if ready else b""
         self._interrupts += came.count(signal.SIGINT)
@@ -269,7 +258,7 @@ class RankWatch(Watch):
             if self._env.is_main and not self._env.exit_file:
                 tell(AT_ONCE)
             self._leave(INTERRUPT_CODE)
-        return signal.SIGTERM in came
+        return next((number for number in ENDING if number in came), 0)
 
     def _beat(self, ended: bool) -> Beat:
         """This rank's state now."""
@@ -289,6 +278,7 @@ class RankWatch(Watch):
             host=self._peers.host,
             pid=os.getpid(),
             ended=ended,
+            signal=self._ended_by,
         )
 
     def _publish(self, ended: bool) -> None:
@@ -324,7 +314,7 @@ class RankWatch(Watch):
         return Verdict.decode(self._store.compare_set("verdict", "", verdict.encode()))
 
     def _last_words(self, ended: bool) -> Verdict | None:
-        """On SIGTERM: the reason, if one is known within a moment; otherwise tell the peers that it was in order."""
+        """On such a signal: the reason, if one is known within a moment; otherwise tell the peers that it came."""
         verdict = self._exchange(ended)
         until = time.monotonic() + (2 * BEAT_S if self._hosting else BEAT_S)
         while verdict is None and time.monotonic() < until:
@@ -334,6 +324,9 @@ class RankWatch(Watch):
 
     def _without_store(self) -> Verdict | None:
         """The store's host is gone: say who that was. None: it had taken leave in good order (all were told to)."""
+        for beat in self._peers.beats.values():
+            if beat.signal:
+                return self._peers.signaled(beat)
         if self._env.agent_store:
             text = f"the launcher (torchrun), or its machine, died {at_step(self._step, self._phase)}"
             return Verdict(-1, f"{text}: nothing holds the ranks together any more")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
+import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,6 +20,8 @@ _POLL_S = (0.02, 0.5)
 """First and longest pause between two looks at the store."""
 _FAREWELL_S = 10.0
 """Rank 0, which may host the store, stays so long to let every rank read why it fails."""
+_NAME = 64
+"""Bytes of a machine's name that are sent."""
 _ERRORS = {error.__name__: error for error in (CheckpointError, ConfigError, DataError, LongspanError)}
 _calls = itertools.count()
 """Every rank makes these calls in the same order, so the count names them alike everywhere."""
@@ -104,6 +108,24 @@ def on_main_first[T](groups: Groups, work: Callable[[], T]) -> T:
 
     share_from_main(groups, first)
     return results[0] if results else work()
+
+
+def of_every_rank(groups: Groups, numbers: Sequence[float]) -> list[tuple[list[float], str]]:
+    """Each rank's numbers and the name of its machine, by rank, on every rank of the world; in host memory.
+
+    Args:
+        numbers: as many on every rank.
+    """
+    # Bytes of the numbers and of the name: nothing is unpickled that another process sent.
+    count, name = len(numbers), socket.gethostname().encode()[:_NAME].ljust(_NAME)
+    raw = [struct.pack(f"{count}d", *numbers) + name]
+    if groups.plan.world_size > 1:
+        sent = torch.frombuffer(bytearray(raw[0]), dtype=torch.uint8)
+        every = [torch.empty_like(sent) for _ in range(groups.plan.world_size)]
+        dist.all_gather(every, sent, group=groups.host)
+        raw = [bytes(one.tolist()) for one in every]
+    size = struct.calcsize(f"{count}d")
+    return [(list(struct.unpack(f"{count}d", one[:size])), one[size:].decode(errors="replace").strip()) for one in raw]
 
 
 def require_same(groups: Groups, facts: Mapping[str, str]) -> None:

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "train.without",
     "train.stream",
     "train.bad_steps",
+    "train.rerun_spikes",
     "checks",
     "report_to",
     "attention.backend",

@@ -244,6 +244,9 @@ class TrainConfig:
     """Seed of everything random."""
     bad_steps: int = 5
     """Consecutive non-finite steps after which training stops (each is skipped and counted)."""
+    rerun_spikes: bool = True
+    """Compute a step whose loss or gradient norm is not finite, or far beyond the last 64 steps', once more before the
+    weights change, and say whether the data or a rank's hardware is the cause."""
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 1)

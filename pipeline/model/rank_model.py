@@ -187,6 +187,7 @@ class RankModel(torch.nn.Module):
         scale: float,
         before_last_backward: Callable[[Iterable[torch.nn.Parameter] | None], None] = lambda parameters: None,
         between: Callable[[], None] = lambda: None,
+        each: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Forward and backward of one optimizer step's micro-batches on this rank.
 
@@ -200,11 +201,18 @@ class RankModel(torch.nn.Module):
                 with the parameters that train there, as each chunk comes to it at another time.
             between: called between two micro-batches, streaming: between two chunks (not under pipelining); may raise
                 to abandon the step.
+            each: fp64 [micro-batches], zero: gets what is returned of each of them.
 
         Returns:
             This rank's sum of losses, fp64 scalar: over its tokens, zero but on the last stage.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+
+        def count(number: int, loss: torch.Tensor) -> None:
+            total.add_(loss)
+            if each is not None:
+                each[number] += loss
+
         self._cache.close()  # kept from window to window of an evaluation
         if self.stream is not None:
             for number, batch in enumerate(batches):
@@ -212,7 +220,7 @@ class RankModel(torch.nn.Module):
                     between()
                 final = number == len(batches) - 1
                 arm = (lambda: before_last_backward(None)) if final else (lambda: None)
-                total += self.stream.train(batch, spec, scale, arm, between)
+                count(number, self.stream.train(batch, spec, scale, arm, between))
             return total
         placed = [self.place(batch) for batch in batches]
         contexts = [{id(stage): self._context(stage, batch.layout, spec) for stage in self.stages} for batch in placed]
@@ -223,7 +231,7 @@ class RankModel(torch.nn.Module):
             if not stage.chunk.last:
                 return hidden
             loss = stage.loss_of(hidden, batch.labels)
-            total.add_(loss.detach().double())
+            count(number, loss.detach().double())
             return loss * scale
 
         if self.groups.plan.pp > 1:

@@ -116,10 +116,11 @@ class StepProfile:
 
     def __init__(self, folder: Path, rank: int, number: int, warn: Warn = to_stderr) -> None:
         self._folder, self._rank, self._left, self._warn = folder, rank, number, warn
+        self._recorded: tuple[int, float, torch.profiler.profile] | None = None
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """Within, optimizer step `step` (from 1) runs; recorded if it is the one asked for."""
+        """Within, optimizer step `step` (from 1) runs; recorded if it is the one asked for: then call `write`."""
         self._left -= 1
         if self._left:
             yield
@@ -127,25 +128,48 @@ class StepProfile:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=BLOCKS)
+        profiler = torch.profiler.profile(profile_memory=True, acc_events=True)
+        profiler.start()
         began = time.perf_counter()
         try:
-            with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
-                yield
-                if on_gpu:
-                    torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-            base = self._folder / f"step-{step:06d}-rank-{self._rank}"
+            yield
+            if on_gpu:
+                torch.cuda.synchronize()
+        except BaseException:
+            self._stop(profiler)
+            raise
+        self._recorded = step, time.perf_counter() - began, profiler
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a step waits to be written."""
+        return self._recorded is not None
+
+    def write(self) -> None:
+        """Write the recorded step, which takes seconds to minutes; nothing if there is none."""
+        if self._recorded is None:
+            return
+        (step, seconds, profiler), self._recorded = self._recorded, None
+        base = self._folder / f"step-{step:06d}-rank-{self._rank}"
+        try:
+            profiler.stop()
             with optional_file(base, self._warn), _as_os_error():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 profiler.export_chrome_trace(f"{base}.trace.json.gz")
                 Path(f"{base}.txt").write_text(
                     f"step {step}, rank {self._rank}: {seconds:.3f} s while recorded\n{_page(profiler)}\n"
                 )
-                if on_gpu:
+                if torch.cuda.is_available():
                     torch.cuda.memory._dump_snapshot(f"{base}.memory.pickle")
         finally:
-            if on_gpu:
-                torch.cuda.memory._record_memory_history(enabled=None)
+            self._stop(None)
+
+    def _stop(self, profiler: torch.profiler.profile | None) -> None:
+        """Record nothing more."""
+        if profiler is not None:
+            profiler.stop()
+        if torch.cuda.is_available():
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def print_profile(work: Callable[[], object], shown: bool) -> None:

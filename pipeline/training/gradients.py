@@ -133,6 +133,25 @@ class FlatGradients:
             view.copy_(values)
         return packed.numel()
 
+    def keep_own_norms(self) -> None:
+        """From the next step on, know `own_norm`."""
+        if self.reducer is not None:
+            self.reducer.norms = []
+
+    def own_norm(self) -> torch.Tensor:
+        """fp32 scalar: L2 norm of this rank's gradients of the step before the sum over the replicas.
+
+        Alone there is no such sum, and it is the norm of the buffer as it is.
+
+        Raises:
+            RuntimeError: they are not kept, or not all known yet.
+        """
+        if self.reducer is None:
+            return torch.linalg.vector_norm(self.flat)
+        if not self.reducer.norms or not self.reducer.finished:
+            raise RuntimeError("a rank's own gradients are known after keep_own_norms() and the sums over the ranks")
+        return torch.linalg.vector_norm(torch.stack(self.reducer.norms))
+
     def norm(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
         """See `TrainableAdamW.grad_norm`."""
         self.require_sums()

@@ -172,6 +172,14 @@ class TrainableAdamW:
         """
         return self._gradients.sum_marked(attribute, group)
 
+    def keep_own_norms(self) -> None:
+        """From the next step on, know `own_norm`: one more reading of the gradients."""
+        self._gradients.keep_own_norms()
+
+    def own_norm(self) -> torch.Tensor:
+        """See `FlatGradients.own_norm`."""
+        return self._gradients.own_norm()
+
     def grad_norm(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Global L2 norm of the summed gradients: fp32 scalar, before clipping.
 

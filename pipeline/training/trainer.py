@@ -15,7 +15,7 @@ from parallel.health.signals import StopSignals
 from parallel.health.watch import Watch
 from parallel.world.collectives import share_from_main, sum_over
 from parallel.world.groups import Groups
-from parallel.world.rng import rng_state
+from parallel.world.rng import rng_state, set_rng_state
 from pipeline.checkpoint.choose import set_aside
 from pipeline.checkpoint.compatibility import DataStart, data_cursor
 from pipeline.checkpoint.saver import CheckpointSaver
@@ -33,6 +33,7 @@ from pipeline.training.non_finite import DivergenceGuard, TrainingDiverged
 from pipeline.training.optimizer import TrainableAdamW
 from pipeline.training.reduction import GradientReduction
 from pipeline.training.schedule import learning_rate
+from pipeline.training.spikes import SpikeWatch
 from pipeline.training.state import own_pieces
 
 
@@ -56,6 +57,8 @@ class TrainerParts:
     """What every checkpoint records of the run: config, layout, base hash, data fingerprint."""
     checks: RunChecks | None = None
     """Run-time invariants; None: `checks` is off."""
+    spikes: SpikeWatch | None = None
+    """Has a step far beyond the others computed again; None: `train.rerun_spikes` is off."""
 
 
 class Stopped(Exception):
@@ -120,16 +123,19 @@ class Trainer:
             try:
                 self.heed()
                 self._show(progress)
-                began = time.perf_counter()
                 with contextlib.nullcontext() if profile is None else profile.around(self.step + 1):
+                    began = time.perf_counter()
                     row = self._one_step(self.step)
+                    seconds = time.perf_counter() - began
             except Stopped as stop:
                 self._save_and_leave(progress, watch)
                 return stop.number
             except TrainingDiverged as error:
                 raise self.diverged(error) from None
             self.step += 1
-            seconds = time.perf_counter() - began
+            if profile is not None and profile.recorded:
+                with watch.patient("writing the profile"):  # which the other ranks wait for
+                    profile.write()
             row |= {
                 "step": self.step,
                 "seconds": seconds,
@@ -262,11 +268,26 @@ class Trainer:
     def _one_step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns loss, norm, rates and token count."""
         row = self.gradients(step)
+        if self.parts.spikes is not None:
+
+            def again(each: torch.Tensor) -> dict[str, Any]:
+                set_rng_state(self._rng)
+                return self.gradients(step, each)
+
+            row = self.parts.spikes.judge(step, row, again, self._say)
         self.update(step, row)
         return row
 
-    def gradients(self, step: int) -> dict[str, Any]:
+    def _say(self, sentence: str) -> None:
+        if self._progress is not None:
+            self._progress.say(sentence)
+
+    def gradients(self, step: int, each: torch.Tensor | None = None) -> dict[str, Any]:
         """Forward and backward of optimizer step `step`, gradients summed over ranks into `main_grad`; collective.
+
+        Args:
+            step: 0-based.
+            each: see `RankModel.train_step`.
 
         Returns:
             loss (mean over scored tokens, nats), grad_norm, tokens; alike on every rank.
@@ -289,7 +310,10 @@ class Trainer:
             1 / max(scored, 1),
             before_last_backward=parts.optimizer.arm_reduce,
             between=self._pauses(step, parts.model.passes(batches)),
+            each=each,
         )
+        if parts.spikes is not None:
+            parts.spikes.note(total)
         parts.reduction.finish(parts.optimizer)
         return {
             "loss": float(parts.reduction.total(total)) / max(scored, 1),

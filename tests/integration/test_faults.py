@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel.health.liveness import SILENCE_S, Beat, Peers, machine
+from parallel.health.liveness import SIGNAL_S, SILENCE_S, Beat, Peers, machine
 from parallel.health.stacks import pending
 from parallel.health.watch import Watch, collective_timeout_s, watch_ranks
 from parallel.world.rank_env import RankEnv
@@ -304,6 +304,16 @@ def test_ranks_that_never_come_up_and_ranks_that_left() -> None:
     left = peers(Beat(0, 1, 5, "training", host="here"), Beat(1, 1, 5, "training", host="there", ended=True))
     again(left, 1000.0, Beat(0, 2, 5, "training", host="here"))
     assert text(left, 1000.0) is None
+
+
+def test_a_machine_that_was_told_to_stop_ends_the_others() -> None:
+    """Before there is anything to save; a moment later, since a launcher ends its processes so when another fails."""
+    stopped = Beat(1, 1, 0, "loading", host="there", ended=True, signal=signal.SIGUSR1, patient=True)
+    found = peers(Beat(0, 1, 0, "loading", host="here", patient=True), stopped)
+    assert text(found, SIGNAL_S - 0.1) is None
+    verdict = found.judge(SIGNAL_S + 0.1, 600.0)
+    assert verdict is not None and (verdict.rank, verdict.code) == (1, 138)
+    assert verdict.text.startswith("rank 1 was ended by SIGUSR1 before the first step (loading), and the others cannot")
 
 
 def test_a_dead_process_is_seen_and_a_zombie_too() -> None:

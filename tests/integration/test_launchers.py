@@ -82,6 +82,8 @@ def test_each_script_parses_and_says_what_it_takes(name: str) -> None:
         (["--tiny", "--dry-run"], "exclude each other"),
         (["--nproc"], "--nproc needs a number of processes, got ''"),
         (["--nproc", "0"], "--nproc needs a number of processes, got '0'"),
+        (["--device", "gpu"], "--device needs cpu or cuda, got 'gpu'"),
+        (["--tiny", "--device", "cpu"], "--device is for training; --tiny knows what it runs on."),
         (["--set", "train.steps"], "--set needs section.key=value, got 'train.steps'"),
     ],
 )
@@ -120,9 +122,11 @@ def test_a_yaml_of_ones_own(calls: Path, tmp_path: Path) -> None:
     python = os.environ["STAND_IN"]
     (tmp_path / "mine.yaml").touch()
     assert launch("run", "mine.yaml", "--nproc", "2", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
+    assert launch("run", "mine.yaml", "--device", "cpu", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
     assert launch("run", "launch/configs/tiny_gpu.yaml", "--tiny", cwd=tmp_path, LONGSPAN_PYTHON=python).returncode == 0
     assert calls.read_text().splitlines() == [
         f"-W ignore -m tools.launch --config {tmp_path}/mine.yaml --nproc 2",
+        f"-W ignore -m tools.launch --config {tmp_path}/mine.yaml --nproc 8 --device cpu",
         "-W ignore -m tools.tiny_run --config launch/configs/tiny_gpu.yaml",
     ]
     assert "launch/run.sh CONFIG.yaml [--dry-run" in launch("run", "--help").stdout

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline.config.yaml_file import load_config
+from pipeline.checkpoint.compatibility import flatten
+from pipeline.config.yaml_file import config_dict, load_config
 from tools.console.table import BENCHES, there
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,49 @@ def test_sources_name_no_page_that_is_not_there() -> None:
         if name not in names
     ]
     assert not found
+
+
+def leaves(value: object) -> int:
+    """Settings in a YAML value; a list is one."""
+    return sum(map(leaves, value.values())) if isinstance(value, dict) else 1
+
+
+def test_side_by_side_counts_what_it_shows(tmp_path: Path) -> None:
+    """Our part of docs/SIDE_BY_SIDE.md: few lines and commands, which do what the shipped YAML does."""
+    page = (ROOT / "docs/SIDE_BY_SIDE.md").read_text()
+    block = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)[0]
+    commands = re.findall(r"^ {4}(\S.*)$", page, re.M)
+    lines = block.strip().splitlines()
+    assert all(line.strip() and not line.strip().startswith("#") for line in lines)
+    assert f"## Here: {len(lines)} lines and {len(commands)} commands" in page
+    assert f"Those are {leaves(yaml.safe_load(block))} settings" in page
+    assert len(lines) <= 15 and len(commands) <= 3 and commands[1].startswith("longspan train")
+    (tmp_path / "run.yaml").write_text(block)
+    ours = flatten(config_dict(load_config(tmp_path / "run.yaml")))
+    shipped = flatten(config_dict(load_config(ROOT / "launch/configs/llama2_70b_32k.yaml")))
+    differ = {name for name in ours if ours[name] != shipped[name]}
+    assert {name for name in differ if not name.startswith("eval.")} == {"model.path", "data.path", "output"}
+
+
+def test_every_wish_has_a_command() -> None:
+    wishes = re.split(r"^\d+\. ", (ROOT / "docs/WISHES.md").read_text(), flags=re.M)[1:]
+    assert len(wishes) == 20
+    without = [wish.splitlines()[0] for wish in wishes if not re.search(r"`longspan [a-z-]+ ", wish)]
+    assert without == []
+
+
+def test_settings_named_in_wishes_can_be_set(tmp_path: Path) -> None:
+    """`parallel: {cp: 4}`, `train.recompute: auto` and the like, each in a run that is otherwise plain."""
+    page = (ROOT / "docs/WISHES.md").read_text()
+    plain = "model: {path: m, context: 32768}\ndata: {path: d}\ntrain: {steps: 1}\noutput: o\n"
+    (tmp_path / "run.yaml").write_text(plain)
+    found = re.findall(r"`([a-z_.]+): (\{[^`]*\}|[a-z0-9_]+)`", page)
+    assert len(found) >= 6
+    for name, value in found:
+        extra = ["attention.group_size=8192"] if name == "train.stream" else []
+        nested = yaml.safe_load(value)
+        words = [f"{name}.{key}={part}" for key, part in nested.items()] if isinstance(nested, dict) else []
+        load_config(tmp_path / "run.yaml", [*(words or [f"{name}={value}"]), *extra])
 
 
 def test_yaml_on_the_pages_is_a_configuration(tmp_path: Path) -> None:

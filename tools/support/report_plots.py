@@ -38,7 +38,14 @@ KNOWN = {
     "initial": Style("at the start", ORANGE, "^", ":"),
     "after": Style("after training", BLUE, "o", "-"),
 }
-OTHER = (Style("", GREEN, "D", "-."), Style("", RED, "v", "-."), Style("", "#CC79A7", "P", "-."))
+OTHER = (
+    Style("", GREEN, "D", "-."),
+    Style("", RED, "v", "-."),
+    Style("", "#CC79A7", "P", "-."),
+    Style("", BLUE, "o", "-"),
+    Style("", ORANGE, "^", "--"),
+    Style("", "#56B4E9", "s", ":"),
+)
 
 
 def style_of(key: str, step: int, others: Sequence[str]) -> Style:
@@ -137,6 +144,34 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.legend(frameon=False)
     axes.set_ylabel("loss (nats per token)")
     _steps_axis(axes)
+    return figure
+
+
+def compared_loss_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Training losses of several runs over the tokens each has trained on.
+
+    Args:
+        curves: (tokens so far, loss) of every step, by the run's name.
+    """
+    figure = _figure()
+    (axes,) = _panel(figure, "Training loss of the runs")
+    for number, (name, points) in enumerate(curves.items()):
+        style = OTHER[number % len(OTHER)]
+        good = [(tokens, loss) for tokens, loss in points if math.isfinite(loss)]
+        axes.plot(
+            [tokens for tokens, _ in good],
+            [loss for _, loss in good],
+            color=style.color,
+            linestyle=style.line,
+            marker=style.marker if len(good) <= 60 else "",
+            markersize=3.5,
+            linewidth=1.4,
+            label=name,
+        )
+    axes.set_xlabel("tokens trained on")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_ylabel("loss (nats per token)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

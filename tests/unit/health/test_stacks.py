@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.health.liveness import Verdict
 from parallel.health.stacks import StackWriter, pending, with_stacks
+from parallel.health.verdict import Verdict
 
 
 def entry(name: str, retired: bool, number: int, group: list[str], p2p: bool = False) -> dict[str, object]:

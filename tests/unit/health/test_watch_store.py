@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from parallel.health.liveness import Verdict
+from parallel.health.verdict import Verdict
 from parallel.health.watch import RankWatch
 from parallel.health.watch_store import StoreMinder
 from parallel.world.rank_env import RankEnv

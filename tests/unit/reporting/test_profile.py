@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from pipeline.reporting.profile import StepProfile
@@ -15,6 +16,8 @@ def steps(profile: StepProfile) -> None:
     for step in range(1, 5):
         with profile.around(step):
             torch.ones(2, 2) @ torch.ones(2, 2) if step == 3 else torch.ones(3).cos()
+        if profile.recorded:
+            profile.write()
 
 
 def test_the_step_asked_for_is_recorded(tmp_path: Path) -> None:
@@ -34,3 +37,22 @@ def test_a_folder_that_cannot_be_written_is_said_and_steps_go_on(tmp_path: Path)
     warnings: list[str] = []
     steps(StepProfile(tmp_path / "profile", 0, 2, warnings.append))
     assert len(warnings) == 1 and "step-000002-rank-0" in warnings[0]
+
+
+def test_writing_is_no_part_of_the_step(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path / "profile", 0, 1)
+    with profile.around(1):
+        torch.ones(2).cos()
+    assert profile.recorded and not (tmp_path / "profile").exists()
+    profile.write()
+    assert not profile.recorded and len(list((tmp_path / "profile").iterdir())) >= 2
+    profile.write()
+
+
+def test_a_step_that_fails_is_not_recorded(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path / "profile", 0, 1)
+    with pytest.raises(ValueError, match="planted"), profile.around(1):
+        raise ValueError("planted")
+    assert not profile.recorded
+    steps(StepProfile(tmp_path / "other", 0, 3))
+    assert (tmp_path / "other/step-000003-rank-0.txt").is_file(), "the recorder is free again"

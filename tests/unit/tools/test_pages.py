@@ -15,8 +15,9 @@ import yaml
 
 from pipeline.config.sections import DataConfig
 from pipeline.config.yaml_file import config_dict, load_config
-from tools.pages import ARCHITECTURE, ROOT, SETTINGS, main, stale
+from tools.pages import ARCHITECTURE, IMAGES, ROOT, SETTINGS, main, stale
 from tools.support.import_graph import ROOMS, import_graph, node_of, reduced
+from tools.support.pictures import PICTURES
 from tools.support.settings_page import field_docs, settings_page
 
 
@@ -46,8 +47,9 @@ def test_pages_are_fresh(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_page_that_says_something_else_is_stale(tmp_path: Path) -> None:
     for room in ROOMS:
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "docs").mkdir()
-    for page in (SETTINGS, ARCHITECTURE):
+    (tmp_path / "docs/images").mkdir(parents=True)
+    pictures = [IMAGES / name for name in PICTURES]
+    for page in (SETTINGS, ARCHITECTURE, *pictures):
         shutil.copyfile(ROOT / page, tmp_path / page)
     assert stale(tmp_path) == []
     with (tmp_path / "pipeline/reporting/versions.py").open("a") as file:
@@ -55,6 +57,9 @@ def test_a_page_that_says_something_else_is_stale(tmp_path: Path) -> None:
     assert stale(tmp_path) == [ARCHITECTURE]
     (tmp_path / SETTINGS).write_text((ROOT / SETTINGS).read_text().replace("0.25", "0.5"))
     assert stale(tmp_path) == [SETTINGS, ARCHITECTURE]
+    (tmp_path / pictures[0]).write_text("<svg/>")
+    (tmp_path / pictures[1]).unlink()
+    assert stale(tmp_path) == [SETTINGS, ARCHITECTURE, *pictures[:2]]
 
 
 def test_every_setting_with_its_default(tmp_path: Path) -> None:
