@@ -21,6 +21,7 @@ from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
+from pipeline.data.document_ends import Ends
 from pipeline.data.loader import TrainLoader
 from pipeline.data.prepare import left_out, open_text_or_shards
 from pipeline.data.readings import differing_readings
@@ -175,10 +176,11 @@ def open_tokens(
     """
     cache = Path(config.data.cache or Path(config.output) / "data")
     touch = (watch or Watch()).touch
+    ends = Ends(config.data.bos, config.data.eos)
     require_same(groups, {"the tokenizer": tokenizer.fingerprint})
     with TokenProgress(enabled=groups.is_main, touch=touch) as progress:
         shards = on_main_first(
-            groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress)
+            groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress, ends)
         )
     # A machine may have a copy of its own, and an older one.
     setting = "data.path" if source == config.data.path else "eval.path"

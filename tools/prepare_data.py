@@ -15,6 +15,7 @@ from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
+from pipeline.data.document_ends import Ends, described
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.prepare_chat import Account, prepare_chat, samples
 from pipeline.data.readings import differing_readings
@@ -25,6 +26,8 @@ from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
 from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
+
+_CHOICES: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
 def _at_least_one(text: str) -> int:
@@ -48,14 +51,6 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
-
-
-def ends(tokenizer: TextTokenizer) -> str:
-    """What stands at both ends of a document, and what the family puts before a prompt, in words."""
-    begins = "begins without a token of its own"
-    if tokenizer.prompt_start:
-        begins += f" (prompts of this tokenizer begin with {', '.join(map(str, tokenizer.prompt_start))})"
-    return f"{begins} and ends with token {tokenizer.eos_id}"
 
 
 def _show_card(folder: Path, what: str, fresh: bool) -> None:
@@ -98,6 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
     parser.add_argument("--text-field", default="text", help="key or column of the text (default: text)")
+    for name, place in (("bos", "before (auto: no)"), ("eos", "behind (auto: yes)")):
+        parser.add_argument(
+            f"--{name}",
+            choices=_CHOICES,
+            default="auto",
+            help=f"put {name.upper()} {place} every document of text",
+        )
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
@@ -105,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=_at_least_one, help="print so many conversations with what the loss counts")
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(options.tokenizer)
+    if options.chat and (options.bos, options.eos) != ("auto", "auto"):
+        parser.error("--bos and --eos are for text; conversations begin and end as their chat template says")
     if options.chat:
         return _chat(options, tokenizer)
     if options.chat_template or options.max_tokens or options.show:
@@ -112,7 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for warning in differing_readings(tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
     with TokenProgress(console=Console(stderr=True)) as progress:
-        manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
+        manifest = prepare(
+            options.input,
+            options.output,
+            tokenizer,
+            options.text_field,
+            progress,
+            options.workers,
+            ends=Ends(_CHOICES[options.bos], _CHOICES[options.eos]),
+        )
     card = read_card(options.output) if progress.calls else None
     warned = card["warnings"] if card is not None else []
     for warning in (
@@ -122,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         print(f"warning: {warning}", file=sys.stderr)
     skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
-    print(f"{options.output}: every document {ends(tokenizer)}")
+    print(f"{options.output}: every document {described(*manifest.ends, tokenizer.prompt_start)}")
     how = "written" if progress.calls else "up to date, reused"
     print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
     _show_card(options.output, "documents", bool(progress.calls))

@@ -160,12 +160,19 @@ class DataConfig:
     """Key of the text in JSON records, column of tables."""
     cache: PathText | None = None
     """Where tokenized shards of raw text go; None uses <output>/data."""
+    bos: bool | str = "auto"
+    """Put BOS before every document of text: true | false | auto (no, or as a prepared folder has it)."""
+    eos: bool | str = "auto"
+    """Put EOS behind every document of text: true | false | auto (yes, or as a prepared folder has it)."""
     mask_documents: bool = False
     """Keep attention inside each packed document; the paper's recipe attends across them."""
 
     def __post_init__(self) -> None:
         for name in ("path", "tokenizer", "text_field", "cache"):
             not_empty(f"data.{name}", getattr(self, name))
+        for name, value in (("bos", self.bos), ("eos", self.eos)):
+            if not isinstance(value, bool) and value != "auto":
+                raise ConfigError(f"data.{name}: {value!r} is not one of auto, true, false (without quotes).")
         if self.sequence is not None:
             at_least("data.sequence", self.sequence, 2)
 

@@ -22,19 +22,13 @@ from numpy.typing import NDArray
 from parallel.errors import DataError
 from pipeline.data.card import Notes
 from pipeline.data.discovery import find_texts
+from pipeline.data.document_ends import AUTO, Ends
 from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader
 from pipeline.data.segments import Segment, segments
-from pipeline.data.shards import (
-    MAX_SHARD_TOKENS,
-    Manifest,
-    ShardWriter,
-    SourceEntry,
-    TokenShards,
-    is_prepared,
-    open_shards,
-)
+from pipeline.data.shard_writer import MAX_SHARD_TOKENS, ShardWriter
+from pipeline.data.shards import Manifest, SourceEntry, TokenShards, is_prepared, open_shards
 from pipeline.data.spelled import Spelled, special_contents
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
 from pipeline.storage.durable import WITHOUT_LOCKS
@@ -56,14 +50,14 @@ def _silent(done: int, total: int, tokens: int) -> None:
     pass
 
 
-# The tokenizer of a worker process; a tokenizer does not travel between processes, its path does.
-_worker_tokenizer: TextTokenizer | None = None
+# What a worker process tokenizes with; a tokenizer does not travel between processes, its path does.
+_worker: tuple[TextTokenizer, Ends] | None = None
 
 
-def _start_worker(path: Path) -> None:
-    global _worker_tokenizer
+def _start_worker(path: Path, ends: Ends) -> None:
+    global _worker
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(path)
+    _worker = load_tokenizer(path), ends
 
 
 def _leave_with_parent() -> None:
@@ -80,21 +74,26 @@ Tokens = tuple[NDArray[np.uint32], NDArray[np.int64], int]
 
 
 def _tokenize_in_worker(batch: list[Segment]) -> Tokens:
-    assert _worker_tokenizer is not None  # set by the pool's initializer
-    return tokenize(batch, _worker_tokenizer)
+    assert _worker is not None  # set by the pool's initializer
+    return tokenize(batch, *_worker)
 
 
-def tokenize(batch: list[Segment], tokenizer: TextTokenizer) -> Tokens:
-    """Token ids of documents and parts of them, in order, each document ended by EOS.
+def tokenize(batch: list[Segment], tokenizer: TextTokenizer, ends: Ends = AUTO) -> Tokens:
+    """Token ids of documents and parts of them, in order.
+
+    Args:
+        ends: what each document is given at both ends.
 
     Returns:
         ids uint32 [tokens]; the length of each document that ends, EOS included, without what came of it in an earlier
         batch, int64 [documents]; the number of ids of a document that a later batch goes on with.
     """
+    bos, eos = ends.ids(tokenizer)
     rows, lengths, unfinished = [], [], 0
     for segment in batch:
         ids = encode_after(tokenizer, segment.left, segment.text)
-        rows.append(np.array([*ids, tokenizer.eos_id] if segment.ends else ids, dtype=np.uint32))
+        before = [bos] if bos is not None and not segment.left else []
+        rows.append(np.array([*before, *ids, *([eos] if segment.ends and eos is not None else [])], dtype=np.uint32))
         unfinished += rows[-1].size
         if segment.ends:
             lengths.append(unfinished)
@@ -126,20 +125,22 @@ def _batches(reader: RecordReader, tokenizer: TextTokenizer, spelled: Spelled) -
 
 
 def _tokenized(
-    reader: RecordReader, tokenizer: TextTokenizer, workers: int, spelled: Spelled
+    reader: RecordReader, tokenizer: TextTokenizer, ends: Ends, workers: int, spelled: Spelled
 ) -> Iterator[tuple[Tokens, int]]:
     """Tokenized batches in the reader's order, whatever the number of worker processes."""
     if workers == 1:
         for batch, done in _batches(reader, tokenizer, spelled):
-            yield tokenize(batch, tokenizer), done
+            yield tokenize(batch, tokenizer, ends), done
         return
     # spawn: forking a process that runs tokenizer threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, ends)) as pool:
         waiting: deque[tuple[Future[Tokens], int]] = deque()
         try:
-            ends: Iterator[tuple[list[Segment] | None, int]] = chain(_batches(reader, tokenizer, spelled), [(None, 0)])
-            for segmented, done in ends:
+            batches: Iterator[tuple[list[Segment] | None, int]] = chain(
+                _batches(reader, tokenizer, spelled), [(None, 0)]
+            )
+            for segmented, done in batches:
                 if segmented is not None:
                     waiting.append((pool.submit(_tokenize_in_worker, segmented), done))
                 # A bounded queue: a corpus must not pile up in memory ahead of the workers.
@@ -191,16 +192,18 @@ def _same_sources(source: Path, text_field: str, entries: tuple[SourceEntry, ...
     return True
 
 
-def up_to_date(source: Path, out: Path, tokenizer: TextTokenizer, text_field: str) -> Manifest | None:
-    """The manifest at `out` if it was made from these sources with this tokenizer and is intact, else None."""
+def up_to_date(
+    source: Path, out: Path, tokenizer: TextTokenizer, text_field: str, ends: Ends = AUTO
+) -> Manifest | None:
+    """The manifest at `out` if it was made from these sources in this way and is intact, else None."""
     if not is_prepared(out):
         return None
     try:
         manifest = open_shards(out, tokenizer).manifest
     except DataError:
         return None
-    fresh = manifest.text_field == text_field and _same_sources(source, text_field, manifest.sources)
-    return manifest if fresh else None
+    alike = (manifest.text_field, manifest.ends, manifest.chat) == (text_field, ends.ids(tokenizer), "")
+    return manifest if alike and _same_sources(source, text_field, manifest.sources) else None
 
 
 def _writable(lock: Path) -> bool:
@@ -237,6 +240,7 @@ def prepare(
     progress: Progress = _silent,
     workers: int | None = 1,
     max_shard_tokens: int = MAX_SHARD_TOKENS,
+    ends: Ends = AUTO,
 ) -> Manifest:
     """Tokenize `source` into the shard folder `out`, or leave it as it is if it is up to date.
 
@@ -251,19 +255,23 @@ def prepare(
         workers: processes that tokenize; the result does not depend on it. None: as many as there is text for, up to
             half of this machine's cores.
         max_shard_tokens: tokens a shard file.
+        ends: what every document is given at both ends.
 
     Raises:
+        ConfigError: see `Ends.ids`.
         DataError: the text is missing, malformed or empty, or `out` is not ours to replace.
     """
-    find_texts(source, text_field)  # refuse a bad source before waiting for the lock or touching `out`
+    # Refuse what is bad before waiting for the lock or touching `out`.
+    find_texts(source, text_field)
+    ends.ids(tokenizer)
     out = out.resolve()  # through a link, so that the rename at the end stays on one disk
     if not _writable(out.parent / f".{out.name}.lock"):
-        manifest = up_to_date(source, out, tokenizer, text_field)
+        manifest = up_to_date(source, out, tokenizer, text_field, ends)
         if manifest is not None:  # somebody else's, and as good as ours
             return manifest
     with locked(out):
         remove_leftovers(out)
-        manifest = up_to_date(source, out, tokenizer, text_field)
+        manifest = up_to_date(source, out, tokenizer, text_field, ends)
         if manifest is not None:
             return manifest
         if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
@@ -274,26 +282,35 @@ def prepare(
         entries = _describe(source, text_field, lambda: progress(0, reader.total_bytes, 0))
         spelled = Spelled(special_contents(tokenizer))
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
-            for tokens, done in _tokenized(reader, tokenizer, workers, spelled):
+            for tokens, done in _tokenized(reader, tokenizer, ends, workers, spelled):
                 writer.add(*tokens)
                 progress(done, reader.total_bytes, writer.tokens)
             if not writer.documents:
                 raise DataError(f"{source}: every document in it is empty; give it text.")
-            notes = Notes({"it is empty": reader.empty}, warnings=spelled.sentences())
-            manifest = writer.finish(entries, reader.empty, text_field, notes=notes)
+            reasons = {"it is empty": reader.empty, "the tokenizer makes no token of it": writer.without_tokens}
+            notes = Notes(reasons, warnings=spelled.sentences())
+            manifest = writer.finish(entries, sum(reasons.values()), text_field, notes=notes, ends=ends)
         progress(reader.total_bytes, reader.total_bytes, manifest.tokens)
         return manifest
 
 
 def cache_folder(
-    path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_field: str, fingerprint: str | None = None
+    path: Path,
+    cache_dir: Path,
+    tokenizer: TextTokenizer,
+    text_field: str,
+    fingerprint: str | None = None,
+    ends: Ends = AUTO,
 ) -> Path:
-    """Where the shards of raw text at `path` are cached: one folder a source, tokenizer and text field.
+    """Where the shards of raw text at `path` are cached: one folder a source, tokenizer, text field and ends.
 
     Args:
         fingerprint: taken for the tokenizer's own, as of an earlier release.
     """
-    identity = "\0".join((os.fspath(path.resolve()), fingerprint or tokenizer.fingerprint, text_field))
+    parts = [os.fspath(path.resolve()), fingerprint or tokenizer.fingerprint, text_field]
+    if ends.ids(tokenizer) != AUTO.ids(tokenizer):
+        parts.append("bos {} eos {}".format(*ends.ids(tokenizer)))
+    identity = "\0".join(parts)
     return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
@@ -307,21 +324,29 @@ def left_out(path: Path, text_field: str) -> tuple[str, ...]:
 
 
 def open_text_or_shards(
-    path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_field: str = "text", progress: Progress = _silent
+    path: Path,
+    cache_dir: Path,
+    tokenizer: TextTokenizer,
+    text_field: str = "text",
+    progress: Progress = _silent,
+    ends: Ends = AUTO,
 ) -> TokenShards:
     """The token stream of a prepared folder, or of raw text, which is prepared into `cache_dir` the first time.
 
     Raises:
-        DataError: see `prepare` and `open_shards`.
+        ConfigError: see `Ends`.
+        DataError: see `prepare`, `open_shards` and `Ends.check`.
     """
     if is_prepared(path):
-        return open_shards(path, tokenizer)
-    out = cache_folder(path, cache_dir, tokenizer, text_field)
+        shards = open_shards(path, tokenizer)
+        ends.check(path, *shards.manifest.ends, bool(shards.manifest.chat))
+        return shards
+    out = cache_folder(path, cache_dir, tokenizer, text_field, ends=ends)
     if not out.exists() and cache_dir.is_dir() and any(cache_dir.glob(f"{path.resolve().name}-*")):
         # What an earlier release cached is found under the name that it gave.
         earlier = first_format(tokenizer)
-        cached = cache_folder(path, cache_dir, tokenizer, text_field, earlier) if earlier is not None else out
-        if up_to_date(path, cached, tokenizer, text_field) is not None:
+        cached = cache_folder(path, cache_dir, tokenizer, text_field, earlier, ends) if earlier is not None else out
+        if up_to_date(path, cached, tokenizer, text_field, ends) is not None:
             out = cached
-    prepare(path, out, tokenizer, text_field, progress, workers=None)
+    prepare(path, out, tokenizer, text_field, progress, workers=None, ends=ends)
     return open_shards(out, tokenizer)

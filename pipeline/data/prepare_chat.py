@@ -14,13 +14,8 @@ from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import Record, RecordError, conversation_files, conversation_of, read_records
 from pipeline.data.folders import remove_leftovers, sha256_of
 from pipeline.data.prepare import locked
-from pipeline.data.shards import (
-    Manifest,
-    ShardWriter,
-    SourceEntry,
-    is_prepared,
-    open_shards,
-)
+from pipeline.data.shard_writer import ShardWriter
+from pipeline.data.shards import Manifest, SourceEntry, is_prepared, open_shards
 
 
 @dataclass

@@ -17,6 +17,7 @@ from pipeline.checkpoint.choose import Choice
 from pipeline.config.checks import within
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config
+from pipeline.data.document_ends import described
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.balance import few_windows
@@ -133,9 +134,11 @@ def starting_line(run: Run) -> str:
     groups = f" in groups of {config.group:,}" if attention.kind == "s2" else ""
     chunks = "" if run.plan.stream is None else f", streamed in chunks of {run.plan.stream:,}"
     stretch = f" x {rope.factor:g}" if rope.factor != 1 else ""
+    manifest = parts.loader.shards.manifest
+    ends = "" if manifest.chat else f"; a document {described(*manifest.ends, run.tokenizer.prompt_start)}"
     return (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
-        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}{chunks}; "
+        f"{windows:,}, each read {times:.2g} times{ends}; {attention.kind} attention{groups}{chunks}; "
         f"RoPE {rope.type}{stretch}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
         + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"

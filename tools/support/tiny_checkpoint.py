@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config.run import RunConfig
-from pipeline.data.shards import ShardWriter
+from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.planning import tensors as names
 from pipeline.planning.arch import LlamaArch, read_arch

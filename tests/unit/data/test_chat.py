@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.data.shards.sync", full)
+    monkeypatch.setattr("pipeline.data.shard_writer.sync", full)
     with pytest.raises(DataError, match="cannot be written .No space left on device"):
         prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
