@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from pipeline.data.document_ends import described
 
 CARD, PAGE = "card.json", "card.md"
+MIXTURE_PAGE = "mixture.md"
+"""In a run's output."""
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -92,6 +94,39 @@ def page_of(card: Mapping[str, Any]) -> str:
         lines.append("Nothing is left out.")
     lines += ["", *(f"- {' '.join(warning.split())}" for warning in card["warnings"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def mixture_page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The data card of a mixture, in Markdown.
+
+    Args:
+        rows: of each source path, documents, tokens, windows, share (of the windows read), chat and times_read.
+    """
+    lines = [
+        "# Data card of the mixture",
+        "",
+        "| source | holds | tokens | windows | share of the windows read | read |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {_cell(row['path'])} | {_held(row)} | {row['tokens']:,} | {row['windows']:,} | {row['share']:.2%} | "
+        f"{row['times_read']:.3g} times |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def mixture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same for the screen, a line a source."""
+    return [
+        f"{row['share']:.1%} from {row['path']}: {_held(row)}, {row['tokens']:,} tokens, {row['windows']:,} windows, "
+        f"each read {row['times_read']:.2g} times"
+        for row in rows
+    ]
+
+
+def _held(row: Mapping[str, Any]) -> str:
+    return f"{row['documents']:,} {'conversations' if row['chat'] else 'documents'}"
 
 
 def _cell(text: str) -> str:

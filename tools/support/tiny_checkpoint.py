@@ -49,7 +49,8 @@ def write_tokens(config: RunConfig) -> None:
     tokenizer = load_tokenizer(file)
     tokens = rng.integers(3, tokenizer.vocab_size, lengths.sum(), dtype=np.uint32)
     tokens[np.cumsum(lengths) - 1] = tokenizer.eos_id
-    with ShardWriter(Path(config.data.path), tokenizer) as writer:
+    (source,) = config.data.sources
+    with ShardWriter(Path(source.path), tokenizer) as writer:
         writer.add(tokens, lengths)
         writer.finish((), 0, config.data.text_field)
 
