@@ -133,11 +133,13 @@ class ShardWriter:
         chat: str = "",
         notes: Notes | None = None,
         ends: Ends = AUTO,
+        part: str = "",
     ) -> Manifest:
         """Complete the folder, with a data card of the notes, and move it to `out`, replacing an older one there.
 
         Args:
             ends: what documents of text were given at both ends.
+            part: see `Manifest.part`.
         """
         bos_id, ending = ends.ids(self._tokenizer)
         self._close()
@@ -165,6 +167,7 @@ class ShardWriter:
             chat=chat,
             bos_id=bos_id,
             ended=ending is not None,
+            part=part,
         )
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         if notes is not None:

@@ -82,6 +82,8 @@ class Manifest:
     """Token put before every document of text; None: none."""
     ended: bool = True
     """Every document of text ends with `eos_id`."""
+    part: str = ""
+    """Which documents of the sources it holds, see `held_out.Part.name`; empty: all."""
 
     @property
     def ends(self) -> tuple[int | None, int | None]:
