@@ -21,6 +21,7 @@ from pipeline.data.prepare import left_out, prepare
 from pipeline.data.prepare_chat import Account, prepare_chat, samples
 from pipeline.data.readings import differing_readings
 from pipeline.data.shards import is_prepared, open_shards
+from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, megatron_index, prepare_tokens
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
@@ -85,6 +86,30 @@ def _chat(options: argparse.Namespace, tokenizer: TextTokenizer, template: ChatT
     _show_card(out, "conversations", bool(account.samples))
 
 
+def _token_file(options: argparse.Namespace, parser: argparse.ArgumentParser) -> TokenFile | None:
+    """The token ids that the input holds; None: it holds text or conversations."""
+    index = megatron_index(options.input)
+    if index is None and options.tokens is None:
+        return None
+    if index is not None and options.tokens is not None:
+        parser.error("--tokens is for arrays of token ids; a Megatron index says itself what its .bin holds")
+    if options.chat or options.held_out or (options.bos, options.eos) != ("auto", "auto"):
+        parser.error("--chat, --held-out, --bos and --eos are for text and conversations; the input is token ids")
+    return MegatronFile(index) if index is not None else FlatFile(options.input, options.tokens)
+
+
+def _tokens(options: argparse.Namespace, tokenizer: TextTokenizer, source: TokenFile) -> int:
+    with TokenProgress(console=Console(stderr=True)) as progress:
+        manifest = prepare_tokens(source, options.output, tokenizer, progress)
+    card = read_card(options.output) if progress.calls else None
+    for warning in (card["warnings"] if card is not None else []) + _too_many_tokens(options.tokenizer, tokenizer):
+        print(f"warning: {warning}", file=sys.stderr)
+    how = "written" if progress.calls else "up to date, reused"
+    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents, {how}")
+    _show_card(options.output, "documents", bool(progress.calls))
+    return 0
+
+
 def _text(options: argparse.Namespace, tokenizer: TextTokenizer, out: Path, part: Part) -> None:
     ends = Ends(_CHOICES[options.bos], _CHOICES[options.eos])
     with TokenProgress(console=Console(stderr=True)) as progress:
@@ -132,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of the documents: they go to OUTPUT/validation, the others to OUTPUT/train",
     )
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
+    parser.add_argument("--tokens", choices=FLAT, help="input is an array of token ids, as LongLoRA's .bin")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
     parser.add_argument("--max-tokens", type=_at_least_one, help="truncate longer conversations (default: never)")
@@ -140,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.chat and (options.bos, options.eos) != ("auto", "auto"):
         parser.error("--bos and --eos are for text; conversations begin and end as their chat template says")
+    tokens = _token_file(options, parser)
+    if tokens is not None:
+        return _tokens(options, tokenizer, tokens)
     if not options.chat and (options.chat_template or options.max_tokens or options.show):
         parser.error("--chat-template, --max-tokens and --show are for --chat")
     parts = {options.output: WHOLE}
