@@ -22,10 +22,11 @@ from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
+from pipeline.data.document_ends import Ends
 from pipeline.data.loader import TrainLoader
+from pipeline.data.mixed import open_windows
 from pipeline.data.prepare import left_out, open_text_or_shards
 from pipeline.data.readings import differing_readings
-from pipeline.data.samples import training_windows
 from pipeline.data.shards import TokenShards, is_prepared
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -182,13 +183,14 @@ def open_tokens(
     """
     cache = Path(config.data.cache or Path(config.output) / "data")
     touch = (watch or Watch()).touch
+    ends = Ends(config.data.bos, config.data.eos)
     require_same(groups, {"the tokenizer": tokenizer.fingerprint})
     with TokenProgress(enabled=groups.is_main, touch=touch) as progress:
         shards = on_main_first(
-            groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress)
+            groups, lambda: open_text_or_shards(Path(source), cache, tokenizer, config.data.text_field, progress, ends)
         )
     # A machine may have a copy of its own, and an older one.
-    setting = "data.path" if source == config.data.path else "eval.path"
+    setting = next((name for name, path in config.data.named_sources.items() if path == source), "eval.path")
     require_same(groups, {f"what {setting} holds (sha256 of its tokens)": shards.fingerprint})
     return shards
 
@@ -224,11 +226,13 @@ def build(
     check_backend(config, arch, groups.device)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or config.model.path))
     check_rows(tokenizer, arch.vocab)
-    if groups.is_main and not is_prepared(Path(config.data.path)):
+    sources = config.data.sources
+    if groups.is_main and not all(is_prepared(Path(source.path)) for source in sources):
         for warning in differing_readings(tokenizer):
             print(f"warning: {warning}", file=sys.stderr)
-    tokens = open_tokens(config, config.data.path, tokenizer, groups, watch)
-    dataset = training_windows(tokens, config.sequence, config.data.mask_documents)
+    stores = [open_tokens(config, source.path, tokenizer, groups, watch) for source in sources]
+    dataset = open_windows(sources, stores, config.sequence, config.data.mask_documents)
+    require_same(groups, {"data.path's sources and their shares": dataset.fingerprint})
     loader = TrainLoader(
         dataset,
         seed=config.train.seed,
@@ -304,7 +308,8 @@ def _passed_over(config: RunConfig, base: WeightSource, groups: Groups) -> tuple
     """See `Run.warnings`."""
     if not groups.is_main:
         return ()
-    texts = [Path(path) for path in (config.data.path, config.eval.path) if path is not None]
+    named = [*(source.path for source in config.data.sources), config.eval.path]
+    texts = [Path(path) for path in named if path is not None]
     return (*base.warnings, *(line for path in texts for line in left_out(path, config.data.text_field)))
 
 

@@ -118,7 +118,9 @@ def train(
                     plan, parts.model, run.groups, run.tokenizer, watch, before_round=run.trainer.heed
                 )
                 if run.groups.is_main:
-                    shared = shared_text(parts.loader.shards, evaluator.shards)
+                    held_out = evaluator.shards
+                    found = (shared_text(store, held_out) for store in parts.loader.dataset.stores)
+                    shared = next(filter(None, found), "")
         took_over = "" if lock is None or lock.took_over is None else lock.took_over
         profile = None
         # Of the rank that all wait for too: what rank 0 waits for does not show why.

@@ -110,7 +110,8 @@ def prepare(
             changed = replace(changed, model=replace(config.model, path=str(path)))
         base = RandomBase(read_arch(path))
         notes.append(f"random weights stand in for {config.model.path}")
-    if not Path(config.data.path).exists() or base is not None:
+    sources = config.data.named_sources.values()
+    if not all(Path(source).exists() for source in sources) or base is not None:
         if write:
             write_tokenizer(folder / "tokenizer.model")
         data = DataConfig(
@@ -122,7 +123,7 @@ def prepare(
         changed = replace(changed, data=data)
         if write:
             write_tokens(changed)
-        notes.append(f"random tokens stand in for {config.data.path}")
+        notes.append(f"random tokens stand in for {', '.join(sources)}")
     return changed, base, notes
 
 

@@ -11,20 +11,25 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, DataError
 from pipeline.config.paths import user_path
 from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
+from pipeline.data.document_ends import Ends, described
+from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.prepare import left_out, prepare
 from pipeline.data.prepare_chat import Account, prepare_chat, samples
 from pipeline.data.readings import differing_readings
-from pipeline.data.shards import open_shards
+from pipeline.data.shards import is_prepared, open_shards
+from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, megatron_index, prepare_tokens
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
 from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
+
+_CHOICES: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
 def _at_least_one(text: str) -> int:
@@ -35,6 +40,16 @@ def _at_least_one(text: str) -> int:
 
 
 _at_least_one.__name__ = "number of processes"  # argparse puts it into its message
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError(text)
+    return value
+
+
+_share.__name__ = "share between 0 and 1"
 
 
 def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
@@ -50,14 +65,6 @@ def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
     return []
 
 
-def ends(tokenizer: TextTokenizer) -> str:
-    """What stands at both ends of a document, and what the family puts before a prompt, in words."""
-    begins = "begins without a token of its own"
-    if tokenizer.prompt_start:
-        begins += f" (prompts of this tokenizer begin with {', '.join(map(str, tokenizer.prompt_start))})"
-    return f"{begins} and ends with token {tokenizer.eos_id}"
-
-
 def _show_card(folder: Path, what: str, fresh: bool) -> None:
     """Say what the data card says of lengths; a fresh folder also gets their picture."""
     card = read_card(folder)
@@ -69,21 +76,59 @@ def _show_card(folder: Path, what: str, fresh: bool) -> None:
     print(f"{summary(card)}; see {folder / PAGE}")
 
 
-def _chat(options: argparse.Namespace, tokenizer: TextTokenizer) -> int:
-    template = ChatTemplate(tokenizer, options.chat_template)
-    if options.show:
-        account = Account()
-        shown = islice(samples(options.input, template, options.max_tokens, account), options.show)
-        for record, sample in shown:
-            print_sample(Console(), record.where, sample, template)
-    manifest, account = prepare_chat(options.input, options.output, template, options.max_tokens)
+def _chat(options: argparse.Namespace, tokenizer: TextTokenizer, template: ChatTemplate, out: Path, part: Part) -> None:
+    manifest, account = prepare_chat(options.input, out, template, options.max_tokens, part)
     for warning in (*account.sentences(), *_too_many_tokens(options.tokenizer, tokenizer)):
         print(f"warning: {warning}", file=sys.stderr)
     skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
     how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
-    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
-    _show_card(options.output, "conversations", bool(account.samples))
+    print(f"{out}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+    _show_card(out, "conversations", bool(account.samples))
+
+
+def _token_file(options: argparse.Namespace, parser: argparse.ArgumentParser) -> TokenFile | None:
+    """The token ids that the input holds; None: it holds text or conversations."""
+    index = megatron_index(options.input)
+    if index is None and options.tokens is None:
+        return None
+    if index is not None and options.tokens is not None:
+        parser.error("--tokens is for arrays of token ids; a Megatron index says itself what its .bin holds")
+    if options.chat or options.held_out or (options.bos, options.eos) != ("auto", "auto"):
+        parser.error("--chat, --held-out, --bos and --eos are for text and conversations; the input is token ids")
+    return MegatronFile(index) if index is not None else FlatFile(options.input, options.tokens)
+
+
+def _tokens(options: argparse.Namespace, tokenizer: TextTokenizer, source: TokenFile) -> int:
+    with TokenProgress(console=Console(stderr=True)) as progress:
+        manifest = prepare_tokens(source, options.output, tokenizer, progress)
+    card = read_card(options.output) if progress.calls else None
+    for warning in (card["warnings"] if card is not None else []) + _too_many_tokens(options.tokenizer, tokenizer):
+        print(f"warning: {warning}", file=sys.stderr)
+    how = "written" if progress.calls else "up to date, reused"
+    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents, {how}")
+    _show_card(options.output, "documents", bool(progress.calls))
     return 0
+
+
+def _text(options: argparse.Namespace, tokenizer: TextTokenizer, out: Path, part: Part) -> None:
+    ends = Ends(_CHOICES[options.bos], _CHOICES[options.eos])
+    with TokenProgress(console=Console(stderr=True)) as progress:
+        manifest = prepare(
+            options.input, out, tokenizer, options.text_field, progress, options.workers, ends=ends, part=part
+        )
+    card = read_card(out) if progress.calls else None
+    warned = card["warnings"] if card is not None else []
+    for warning in (
+        *warned,
+        *left_out(options.input, options.text_field),
+        *_too_many_tokens(options.tokenizer, tokenizer),
+    ):
+        print(f"warning: {warning}", file=sys.stderr)
+    skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
+    print(f"{out}: every document {described(*manifest.ends, tokenizer.prompt_start)}")
+    how = "written" if progress.calls else "up to date, reused"
+    print(f"{out}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
+    _show_card(out, "documents", bool(progress.calls))
 
 
 @command
@@ -98,34 +143,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
     )
     parser.add_argument("--text-field", default="text", help="key or column of the text (default: text)")
+    for name, place in (("bos", "before (auto: no)"), ("eos", "behind (auto: yes)")):
+        parser.add_argument(
+            f"--{name}",
+            choices=_CHOICES,
+            default="auto",
+            help=f"put {name.upper()} {place} every document of text",
+        )
+    parser.add_argument(
+        "--held-out",
+        type=_share,
+        metavar="SHARE",
+        help="of the documents: they go to OUTPUT/validation, the others to OUTPUT/train",
+    )
     parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
+    parser.add_argument("--tokens", choices=FLAT, help="input is an array of token ids, as LongLoRA's .bin")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
     parser.add_argument("--max-tokens", type=_at_least_one, help="truncate longer conversations (default: never)")
     parser.add_argument("--show", type=_at_least_one, help="print so many conversations with what the loss counts")
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(options.tokenizer)
-    if options.chat:
-        return _chat(options, tokenizer)
-    if options.chat_template or options.max_tokens or options.show:
+    if options.chat and (options.bos, options.eos) != ("auto", "auto"):
+        parser.error("--bos and --eos are for text; conversations begin and end as their chat template says")
+    tokens = _token_file(options, parser)
+    if tokens is not None:
+        return _tokens(options, tokenizer, tokens)
+    if not options.chat and (options.chat_template or options.max_tokens or options.show):
         parser.error("--chat-template, --max-tokens and --show are for --chat")
+    parts = {options.output: WHOLE}
+    if options.held_out:
+        if is_prepared(options.output):
+            raise DataError(
+                f"{options.output}: holds prepared tokens, not the two parts of a split; choose another folder."
+            )
+        train, validation = Part(options.held_out), Part(options.held_out, held_out=True)
+        parts = {options.output / "train": train, options.output / "validation": validation}
+    if options.chat:
+        template = ChatTemplate(tokenizer, options.chat_template)
+        shown = islice(samples(options.input, template, options.max_tokens, Account()), options.show or 0)
+        for record, sample in shown:
+            print_sample(Console(), record.where, sample, template)
+        for out, part in parts.items():
+            _chat(options, tokenizer, template, out, part)
+        return 0
     for warning in differing_readings(tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
-    with TokenProgress(console=Console(stderr=True)) as progress:
-        manifest = prepare(options.input, options.output, tokenizer, options.text_field, progress, options.workers)
-    card = read_card(options.output) if progress.calls else None
-    warned = card["warnings"] if card is not None else []
-    for warning in (
-        *warned,
-        *left_out(options.input, options.text_field),
-        *_too_many_tokens(options.tokenizer, tokenizer),
-    ):
-        print(f"warning: {warning}", file=sys.stderr)
-    skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
-    print(f"{options.output}: every document {ends(tokenizer)}")
-    how = "written" if progress.calls else "up to date, reused"
-    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
-    _show_card(options.output, "documents", bool(progress.calls))
+    for out, part in parts.items():
+        _text(options, tokenizer, out, part)
     return 0
 
 

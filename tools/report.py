@@ -3,11 +3,12 @@
 `--compare runs/b runs/c` sets other runs beside it: settings that differ, results, and their curves in one picture.
 
 Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, retrieval-<key>.json,
-ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional; what
-is missing is named on the page. Of run.json these keys are used where present: title, device, dtype, world_size, commit, versions,
-parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds), original_context and
-base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows and does not),
-init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings changed on resume).
+ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional;
+what is missing is named on the page. Of run.json these keys are used where present: title, device, dtype, world_size,
+commit, versions, parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds),
+original_context and base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows
+and does not), init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings
+changed on resume).
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def run_tiny(config: RunConfig, folder: Path, processes: int | None, timeout_s: 
     tiny = shrink(config, folder, processes, PROCESSES)
     evaluation = EvalConfig()
     if config.eval.path is not None:
-        evaluation = EvalConfig(path=tiny.config.data.path, lengths=(tiny.config.sequence,), windows=2)
+        evaluation = EvalConfig(path=tiny.config.data.sources[0].path, lengths=(tiny.config.sequence,), windows=2)
     run = replace(tiny.config, eval=evaluation, checks=True)
     (folder / "run.yaml").write_text(dump_config(run))
     (folder / "alone.yaml").write_text(dump_config(alone(run, folder / "alone")))

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.path",
     "data.tokenizer",
+    "data.bos",
+    "data.eos",
     "model.path",
     "model.rope.replace",
     "resume.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from parallel.errors import ConfigError
-from pipeline.config.checks import not_empty, one_of, within
+from pipeline.config.checks import not_empty, one_of
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import PathText
 from pipeline.config.resume import ResumeConfig
@@ -230,7 +230,7 @@ class RunConfig:
                 f"train.warmup_steps: {train.warmup_steps} is more than train.steps {train.steps}, so the run ends at "
                 f"{train.steps / train.warmup_steps:.0%} of train.lr; lower one or raise the other."
             )
-        if self.eval.path is not None and within(self.eval.path, self.data.path):
+        if self.eval.path is not None and self.data.holds(self.eval.path):
             found.append(
                 f"eval.path: {self.eval.path} is training text (data.path), so perplexity will show what was "
                 "memorized; give text that is held out."

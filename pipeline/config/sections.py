@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from parallel.errors import ConfigError
-from pipeline.config.checks import at_least, between, not_empty, one_of
+from pipeline.config.checks import at_least, between, not_empty, one_of, within
 from pipeline.config.paths import DatasetText, ModelText, PathText
 from pipeline.config.rope import RopeSettings
+from pipeline.config.sources import SourceConfig, check_sources
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAINABLE_KINDS = ("lora", "embed", "norm", "lm_head")
@@ -171,10 +172,10 @@ class LoraConfig:
 class DataConfig:
     """Training text."""
 
-    path: DatasetText
-    """Folder or file of .txt, JSON lines (.jsonl .ndjson .jsonlines .json), CSV, Parquet or Arrow, or a folder written
-    by tools.prepare_data, of text or (--chat) of conversations; or the Hub's name of such a data set that was
-    downloaded. See docs/DATA.md."""
+    path: tuple[SourceConfig, ...] | DatasetText
+    """Folder or file of .txt, .md, JSON lines (.jsonl .ndjson .jsonlines .json), CSV, Parquet or Arrow, or a folder
+    written by tools.prepare_data, of text or (--chat) of conversations; or the Hub's name of such a data set that was
+    downloaded; or a list of several: {path, weight} or {path, epochs} each. See docs/DATA.md."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
     tokenizer: PathText | None = None
@@ -183,14 +184,41 @@ class DataConfig:
     """Key of the text in JSON records, column of tables."""
     cache: PathText | None = None
     """Where tokenized shards of raw text go; None uses <output>/data."""
+    bos: bool | str = "auto"
+    """Put BOS before every document of text: true | false | auto (no, or as a prepared folder has it)."""
+    eos: bool | str = "auto"
+    """Put EOS behind every document of text: true | false | auto (yes, or as a prepared folder has it)."""
     mask_documents: bool = False
     """Keep attention inside each packed document; the paper's recipe attends across them."""
 
     def __post_init__(self) -> None:
-        for name in ("path", "tokenizer", "text_field", "cache"):
+        for name in ("tokenizer", "text_field", "cache"):
             not_empty(f"data.{name}", getattr(self, name))
+        if isinstance(self.path, str):
+            not_empty("data.path", self.path)
+        else:
+            check_sources(self.path)
+        for name, value in (("bos", self.bos), ("eos", self.eos)):
+            if not isinstance(value, bool) and value != "auto":
+                raise ConfigError(f"data.{name}: {value!r} is not one of auto, true, false (without quotes).")
         if self.sequence is not None:
             at_least("data.sequence", self.sequence, 2)
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """What is trained on: several, or the one of a plain path."""
+        return (SourceConfig(self.path),) if isinstance(self.path, str) else self.path
+
+    @property
+    def named_sources(self) -> dict[str, str]:
+        """Path of every source, by the name of its setting."""
+        if isinstance(self.path, str):
+            return {"data.path": self.path}
+        return {f"data.path[{number}]": one.path for number, one in enumerate(self.path)}
+
+    def holds(self, path: str) -> bool:
+        """Whether a path is a source, or lies in one."""
+        return any(within(path, one.path) for one in self.sources)
 
 
 @dataclass(frozen=True)

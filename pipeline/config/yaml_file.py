@@ -120,8 +120,12 @@ def _value(hint: Any, value: Any, path: str, where: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        # Of several plain kinds the value's own, or else the last one's sentence of what is wrong.
-        fitting = [kind for kind in inner if kind is type(value)]
+        # Of several kinds the value's own, or else the last one's sentence of what is wrong.
+        fitting = [
+            kind
+            for kind in inner
+            if kind is type(value) or (typing.get_origin(kind) is tuple and isinstance(value, list))
+        ]
         return _value((fitting or inner)[-1 if not fitting else 0], value, path, where)
     if origin is tuple:
         return _sequence(hint, value, path, where)
@@ -201,6 +205,8 @@ def _example(hint: Any, path: str) -> str:
             if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         ]
         return f"add the section {path} with {' and '.join(needed)}."
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = typing.get_args(hint)[-1]  # the plainest
     noun = "a path" if typing.get_origin(hint) is typing.Annotated else _NOUNS[hint]
     return f"add {path} ({noun})."
 

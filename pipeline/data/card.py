@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.document_ends import described
+
 CARD, PAGE = "card.json", "card.md"
+MIXTURE_PAGE = "mixture.md"
+"""In a run's output."""
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -29,12 +33,14 @@ class Notes:
     """Sentences about the rest."""
 
 
-def card_of(lengths: NDArray[np.int64], eos: int, sources: Sequence[int], notes: Notes) -> dict[str, Any]:
+def card_of(
+    lengths: NDArray[np.int64], ends: tuple[int | None, int | None], sources: Sequence[int], notes: Notes
+) -> dict[str, Any]:
     """The card as JSON takes it.
 
     Args:
-        lengths: tokens of every document, EOS included, [documents], at least one.
-        eos: id that ends a document.
+        lengths: tokens of every document, BOS and EOS included, [documents], at least one.
+        ends: ids that begin and end every document of text; None: nothing does.
         sources: bytes on disk of every file.
     """
     # A quantile is the length of a document that is there, not one between two.
@@ -49,7 +55,7 @@ def card_of(lengths: NDArray[np.int64], eos: int, sources: Sequence[int], notes:
         "documents": int(lengths.size),
         "tokens": int(lengths.sum()),
         **({} if notes.scored is None else {"scored_tokens": notes.scored}),
-        "eos_id": eos,
+        **({"bos_id": ends[0], "eos_id": ends[1]} if notes.scored is None else {}),
         "lengths": {f"{100 * share:g}%": int(value) for share, value in zip(QUANTILES, quantiles, strict=True)},
         "mean_length": round(float(lengths.mean()), 2),
         "sources": {"files": len(sources), "bytes": sum(sources)},
@@ -63,11 +69,14 @@ def page_of(card: Mapping[str, Any]) -> str:
     scored = f", {card['scored_tokens']:,} of them scored" if "scored_tokens" in card else ""
     sources = card["sources"]
     what = "documents" if card["kind"] == "text" else "conversations"
+    ends = "They begin and end as the chat template says."
+    if card["kind"] == "text":
+        ends = f"A document {described(card['bos_id'], card['eos_id'])}."
     lines = [
         "# Data card",
         "",
         f"{card['documents']:,} {what}, {card['tokens']:,} tokens{scored}, out of {sources['files']:,} files of "
-        f"{sources['bytes']:,} bytes. Token {card['eos_id']} ends a document.",
+        f"{sources['bytes']:,} bytes. {ends}",
         "",
         "| share of them no longer than | tokens |",
         "|---|---|",
@@ -85,6 +94,39 @@ def page_of(card: Mapping[str, Any]) -> str:
         lines.append("Nothing is left out.")
     lines += ["", *(f"- {' '.join(warning.split())}" for warning in card["warnings"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def mixture_page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The data card of a mixture, in Markdown.
+
+    Args:
+        rows: of each source path, documents, tokens, windows, share (of the windows read), chat and times_read.
+    """
+    lines = [
+        "# Data card of the mixture",
+        "",
+        "| source | holds | tokens | windows | share of the windows read | read |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {_cell(row['path'])} | {_held(row)} | {row['tokens']:,} | {row['windows']:,} | {row['share']:.2%} | "
+        f"{row['times_read']:.3g} times |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def mixture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same for the screen, a line a source."""
+    return [
+        f"{row['share']:.1%} from {row['path']}: {_held(row)}, {row['tokens']:,} tokens, {row['windows']:,} windows, "
+        f"each read {row['times_read']:.2g} times"
+        for row in rows
+    ]
+
+
+def _held(row: Mapping[str, Any]) -> str:
+    return f"{row['documents']:,} {'conversations' if row['chat'] else 'documents'}"
 
 
 def _cell(text: str) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
-from pipeline.data.discovery import HEAD, ending_of, walk
+from pipeline.data.discovery import BOM, HEAD, ending_of, walk
+from pipeline.data.json_list import read_objects
 from pipeline.data.packed import opened, packing_of
 from pipeline.data.schemas import COLUMNS, schema_of
 from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
@@ -144,22 +145,13 @@ def _objects(file: Path) -> Iterator[Record]:
             f"{file}: does not begin as the {TABLE_ENDINGS[ending_of(file.name)[0]]} of its name; copy it again."
         )
     with opened(file, packing) as (_, stream):
-        start = stream.readline()
-        number = 1
-        while start and not start.removeprefix(b"\xef\xbb\xbf").strip():
-            start = stream.readline()
-            number += 1
-        if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            listed = _parsed(start + stream.read(), f"{file}:")
-            for place, value in enumerate(listed, 1):
-                yield _record(value, file, place, "record")
+        if head.removeprefix(BOM).lstrip().startswith(b"["):
+            for place, value in read_objects(stream, file):
+                yield Record(value, file, place, "record")
             return
-        line = start
-        while line:
-            if line.strip():
-                yield _record(_parsed(line, f"{file}: line {number}"), file, number, "line")
-            line = stream.readline()
-            number += 1
+        for number, line in enumerate(stream, 1):
+            if line.removeprefix(BOM).strip():
+                yield _record(_parsed(line, f"{file}: line {number}"), file, number)
 
 
 def _rows(file: Path, kind: str, packing: str) -> Iterator[Record]:
@@ -184,10 +176,10 @@ def _rows(file: Path, kind: str, packing: str) -> Iterator[Record]:
             yield Record(value, file, number, table.unit)
 
 
-def _record(value: Any, file: Path, number: int, unit: str) -> Record:
+def _record(value: Any, file: Path, number: int) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{file}: {unit} {number} is not a JSON object; mend or remove it.")
-    return Record(value, file, number, unit)
+        raise DataError(f"{file}: line {number} is not a JSON object; mend or remove it.")
+    return Record(value, file, number, "line")
 
 
 def _parsed(data: bytes, where: str) -> Any:

@@ -1,8 +1,9 @@
 """Which files are text to train on, told by their content: none is left out, or taken for text, without a word.
 
-Read are .txt (one document a file), JSON lines in .jsonl, .ndjson, .jsonlines or .json (one a line) and .csv or .tsv,
-plain or packed as .xz, .gz, .zst or .bz2, whatever the name says of the packing; a .txt of JSON lines with the text
-field is JSON lines. Parquet and Arrow are known by their first bytes, under any name.
+Read are .txt and .md (one document a file), JSON lines or one list of objects in .jsonl, .ndjson, .jsonlines or .json
+(one a line or object) and .csv or .tsv, plain or packed as .xz, .gz, .zst or .bz2, whatever the name says of the
+packing; a .txt of JSON lines with the text field is JSON lines. Parquet and Arrow are known by their first bytes, under
+any name.
 What else lies in a folder is listed for the user, and refused where it holds data of a kind that is not read.
 """
 
@@ -21,8 +22,13 @@ from pipeline.data.shards import is_prepared
 from pipeline.data.tables import ARROW, CSV, PARQUET, TABLE_ENDINGS, table_of
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
-TEXT, LINES = ".txt", ".jsonl"
-_KINDS = {TEXT: TEXT, **dict.fromkeys((LINES, ".ndjson", ".jsonlines", ".json"), LINES)}
+TEXT, LINES, LIST = ".txt", ".jsonl", "JSON list"
+_KINDS = {
+    **dict.fromkeys((TEXT, ".md", ".markdown"), TEXT),
+    **dict.fromkeys((LINES, ".ndjson", ".jsonlines", ".json"), LINES),
+}
+_NOTES = ("readme.md",)
+"""Of a folder; the Hub's data sets describe themselves in it."""
 ENDINGS = (
     *(kind + packing for kind in (TEXT, LINES) for packing in ("", *(f".{name}" for name in PACKINGS))),
     *TABLE_ENDINGS,
@@ -31,6 +37,8 @@ ENDINGS = (
 SPLITS = "dataset_dict.json"
 """What `datasets` writes beside the folders of several splits."""
 BOM = b"\xef\xbb\xbf"
+INDEX_MAGIC = b"MMIDIDX\0\0"
+"""Of Megatron's .idx, see `token_files`."""
 HEAD = 4096
 """Bytes of a file's beginning that are looked at."""
 LONGEST_LINE = 1 << 26
@@ -45,7 +53,6 @@ _MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
     b"Rar!\x1a\x07": "a RAR archive",
     b"\x04\x22\x4d\x18": "packed with lz4",
-    b"MMIDIDX\0\0": "a Megatron index",
     b"SQLite format 3\0": "an SQLite database",
     b"\x89HDF\r\n\x1a\n": "HDF5",
     b"\x93NUMPY": "NumPy arrays",
@@ -65,7 +72,7 @@ class TextFile:
 
     path: Path
     kind: str
-    """`TEXT` (one document), `LINES` (one a line), or one of `tables.TABLES` (one a row)."""
+    """`TEXT` (one document), `LINES` (one a line), `LIST` (one an object), or one of `tables.TABLES` (one a row)."""
     packing: str
     """See `packing_of`."""
 
@@ -130,7 +137,7 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
     for file in walk(path):
         parts = file.relative_to(path).parts
         try:
-            if file.is_dir():  # prepared tokens
+            if file.is_dir() or file.name.lower() in _NOTES:  # prepared tokens, or about the data
                 raise _Unread
             found.append(_look(file, text_field))
         except _Unread as reason:
@@ -231,10 +238,9 @@ def _look(file: Path, text_field: str) -> TextFile:
     if kind == CSV:
         return TextFile(file, CSV, packing)
     if kind == LINES and head.removeprefix(BOM).lstrip()[:1] == b"[":
-        raise _Unread(
-            "holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]' (conversations: "
-            "tools.prepare_data --chat)"
-        )
+        if head.removeprefix(BOM).lstrip()[1:].lstrip()[:1] not in (b"{", b"]", b""):
+            raise _Unread("holds a JSON list of something else than objects; convert it")
+        return TextFile(file, LIST, packing)
     if ending in (TEXT, ".json"):
         records = _first_records(file, packing, head)
         lone = len(records) == 1 and not isinstance(records[0].get(text_field), str)
@@ -251,12 +257,15 @@ def _look(file: Path, text_field: str) -> TextFile:
 def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None:
     """Raise for what is not UTF-8 text by its first bytes, or data by its ending."""
     found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+    if head.startswith(INDEX_MAGIC):
+        raise _Unread("is a Megatron index, which is not read among text; prepare it alone, with tools.prepare_data")
     if head[257:262] == b"ustar":
         found = "a tar archive"
     if found is None and kind is None:
         found = _DATA_ENDINGS.get(ending)
     if found is not None:
         how = "unpack it" if "archive" in found or "packed" in found else f"convert it to {LINES} or {TEXT}"
+        how += " (token ids: tools.prepare_data --tokens)" if ending == ".bin" else ""
         raise _Unread(f"is {found}, which is not read; {how}")
     if kind is None and ending in TABLE_ENDINGS:
         raise _Unread(f"is not the {TABLE_ENDINGS[ending]} that its name says (it does not begin so); copy it again")

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.data.packing import Windows
-from pipeline.data.sampler import rank_indices, step_indices
-from pipeline.data.shards import TokenShards
+from pipeline.data.sampler import rank_indices
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class TrainLoader:
         return len(self._dataset)
 
     @property
-    def shards(self) -> TokenShards:
-        """The token stream they are cut from."""
-        return self._dataset.shards
+    def dataset(self) -> Windows:
+        """Where they come from."""
+        return self._dataset
 
     def begin_at(self, step: int, read: int) -> None:
         """Go on from optimizer step `step` with `read` sequences read before it, before any step is asked for."""
@@ -113,7 +112,7 @@ class TrainLoader:
     def _make(self, step: int) -> list[Batch]:
         start, read = self._start
         first = read + (step - start) * self._global_batch
-        indices = step_indices(self._seed, step, self._global_batch, len(self._dataset), first)
+        indices = self._dataset.order(self._seed, first, self._global_batch)
         parts = rank_indices(indices, self._rank, self._world, self._micro_batch)
         return [self._batch(part.tolist()) for part in parts]
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.sampler import step_indices
 from pipeline.data.shards import TokenShards
 
 IGNORE = -100
@@ -31,8 +32,11 @@ class Window:
 class Windows(Protocol):
     """What training draws its windows from."""
 
-    shards: TokenShards
     sequence: int
+
+    @property
+    def stores(self) -> tuple[TokenShards, ...]:
+        """The token streams they are cut from."""
 
     def __len__(self) -> int:
         """Windows."""
@@ -41,11 +45,35 @@ class Windows(Protocol):
     def fingerprint(self) -> str:
         """sha256 (hex) of what the windows hold."""
 
+    def order(self, seed: int, first: int, count: int) -> NDArray[np.int64]:
+        """Windows read at places [first, first + count) of a training run, int64 [count]; count is at least 1."""
+
     def window(self, index: int, mask_documents: bool = False) -> Window:
         """Window `index`."""
 
 
-class PackedDataset:
+class OneStore:
+    """What windows of one token stream have in common: they are read epoch after epoch."""
+
+    def __init__(self, shards: TokenShards, windows: int) -> None:
+        self.shards = shards
+        self._windows = windows
+
+    def __len__(self) -> int:
+        """Windows."""
+        return self._windows
+
+    @property
+    def stores(self) -> tuple[TokenShards, ...]:
+        """The token stream they are cut from."""
+        return (self.shards,)
+
+    def order(self, seed: int, first: int, count: int) -> NDArray[np.int64]:
+        """Windows read at places [first, first + count) of a training run, int64 [count]; count is at least 1."""
+        return step_indices(seed, 0, count, len(self), first)
+
+
+class PackedDataset(OneStore):
     """Non-overlapping windows of `sequence` tokens; window i is tokens [i S, i S + S), its labels [i S + 1, i S + S].
 
     Args:
@@ -57,18 +85,13 @@ class PackedDataset:
     """
 
     def __init__(self, shards: TokenShards, sequence: int) -> None:
-        self.shards = shards
+        super().__init__(shards, max(0, len(shards) - 1) // sequence)
         self.sequence = sequence
-        self._windows = max(0, len(shards) - 1) // sequence
         if not self._windows:
             raise DataError(
                 f"{shards.folder}: holds {len(shards)} tokens, but one window of {sequence} needs {sequence + 1}; "
                 "give more text or lower the sequence length."
             )
-
-    def __len__(self) -> int:
-        """Full windows."""
-        return self._windows
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -22,22 +20,16 @@ from numpy.typing import NDArray
 from parallel.errors import DataError
 from pipeline.data.card import Notes
 from pipeline.data.discovery import find_texts
-from pipeline.data.folders import remove_leftovers, sha256_of
+from pipeline.data.document_ends import AUTO, Ends
+from pipeline.data.held_out import WHOLE, Part
+from pipeline.data.once import Named, describe, intact, named, once, same_files
 from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader
 from pipeline.data.segments import Segment, segments
-from pipeline.data.shards import (
-    MAX_SHARD_TOKENS,
-    Manifest,
-    ShardWriter,
-    SourceEntry,
-    TokenShards,
-    is_prepared,
-    open_shards,
-)
+from pipeline.data.shard_writer import MAX_SHARD_TOKENS, ShardWriter
+from pipeline.data.shards import Manifest, TokenShards, is_prepared, open_shards
 from pipeline.data.spelled import Spelled, special_contents
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
-from pipeline.storage.durable import WITHOUT_LOCKS
 
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""
@@ -56,14 +48,14 @@ def _silent(done: int, total: int, tokens: int) -> None:
     pass
 
 
-# The tokenizer of a worker process; a tokenizer does not travel between processes, its path does.
-_worker_tokenizer: TextTokenizer | None = None
+# What a worker process tokenizes with; a tokenizer does not travel between processes, its path does.
+_worker: tuple[TextTokenizer, Ends] | None = None
 
 
-def _start_worker(path: Path) -> None:
-    global _worker_tokenizer
+def _start_worker(path: Path, ends: Ends) -> None:
+    global _worker
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(path)
+    _worker = load_tokenizer(path), ends
 
 
 def _leave_with_parent() -> None:
@@ -80,21 +72,26 @@ Tokens = tuple[NDArray[np.uint32], NDArray[np.int64], int]
 
 
 def _tokenize_in_worker(batch: list[Segment]) -> Tokens:
-    assert _worker_tokenizer is not None  # set by the pool's initializer
-    return tokenize(batch, _worker_tokenizer)
+    assert _worker is not None  # set by the pool's initializer
+    return tokenize(batch, *_worker)
 
 
-def tokenize(batch: list[Segment], tokenizer: TextTokenizer) -> Tokens:
-    """Token ids of documents and parts of them, in order, each document ended by EOS.
+def tokenize(batch: list[Segment], tokenizer: TextTokenizer, ends: Ends = AUTO) -> Tokens:
+    """Token ids of documents and parts of them, in order.
+
+    Args:
+        ends: what each document is given at both ends.
 
     Returns:
         ids uint32 [tokens]; the length of each document that ends, EOS included, without what came of it in an earlier
         batch, int64 [documents]; the number of ids of a document that a later batch goes on with.
     """
+    bos, eos = ends.ids(tokenizer)
     rows, lengths, unfinished = [], [], 0
     for segment in batch:
         ids = encode_after(tokenizer, segment.left, segment.text)
-        rows.append(np.array([*ids, tokenizer.eos_id] if segment.ends else ids, dtype=np.uint32))
+        before = [bos] if bos is not None and not segment.left else []
+        rows.append(np.array([*before, *ids, *([eos] if segment.ends and eos is not None else [])], dtype=np.uint32))
         unfinished += rows[-1].size
         if segment.ends:
             lengths.append(unfinished)
@@ -102,11 +99,14 @@ def tokenize(batch: list[Segment], tokenizer: TextTokenizer) -> Tokens:
     return np.concatenate(rows), np.array(lengths, dtype=np.int64), unfinished
 
 
-def _batches(reader: RecordReader, tokenizer: TextTokenizer, spelled: Spelled) -> Iterator[tuple[list[Segment], int]]:
-    """Documents and parts of them in batches, with the source bytes read up to the end of each."""
+Batches = Iterator[tuple[list[Segment], int]]
+
+
+def _batches(reader: RecordReader, part: Part, tokenizer: TextTokenizer, spelled: Spelled) -> Batches:
+    """Documents of a part, and pieces of them, in batches, with the source bytes read up to the end of each."""
     batch: list[Segment] = []
     characters = 0
-    pieces = ((piece.text, piece.ends) for piece in reader.pieces())
+    pieces = ((piece.text, piece.ends) for piece in part.of(reader.pieces()))
     for segment in segments(pieces, tokenizer.may_cut):
         if len(segment.text) >= _LARGE:
             print(
@@ -125,21 +125,19 @@ def _batches(reader: RecordReader, tokenizer: TextTokenizer, spelled: Spelled) -
         yield batch, reader.done_bytes
 
 
-def _tokenized(
-    reader: RecordReader, tokenizer: TextTokenizer, workers: int, spelled: Spelled
-) -> Iterator[tuple[Tokens, int]]:
+def _tokenized(batches: Batches, tokenizer: TextTokenizer, ends: Ends, workers: int) -> Iterator[tuple[Tokens, int]]:
     """Tokenized batches in the reader's order, whatever the number of worker processes."""
     if workers == 1:
-        for batch, done in _batches(reader, tokenizer, spelled):
-            yield tokenize(batch, tokenizer), done
+        for batch, done in batches:
+            yield tokenize(batch, tokenizer, ends), done
         return
     # spawn: forking a process that runs tokenizer threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, ends)) as pool:
         waiting: deque[tuple[Future[Tokens], int]] = deque()
         try:
-            ends: Iterator[tuple[list[Segment] | None, int]] = chain(_batches(reader, tokenizer, spelled), [(None, 0)])
-            for segmented, done in ends:
+            ended: Iterator[tuple[list[Segment] | None, int]] = chain(batches, [(None, 0)])
+            for segmented, done in ended:
                 if segmented is not None:
                     waiting.append((pool.submit(_tokenize_in_worker, segmented), done))
                 # A bounded queue: a corpus must not pile up in memory ahead of the workers.
@@ -155,78 +153,20 @@ def _tokenized(
                 future.cancel()
 
 
-def _sources(source: Path, text_field: str) -> list[tuple[str, Path]]:
-    """Name in the manifest and path of every source file."""
-    files = [file.path for file in find_texts(source, text_field).files]
-    return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in files]
+def _sources(source: Path, text_field: str) -> Named:
+    return named(source, [file.path for file in find_texts(source, text_field).files])
 
 
-def _describe(source: Path, text_field: str, described: Callable[[], None]) -> tuple[SourceEntry, ...]:
-    entries = []
-    for name, file in _sources(source, text_field):
-        try:
-            # Before the content, so that a file changed meanwhile looks stale next time.
-            status = file.stat()
-            entries.append(SourceEntry(name, status.st_size, status.st_mtime_ns, sha256_of(file)))
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror}); mend or remove it.") from error
-        described()
-    return tuple(entries)
-
-
-def _same_sources(source: Path, text_field: str, entries: tuple[SourceEntry, ...]) -> bool:
-    """Whether the files are those of the manifest; content is read only where the time of change differs."""
-    found = _sources(source, text_field)
-    if [name for name, _ in found] != [entry.name for entry in entries]:
-        return False
-    for (_, file), entry in zip(found, entries, strict=True):
-        try:
-            status = file.stat()
-            if status.st_size != entry.size:
-                return False
-            if status.st_mtime_ns != entry.mtime_ns and sha256_of(file) != entry.sha256:
-                return False
-        except OSError:
-            return False  # gone or unreadable: preparing anew says so
-    return True
-
-
-def up_to_date(source: Path, out: Path, tokenizer: TextTokenizer, text_field: str) -> Manifest | None:
-    """The manifest at `out` if it was made from these sources with this tokenizer and is intact, else None."""
-    if not is_prepared(out):
+def up_to_date(
+    source: Path, out: Path, tokenizer: TextTokenizer, text_field: str, ends: Ends = AUTO, part: Part = WHOLE
+) -> Manifest | None:
+    """The manifest at `out` if it was made from these sources in this way and is intact, else None."""
+    manifest = intact(out, tokenizer)
+    if manifest is None:
         return None
-    try:
-        manifest = open_shards(out, tokenizer).manifest
-    except DataError:
-        return None
-    fresh = manifest.text_field == text_field and _same_sources(source, text_field, manifest.sources)
-    return manifest if fresh else None
-
-
-def _writable(lock: Path) -> bool:
-    """Whether this user can take the lock; False where only its folder is missing."""
-    try:
-        with lock.open("a"):
-            return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the lock of `out` against other processes; the kernel drops it if this one dies."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with (out.parent / f".{out.name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                # Two that write at once then both do the work, each in a folder of its own.
-                if error.errno not in WITHOUT_LOCKS:
-                    raise
-            yield
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
+    made = (manifest.text_field, manifest.ends, manifest.part, manifest.chat)
+    alike = made == (text_field, ends.ids(tokenizer), part.name, "")
+    return manifest if alike and same_files(_sources(source, text_field), manifest.sources) else None
 
 
 def prepare(
@@ -237,6 +177,8 @@ def prepare(
     progress: Progress = _silent,
     workers: int | None = 1,
     max_shard_tokens: int = MAX_SHARD_TOKENS,
+    ends: Ends = AUTO,
+    part: Part = WHOLE,
 ) -> Manifest:
     """Tokenize `source` into the shard folder `out`, or leave it as it is if it is up to date.
 
@@ -251,49 +193,63 @@ def prepare(
         workers: processes that tokenize; the result does not depend on it. None: as many as there is text for, up to
             half of this machine's cores.
         max_shard_tokens: tokens a shard file.
+        ends: what every document is given at both ends.
+        part: which documents.
 
     Raises:
+        ConfigError: see `Ends.ids`.
         DataError: the text is missing, malformed or empty, or `out` is not ours to replace.
     """
-    find_texts(source, text_field)  # refuse a bad source before waiting for the lock or touching `out`
-    out = out.resolve()  # through a link, so that the rename at the end stays on one disk
-    if not _writable(out.parent / f".{out.name}.lock"):
-        manifest = up_to_date(source, out, tokenizer, text_field)
-        if manifest is not None:  # somebody else's, and as good as ours
-            return manifest
-    with locked(out):
-        remove_leftovers(out)
-        manifest = up_to_date(source, out, tokenizer, text_field)
-        if manifest is not None:
-            return manifest
-        if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
-            raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
+    # Refuse what is bad before waiting for the lock or touching `out`.
+    find_texts(source, text_field)
+    ends.ids(tokenizer)
+
+    def write(out: Path) -> Manifest:
         reader = RecordReader(source, text_field)
-        if workers is None:
-            workers = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))
-        entries = _describe(source, text_field, lambda: progress(0, reader.total_bytes, 0))
+        processes = workers
+        if processes is None:
+            processes = max(1, min(len(os.sched_getaffinity(0)) // 2, reader.total_bytes // SOURCE_A_WORKER))
+        entries = describe(_sources(source, text_field), lambda: progress(0, reader.total_bytes, 0))
         spelled = Spelled(special_contents(tokenizer))
+        batches = _batches(reader, part, tokenizer, spelled)
         with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
-            for tokens, done in _tokenized(reader, tokenizer, workers, spelled):
+            for tokens, done in _tokenized(batches, tokenizer, ends, processes):
                 writer.add(*tokens)
                 progress(done, reader.total_bytes, writer.tokens)
+            if not writer.documents and part.share and reader.documents:
+                side = "the held-out part" if part.held_out else "the other part"
+                raise DataError(
+                    f"{source}: of its {reader.documents} documents none falls to {side} with a share of "
+                    f"{part.share:g}; change --held-out, or hold files out by hand."
+                )
             if not writer.documents:
                 raise DataError(f"{source}: every document in it is empty; give it text.")
-            notes = Notes({"it is empty": reader.empty}, warnings=spelled.sentences())
-            manifest = writer.finish(entries, reader.empty, text_field, notes=notes)
+            reasons = {"it is empty": reader.empty, "the tokenizer makes no token of it": writer.without_tokens}
+            notes = Notes(reasons, warnings=spelled.sentences())
+            manifest = writer.finish(entries, sum(reasons.values()), text_field, notes=notes, ends=ends, part=part.name)
         progress(reader.total_bytes, reader.total_bytes, manifest.tokens)
         return manifest
 
+    return once(out, lambda found: up_to_date(source, found, tokenizer, text_field, ends, part), write)
+
 
 def cache_folder(
-    path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_field: str, fingerprint: str | None = None
+    path: Path,
+    cache_dir: Path,
+    tokenizer: TextTokenizer,
+    text_field: str,
+    fingerprint: str | None = None,
+    ends: Ends = AUTO,
 ) -> Path:
-    """Where the shards of raw text at `path` are cached: one folder a source, tokenizer and text field.
+    """Where the shards of raw text at `path` are cached: one folder a source, tokenizer, text field and ends.
 
     Args:
         fingerprint: taken for the tokenizer's own, as of an earlier release.
     """
-    identity = "\0".join((os.fspath(path.resolve()), fingerprint or tokenizer.fingerprint, text_field))
+    parts = [os.fspath(path.resolve()), fingerprint or tokenizer.fingerprint, text_field]
+    if ends.ids(tokenizer) != AUTO.ids(tokenizer):
+        parts.append("bos {} eos {}".format(*ends.ids(tokenizer)))
+    identity = "\0".join(parts)
     return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
@@ -307,21 +263,29 @@ def left_out(path: Path, text_field: str) -> tuple[str, ...]:
 
 
 def open_text_or_shards(
-    path: Path, cache_dir: Path, tokenizer: TextTokenizer, text_field: str = "text", progress: Progress = _silent
+    path: Path,
+    cache_dir: Path,
+    tokenizer: TextTokenizer,
+    text_field: str = "text",
+    progress: Progress = _silent,
+    ends: Ends = AUTO,
 ) -> TokenShards:
     """The token stream of a prepared folder, or of raw text, which is prepared into `cache_dir` the first time.
 
     Raises:
-        DataError: see `prepare` and `open_shards`.
+        ConfigError: see `Ends`.
+        DataError: see `prepare`, `open_shards` and `Ends.check`.
     """
     if is_prepared(path):
-        return open_shards(path, tokenizer)
-    out = cache_folder(path, cache_dir, tokenizer, text_field)
+        shards = open_shards(path, tokenizer)
+        ends.check(path, *shards.manifest.ends, bool(shards.manifest.chat))
+        return shards
+    out = cache_folder(path, cache_dir, tokenizer, text_field, ends=ends)
     if not out.exists() and cache_dir.is_dir() and any(cache_dir.glob(f"{path.resolve().name}-*")):
         # What an earlier release cached is found under the name that it gave.
         earlier = first_format(tokenizer)
-        cached = cache_folder(path, cache_dir, tokenizer, text_field, earlier) if earlier is not None else out
-        if up_to_date(path, cached, tokenizer, text_field) is not None:
+        cached = cache_folder(path, cache_dir, tokenizer, text_field, earlier, ends) if earlier is not None else out
+        if up_to_date(path, cached, tokenizer, text_field, ends) is not None:
             out = cached
-    prepare(path, out, tokenizer, text_field, progress, workers=None)
+    prepare(path, out, tokenizer, text_field, progress, workers=None, ends=ends)
     return open_shards(out, tokenizer)

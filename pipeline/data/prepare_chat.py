@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,15 +13,10 @@ from parallel.errors import DataError
 from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import Record, RecordError, conversation_files, conversation_of, read_records
-from pipeline.data.folders import remove_leftovers, sha256_of
-from pipeline.data.prepare import locked
-from pipeline.data.shards import (
-    Manifest,
-    ShardWriter,
-    SourceEntry,
-    is_prepared,
-    open_shards,
-)
+from pipeline.data.held_out import WHOLE, Part
+from pipeline.data.once import describe, intact, named, once, same_files
+from pipeline.data.shard_writer import ShardWriter
+from pipeline.data.shards import Manifest
 
 
 @dataclass
@@ -63,15 +59,17 @@ class Account:
 
 
 def samples(
-    source: Path, template: ChatTemplate, max_tokens: int | None, account: Account
+    source: Path, template: ChatTemplate, max_tokens: int | None, account: Account, part: Part = WHOLE
 ) -> Iterator[tuple[Record, Sample]]:
-    """Every record that can be trained on, with its tokens; the others are counted in `account`.
+    """Every record of a part that can be trained on, with its tokens; the others are counted in `account`.
 
     Raises:
         DataError: a file cannot be read, see `read_records`; the template is not prefix-stable, see `ChatTemplate`.
     """
     for file in conversation_files(source):
         for record in read_records(file):
+            if part.share and not part.takes(json.dumps(record.value, sort_keys=True, default=str)):
+                continue
             try:
                 conversation = conversation_of(record.value)
                 sample = template.sample(conversation)
@@ -93,7 +91,9 @@ def samples(
             yield record, sample
 
 
-def prepare_chat(source: Path, out: Path, template: ChatTemplate, max_tokens: int | None) -> tuple[Manifest, Account]:
+def prepare_chat(
+    source: Path, out: Path, template: ChatTemplate, max_tokens: int | None, part: Part = WHOLE
+) -> tuple[Manifest, Account]:
     """Tokenize the conversations at `source` into the shard folder `out`, with a mark for every token that is scored.
 
     A folder made of the same files by the same template is left as it is; its `Account` is empty then.
@@ -101,38 +101,25 @@ def prepare_chat(source: Path, out: Path, template: ChatTemplate, max_tokens: in
     Raises:
         DataError: see `samples`; no record can be trained on; `out` holds something else or cannot be written.
     """
-    files = conversation_files(source)
-    out = out.resolve()
+    files = named(source, conversation_files(source))
     identity = hashlib.sha256(f"{template.identity} {max_tokens}".encode()).hexdigest()
-    with locked(out):
-        remove_leftovers(out)
-        entries = tuple(_entry(file, source) for file in files)
-        if is_prepared(out):
-            try:
-                manifest = open_shards(out, template.tokenizer).manifest
-            except DataError:
-                pass  # damaged or another tokenizer's: made anew
-            else:
-                old = [(entry.name, entry.sha256) for entry in manifest.sources]
-                if manifest.chat == identity and old == [(entry.name, entry.sha256) for entry in entries]:
-                    return manifest, Account()
-        elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
-        account = Account()
+    account = Account()
+
+    def find(out: Path) -> Manifest | None:
+        manifest = intact(out, template.tokenizer)
+        if manifest is None or (manifest.chat, manifest.part) != (identity, part.name):
+            return None
+        return manifest if same_files(files, manifest.sources) else None
+
+    def write(out: Path) -> Manifest:
+        entries = describe(files)
         with ShardWriter(out, template.tokenizer) as writer:
-            for _, sample in samples(source, template, max_tokens, account):
+            for _, sample in samples(source, template, max_tokens, account, part):
                 writer.add_sample(sample.tokens, sample.scored)
             if not account.samples:
                 reasons = " ".join(account.sentences()) or "It holds no record."
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
-            return writer.finish(entries, account.refused.total(), "", identity, notes), account
+            return writer.finish(entries, account.refused.total(), "", identity, notes, part=part.name)
 
-
-def _entry(file: Path, source: Path) -> SourceEntry:
-    try:
-        status = file.stat()
-        name = file.name if file == source else file.relative_to(source).as_posix()
-        return SourceEntry(name, status.st_size, status.st_mtime_ns, sha256_of(file))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); mend or remove it.") from error
+    return once(out, find, write), account

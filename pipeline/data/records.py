@@ -1,4 +1,4 @@
-"""Documents out of text files (`discovery` says which): one a file, one a JSON line, or one a row of a table.
+"""Documents out of text files (`discovery` says which): one a file, a JSON line, an object of a list, a row of a table.
 
 The order is that of the sorted relative paths, then of the lines or rows, on every machine. Anything unreadable is a
 `DataError` that names the file (and line or byte): text silently dropped from a training set
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from parallel.errors import DataError
-from pipeline.data.discovery import BOM, LINES, TEXT, TextFile, find_texts
+from pipeline.data.discovery import BOM, LINES, LIST, TEXT, TextFile, find_texts
+from pipeline.data.json_list import read_objects
 from pipeline.data.packed import opened
 from pipeline.data.schemas import schema_of
 from pipeline.data.tables import TABLES, Table, open_table
@@ -32,7 +33,7 @@ class Document:
     text: str
     file: Path
     line: int | None
-    """1-based line of JSON lines and CSV, row of other tables, None for a whole file."""
+    """1-based line of JSON lines and CSV, place in a JSON list, row of other tables, None for a whole file."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Piece:
     text: str
     file: Path
     line: int | None
-    """1-based line of JSON lines and CSV, row of other tables, None for a whole file."""
+    """1-based line of JSON lines and CSV, place in a JSON list, row of other tables, None for a whole file."""
     ends: bool
     """The document ends with it."""
 
@@ -131,7 +132,7 @@ def _opened(file: TextFile, text_field: str) -> Iterator[tuple[Iterator[Piece], 
             size = file.path.stat().st_size
             yield _read_table(table, file, text_field), lambda: int(size * table.done())
         return
-    read = _read_lines if file.kind == LINES else _read_whole
+    read = {LINES: _read_lines, LIST: _read_list}.get(file.kind, _read_whole)
     with opened(file.path, file.packing) as (raw, stream):
         yield read(stream, file, text_field), raw.tell
 
@@ -178,6 +179,12 @@ def _read_lines(stream: IO[bytes], file: TextFile, text_field: str) -> Iterator[
         raise
 
 
+def _read_list(stream: IO[bytes], file: TextFile, text_field: str) -> Iterator[Piece]:
+    for number, record in read_objects(stream, file.path):
+        text = _text_of(record, text_field, f"{file.path}: record {number}")
+        yield from _parts(Document(text, file.path, number))
+
+
 def _parts(document: Document) -> Iterator[Piece]:
     for start in range(0, len(document.text) or 1, _CHUNK):
         text = document.text[start : start + _CHUNK]
@@ -202,11 +209,11 @@ def _lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]
         offset += len(line)
         # A blank line, usually the last one, is no record.
         if text.strip():
-            yield Document(_text_of(text, text_field, f"{file}: line {number}"), file, number)
+            where = f"{file}: line {number}"
+            yield Document(_text_of(_record_of(text, text_field, where), text_field, where), file, number)
 
 
-def _text_of(line: str, text_field: str, where: str) -> str:
-    """The text of one JSON record; `where` names file and line."""
+def _record_of(line: str, text_field: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -214,6 +221,11 @@ def _text_of(line: str, text_field: str, where: str) -> str:
         raise DataError(f"{where} is not JSON ({reason}); mend or remove it.") from error
     if not isinstance(record, dict):
         raise DataError(f'{where} is not a JSON object; write one {{"{text_field}": ...}} a line.')
+    return record
+
+
+def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
+    """The text of one JSON record; `where` names file and line."""
     if text_field not in record:
         raise _no_field(where, text_field, record)
     return _string_of(record, text_field, where)

@@ -5,6 +5,7 @@ Nothing is stored and nothing advances, so resuming at step n needs only n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -12,19 +13,35 @@ from numpy.typing import NDArray
 
 from parallel.errors import ConfigError
 
+Permutation = Callable[[int, int, int], NDArray[np.int64]]
+"""Of seed, epoch and windows."""
 
-@lru_cache(maxsize=2)
+
+def permutation_of(stream: int) -> Permutation:
+    """The order of epochs, one of many that do not resemble each other; see `epoch_permutation`, which is stream 0."""
+
+    # Two epochs are kept, as a batch may straddle them.
+    @lru_cache(maxsize=2)
+    def permutation(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
+        # SeedSequence takes no negative words.
+        seeds = [seed % (1 << 64), epoch] + [stream] * (stream > 0)
+        words = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(windows)
+        order = np.argsort(words, kind="stable").astype(np.int64)
+        order.flags.writeable = False
+        return order
+
+    return permutation
+
+
+_first_stream = permutation_of(0)
+
+
 def epoch_permutation(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
     """The order of one epoch, a permutation of range(windows), int64 [windows]; read-only.
 
     Built from raw Philox words, whose stream NumPy guarantees across versions, unlike that of Generator.permutation.
-    Two epochs are kept, as a batch may straddle them.
     """
-    # SeedSequence takes no negative words.
-    words = np.random.Philox(np.random.SeedSequence([seed % (1 << 64), epoch])).random_raw(windows)
-    order = np.argsort(words, kind="stable").astype(np.int64)
-    order.flags.writeable = False
-    return order
+    return _first_stream(seed, epoch, windows)
 
 
 def step_indices(seed: int, step: int, global_batch: int, windows: int, first: int | None = None) -> NDArray[np.int64]:
@@ -41,12 +58,24 @@ def step_indices(seed: int, step: int, global_batch: int, windows: int, first: i
         first: sequences read before this step; None: step * global_batch, as in a run whose batch never changed.
     """
     first = step * global_batch if first is None else first
-    positions = first + np.arange(global_batch, dtype=np.int64)
+    return windows_at(seed, first + np.arange(global_batch, dtype=np.int64), windows)
+
+
+def windows_at(
+    seed: int, positions: NDArray[np.int64], windows: int, permutation: Permutation = epoch_permutation
+) -> NDArray[np.int64]:
+    """Windows at these places of the endless order of epochs, int64 [positions].
+
+    Args:
+        positions: increasing, at least one.
+        windows: of an epoch.
+        permutation: the order of an epoch, as `epoch_permutation`.
+    """
     epochs, offsets = np.divmod(positions, windows)
-    out = np.empty(global_batch, np.int64)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+    out = np.empty(positions.size, np.int64)
+    for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        out[here] = epoch_permutation(seed, epoch, windows)[offsets[here]]
+        out[here] = permutation(seed, epoch, windows)[offsets[here]]
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import ConfigError, DataError
-from pipeline.data.packing import IGNORE, PackedDataset, Window, Windows
+from pipeline.data.packing import IGNORE, OneStore, PackedDataset, Window, Windows
 from pipeline.data.shards import TokenShards
 
 
@@ -51,7 +51,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
     return [sorted(items) for items in bins]
 
 
-class SampleDataset:
+class SampleDataset(OneStore):
     """Windows of `sequence` tokens, each of whole conversations and padding at its end.
 
     A token's label is the next token of its conversation where that is scored, else IGNORE; padding (EOS) is a document
@@ -68,7 +68,6 @@ class SampleDataset:
     def __init__(self, shards: TokenShards, sequence: int) -> None:
         if shards.scored is None:
             raise ValueError("these shards hold text, not conversations")
-        self.shards = shards
         self.sequence = sequence
         self._scored = shards.scored
         self._lengths = np.diff(np.append(shards.starts, len(shards)))
@@ -78,10 +77,7 @@ class SampleDataset:
                 f"{sequence}; prepare it again with --max-tokens {sequence}, or raise data.sequence."
             )
         self._bins = best_fit(self._lengths, sequence)
-
-    def __len__(self) -> int:
-        """Windows."""
-        return len(self._bins)
+        super().__init__(shards, len(self._bins))
 
     @property
     def fingerprint(self) -> str:

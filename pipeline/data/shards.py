@@ -1,17 +1,15 @@
-"""Token ids on disk: one logical stream of documents, each ended by EOS, in memory-mapped little-endian shards.
+"""Token ids on disk: one logical stream of documents, most often each ended by EOS, in memory-mapped shards.
 
-A folder holds `tokens-00000.bin`, `tokens-00001.bin`, … (uint16 if the vocabulary fits, else uint32), `documents.npy`
-(int64, start of every document in the stream) and `manifest.json`. A document may continue in the next shard. The
-folder is written under a temporary name, flushed to disk and renamed, so a partial one is never seen.
+A folder holds `tokens-00000.bin`, `tokens-00001.bin`, … (little-endian uint16 if the vocabulary fits, else uint32),
+`documents.npy` (int64, start of every document in the stream) and `manifest.json`. A document may continue in the next
+shard. The folder is written under a temporary name, flushed to disk and renamed, so a partial one is never seen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.card import Notes, card_of, write_card
-from pipeline.data.folders import MEND, read_array, replace_folder, sha256_of, starts_are_sound
+from pipeline.data.folders import MEND, read_array, sha256_of, starts_are_sound
 from pipeline.data.readings import same_tokens
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.storage.durable import sync
 
 FORMAT = "longspan-tokens"
 VERSION = 1
@@ -31,8 +27,6 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "documents.npy"
 SCORED = "scored.u8"
 """A byte a token of conversations: whether the loss counts it."""
-MAX_SHARD_TOKENS = 1 << 28
-"""512 MiB of uint16."""
 SCAN_TOKENS = 1 << 28
 """Up to so many tokens are checked against the vocabulary when opened; beyond, each window is when it is read."""
 
@@ -84,6 +78,17 @@ class Manifest:
     sources: tuple[SourceEntry, ...]
     chat: str = ""
     """Of conversations: identity of the template and settings they went through; empty for text."""
+    bos_id: int | None = None
+    """Token put before every document of text; None: none."""
+    ended: bool = True
+    """Every document of text ends with `eos_id`."""
+    part: str = ""
+    """Which documents of the sources it holds, see `held_out.Part.name`; empty: all."""
+
+    @property
+    def ends(self) -> tuple[int | None, int | None]:
+        """Ids put before and behind every document of text; None: nothing."""
+        return self.bos_id, self.eos_id if self.ended else None
 
     @property
     def content_hash(self) -> str:
@@ -97,133 +102,6 @@ class Manifest:
 def token_dtype(vocab_size: int) -> str:
     """Narrowest of uint16 and uint32 that holds ids below `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-class ShardWriter:
-    """Writes a shard folder at `out`; nothing is visible there before `finish`.
-
-    Use as a context manager: leaving without `finish` removes what was written.
-    """
-
-    def __init__(self, out: Path, tokenizer: TextTokenizer, max_shard_tokens: int = MAX_SHARD_TOKENS) -> None:
-        self._out = out
-        self._tokenizer = tokenizer
-        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-        self._limit = max_shard_tokens
-        self._starts: list[NDArray[np.int64]] = []
-        self._open = -1  # start of the document that is not ended yet
-        self._names: list[str] = []
-        self._room = 0
-        self._stream: Any = None
-        self._scored: Any = None
-        self.tokens = 0
-        self.documents = 0
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
-        self._folder.chmod(0o755)  # mkdtemp's 0700 would hide the finished folder from other users
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-        if self._scored is not None:
-            self._scored.close()
-        shutil.rmtree(self._folder, ignore_errors=True)  # renamed away by finish, so there only after a failure
-
-    def add(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], unfinished: int = 0) -> None:
-        """Append documents.
-
-        Args:
-            tokens: ids of all of them, EOS at the end of each, [sum(lengths) + unfinished].
-            lengths: tokens of each, EOS included, of the first only those that are new, [documents].
-            unfinished: tokens of one more document (or of the first, if there is none) that a later call ends.
-
-        Raises:
-            DataError: the tokenizer produced an id outside its vocabulary.
-        """
-        if tokens.size and int(tokens.max()) >= self._tokenizer.vocab_size:
-            raise DataError(
-                f"{self._tokenizer.path}: produced token {int(tokens.max())}, outside its vocabulary of "
-                f"{self._tokenizer.vocab_size}; copy the model's tokenizer files again."
-            )
-        ends = np.cumsum(lengths, dtype=np.int64)
-        starts = self.tokens + ends - lengths
-        if self._open >= 0 and lengths.size:
-            starts[0], self._open = self._open, -1
-        if self._open < 0 and unfinished:
-            self._open = self.tokens + int(tokens.size) - unfinished
-        self._starts.append(starts)
-        self.tokens += int(tokens.size)
-        self.documents += int(lengths.size)
-        written = 0
-        while written < tokens.size:
-            if not self._room:
-                self._next_shard()
-            piece = tokens[written : written + self._room]
-            self._stream.write(piece.astype(self._dtype).tobytes())
-            written += piece.size
-            self._room -= piece.size
-
-    def add_sample(self, tokens: NDArray[np.uint32], scored: NDArray[np.bool_]) -> None:
-        """Append one conversation with its mask, as a document; not to be mixed with `add`."""
-        if self._scored is None:
-            self._scored = (self._folder / SCORED).open("wb")
-        self.add(tokens, np.array([tokens.size], np.int64))
-        self._scored.write(scored.astype(np.uint8).tobytes())
-
-    def _next_shard(self) -> None:
-        self._close()
-        self._names.append(f"tokens-{len(self._names):05d}.bin")
-        self._stream = (self._folder / self._names[-1]).open("wb")
-        self._room = self._limit
-
-    def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def finish(
-        self,
-        sources: tuple[SourceEntry, ...],
-        skipped: int,
-        text_field: str,
-        chat: str = "",
-        notes: Notes | None = None,
-    ) -> Manifest:
-        """Complete the folder, with a data card of the notes, and move it to `out`, replacing an older one there."""
-        self._close()
-        scored = [] if self._scored is None else [SCORED]
-        if self._scored is not None:
-            self._scored.close()
-        starts = np.concatenate(self._starts) if self._starts else np.zeros(0, np.int64)
-        np.save(self._folder / DOCUMENTS, starts.astype("<i8"), allow_pickle=False)
-        names = [*self._names, *scored, DOCUMENTS]
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            dtype=token_dtype(self._tokenizer.vocab_size),
-            vocab_size=self._tokenizer.vocab_size,
-            eos_id=self._tokenizer.eos_id,
-            tokenizer=self._tokenizer.fingerprint,
-            text_field=text_field,
-            tokens=self.tokens,
-            documents=self.documents,
-            skipped=skipped,
-            files=tuple(
-                FileEntry(name, (self._folder / name).stat().st_size, sha256_of(self._folder / name)) for name in names
-            ),
-            sources=sources,
-            chat=chat,
-        )
-        (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-        if notes is not None:
-            lengths = np.diff(np.append(starts, self.tokens))
-            names += write_card(self._folder, card_of(lengths, manifest.eos_id, [one.size for one in sources], notes))
-        for file in [*names, MANIFEST, "."]:
-            sync(self._folder / file)
-        replace_folder(self._folder, self._out)
-        return manifest
 
 
 def is_prepared(path: Path) -> bool:
@@ -264,12 +142,16 @@ def _check_types(record: Manifest | FileEntry | SourceEntry) -> None:
         value = getattr(record, field.name)
         if field.type == "int" and (type(value) is not int or value < 0):
             raise ValueError(f"{field.name} is {value!r}")
-        if field.type == "str" and not isinstance(value, str):
+        if field.type == "int | None" and value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{field.name} is {value!r}")
+        if field.type in ("str", "bool") and type(value).__name__ != field.type:
             raise ValueError(f"{field.name} is {value!r}")
     if isinstance(record, Manifest) and record.dtype != token_dtype(record.vocab_size):
         raise ValueError(f"dtype {record.dtype!r} does not suit vocab_size {record.vocab_size}")
     if isinstance(record, Manifest) and record.eos_id >= record.vocab_size:
         raise ValueError(f"eos_id {record.eos_id} is outside vocab_size {record.vocab_size}")
+    if isinstance(record, Manifest) and (record.bos_id or 0) >= record.vocab_size:
+        raise ValueError(f"bos_id {record.bos_id} is outside vocab_size {record.vocab_size}")
     if isinstance(record, FileEntry) and (record.name in ("", "..") or Path(record.name).name != record.name):
         raise ValueError(f"file name {record.name!r} leaves the folder")
 

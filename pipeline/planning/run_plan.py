@@ -296,9 +296,10 @@ def plan_run(config: RunConfig, world: int, gpu: int | None = None) -> RunPlan:
             f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes "
             f"one from a GGUF file){not_there(config.model.path, MODEL)}."
         )
-    if not Path(config.data.path).exists():
-        hub = not_there(config.data.path, DATASET)
-        raise ConfigError(f"data.path: {config.data.path} does not exist; point it at text or prepared shards{hub}.")
+    for setting, source in config.data.named_sources.items():
+        if not Path(source).exists():
+            hub = not_there(source, DATASET)
+            raise ConfigError(f"{setting}: {source} does not exist; point it at text or prepared shards{hub}.")
     if config.eval.path is not None and not Path(config.eval.path).exists():
         raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
     if gpu is None and "auto" in (config.train.stream, config.train.recompute):

@@ -235,7 +235,10 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
         layout = replace(layout, advice=(*layout.advice, *faster(plan, stored, device, chosen)))
     field = config.data.text_field
     batch = config.train.global_batch
-    texts = [check_text("data.path", Path(config.data.path), config.sequence, field, batch)]
+    sources = config.data.named_sources
+    # How many windows a step draws from one of several depends on their sizes.
+    drawn = batch if len(sources) == 1 else 0
+    texts = [check_text(name, Path(path), config.sequence, field, drawn) for name, path in sources.items()]
     if config.eval.path is not None:
         longest = max(config.eval_lengths)
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
@@ -251,7 +254,7 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     findings += [*texts, check_writable(Path(config.output)), check_earlier_run(config)]
     if plan is not None:
         cache = Path(config.data.cache or Path(config.output) / "data")
-        named = [Path(config.data.path), *([Path(config.eval.path)] if config.eval.path is not None else [])]
+        named = [Path(path) for path in (*sources.values(), config.eval.path) if path is not None]
         good = [path for path, finding in zip(named, texts, strict=True) if not finding.problem]
         findings += check_disk(
             [

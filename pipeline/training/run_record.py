@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 
 from parallel.world.groups import Groups
 from pipeline.checkpoint.choose import Choice
-from pipeline.config.checks import within
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config
+from pipeline.data.card import MIXTURE_PAGE, mixture_page
+from pipeline.data.document_ends import described
+from pipeline.data.mixed import shares_of
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning.balance import few_windows
 from pipeline.planning.run_plan import RunPlan
@@ -108,7 +110,7 @@ def notes(config: RunConfig, step: int, shared: str = "") -> list[str]:
         )
     if config.eval.path is not None and shared:
         found[1] += f" It is not measured on held-out text: {shared}"
-    elif config.eval.path is not None and not within(config.eval.path, config.data.path):
+    elif config.eval.path is not None and not config.data.holds(config.eval.path):
         found[1] += (
             " No file of the evaluation text is among the training text, nor is a passage of it that was looked for; a "
             "pretrained model may still have seen it before."
@@ -133,20 +135,37 @@ def starting_line(run: Run) -> str:
     groups = f" in groups of {config.group:,}" if attention.kind == "s2" else ""
     chunks = "" if run.plan.stream is None else f", streamed in chunks of {run.plan.stream:,}"
     stretch = f" x {rope.factor:g}" if rope.factor != 1 else ""
+    often = f", each read {times:.2g} times" if len(config.data.sources) == 1 else ""
+    texts = [store.manifest.ends for store in parts.loader.dataset.stores if not store.manifest.chat]
+    ends = "".join(f"; a document {described(*both, run.tokenizer.prompt_start)}" for both in dict.fromkeys(texts))
     return (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
-        f"{windows:,}, each read {times:.2g} times; {attention.kind} attention{groups}{chunks}; "
+        f"{windows:,}{often}{ends}; {attention.kind} attention{groups}{chunks}; "
         f"RoPE {rope.type}{stretch}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
         + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
 
 
+def source_rows(run: Run) -> list[dict[str, Any]]:
+    """What each source of a mixture is; nothing of a single one."""
+    config, windows = run.config, run.trainer.parts.loader.dataset
+    drawn = config.train.steps * config.train.global_batch
+    return [
+        {**asdict(share), "times_read": drawn * share.share / share.windows}
+        for share in shares_of(config.data.sources, windows)
+    ]
+
+
 def record_config(run: Run) -> None:
-    """Write `<output>/config.yaml`: every setting, those that were derived too."""
+    """Write `<output>/config.yaml`: every setting, those that were derived too; of a mixture also its data card."""
     path = run.output / "config.yaml"
     with optional_file(path):
         path.write_text(dump_config(run.config))
+    rows = source_rows(run)
+    if rows:
+        with optional_file(run.output / MIXTURE_PAGE):
+            (run.output / MIXTURE_PAGE).write_text(mixture_page(rows), encoding="utf-8")
 
 
 def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None:
@@ -174,6 +193,7 @@ def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None
         "original_context": run.trainer.parts.model.rope.original_context,
         "base_context": run.plan.arch.max_positions,
         "notes": notes(run.config, run.trainer.step, shared),
+        **({"sources": rows} if (rows := source_rows(run)) else {}),
         "changes": run.trainer.parts.manifest["changes"],
         "init_from": run.trainer.parts.manifest["init_from"],
     }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.shards import MAX_SHARD_TOKENS, Manifest, ShardWriter, TokenShards, open_shards
+from pipeline.data.shard_writer import MAX_SHARD_TOKENS, ShardWriter
+from pipeline.data.shards import Manifest, TokenShards, open_shards
 
 
 @dataclass(frozen=True)

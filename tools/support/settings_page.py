@@ -92,6 +92,8 @@ def _type(hint: Any) -> str:
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         return f"list of {_type(kinds[0])}" if kinds[-1] is Ellipsis else f"{len(kinds)} of {_type(kinds[0])}"
+    if is_dataclass(hint):
+        return "sections"
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[hint]
 
 

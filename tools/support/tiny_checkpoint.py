@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config.run import RunConfig
-from pipeline.data.shards import ShardWriter
+from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.tensors import hf_tensor_shapes
@@ -49,7 +49,8 @@ def write_tokens(config: RunConfig) -> None:
     tokenizer = load_tokenizer(file)
     tokens = rng.integers(3, tokenizer.vocab_size, lengths.sum(), dtype=np.uint32)
     tokens[np.cumsum(lengths) - 1] = tokenizer.eos_id
-    with ShardWriter(Path(config.data.path), tokenizer) as writer:
+    (source,) = config.data.sources
+    with ShardWriter(Path(source.path), tokenizer) as writer:
         writer.add(tokens, lengths)
         writer.finish((), 0, config.data.text_field)
 

@@ -47,7 +47,7 @@ def test_a_card_of_text(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
     assert (card["lengths"]["0%"], card["lengths"]["50%"], card["lengths"]["100%"]) == (2, lengths[2], 501)
     page = (out / PAGE).read_text()
     assert "6 documents, 558 tokens, out of 1 files" in page and "| it is empty | 2 |" in page
-    assert "Token 2 ends a document." in page
+    assert "A document begins without a token of its own and ends with token 2." in page
     told = capsys.readouterr().out
     assert f"median {lengths[2]}, 90% 501, longest 501, mean 93.0; see {out / PAGE}" in told
     with Image.open(out / LENGTHS) as picture:
@@ -89,7 +89,7 @@ def test_a_card_of_conversations(tmp_path: Path, model: Path) -> None:
 
 def test_quantiles_are_lengths_that_are_there_and_cells_stay_cells() -> None:
     lengths = np.random.default_rng(0).integers(1, 10_000, 999)
-    card = card_of(lengths, 0, [5, 6], Notes({"a | b\nc": 3, "never": 0}))
+    card = card_of(lengths, (None, 0), [5, 6], Notes({"a | b\nc": 3, "never": 0}))
     for share, length in card["lengths"].items():
         place = max(1, int(np.ceil(float(share[:-1]) / 100 * 999)))
         assert length == np.sort(lengths)[place - 1], share

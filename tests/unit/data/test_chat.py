@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import zstandard
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from parallel.errors import ConfigError, DataError
@@ -24,23 +23,9 @@ from pipeline.data.samples import SampleDataset, training_windows
 from pipeline.data.shards import MANIFEST, SCORED, open_shards
 from pipeline.data.tokenizer import load_tokenizer
 from tests.support.chat_templates import MARKED, PUBLISHED
+from tests.support.chat_tokenizers import SPECIAL, byte_level, pieces, save
 from tools import prepare_data
 
-TEXT = [
-    "Where does the whale swim? In the sea, far from any land.",
-    "Naïve café; 12,345 words\nand lines.",
-    "[INST] <<SYS>>",
-]
-SPECIAL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-]
 LONG = {
     "messages": [
         {"role": "user", "content": "  Where does the whale swim? "},
@@ -52,38 +37,14 @@ LONG = {
 SYSTEM = {"messages": [{"role": "system", "content": "Answer in a word."}, *LONG["messages"]]}
 
 
-def _save(folder: Path, tokenizer: Tokenizer) -> Path:
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def bytes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level BPE, as Llama-3, Qwen2 and SmolLM2 have."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    )
-    return _save(tmp_path_factory.mktemp("bytes") / "model", made)
+    return save(tmp_path_factory.mktemp("bytes") / "model", byte_level())
 
 
 @pytest.fixture(scope="module")
 def pieces_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BPE with byte fallback behind a normalizer that writes spaces as pieces, as Llama-2 and Mistral have."""
-    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    rare = [f"<0x{byte:02X}>" for byte in range(256)]
-    made.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=[*SPECIAL, *rare]))
-    record = json.loads(made.to_str())
-    record["added_tokens"] = record["added_tokens"][: len(SPECIAL)]
-    return _save(tmp_path_factory.mktemp("pieces") / "model", Tokenizer.from_str(json.dumps(record)))
+    return save(tmp_path_factory.mktemp("pieces") / "model", pieces())
 
 
 @pytest.fixture
@@ -375,7 +336,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.data.shards.sync", full)
+    monkeypatch.setattr("pipeline.data.shard_writer.sync", full)
     with pytest.raises(DataError, match="cannot be written .No space left on device"):
         prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from parallel.errors import DataError
-from pipeline.data.discovery import LINES, TEXT, find_texts
+from pipeline.data.discovery import LINES, LIST, TEXT, find_texts
 from pipeline.data.records import RecordReader
 from tests.support.data_helpers import write_shards
 from tools.prepare_data import main as prepare_main
@@ -80,7 +80,8 @@ def test_data_of_unread_kinds_is_refused_wherever_it_is_named(
         file.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
         said = refused(tmp_path)
         assert said.startswith(f"{file}: ") and "which is not read" in said and "or move it away" in said, said
-        assert "unpack it" in said or "convert it to .jsonl or .txt" in said
+        mends = ("unpack it", "convert it to .jsonl or .txt", "prepare it alone, with tools.prepare_data")
+        assert any(mend in said for mend in mends)
         assert refused(file).startswith(f"{file}: ")
         arguments = ["--input", tmp_path, "--output", tmp_path.with_name("out"), "--tokenizer", tmp_path]
         assert prepare_main([str(argument) for argument in arguments]) == 2
@@ -106,10 +107,20 @@ def test_every_file_that_is_not_read_is_named_and_counted(tmp_path: Path) -> Non
     assert found.warnings == (f"{tmp_path}: 7 files are not read: {names}.",)
     assert [file.path.name for file in found.files] == ["a.txt"]
     for number in range(5):
-        (tmp_path / f"z{number}.md").touch()
-    assert find_texts(tmp_path).warnings[0].endswith("sub/picture.png, z0.md and 4 more.")
+        (tmp_path / f"z{number}.rst").touch()
+    assert find_texts(tmp_path).warnings[0].endswith("sub/picture.png, z0.rst and 4 more.")
     (tmp_path / "a.txt").unlink()
     assert "holds no file ending in .txt" in refused(tmp_path) and "(there are LICENSE, README.md" in refused(tmp_path)
+
+
+def test_markdown_is_text_but_for_what_describes_a_folder(tmp_path: Path) -> None:
+    for name in ("a.md", "sub/b.markdown", "sub/Readme.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    (tmp_path / "c.md.gz").write_bytes(gzip.compress(b"# packed"))
+    assert texts(tmp_path) == ["# a.md", "# packed", "# sub/b.markdown"]
+    assert find_texts(tmp_path).warnings == (f"{tmp_path}: 1 file is not read: sub/Readme.md.",)
+    assert texts(tmp_path / "sub/Readme.md") == ["# sub/Readme.md"], "where it is named itself"
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -145,10 +156,14 @@ def test_json_lines_are_known_by_their_records(tmp_path: Path) -> None:
     for prose in (b"{ an aside }\nand on", b'{"text": "a motto"}\nThen prose.', b"[Illustration]\n", b"", b"{"):
         assert kind("e.txt", prose) == TEXT
     for name in ("f.jsonl", "f.json", "f.jsonl.gz"):
-        data = json.dumps([{"text": "one"}], indent=1).encode()
+        data = json.dumps([{"text": "one"}, {"text": "two"}], indent=1).encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if "gz" in name else data)
-        said = refused(tmp_path / name)
-        assert f"{name}: holds a JSON array, not one JSON object a line; convert it, e.g. with jq -c '.[]'" in said
+        (found,) = find_texts(tmp_path / name).files
+        assert found.kind == LIST and texts(tmp_path / name) == ["one", "two"]
+        assert "f.jsonl: record 1 has no field 'body' (it has text)" in refused(tmp_path / "f.jsonl", "body")
+    for other in (b"[1, 2]", b'["a"]', b"[[{}]]"):
+        (tmp_path / "f.json").write_bytes(other)
+        assert "f.json: holds a JSON list of something else than objects; convert it" in refused(tmp_path / "f.json")
     for whole in (b'{"a": 1}', b'{\n "text": "pretty"\n}'):
         (tmp_path / "g.json").write_bytes(whole)
         assert "g.json: is not one of .txt" in refused(tmp_path / "g.json")

@@ -76,7 +76,7 @@ def test_byte_order_mark_is_not_text(tmp_path: Path, name: str) -> None:
 
 
 def test_folder_order_hidden_files_and_empty_documents(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "a.txt", "B.txt", "a-b/x.txt", ".hidden.txt", ".git/x.txt", "x.md"):
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "a.txt", "B.txt", "a-b/x.txt", ".hidden.txt", ".git/x.txt", "x.rst"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "c.txt").write_text(" \n\t")

@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from parallel.errors import DataError
 from pipeline.data import shards as shards_module
 from pipeline.data.folders import remove_leftovers
-from pipeline.data.shards import (
-    DOCUMENTS,
-    MANIFEST,
-    ShardWriter,
-    is_prepared,
-    open_shards,
-    read_manifest,
-    token_dtype,
-)
+from pipeline.data.shard_writer import ShardWriter
+from pipeline.data.shards import DOCUMENTS, MANIFEST, is_prepared, open_shards, read_manifest, token_dtype
 from tests.support.data_helpers import BYTES, WIDE, ByteTokenizer, stream_of, write_shards
 
 DOCUMENTS_OF = [[10, 11, 12], [], [13] * 9, [14, 15]]

@@ -19,7 +19,8 @@ from parallel.errors import DataError
 from pipeline.data import token_identity
 from pipeline.data.prepare import cache_folder, open_text_or_shards
 from pipeline.data.readings import differing_readings
-from pipeline.data.shards import MANIFEST, ShardWriter, open_shards
+from pipeline.data.shard_writer import ShardWriter
+from pipeline.data.shards import MANIFEST, open_shards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from tests.unit.data.test_tokenizer import write_hf, write_sentencepiece
 

@@ -15,7 +15,7 @@ from parallel.errors import DataError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
-from pipeline.data import prepare as prepare_module
+from pipeline.data import once
 from pipeline.data.overlap import shared_text
 from pipeline.data.prepare import open_text_or_shards, prepare
 from pipeline.training import shared_output
@@ -89,7 +89,7 @@ def test_a_file_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(code, os.strerror(code))
 
     source = text(tmp_path / "text")
-    monkeypatch.setattr(prepare_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(once.fcntl, "flock", refuse)
     assert prepare(source, tmp_path / "out", BYTES).documents == 1
 
 
