@@ -31,9 +31,10 @@ from parallel.world.groups import destroy_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build
+from pipeline.config.evaluation import EvalConfig
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
+from pipeline.config.sections import DataConfig, SaveConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.hf.weight_source import WeightSource
 from pipeline.planner.models import published_config

@@ -18,10 +18,11 @@ from rich.console import Console
 
 from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
+from pipeline.config.evaluation import RULER_TASKS as RULER
+from pipeline.config.evaluation import EvalConfig
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import RULER_TASKS as RULER
-from pipeline.config.sections import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.ruler.tasks import RulerSettings

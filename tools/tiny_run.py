@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import ConfigError, DataError, LongspanError
+from pipeline.config.evaluation import EvalConfig
 from pipeline.config.parallel import OffloadConfig, ParallelConfig
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import EvalConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.reporting.command import command, program
 from tools.support.local_ranks import ROOT, RankFailed

@@ -6,19 +6,11 @@ from dataclasses import dataclass, field
 
 from parallel.errors import ConfigError
 from pipeline.config.checks import not_empty, one_of
+from pipeline.config.evaluation import RULER_TASKS, EvalConfig
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import PathText
 from pipeline.config.resume import ResumeConfig
-from pipeline.config.sections import (
-    RULER_TASKS,
-    AttentionConfig,
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    SaveConfig,
-    TrainConfig,
-)
+from pipeline.config.sections import AttentionConfig, DataConfig, LoraConfig, ModelConfig, SaveConfig, TrainConfig
 
 REPORT_TO = ("wandb", "mlflow", "trackio", "prometheus")
 """What `pipeline.reporting.trackers` knows."""

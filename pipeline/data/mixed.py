@@ -113,6 +113,10 @@ class MixedWindows:
             out[here] = self._ends[number] - windows + own
         return out
 
+    def source_of(self, index: int) -> int:
+        """Number of the source that window `index` is of."""
+        return bisect_right(self._ends, index)
+
     def window(self, index: int, mask_documents: bool = False) -> Window:
         """Window `index`; document ids count within its source.
 
@@ -122,7 +126,7 @@ class MixedWindows:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        number = bisect_right(self._ends, index)
+        number = self.source_of(index)
         part = self.parts[number]
         return part.window(index - self._ends[number] + len(part), mask_documents)
 

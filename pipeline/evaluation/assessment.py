@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import DataError
-from pipeline.config.sections import EvalConfig
+from pipeline.config.evaluation import EvalConfig
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.evaluation.results import Found, RetrievalReport, begun_by_length, by_length, by_task, report_path

@@ -23,8 +23,8 @@ from parallel.world.groups import Groups
 from pipeline.checkpoint.compatibility import DataStart
 from pipeline.config.run import RunConfig
 from pipeline.data.loader import Batch, TrainLoader
-from pipeline.data.packing import IGNORE, document_ids
-from pipeline.data.sampler import step_indices
+from pipeline.data.mixed import MixedWindows
+from pipeline.data.packing import IGNORE, Windows
 from pipeline.training.optimizer import TrainableAdamW
 
 HISTORY, LEAST, LEVEL = 64, 16, 9
@@ -65,8 +65,6 @@ class Lost:
     """A micro-batch, and what it lost."""
 
     windows: tuple[int, ...]
-    documents: tuple[int, int]
-    """First and last, counted in the prepared text."""
     loss: float
     """Mean over its scored tokens, nats."""
 
@@ -238,7 +236,7 @@ class SpikeWatch:
             worst = sorted(lost, key=lambda one: math.inf if math.isnan(one.loss) else one.loss, reverse=True)[:WORST]
             return DATA, (
                 "computed again from the same state it is the same on every rank, so the data are the cause: "
-                + ", ".join(_told(one) for one in worst)
+                + ", ".join(_told(one, self._loader.dataset, self._config) for one in worst)
             )
         self._blamed[tuple(ranks)] += 1
         named = ", ".join(f"rank {rank} on {again[rank][1]}" for rank in ranks[:NAMED])
@@ -273,37 +271,36 @@ class SpikeWatch:
         """Every micro-batch of the step, over all replicas."""
         groups, train = self._groups, self._config.train
         place, count = groups.coordinates, len(batches)
-        table = torch.zeros(groups.plan.dp * count, 4, dtype=torch.float64)
+        table = torch.zeros(groups.plan.dp * count, 2, dtype=torch.float64)
         mine = table[place.dp * count : (place.dp + 1) * count]
         read = DataStart.of(self._manifest).sequences(step, train.global_batch)
-        windows = step_indices(train.seed, step, train.global_batch, self._loader.windows, read)
+        windows = self._loader.dataset.order(train.seed, read, train.global_batch)
         windows = windows.reshape(len(table), train.micro_batch)
         if place.tp == 0:  # tensor-parallel ranks have the same loss
             mine[:, 0] = each.cpu()
         if place.tp == place.cp == place.pp == 0:
-            for row, batch, own in zip(mine, batches, windows[place.dp * count :], strict=False):
+            for row, batch in zip(mine, batches, strict=True):
                 row[1] = int((batch.labels != IGNORE).sum())
-                row[2], row[3] = _documents(self._loader, batch, own.tolist())
         if groups.plan.world_size > 1:
             dist.all_reduce(table, group=groups.host)
         return [
-            Lost(tuple(own), (int(low), int(high)), loss / max(scored, 1.0))
-            for own, (loss, scored, low, high) in zip(windows.tolist(), table.tolist(), strict=True)
+            Lost(tuple(own), loss / max(scored, 1.0))
+            for own, (loss, scored) in zip(windows.tolist(), table.tolist(), strict=True)
         ]
 
 
-def _documents(loader: TrainLoader, batch: Batch, windows: Sequence[int]) -> tuple[int, int]:
-    """First and last document of a micro-batch."""
-    if batch.document_ids is not None:
-        return int(batch.document_ids.min()), int(batch.document_ids.max())
-    length = batch.tokens.shape[1]
-    found = [document_ids(loader.shards.starts, window * length, length) for window in windows]
-    return min(int(ids[0]) for ids in found), max(int(ids[-1]) for ids in found)
-
-
-def _told(one: Lost) -> str:
+def _told(one: Lost, dataset: Windows, config: RunConfig) -> str:
     """A micro-batch in words."""
-    low, high = one.documents
     windows = f"window{'s' * (len(one.windows) > 1)} {', '.join(map(str, one.windows))}"
-    documents = f"document {low}" if low == high else f"documents {low} to {high}"
-    return f"{windows} ({documents} of data.path) lost {one.loss:.4g} nats a token"
+    held: dict[str, list[int]] = {}
+    for window in one.windows:
+        number = dataset.source_of(window) if isinstance(dataset, MixedWindows) else None
+        source = "data.path" if number is None else config.data.sources[number].path
+        held.setdefault(source, []).extend(dataset.window(window, True).document_ids.tolist())
+    documents = [
+        f"document {min(ids)} of {source}"
+        if min(ids) == max(ids)
+        else f"documents {min(ids)} to {max(ids)} of {source}"
+        for source, ids in held.items()
+    ]
+    return f"{windows} ({', '.join(documents)}) lost {one.loss:.4g} nats a token"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.sections import RULER_TASKS
+from pipeline.config.evaluation import RULER_TASKS
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation.assessment import Assessment, verdict
 from pipeline.evaluation.perplexity import EvalReport

@@ -22,8 +22,8 @@ from parallel.health.signals import StopSignals
 from parallel.world.grid import GridPlan
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.config.evaluation import RULER_TASKS
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import RULER_TASKS
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer

@@ -16,9 +16,10 @@ from typing import Any
 
 from parallel.errors import ConfigError
 from parallel.world.grid import plan_grid
+from pipeline.config.evaluation import EvalConfig
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import DataConfig, EvalConfig, SaveConfig
+from pipeline.config.sections import DataConfig, SaveConfig
 from pipeline.planning.arch import ARCHITECTURES, LlamaArch, read_arch
 from pipeline.planning.base_form import UNIT
 from pipeline.planning.run_plan import plan_chunks

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import ConfigError, DataError
-from pipeline.config.sections import RULER_TASKS
+from pipeline.config.evaluation import RULER_TASKS
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.ruler import needles
 from pipeline.evaluation.ruler.counting import CommonWords, FrequentWords

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from parallel.errors import ConfigError
+from pipeline.config.evaluation import EvalConfig
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import EvalConfig
 from pipeline.config.yaml_file import config_dict, dump_config, load_config
 
 ROOT = Path(__file__).parents[3]

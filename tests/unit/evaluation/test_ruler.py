@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import ConfigError, DataError
-from pipeline.config.sections import RULER_TASKS
+from pipeline.config.evaluation import RULER_TASKS
 from pipeline.evaluation.ruler.sample import TRIES, first_fitting
 from pipeline.evaluation.ruler.score import string_match
 from pipeline.evaluation.ruler.tasks import RulerSettings, counter, draw, ruler_cells
