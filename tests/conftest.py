@@ -31,6 +31,7 @@ LONGEST = (
     "test_doctor",
     "test_survive",
     "test_resume_layouts",
+    "test_spikes",
     "test_model_on_kernels",
     "test_kernels",
 )
