@@ -33,6 +33,7 @@ LONGEST = (
     "test_checkpoint_faults",
     "test_survive",
     "test_resume_layouts",
+    "test_spikes",
     "test_model_on_kernels",
     "test_streaming",
 )

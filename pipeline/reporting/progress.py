@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from pipeline.reporting.lasting import lasting_console
+from pipeline.reporting.phases import waits
 
 
 def duration(seconds: float) -> str:
@@ -147,6 +148,8 @@ class TrainProgress(_Display):
             f"{metrics['memory_gib']:.2f} GiB",
             f"{duration(left)} left",
         ]
+        if waited := waits(metrics):
+            facts.append(f"waits: {waited}")
         if metrics.get("skipped"):
             facts.append(f"{metrics['skipped']} skipped")
         if metrics.get("saving") is not None:

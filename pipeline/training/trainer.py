@@ -25,6 +25,7 @@ from pipeline.data.packing import IGNORE
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.reporting.metrics import MetricsWriter, peak_memory_gib
+from pipeline.reporting.phases import StepClock
 from pipeline.reporting.profile import StepProfile
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.versions import versions
@@ -78,6 +79,7 @@ class Trainer:
         self._sound = start if parts.guard.consecutive == 0 else 0
         """A checkpoint this process went on from is not put in doubt: whatever ails the next step came after it, and
         reruns that fail at once must not use up the older ones."""
+        self._clock = StepClock(parts.groups.device)
         self._signals: StopSignals | None = None
         self._progress: TrainProgress | None = None
         self._rng = rng_state()
@@ -290,10 +292,13 @@ class Trainer:
             each: see `RankModel.train_step`.
 
         Returns:
-            loss (mean over scored tokens, nats), grad_norm, tokens; alike on every rank.
+            loss (mean over scored tokens, nats), grad_norm, tokens: alike on every rank; and this rank's seconds by
+            phase (`reporting.phases.PHASES`).
         """
         parts, groups = self.parts, self.parts.groups
+        began = time.perf_counter()
         batches = parts.loader.step(step)
+        waited = time.perf_counter() - began
         # The loss is a mean over all scored tokens of the step, wherever they sit: the count is known before the first
         # forward, so that gradients need no correction and equal those of one process with one big batch.
         counts = torch.tensor(
@@ -304,6 +309,7 @@ class Trainer:
         scored, tokens = (int(n) for n in sum_over(groups.replicas, counts))
         parts.model.train()
         parts.optimizer.zero_grad()
+        self._clock.begin()
         total = parts.model.train_step(
             batches,
             self._spec(step),
@@ -314,11 +320,15 @@ class Trainer:
         )
         if parts.spikes is not None:
             parts.spikes.note(total)
+        self._clock.mark("passes_s")
         parts.reduction.finish(parts.optimizer)
+        self._clock.mark("sums_s")
         return {
             "loss": float(parts.reduction.total(total)) / max(scored, 1),
             "grad_norm": float(parts.optimizer.grad_norm(parts.reduction.squares)),
             "tokens": tokens,
+            "data_s": waited,
+            **self._clock.seconds(),  # by now the two figures above have waited for the GPU
         }
 
     def _pauses(self, step: int, passes: int) -> Callable[[], None]:
