@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -165,9 +166,9 @@ def test_the_end_of_a_window_is_cut_off_where_it_fits() -> None:
     assert cut_for_greedy(1, 4, 2, grid).starts == (0,)
 
 
+@mock.patch.multiple(loss, LEAST_TOKENS=12, CHUNK_LOGITS=1)  # several tiles
 def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[Any]:
     """Hits and losses of every grid, in the same processes."""
-    loss.LEAST_TOKENS, loss.CHUNK_LOGITS = 12, 1  # several tiles
     found = []
     for grid in grids:
         config = load_config(Path(path), grid)
