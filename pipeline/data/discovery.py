@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +64,8 @@ _DATA_ENDINGS = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive"),
     **dict.fromkeys((".orc", ".avro", ".tfrecord", ".mds"), "data of a kind"),
 }
+_SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)[-_.]\d{5}-of-\d{5}\b")
+"""Names of files as the Hub's data sets have them."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -94,11 +97,20 @@ class TextFiles:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence that names what is not read, or none."""
-        if not self.unread:
-            return ()
-        count = len(self.unread)
-        return (f"{self.root}: {count} {'file is' if count == 1 else 'files are'} not read: {_listed(self.unread)}.",)
+        """Sentences on what is not read, and on what is and may not be meant."""
+        found = []
+        if self.unread:
+            count = len(self.unread)
+            found.append(
+                f"{self.root}: {count} {'file is' if count == 1 else 'files are'} not read: {_listed(self.unread)}."
+            )
+        splits = sorted({match[1] for file in self.files if (match := _SPLIT.match(file.path.name))})
+        if len(splits) > 1:
+            found.append(
+                f"{self.root}: holds the splits {', '.join(splits)} of a data set (by the names of its files), and all "
+                "of them are read; give a folder with those to train on, if not all are."
+            )
+        return tuple(found)
 
 
 def _listed(found: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +37,7 @@ Progress = Callable[[int, int, int], None]
 
 SOURCE_A_WORKER = 1 << 26
 """Bytes of source that make one more worker process worth its start."""
+_THREADS = "TOKENIZERS_PARALLELISM"
 _BATCH_CHARACTERS = 1 << 20
 """Text is sent to a worker process in batches of about so much."""
 _LARGE = 1 << 23
@@ -97,6 +99,23 @@ def tokenize(batch: list[Segment], tokenizer: TextTokenizer, ends: Ends = AUTO) 
             lengths.append(unfinished)
             unfinished = 0
     return np.concatenate(rows), np.array(lengths, dtype=np.int64), unfinished
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Switch the tokenizers library's threads off, here and in worker processes that start meanwhile.
+
+    Given one text at a time they only wait for each other, which takes as much of a processor again.
+    """
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
 
 
 Batches = Iterator[tuple[list[Segment], int]]
@@ -212,7 +231,7 @@ def prepare(
         entries = describe(_sources(source, text_field), lambda: progress(0, reader.total_bytes, 0))
         spelled = Spelled(special_contents(tokenizer))
         batches = _batches(reader, part, tokenizer, spelled)
-        with ShardWriter(out, tokenizer, max_shard_tokens) as writer:
+        with _one_thread(), ShardWriter(out, tokenizer, max_shard_tokens) as writer:
             for tokens, done in _tokenized(batches, tokenizer, ends, processes):
                 writer.add(*tokens)
                 progress(done, reader.total_bytes, writer.tokens)

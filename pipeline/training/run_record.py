@@ -16,7 +16,7 @@ from parallel.world.groups import Groups
 from pipeline.checkpoint.choose import Choice
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config
-from pipeline.data.card import MIXTURE_PAGE, mixture_page
+from pipeline.data.card import MIXTURE_PAGE, mixture_lines, mixture_page
 from pipeline.data.document_ends import described
 from pipeline.data.mixed import shares_of
 from pipeline.data.tokenizer import TextTokenizer
@@ -125,7 +125,7 @@ def starting_warnings(run: Run) -> list[str]:
 
 
 def starting_line(run: Run) -> str:
-    """What is about to be trained, on what, how often."""
+    """What is about to be trained, on what, how often; of a mixture a line more for each source."""
     config, parts = run.config, run.trainer.parts
     train, attention, windows = config.train, config.attention, parts.loader.windows
     rope, plan = parts.model.rope, run.groups.plan
@@ -138,13 +138,14 @@ def starting_line(run: Run) -> str:
     often = f", each read {times:.2g} times" if len(config.data.sources) == 1 else ""
     texts = [store.manifest.ends for store in parts.loader.dataset.stores if not store.manifest.chat]
     ends = "".join(f"; a document {described(*both, run.tokenizer.prompt_start)}" for both in dict.fromkeys(texts))
-    return (
+    line = (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
         f"{windows:,}{often}{ends}; {attention.kind} attention{groups}{chunks}; "
         f"RoPE {rope.type}{stretch}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
         + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
+    return "\n".join([line, *mixture_lines(source_rows(run))])
 
 
 def source_rows(run: Run) -> list[dict[str, Any]]:

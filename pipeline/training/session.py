@@ -16,13 +16,12 @@ from parallel.health.pace import PACE_EVERY, slow_ranks
 from parallel.health.signals import StopSignals, stop_name
 from parallel.health.watch import Watch
 from pipeline.config.yaml_file import config_dict
-from pipeline.data.card import mixture_lines
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.profile import StepProfile
 from pipeline.reporting.progress import TrainProgress
 from pipeline.reporting.trackers import Trackers
 from pipeline.training.non_finite import TrainingDiverged
-from pipeline.training.run_record import Run, record_run, source_rows, starting_line, starting_warnings
+from pipeline.training.run_record import Run, record_run, starting_line, starting_warnings
 from pipeline.training.trainer import Stopped
 
 
@@ -155,8 +154,6 @@ class Session:
         if self._main:
             record_run(run, shared=self._shared)
             self._say(starting_line(run))
-            for line in mixture_lines(source_rows(run)):
-                self._say(line)
 
     def _work(self, stop_after: int | None) -> int:
         """Evaluate, train, evaluate; returns the signal that stopped it."""

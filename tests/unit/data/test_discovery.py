@@ -113,6 +113,17 @@ def test_every_file_that_is_not_read_is_named_and_counted(tmp_path: Path) -> Non
     assert "holds no file ending in .txt" in refused(tmp_path) and "(there are LICENSE, README.md" in refused(tmp_path)
 
 
+def test_splits_of_the_hub_that_lie_together_are_told(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        (tmp_path / f"{name}.jsonl").write_bytes(RECORDS)
+    assert find_texts(tmp_path).warnings == () and len(texts(tmp_path)) == 4
+    (tmp_path / "test-00000-of-00001.jsonl").write_bytes(RECORDS)
+    (told,) = find_texts(tmp_path).warnings
+    assert told.startswith(
+        f"{tmp_path}: holds the splits test, train of a data set (by the names of its files), and all"
+    )
+
+
 def test_markdown_is_text_but_for_what_describes_a_folder(tmp_path: Path) -> None:
     for name in ("a.md", "sub/b.markdown", "sub/Readme.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,22 @@ def test_the_command_and_the_setting(
     for wrong in ("yes please", "'true'"):
         with pytest.raises(ConfigError, match=r"data\.eos: .* is not one of auto, true, false"):
             load_config(file, [f"data.eos={wrong}"])
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_the_library_s_threads_rest_while_text_is_prepared(
+    before: str | None, source: Path, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TOKENIZERS_PARALLELISM"
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+    seen: list[str | None] = []
+
+    def progress(done: int, *_: int) -> None:
+        if done:
+            seen.append(os.environ.get(name))
+
+    prepare(source, tmp_path / "out", tokenizer, progress=progress)
+    assert seen[0] == "false" and os.environ.get(name) == before

@@ -1,0 +1,37 @@
+"""The bench of data measures what it says: whole figures, of work that was done."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_models import write_tokenizer
+from tools.bench import data as bench
+
+
+def test_figures_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "DOCUMENT", 2000)
+    monkeypatch.setattr(bench, "SAMPLES", 3000)
+    monkeypatch.setattr(bench, "SHARD_TOKENS", (20_000, 10_000))
+    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # put back afterwards
+    (tmp_path / "model").mkdir()
+    write_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Where does the whale swim? " * 400)
+    call = ["--tokenizer", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--megabytes", "0.02"]
+    assert bench.main([*call, "--sequence", "64", "--json", str(tmp_path / "rows")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    prepare, library = rows[:2]
+    assert prepare["M characters"] == library["M characters"] == 0.02
+    assert library["by processor time"] == 1 and prepare["M characters/s"] > 0
+    loaded = [row for row in rows if "M tokens/s" in row]
+    assert [row["what"] for row in loaded][:2] == ["text", "text, documents masked"] and len(loaded) == 4
+    bound = bench.H100_FLOPS / (4 * bench.PARAMETERS_7B) / 1e6
+    for row in loaded:
+        assert row["times an H100 at 7B and its full FLOP/s"] * bound == pytest.approx(row["M tokens/s"])
+    assert [row["what"] for row in rows if "MiB" in row][-1] == "3,000 samples"
+    assert rows[-1]["what"].startswith("at sample 10,000,000 of ") and rows[-1]["seconds"] > 0
