@@ -133,7 +133,6 @@ def run_session(
     """Six steps, an evaluation every two; the outcome, what was done in order, what was printed."""
     monkeypatch.setattr(session, "record_run", lambda run, seconds=None, shared="": None)
     monkeypatch.setattr(session, "starting_line", lambda run: "starting")
-    monkeypatch.setattr(session, "source_rows", lambda run: [])
     monkeypatch.setattr(session, "starting_warnings", lambda run: ["few windows"])
     monkeypatch.setattr(session, "MetricsWriter", lambda *_: None)
     log: list[Any] = []
