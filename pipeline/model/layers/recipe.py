@@ -2,7 +2,9 @@
 
 A norm keeps its input, so that its output costs one pass over memory to make again; SwiGLU keeps gate and up; attention
 keeps what its kernels returned, of which its output by tokens is a rearrangement. The recipe travels with the tensor as
-an attribute, and only with that very tensor: what is computed from it has none.
+an attribute, and only with that very tensor: what is computed from it has none. megatron's layer stands between who
+makes a tensor and who takes it, so that no argument reaches; and kept anywhere else, a recipe would outlive its tensor,
+and hold the sources' memory.
 """
 
 from __future__ import annotations
