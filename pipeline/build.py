@@ -183,7 +183,7 @@ def open_tokens(
     """
     cache = Path(config.data.cache or Path(config.output) / "data")
     touch = (watch or Watch()).touch
-    ends = Ends(config.data.bos, config.data.eos)
+    ends = Ends(config.data.bos, config.data.eos, several=len(config.data.sources) > 1)
     require_same(groups, {"the tokenizer": tokenizer.fingerprint})
     with TokenProgress(enabled=groups.is_main, touch=touch) as progress:
         shards = on_main_first(

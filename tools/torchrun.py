@@ -27,7 +27,7 @@ import psutil
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, SAVING, SIGNALS, end_at_once, stop_name, tell
 from parallel.world.rank_env import EXIT_FILE
 from pipeline.reporting.command import TOLD, command
-from tools.support.nccl import NCCL_FILE, nccl_settings
+from tools.support.nccl import nccl_file, nccl_settings
 
 if TYPE_CHECKING:  # it imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from parallel.world.meeting import cannot_meet, refuse_unknown_host
 
     args = parse_args(argv)
-    for name, value in nccl_settings(NCCL_FILE).items():
+    for name, value in nccl_settings(nccl_file()).items():
         os.environ.setdefault(name, value)
     if args.standalone:
         # Else it is the host's name, which need not resolve, that the processes are to meet at.

@@ -24,12 +24,14 @@ from pipeline.data.tables import ARROW, CSV, PARQUET, TABLE_ENDINGS, table_of
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
 TEXT, LINES, LIST = ".txt", ".jsonl", "JSON list"
+MARKDOWN = (".md", ".markdown")
+"""Text where nothing else is; beside other text notes on it."""
 _KINDS = {
-    **dict.fromkeys((TEXT, ".md", ".markdown"), TEXT),
+    **dict.fromkeys((TEXT, *MARKDOWN), TEXT),
     **dict.fromkeys((LINES, ".ndjson", ".jsonlines", ".json"), LINES),
 }
-_NOTES = ("readme.md",)
-"""Of a folder; the Hub's data sets describe themselves in it."""
+_NOTES = ("readme", "license", "licence", "changelog", "contributing", "notice", "code_of_conduct")
+"""What Markdown about a folder begins with; the Hub's data sets describe themselves in it."""
 ENDINGS = (
     *(kind + packing for kind in (TEXT, LINES) for packing in ("", *(f".{name}" for name in PACKINGS))),
     *TABLE_ENDINGS,
@@ -149,13 +151,17 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
     for file in walk(path):
         parts = file.relative_to(path).parts
         try:
-            if file.is_dir() or file.name.lower() in _NOTES:  # prepared tokens, or about the data
+            if file.is_dir() or _is_note(file):  # prepared tokens, or about the data
                 raise _Unread
             found.append(_look(file, text_field))
         except _Unread as reason:
             unread.append((parts, file.relative_to(path).as_posix()))
             if str(reason):
                 data.append((parts, f"{file}: {reason}"))
+    notes = [one for one in found if ending_of(one.path.name)[0] in MARKDOWN]
+    if len(notes) < len(found):
+        found = [one for one in found if one not in notes]
+        unread += [(one.path.relative_to(path).parts, one.path.relative_to(path).as_posix()) for one in notes]
     left = tuple(name for _, name in sorted(unread))
     if data:
         more = f" (as {len(data) - 1} other files there)" if len(data) > 1 else ""
@@ -164,6 +170,10 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
         others = f" (there are {_listed(left)})" if left else ""
         raise DataError(f"{path}: holds no file ending in {accepted}{others}; add text or point somewhere else.")
     return TextFiles(path, tuple(sorted(found, key=lambda file: file.path.relative_to(path).parts)), left)
+
+
+def _is_note(file: Path) -> bool:
+    return ending_of(file.name)[0] in MARKDOWN and file.name.lower().startswith(_NOTES)
 
 
 def walk(path: Path) -> list[Path]:

@@ -22,6 +22,8 @@ class Ends:
     """Put BOS before every document."""
     eos: bool | str = "auto"
     """Put EOS behind it."""
+    several: bool = False
+    """They are wished for text among several sources: conversations beside it go by their template."""
 
     def ids(self, tokenizer: TextTokenizer) -> tuple[int | None, int | None]:
         """Ids put before and behind every document; None: nothing.
@@ -48,7 +50,7 @@ class Ends:
             DataError: it was prepared otherwise.
         """
         for name, wanted, token in (("bos", self.bos, bos_id), ("eos", self.eos, eos_id)):
-            if wanted == "auto":
+            if wanted == "auto" or (chat and self.several):
                 continue
             if chat:
                 raise ConfigError(

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 from pipeline.data.records import Piece
 
+BUT_FOR, HELD_OUT = "but for ", "held out "
+"""Names of the sides, before the share."""
+DECISIVE = 4096
+"""Characters that decide."""
+
 
 @dataclass(frozen=True)
 class Part:
     """One side of a split of documents, or (share 0) all of them.
 
-    A document's side follows from its text alone: copies of it are on one side, and what is added to a corpus moves
-    nothing that was there.
+    A document's side follows from its first `DECISIVE` characters alone: copies of it are on one side, and what is
+    added to a corpus moves nothing that was there.
     """
 
     share: float = 0.0
@@ -25,7 +30,7 @@ class Part:
     @property
     def name(self) -> str:
         """As manifests keep it; empty: all documents."""
-        return f"{'held out' if self.held_out else 'but for'} {self.share:g}" if self.share else ""
+        return f"{HELD_OUT if self.held_out else BUT_FOR}{self.share:g}" if self.share else ""
 
     def takes(self, text: str) -> bool:
         """Whether a document is on this side.
@@ -35,7 +40,9 @@ class Part:
         """
         if not self.share:
             return True
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        # So much of a long document's first piece is there in every form it comes in.
+        begin = text[:DECISIVE].encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(begin, digest_size=8).digest()
         return (int.from_bytes(digest, "big") < self.share * 2**64) == self.held_out
 
     def of(self, pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -117,6 +117,11 @@ class MixedWindows:
         """Number of the source that window `index` is of."""
         return bisect_right(self._ends, index)
 
+    def documents(self, index: int) -> list[int]:
+        """Documents of window `index`, as its source counts them."""
+        number = self.source_of(index)
+        return self.parts[number].documents(index - self._ends[number] + len(self.parts[number]))
+
     def window(self, index: int, mask_documents: bool = False) -> Window:
         """Window `index`; document ids count within its source.
 

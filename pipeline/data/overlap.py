@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.held_out import BUT_FOR, HELD_OUT
 from pipeline.data.shards import TokenShards
 
 PASSAGES = 16
@@ -22,7 +23,10 @@ def shared_text(train: TokenShards, held_out: TokenShards) -> str:
     """One sentence on what the evaluation text shares with the training text; empty: nothing was found."""
     if train.manifest.content_hash == held_out.manifest.content_hash:
         return "eval.path: holds the very tokens of data.path, so perplexity shows what was memorized; hold text out."
-    trained_on = {entry.sha256: entry.name for entry in train.manifest.sources}
+    sides = [shards.manifest.part for shards in (train, held_out)]
+    # Two sides of one split by document come from the same files.
+    split = sides[0].startswith(BUT_FOR) and sides[1] == HELD_OUT + sides[0].removeprefix(BUT_FOR)
+    trained_on = {} if split else {entry.sha256: entry.name for entry in train.manifest.sources}
     same = [entry.name for entry in held_out.manifest.sources if entry.sha256 in trained_on]
     if same:
         return (

@@ -51,6 +51,9 @@ class Windows(Protocol):
     def window(self, index: int, mask_documents: bool = False) -> Window:
         """Window `index`."""
 
+    def documents(self, index: int) -> list[int]:
+        """Documents or conversations that window `index` has something of, as its prepared folder counts them."""
+
 
 class OneStore:
     """What windows of one token stream have in common: they are read epoch after epoch."""
@@ -97,6 +100,11 @@ class PackedDataset(OneStore):
     def fingerprint(self) -> str:
         """sha256 (hex) of what the windows hold: the stream's content and S."""
         return hashlib.sha256(f"{self.shards.fingerprint} {self.sequence}".encode()).hexdigest()
+
+    def documents(self, index: int) -> list[int]:
+        """Documents that window `index` has something of, as the prepared folder counts them."""
+        ids = self.window(index, True).document_ids
+        return list(range(int(ids[0]), int(ids[-1]) + 1))
 
     def window(self, index: int, mask_documents: bool = False) -> Window:
         """Window `index`.

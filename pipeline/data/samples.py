@@ -84,6 +84,10 @@ class SampleDataset(OneStore):
         """sha256 (hex) of what the windows hold: the conversations, their masks and S."""
         return hashlib.sha256(f"best-fit {self.shards.fingerprint} {self.sequence}".encode()).hexdigest()
 
+    def documents(self, index: int) -> list[int]:
+        """Conversations of window `index`, as the prepared folder counts them."""
+        return list(self._bins[index])
+
     def window(self, index: int, mask_documents: bool = True) -> Window:
         """Window `index`; `document_ids` count its conversations from 0.
 

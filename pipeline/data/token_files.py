@@ -161,6 +161,7 @@ class FlatFile:
     def batches(self, tokenizer: TextTokenizer) -> Iterator[Batch]:
         """All ids in order, `_BATCH` at a time."""
         ids = self._ids()
+        self._refuse_halves(ids[:_BATCH])
         chunks = range(0, len(ids), _BATCH)
         ended = any((ids[start : start + _BATCH] == tokenizer.eos_id).any() for start in chunks)
         mark = tokenizer.eos_id if ended else tokenizer.bos_id
@@ -173,6 +174,13 @@ class FlatFile:
             if start + _BATCH >= len(ids):
                 edges = np.unique(np.append(edges, part.size))
             yield part, np.diff(edges, prepend=0), int(part.size - (edges[-1] if edges.size else 0))
+
+    def _refuse_halves(self, ids: NDArray[Any]) -> None:
+        """Wider ids read as narrower ones have zeros in every second place (of little ids, little-endian)."""
+        if len(ids) >= 4 and ids[::2].any() and not ids[1::2].any():
+            raise DataError(
+                f"{self.file}: every second {self.dtype} in it is 0, so its ids are wider; give the type they have."
+            )
 
 
 TokenFile = MegatronFile | FlatFile
@@ -217,7 +225,9 @@ def prepare_tokens(
                 progress(total * writer.tokens // max(1, source.tokens), total, writer.tokens)
             if not writer.documents:
                 raise DataError(f"{source.files[0]}: holds no tokens; give a file that does.")
-            ends_of_all = Ends(begun == writer.documents, ended == writer.documents)
+            # An array may be cut off within its last document.
+            cut_off = isinstance(source, FlatFile) and 0 < ended == writer.documents - 1
+            ends_of_all = Ends(begun == writer.documents, ended + cut_off == writer.documents)
             doubtful = [] if begun or ended else [f"no document begins with BOS or ends with EOS of {tokenizer.path}."]
             notes = Notes({"it has no tokens": writer.without_tokens}, warnings=doubtful)
             return writer.finish(entries, writer.without_tokens, label, notes=notes, ends=ends_of_all)

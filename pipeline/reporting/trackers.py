@@ -119,6 +119,8 @@ class Prometheus:
 
     def log(self, values: Values, step: int) -> None:
         """See `Tracker`."""
+        # Of one step alone, and only there where it happened.
+        self._newest.pop("train/rerun", None)
         self._newest |= {**values, "step": step}
         lines = []
         for name, value in self._newest.items():

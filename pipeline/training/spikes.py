@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.errors import LongspanError
 from parallel.world.collectives import agree, of_every_rank
 from parallel.world.groups import Groups
 from pipeline.checkpoint.compatibility import DataStart
@@ -152,6 +153,17 @@ def blame(first: Sequence[Figures], again: Sequence[Figures], tolerance: tuple[f
     return whole, "the sums over the ranks"
 
 
+def apart(figures: Sequence[Figures], tolerance: tuple[float, float]) -> list[int]:
+    """Ranks that have another loss or gradient norm of the step than most: all should have the same."""
+    found: set[int] = set()
+    for name, least in zip(("loss", "norm"), tolerance, strict=True):
+        values = [getattr(one, name) for one in figures]
+        finite = [value for value in values if math.isfinite(value)]
+        usual = statistics.median_low(finite) if 2 * len(finite) >= len(values) else math.nan
+        found |= {rank for rank, value in enumerate(values) if differs(value, usual, least)}
+    return sorted(found)
+
+
 class SpikeWatch:
     """Judges every step, and has a bad one computed again. Its methods are collective.
 
@@ -173,7 +185,7 @@ class SpikeWatch:
     ) -> None:
         self._config, self._groups, self._loader = config, groups, loader
         self._optimizer, self._manifest = optimizer, manifest
-        self._recent = Recent()
+        self._recent, self._full = Recent(), False
         self._blamed: Counter[tuple[int, ...]] = Counter()
         self._own_loss = torch.zeros(())
         optimizer.keep_own_norms()
@@ -198,6 +210,9 @@ class SpikeWatch:
                 (fp64 [micro-batches]).
             say: shows a sentence.
         """
+        if self._config.in_full(step) != self._full:
+            # Another attention has another level.
+            self._recent, self._full = Recent(), not self._full
         found = self._recent.beyond(row["loss"], row["grad_norm"])
         # Agreed on: a rank whose memory fails may be the only one that sees it.
         (somewhere,), _ = agree(self._groups, [bool(found)])
@@ -227,16 +242,32 @@ class SpikeWatch:
         first: Sequence[tuple[list[float], str]],
         second: list[float],
     ) -> tuple[int, str]:
-        """DATA or MACHINE, and the sentence's end; alike on every rank."""
+        """DATA or MACHINE, and the sentence's end; alike on every rank.
+
+        Raises:
+            LongspanError: ranks are left with different figures of the step, also the second time: they would go
+                different ways.
+        """
         again = of_every_rank(self._groups, second)
         lost = self._lost(step, batches, each)
         before, after = ([Figures(*numbers) for numbers, _ in found] for found in (first, again))
-        ranks, where = blame(before, after, TOLERANCE[self._groups.device.type])
+        tolerance = TOLERANCE[self._groups.device.type]
+        odd = apart(after, tolerance)
+        if odd:
+            usual = next(one for rank, one in enumerate(after) if rank not in odd)
+            raise LongspanError(
+                f"step {step + 1}: rank {odd[0]} on {again[odd[0]][1]} has loss {after[odd[0]].loss:g} and gradient "
+                f"norm {after[odd[0]].norm:g}, also when computed again, where others have {usual.loss:g} and "
+                f"{usual.norm:g}: its GPU or memory fails. Leave that machine out; the same command resumes from the "
+                "newest checkpoint."
+            )
+        ranks, where = blame(before, after, tolerance)
         if not ranks:
             worst = sorted(lost, key=lambda one: math.inf if math.isnan(one.loss) else one.loss, reverse=True)[:WORST]
             return DATA, (
-                "computed again from the same state it is the same on every rank, so the data are the cause: "
-                + ", ".join(_told(one, self._loader.dataset, self._config) for one in worst)
+                "computed again from the same state it is the same on every rank, so none computes wrongly now; look "
+                "at the data, train.lr or weights that were damaged before. Most was lost in "
+                + "; ".join(_told(one, self._loader.dataset, self._config) for one in worst)
             )
         self._blamed[tuple(ranks)] += 1
         named = ", ".join(f"rank {rank} on {again[rank][1]}" for rank in ranks[:NAMED])
@@ -296,11 +327,11 @@ def _told(one: Lost, dataset: Windows, config: RunConfig) -> str:
     for window in one.windows:
         number = dataset.source_of(window) if isinstance(dataset, MixedWindows) else None
         source = "data.path" if number is None else config.data.sources[number].path
-        held.setdefault(source, []).extend(dataset.window(window, True).document_ids.tolist())
+        held.setdefault(source, []).extend(dataset.documents(window))
     documents = [
         f"document {min(ids)} of {source}"
         if min(ids) == max(ids)
         else f"documents {min(ids)} to {max(ids)} of {source}"
         for source, ids in held.items()
     ]
-    return f"{windows} ({', '.join(documents)}) lost {one.loss:.4g} nats a token"
+    return f"{windows} ({', '.join(documents)}), {one.loss:.4g} nats a token"

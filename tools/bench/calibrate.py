@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from parallel.errors import ConfigError
+from pipeline.build import FP8_DEVICES
 from pipeline.config.paths import user_path
 from pipeline.planner.gpus import RATES, SHARES, Gpu, named_by
 from pipeline.planner.host_memory import host_limit
@@ -58,7 +59,6 @@ def seconds_of(work: Callable[[], object], lasting: float = SECONDS) -> float:
 def products(dtype: torch.dtype) -> float:
     """Operations a second of forward products and input gradients, of random numbers: zeros draw less power."""
     operations = seconds = 0.0
-    scale = torch.ones((), device="cuda")
     for rows, columns in SHAPES:
         # x W^T, and g W as it is made: FP8 products read both factors along what is summed, and W is turned for that.
         for inner, outer in ((columns, rows), (rows, columns)):
@@ -68,8 +68,9 @@ def products(dtype: torch.dtype) -> float:
                 turned = right if inner == columns else right.t().contiguous().t()
                 work = partial(torch.mm, left, turned.t())
             else:
-                factors = left.to(dtype), right.to(dtype).t(), scale, scale
-                work = partial(torch._scaled_mm, *factors, out_dtype=torch.bfloat16)
+                scales = (torch.ones(TOKENS, 1, device="cuda"), torch.ones(1, outer, device="cuda"))
+                factors = left.to(dtype), right.to(dtype).t(), *scales
+                work = partial(torch._scaled_mm, *factors, out_dtype=torch.bfloat16, use_fast_accum=True)
             operations += 2 * TOKENS * rows * columns
             seconds += seconds_of(work)
     return operations / seconds
@@ -78,7 +79,7 @@ def products(dtype: torch.dtype) -> float:
 def measure() -> dict[str, float]:
     """Every rate that this machine can show."""
     found = {"bf16": products(torch.bfloat16)}
-    if torch.cuda.get_device_capability() >= (8, 9):
+    if torch.cuda.get_device_capability() >= FP8_DEVICES:
         found["fp8"] = products(torch.float8_e4m3fn)
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)

@@ -340,6 +340,10 @@ def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
     return config
 
 
+_LATER = (("data", "bos", "auto"), ("data", "eos", "auto"), ("attention", "dilation", 1))
+"""Settings that came after studies had been run: section, name, and what is as it was."""
+
+
 def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> str:
     """Hash of all that decides the weights of a run.
 
@@ -350,6 +354,10 @@ def train_key(recipe: Recipe, config: RunConfig, base_hash: str, data: str) -> s
     decisive = {key: value for key, value in config_dict(config).items() if key not in _NOT_DECISIVE}
     decisive["model"] = {key: value for key, value in decisive["model"].items() if key != "path"}
     decisive["data"] = {key: value for key, value in decisive["data"].items() if key not in ("path", "cache")}
+    decisive["train"] = {key: value for key, value in decisive["train"].items() if key != "rerun_spikes"}
+    for section, name, usual in _LATER:
+        if decisive[section][name] == usual:  # what was trained before it was a setting keeps its key
+            del decisive[section][name]
     if recipe.untrained:
         decisive, data = {"model": decisive["model"]}, ""
     if recipe.whole:  # what only adapters look at decides nothing

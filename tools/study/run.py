@@ -25,6 +25,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.evaluation import RULER_TASKS
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict
+from pipeline.data.document_ends import Ends
 from pipeline.data.prepare import open_text_or_shards
 from pipeline.data.tokenizer import check_rows, load_tokenizer
 from pipeline.evaluation.evaluator import TEXT_TOKENS
@@ -127,13 +128,14 @@ class Workshop:
         check_rows(self.tokenizer, stored.vocab)
         with TokenProgress() as progress:
             cache, field = places.runs / "tokens", config.data.text_field
-            plain = open_text_or_shards(places.train, cache, self.tokenizer, field, progress)
-            held_out = open_text_or_shards(places.held_out, cache, self.tokenizer, field, progress)
+            ends = Ends(config.data.bos, config.data.eos)
+            plain = open_text_or_shards(places.train, cache, self.tokenizer, field, progress, ends)
+            held_out = open_text_or_shards(places.held_out, cache, self.tokenizer, field, progress, ends)
             self.texts = {Mixture(): plain}
             for mixture in dict.fromkeys(recipe.mix for recipe in study.recipes):
                 if mixture not in self.texts:
                     folder = self._mixed(mixture, plain.fingerprint)
-                    self.texts[mixture] = open_text_or_shards(folder, cache, self.tokenizer, "text", progress)
+                    self.texts[mixture] = open_text_or_shards(folder, cache, self.tokenizer, "text", progress, ends)
         self.judge_settings = judge_settings(study, self.own_context)
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
         self.judge = Judge(self.judge_settings, self.tokenizer, text)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parallel.errors import LongspanError
+from tools.support.nccl import nccl_file, nccl_settings
 
 GRACE_S = 2.0
 """Seconds after the first failure in which the others may tell of theirs."""
@@ -67,12 +68,18 @@ def run_local(module: str, arguments: Sequence[str], world: int, logs: Path, tim
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder, contextlib.ExitStack() as stack:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(holder.getsockname()[1]),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":"),
-        }
+        environment = (
+            (nccl_settings(nccl_file()) if cuda else {})
+            | dict(os.environ)
+            | {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(holder.getsockname()[1]),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(
+                    ":"
+                ),
+            }
+        )
         if not cuda:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
         processes: list[subprocess.Popen[bytes]] = []

@@ -11,6 +11,12 @@ NCCL_FILE = Path(__file__).parents[2] / "launch" / "nccl.env"
 _LINE = re.compile(r"([A-Z][A-Z0-9_]*)=(\S+)")
 
 
+def nccl_file() -> Path:
+    """The file that holds here: a copy that `longspan init` wrote into this folder, or the package's own."""
+    own = Path("launch") / NCCL_FILE.name
+    return own if own.is_file() else NCCL_FILE
+
+
 def nccl_settings(path: Path) -> dict[str, str]:
     """Variables of a file of NAME=value lines, which shells and `docker --env-file` read alike: no quotes, no blanks.
 

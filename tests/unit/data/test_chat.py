@@ -268,6 +268,8 @@ def test_windows_hold_every_sample_once_with_its_own_labels(
             if number == padding and (labels == IGNORE).all():
                 continue
             found.append(tuple(tokens))
+            # As the prepared folder counts them: in the records' order.
+            assert tokens.tolist() == expected[data.documents(index)[number]].tokens.tolist()
             one = next(sample for sample in expected if sample.tokens.tolist() == tokens.tolist())
             wanted = [int(t) if s else IGNORE for t, s in zip(one.tokens[1:], one.scored[1:], strict=True)]
             assert labels.tolist() == [*wanted, IGNORE]

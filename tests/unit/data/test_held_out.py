@@ -13,6 +13,7 @@ import pytest
 from parallel.errors import DataError
 from pipeline.data import records
 from pipeline.data.held_out import Part
+from pipeline.data.overlap import shared_text
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import TokenShards, open_shards
 from pipeline.data.tokenizer import load_tokenizer
@@ -55,6 +56,33 @@ def test_every_document_is_on_one_side(tmp_path: Path, monkeypatch: pytest.Monke
     more = [f"new {number}" for number in range(99)]
     kept_now, held_now = halves(write_lines(tmp_path / "a.jsonl", [*more[:40], *texts, *more[40:]]), tmp_path, 0.2)
     assert set(kept) <= set(kept_now) and set(held) <= set(held_now)
+
+
+def test_two_sides_of_a_split_share_nothing_but_files(tmp_path: Path) -> None:
+    """Of unequal shares they do share documents, which the files' content tells."""
+    rng = random.Random(1)
+    source = write_lines(tmp_path / "a.jsonl", [" ".join(str(rng.random()) for _ in range(30)) for _ in range(60)])
+    sides = {}
+    for part in (Part(0.2), Part(0.2, held_out=True), Part(0.5, held_out=True)):
+        prepare(source, tmp_path / part.name, BYTES, part=part)
+        sides[part.name] = open_shards(tmp_path / part.name, BYTES)
+    assert shared_text(sides["but for 0.2"], sides["held out 0.2"]) == ""
+    assert "1 of its 1 files are among the training text" in shared_text(sides["but for 0.2"], sides["held out 0.5"])
+
+
+def test_a_side_does_not_depend_on_the_form(tmp_path: Path) -> None:
+    """Long documents come in pieces whose sizes differ between plain text and JSON lines."""
+    rng = random.Random(2)
+    texts = ["".join(chr(0x4E00 + rng.randrange(500)) for _ in range(100_000)) for _ in range(12)]
+    (tmp_path / "plain").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "plain" / f"{number:02}.txt").write_text(text)
+    lines = write_lines(tmp_path / "a.jsonl", texts)
+    first, second = (
+        prepare(source, tmp_path / f"out-{source.name}", BYTES, part=Part(0.5)).documents
+        for source in (tmp_path / "plain", lines)
+    )
+    assert first == second and 0 < first < len(texts)
 
 
 def test_a_part_is_part_of_what_is_reused(tmp_path: Path) -> None:

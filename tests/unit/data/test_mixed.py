@@ -221,6 +221,8 @@ def test_windows_of_several_stores(tmp_path: Path) -> None:
     wanted = [alone.window(index, True).tokens.tolist() for index in alone.order(7, 24, 8).tolist()]
     assert read == wanted and sum(row[0] >= 60 for row in read) == 2, "a quarter from b"
     assert data.window(10, True).tokens.tolist() == [60, 61, 62, 63] and data.window(9).tokens[0] == 46
+    # The second source's last window has its two documents, numbered by itself.
+    assert data.documents(17) == [0, 1] and data.documents(0) == [0] and data.source_of(17) == 1
     with pytest.raises(IndexError):
         data.window(18)
 

@@ -132,7 +132,7 @@ def test_a_missing_half_and_foreign_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "wanted", "ends"),
     [
-        ([5, 6, 2, 7, 2, 2, 8], [[5, 6, 2], [7, 2], [2], [8]], (None, None)),
+        ([5, 6, 2, 7, 2, 2, 8], [[5, 6, 2], [7, 2], [2], [8]], (None, 2)),  # cut off within the last
         ([5, 6, 2, 7, 2], [[5, 6, 2], [7, 2]], (None, 2)),
         ([1, 5, 2, 1, 7, 2], [[1, 5, 2], [1, 7, 2]], (1, 2)),
         ([1, 5, 6, 1, 1, 7], [[1, 5, 6], [1], [1, 7]], (1, None)),
@@ -162,6 +162,9 @@ def test_arrays_that_are_none(tmp_path: Path) -> None:
             prepared(FlatFile(tmp_path / "a.bin", "uint16"), tmp_path / "out")
     with pytest.raises(DataError, match="cannot be read"):
         prepared(FlatFile(tmp_path / "none.bin", "uint16"), tmp_path / "out")
+    (tmp_path / "a.bin").write_bytes(np.array([5, 6, 2, 7, 2], np.int32).tobytes())
+    with pytest.raises(DataError, match="every second uint16 in it is 0, so its ids are wider"):
+        prepared(FlatFile(tmp_path / "a.bin", "uint16"), tmp_path / "out")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ GONE = "/nowhere/at-all"
 # Every command with arguments that are well formed and name something that is not there.
 MISSING: dict[str, list[str]] = {
     "pipeline.train": ["--config", GONE],
+    "tools.bench.data": ["--tokenizer", GONE],
     "tools.doctor": ["--config", GONE],
     "tools.dry_run": ["--config", GONE],
     "tools.evaluate": ["--config", GONE, "--state", "trained"],

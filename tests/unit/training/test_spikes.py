@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.training.spikes import HISTORY, LEAST, QUIET, Figures, Recent, blame, differs
+from pipeline.training.spikes import HISTORY, LEAST, QUIET, Figures, Recent, apart, blame, differs
 
 NAN, INF = math.nan, math.inf
 EXACT, GPU = (0.0, 0.0), (1e-3, 5e-2)
@@ -104,3 +104,16 @@ def test_blame() -> None:
     left = [*ranks[:3], replace(ranks[3], norm=INF)]
     assert blame(left, ranks, EXACT) == ([3], "the sums over the ranks")
     assert blame([replace(one, norm=4.0) for one in ranks], ranks, EXACT)[0] == [0, 1, 2, 3]
+
+
+def test_a_rank_that_is_left_with_other_figures_is_told_from_the_rest() -> None:
+    """All ranks should have the step's loss and norm: one that has not would go another way than its peers."""
+    ranks = [Figures(10.0 + rank, 1.0, 2.0, 3.0) for rank in range(4)]
+    assert apart(ranks, (0, 0)) == []
+    for changed in ({"loss": math.nan}, {"norm": math.inf}, {"norm": 3.1}):
+        assert apart([*ranks[:2], replace(ranks[2], **changed), ranks[3]], (1e-3, 1e-2)) == [2], changed
+    assert apart([replace(one, norm=3.0 + 1e-3 * rank) for rank, one in enumerate(ranks)], (1e-3, 1e-2)) == []
+    spoilt = [replace(one, loss=math.nan) for one in ranks]
+    assert apart(spoilt, (0, 0)) == [], "bad data are bad on every rank"
+    assert apart([*spoilt[:3], ranks[3]], (0, 0)) == [3]
+    assert apart([ranks[0], spoilt[1]], (0, 0)) == [1]
