@@ -132,12 +132,12 @@ def test_markdown_is_text_but_for_what_describes_a_folder(tmp_path: Path) -> Non
     assert texts(tmp_path) == ["# a.md", "# packed", "# sub/b.markdown"]
     assert find_texts(tmp_path).warnings == (f"{tmp_path}: 1 file is not read: sub/Readme.md.",)
     assert texts(tmp_path / "sub/Readme.md") == ["# sub/Readme.md"], "where it is named itself"
-    (tmp_path / "LICENSE.md").write_text("no data")
+    (tmp_path / "CHANGELOG.md").write_text("no data")
     assert len(texts(tmp_path)) == 3
     # Beside other text it is notes, as in earlier releases.
     (tmp_path / "book.txt").write_text("a book")
     assert texts(tmp_path) == ["a book"]
-    assert "5 files are not read: LICENSE.md, a.md, c.md.gz, sub/Readme.md" in find_texts(tmp_path).warnings[0]
+    assert "5 files are not read: CHANGELOG.md, a.md, c.md.gz, sub/Readme.md" in find_texts(tmp_path).warnings[0]
 
 
 @pytest.mark.parametrize("packing", PACK)
