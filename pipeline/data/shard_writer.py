@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from parallel.errors import DataError
 from pipeline.data.card import Notes, card_of, write_card
 from pipeline.data.document_ends import AUTO, Ends
-from pipeline.data.folders import replace_folder, sha256_of
+from pipeline.data.folders import replace_folder
 from pipeline.data.shards import (
     DOCUMENTS,
     FORMAT,
@@ -28,6 +28,7 @@ from pipeline.data.shards import (
     token_dtype,
 )
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.storage.digest import sha256_of
 from pipeline.storage.durable import sync
 
 MAX_SHARD_TOKENS = 1 << 28

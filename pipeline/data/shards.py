@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.folders import MEND, read_array, sha256_of, starts_are_sound
+from pipeline.data.folders import MEND, read_array, starts_are_sound
 from pipeline.data.readings import same_tokens
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.storage.digest import sha256_of
 
 FORMAT = "longspan-tokens"
 VERSION = 1

@@ -27,13 +27,13 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.export.adapter_read import load_adapter_of
 from pipeline.export.trained_model import TrainedModel
-from pipeline.hf.checkpoint import file_digest
 from pipeline.hf.companions import has_tokenizer
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.planning.tensors import to_ours
 from pipeline.planning.trainable import kind_of
+from pipeline.storage.digest import sha256_of
 from pipeline.training.planned import settled
 from pipeline.training.state import check_trained
 
@@ -157,7 +157,7 @@ def hash_files(folder: Path) -> str:
     """sha256 over a folder's files: their names and contents."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(path.name.encode() + bytes.fromhex(file_digest(path)))
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from parallel.errors import CheckpointError
 from pipeline.hf.companions import check_companions
 from pipeline.hf.hashes import Hashes, read_hashes
 from pipeline.hf.weight_files import choose_weights
+from pipeline.storage.digest import sha256_of
 from pipeline.storage.pickled import PickledFile
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
 
@@ -195,7 +196,7 @@ class HfCheckpoint:
         """
         if self._digests is None:
             with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                found = dict(zip(self.files, pool.map(file_digest, map(self.folder.joinpath, self.files)), strict=True))
+                found = dict(zip(self.files, pool.map(sha256_of, map(self.folder.joinpath, self.files)), strict=True))
             recorded = self.recorded()
             for file, digest in found.items():
                 if recorded.files.get(file, digest) != digest:
@@ -220,12 +221,6 @@ class HfCheckpoint:
     def base_hash(self) -> str:
         """SHA-256 over the sorted SHA-256 of every weight file: identifies the weights; see `digests`."""
         return hashlib.sha256("\n".join(sorted(self.digests().values())).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(dtype: torch.dtype) -> str:

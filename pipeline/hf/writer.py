@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from parallel.errors import CheckpointError
-from pipeline.hf.checkpoint import file_digest
 from pipeline.hf.companions import COMPANIONS
 from pipeline.hf.hashes import HASHES, write_hashes
 from pipeline.hf.weight_files import INDEX, SINGLE
 from pipeline.reporting.progress import ByteProgress
+from pipeline.storage.digest import sha256_of
 from pipeline.storage.durable import WITHOUT_LOCKS
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact, Written, write_safetensors
@@ -133,7 +133,7 @@ def _kept(folder: Path) -> dict[str, Written]:
     kept = {}
     for file, declared in json.loads(path.read_text()).get("shards", {}).items():
         whole = (folder / file).is_file() and (folder / file).stat().st_size == declared["nbytes"]
-        if whole and file_digest(folder / file) == declared["sha256"]:
+        if whole and sha256_of(folder / file) == declared["sha256"]:
             kept[file] = Written(**declared)
     return kept
 

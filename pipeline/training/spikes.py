@@ -185,7 +185,7 @@ class SpikeWatch:
     ) -> None:
         self._config, self._groups, self._loader = config, groups, loader
         self._optimizer, self._manifest = optimizer, manifest
-        self._recent, self._full = Recent(), False
+        self._recent = Recent()
         self._blamed: Counter[tuple[int, ...]] = Counter()
         self._own_loss = torch.zeros(())
         optimizer.keep_own_norms()
@@ -210,9 +210,9 @@ class SpikeWatch:
                 (fp64 [micro-batches]).
             say: shows a sentence.
         """
-        if self._config.in_full(step) != self._full:
+        if self._config.in_full(step) != self._config.in_full(step - 1):
             # Another attention has another level.
-            self._recent, self._full = Recent(), not self._full
+            self._recent = Recent()
         found = self._recent.beyond(row["loss"], row["grad_norm"])
         # Agreed on: a rank whose memory fails may be the only one that sees it.
         (somewhere,), _ = agree(self._groups, [bool(found)])

@@ -80,7 +80,7 @@ def test_flipped_bits_are_found_and_named(tmp_path: Path, where: int) -> None:
 def test_hashes_the_hub_told_are_checked(tmp_path: Path) -> None:
     base = make_tiny(tmp_path / "blob", "llama2")
     weights = base / "model.safetensors"
-    digest = writer.file_digest(weights)
+    digest = writer.sha256_of(weights)
     note = base / ".cache/huggingface/download/model.safetensors.metadata"
     note.parent.mkdir(parents=True)
     note.write_text(f"{'a' * 40}\n{digest}\n1700000000.0\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from pipeline.evaluation.results import paired_difference
 from pipeline.evaluation.tails import tail_nll, tail_spans
 from pipeline.train import train
 from pipeline.training.trainer import Trainer
-from tests.support.tiny_models import make_tiny
+from tests.support.places import study_place
 from tools.evaluate import main as evaluate
 from tools.study.__main__ import main
 from tools.study.plan import Places, Recipe, configure, read_study, train_key
@@ -44,16 +43,8 @@ recipes:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    make_tiny(folder / "base", "smollm2", tokenizer=True, max_position_embeddings=400, num_hidden_layers=1)
-    for part in ("train", "val"):
-        (folder / "text" / part).mkdir(parents=True)
-        words = random.Random(part).choices(["red", "blue", "ship", "sea", "and"], k=1200)
-        (folder / "text" / part / "a.txt").write_text(" ".join(words))
+    folder = study_place(tmp_path_factory.mktemp("study"), 400, 1200)
     (folder / "study.yaml").write_text(STUDY)
-    (folder / "run.yaml").write_text(
-        "model: {path: x, context: 8}\ndata: {path: x}\ntrain: {steps: 1, global_batch: 1}\noutput: x\n"
-    )
     return folder
 
 

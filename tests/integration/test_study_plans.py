@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from parallel.errors import ConfigError
-from tests.support.tiny_models import make_tiny
+from tests.support.places import study_place
 from tools.study.__main__ import main
 from tools.study.plan import PLANS, Places, Recipe, configure, plan_file, read_study
 
@@ -21,16 +20,7 @@ JUDGED = ["--judge", "windows=1", "trials=1", "depths=[0.5]", "retrieval_lengths
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
-    make_tiny(folder / "base", "smollm2", tokenizer=True, max_position_embeddings=400, num_hidden_layers=2)
-    for part in ("train", "val"):
-        (folder / "text" / part).mkdir(parents=True)
-        words = random.Random(part).choices(["red", "blue", "ship", "sea", "and"], k=2500)
-        (folder / "text" / part / "a.txt").write_text(" ".join(words))
-    (folder / "run.yaml").write_text(
-        "model: {path: x, context: 8}\ndata: {path: x}\ntrain: {steps: 1, global_batch: 1}\noutput: x\n"
-    )
-    return folder
+    return study_place(tmp_path_factory.mktemp("plans"), 400, 2500, layers=2)
 
 
 def go(place: Path, plan: str, *more: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from pipeline.evaluation.assessment import Assessment, verdict
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.ruler.results import RulerReport, RulerResult, ruler_path
 from pipeline.train import main as train
-from tests.support.tiny_models import make_tiny
+from tests.support.places import run_place
 from tools.evaluate import main as evaluate
 from tools.report import main as report
 
@@ -32,14 +31,7 @@ output: {0}/run
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ruler")
-    make_tiny(folder / "base", "smollm2", tokenizer=True, max_position_embeddings=1200, num_hidden_layers=1)
-    for part in ("train", "val"):
-        words = random.Random(part).choices(["red.", "blue", "ship", "sea", "and"], k=4000)
-        (folder / part).mkdir()
-        (folder / part / "a.txt").write_text(" ".join(words))
-    (folder / "run.yaml").write_text(RUN.format(folder))
-    return folder
+    return run_place(tmp_path_factory.mktemp("ruler"), 1200, 4000, RUN, first="red.")
 
 
 def test_a_run_measures_what_tools_evaluate_does(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

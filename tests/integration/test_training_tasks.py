@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +14,7 @@ from pipeline.evaluation.long_ppl import LongPpl
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.tasks import cells as prompts_of
 from pipeline.train import main as train
-from tests.support.tiny_models import make_tiny
+from tests.support.places import run_place
 from tools.evaluate import main as evaluate
 from tools.report import main as report
 
@@ -33,14 +32,7 @@ output: {0}/run
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    make_tiny(folder / "base", "smollm2", tokenizer=True, max_position_embeddings=400, num_hidden_layers=1)
-    for part in ("train", "val"):
-        words = random.Random(part).choices(["red", "blue", "ship", "sea", "and"], k=2000)
-        (folder / part).mkdir()
-        (folder / part / "a.txt").write_text(" ".join(words))
-    (folder / "run.yaml").write_text(RUN.format(folder))
-    return folder
+    return run_place(tmp_path_factory.mktemp("tasks"), 400, 2000, RUN)
 
 
 def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,21 @@ _TILE = 128
 
 
 @triton.jit
+def _scale(largest, odd):  # type: ignore[no-untyped-def]
+    # Of a row's magnitudes, and whether some are NaN: its scale, and one over it.
+    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
+    # Maxima here leave NaN out, where torch's keep it: a row that holds one must not come out finite.
+    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)
+    # One division a row: of every value, they would bound the kernel.
+    return scale, 1.0 / scale
+
+
+@triton.jit
+def _e4m3(x):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
+
+
+@triton.jit
 def _round_rows(  # type: ignore[no-untyped-def]
     x_ptr, factor_ptr, out_ptr, scale_ptr, width, FACTORS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
 ):
@@ -35,11 +50,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
             x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.abs(x))
         odd = odd | (x != x).to(tl.int32)
-    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
-    # Maxima here leave NaN out, where torch's keep it: a row that holds one must not come out finite.
-    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)
-    # One division a row: of every value, they would bound the kernel.
-    inverse = 1.0 / scale
+    scale, inverse = _scale(largest, odd)
     # The second reading finds a row in the cache.
     for part in range(PARTS):
         start = part * COLUMNS
@@ -47,8 +58,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + row * width + start + column, mask=inside, other=0.0).to(tl.float32)
         if FACTORS:
             x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
-        rounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0).to(tl.float8e4nv)
-        tl.store(out_ptr + row * width + start + column, rounded, mask=inside)
+        tl.store(out_ptr + row * width + start + column, _e4m3(x * inverse), mask=inside)
     tl.store(scale_ptr + row, scale)
 
 
@@ -91,14 +101,11 @@ def _round_swiglu(  # type: ignore[no-untyped-def]
         x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
         largest = tl.maximum(largest, tl.abs(x))
         odd = odd | (x != x).to(tl.int32)
-    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
-    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)  # see _round_rows
-    inverse = 1.0 / scale
+    scale, inverse = _scale(largest, odd)
     for part in range(PARTS):
         at = part * COLUMNS + column
         x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
-        rounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0).to(tl.float8e4nv)
-        tl.store(out_ptr + row * width + at, rounded, mask=at < width)
+        tl.store(out_ptr + row * width + at, _e4m3(x * inverse), mask=at < width)
     tl.store(scale_ptr + row, scale)
 
 
@@ -148,17 +155,13 @@ def _round_swiglu_gradient(  # type: ignore[no-untyped-def]
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
         largest = tl.maximum(largest, tl.maximum(tl.abs(grad_gate), tl.abs(grad_up)))
         odd = odd | (grad_gate != grad_gate).to(tl.int32) | (grad_up != grad_up).to(tl.int32)
-    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
-    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)  # see _round_rows
-    inverse = 1.0 / scale
+    scale, inverse = _scale(largest, odd)
     for part in range(PARTS):
         at = part * COLUMNS + column
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
         place = out_ptr + row * 2 * width + at
-        tl.store(place, tl.minimum(tl.maximum(grad_gate * inverse, -448.0), 448.0).to(tl.float8e4nv), mask=at < width)
-        tl.store(
-            place + width, tl.minimum(tl.maximum(grad_up * inverse, -448.0), 448.0).to(tl.float8e4nv), mask=at < width
-        )
+        tl.store(place, _e4m3(grad_gate * inverse), mask=at < width)
+        tl.store(place + width, _e4m3(grad_up * inverse), mask=at < width)
     tl.store(scale_ptr + row, scale)
 
 

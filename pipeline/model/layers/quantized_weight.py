@@ -79,7 +79,7 @@ class _Quantized(FrozenWeight):
         rows = rows_at_once(self.width)
         for start in range(0, len(whole_OI), rows):
             part = whole_OI[start : start + rows].to(next(iter(members.values())).device)
-            for name, found in self.encode(part).items():
+            for name, found in self._encode(part).items():
                 members[name][start : start + rows].copy_(found)
 
 
