@@ -175,6 +175,8 @@ def _kernels_agree(device: str) -> None:
             values, scales = kernels.round_rows(rows, given)
             exact = rows.double() if given is None else rows.double() * given.double()
             torch.testing.assert_close(scales[:, 0].double()[::2], exact.abs().amax(1)[::2] / 448, rtol=1e-6, atol=0)
+            # What a row's scale is made of becomes the largest value, exactly.
+            assert (values.float().abs().amax(1)[::2] == 448).all()
             # The interpreter rounds to e4m3 with errors of a half.
             slack = 0.6 if device == "cpu" else 2**-4
             off = (values.double() * scales.double() - exact).abs() - slack * exact.abs()
