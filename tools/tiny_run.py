@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def train(path: Path, world: int, log: Path, timeout_s: float, *arguments: str) 
     if code:
         text = log.read_text(errors="replace")
         sentences = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+        # The launcher alone knows which signal ended a process that could not say so itself.
+        sentences += [f"torchrun: {found}" for found in re.findall(r"Signal \d+ \(\w+\) received by PID \d+", text)]
         raise RankFailed(
             "\n".join(dict.fromkeys(sentences)) or f"{log.stem} left with code {code}:\n{text[-3000:]}", code
         )

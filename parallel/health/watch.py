@@ -26,14 +26,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
-from parallel.health.liveness import (
-    PATIENCE,
-    SILENCE_S,
-    Beat,
-    Peers,
-    machine,
-    main_thread_stands,
-)
+from parallel.health.liveness import PATIENCE, SILENCE_S, Beat, Peers, machine, main_thread_stands
 from parallel.health.signals import AT_ONCE, INTERRUPT_CODE, end_at_once, tell
 from parallel.health.stacks import StackWriter, with_stacks
 from parallel.health.verdict import Verdict, at_step, is_communication_error, verdict_of
@@ -298,16 +291,25 @@ class RankWatch(Watch):
         for rank in self._peers.missing:
             if store.check([keys[rank]]):
                 self._peers.update(Beat.decode(store.get(keys[rank])), now)
-        known = [keys[rank] for rank in sorted(self._peers.beats)]
-        for text in store.multi_get(known):
-            self._peers.update(Beat.decode(text), now)
+        self._read_known()
         if self._failure is not None and self._secondary_since is None:
             return self._propose(self._failure)
         found = self._peers.judge(now, self._timeout_s, self._silence_s)
+        if found is not None:
+            # A rank may have taken leave and ended since its beat was read (this thread may stand still in between);
+            # what it said last is in the store by the time its process is gone.
+            self._read_known()
+            found = self._peers.judge(time.monotonic(), self._timeout_s, self._silence_s)
         if found is None and self._failure is not None and self._secondary_since is not None:
             # Nothing better was heard in the time it takes to learn that a machine is down.
             found = self._failure if now - self._secondary_since > self._silence_s + 2 * self._interval else None
         return None if found is None else self._propose(found)
+
+    def _read_known(self) -> None:
+        """Take in the newest beats of all ranks heard of."""
+        now, keys = time.monotonic(), [f"beat/{rank}" for rank in sorted(self._peers.beats)]
+        for text in self._store.multi_get(keys):
+            self._peers.update(Beat.decode(text), now)
 
     def _propose(self, verdict: Verdict) -> Verdict:
         """The first verdict proposed by any rank."""

@@ -1,14 +1,18 @@
-"""A store that falls silent is noticed, and one that answers is not."""
+"""A store that falls silent is noticed, and one that answers is not; what a rank said last counts."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
+from parallel.health.liveness import Beat, Peers, machine
 from parallel.health.verdict import Verdict
 from parallel.health.watch import RankWatch
 from parallel.health.watch_store import StoreMinder
@@ -79,3 +83,51 @@ def test_a_store_of_torchruns_agent_is_not_rank_0s() -> None:
     assert watch._failure is None and done == []
     watch._store_silent(31.0)
     assert done == ["ended"]
+
+
+class LastWords(HashStore):
+    """A store whose second rank takes leave, and ends, just after its beat was read."""
+
+    def __init__(self, child: subprocess.Popen[bytes], ended: bool) -> None:
+        super().__init__()
+        self._child, self._ended = child, ended
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        texts: list[bytes] = super().multi_get(keys)
+        if self._child.poll() is None:
+            self.set(
+                "beat/1", Beat(1, 2, 2, "training", host=machine(), pid=self._child.pid, ended=self._ended).encode()
+            )
+            self._child.kill()
+            self._child.wait()
+        return texts
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["took leave", "died"])
+def test_a_rank_that_leaves_while_its_beat_is_looked_at_has_not_died(ended: bool) -> None:
+    if not machine():
+        pytest.skip("no /proc here: process ids of other ranks are not looked at")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    store, peers = LastWords(child, ended), Peers(0, 2, time.monotonic(), machine())
+    for beat in (Beat(0, 1, 2, "training", host=machine()), Beat(1, 1, 2, "training", host=machine(), pid=child.pid)):
+        store.set(f"beat/{beat.rank}", beat.encode())
+        peers.update(beat, time.monotonic())
+    assert peers.judge(time.monotonic(), 60.0) is None
+    watch = object.__new__(RankWatch)
+    vars(watch).update(
+        _env=RankEnv(rank=0, world_size=2),
+        _timeout_s=60.0,
+        _silence_s=30.0,
+        _failure=None,
+        _secondary_since=None,
+        _closing=False,
+        _exchanges=0,
+        _store=store,
+        _peers=peers,
+        _publish=lambda ended: None,
+    )
+    verdict = watch._exchange()
+    if ended:
+        assert verdict is None
+    else:
+        assert verdict is not None and verdict.text.startswith("rank 1 died at step 2 (its process is gone")
