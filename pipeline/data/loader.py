@@ -84,8 +84,9 @@ class TrainLoader:
         self._start = (step, read)
 
     def step(self, step: int) -> list[Batch]:
-        """Micro-batches of this rank for 0-based optimizer step `step`, in order; any step may be asked for. The last one
-        that was asked for is not read again: a step may be computed twice.
+        """Micro-batches of this rank for 0-based optimizer step `step`, in order; any step may be asked for.
+
+        The last one that was asked for is not read again: a step may be computed twice.
 
         Raises:
             DataError: the shards hold an id outside the vocabulary.

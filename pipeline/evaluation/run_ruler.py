@@ -156,6 +156,8 @@ def run_ruler(
     step: int,
     context: int,
     base_context: int,
+    seed: int,
+    text: str,
     shown: bool = True,
     kept: bool = True,
     cost: str = "",
@@ -168,7 +170,7 @@ def run_ruler(
         cells: alike on every rank.
         identity: of the model, see `evaluate_ruler`.
         output: the run's folder.
-        label, step, context, base_context: see `RulerReport`.
+        label, step, context, base_context, seed, text: see `RulerReport`.
         shown, kept, before_round: see `run_retrieval`.
         cost: a sentence that is said first.
 
@@ -193,7 +195,7 @@ def run_ruler(
             device=groups.device,
             on_prompts=progress.advance,
         )
-    report = RulerReport(label, step, context, base_context, tuple(found))
+    report = RulerReport(label, step, context, base_context, tuple(found), seed, text)
     if groups.is_main:
         shipped = ruler_path(output, "shipped")
         base = report if label == "shipped" else RulerReport.read(shipped) if shipped.exists() else None
