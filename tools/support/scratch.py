@@ -1,5 +1,5 @@
-"""A folder for what stands in for a run's files: under a launcher one for all ranks of a machine, as a run's are, and of
-one path on all machines, since ranks must have the same settings."""
+"""A folder for what stands in for a run's files: under a launcher one for all ranks of a machine, as a run's are, and
+of one path on all machines, since ranks must have the same settings."""
 
 from __future__ import annotations
 
