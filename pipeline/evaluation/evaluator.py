@@ -22,6 +22,7 @@ from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grid
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
 from pipeline.evaluation.mode import evaluating, spread_over
+from pipeline.evaluation.parked import check_parked
 from pipeline.evaluation.perplexity import EvalReport, TokenNll, cut_windows, evaluate, windows_of
 from pipeline.evaluation.results import RetrievalReport, report_path
 from pipeline.evaluation.ruler.cost import ruler_cost
@@ -58,7 +59,7 @@ class Evaluator:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.plan, self.spec = config, plan, plan.full_attention
-        self._costs = plan.prefill_costs()
+        self._costs = plan.prefill_costs(model.dtype.itemsize)
         self._prompts: dict[RetrievalSettings, tuple[Cell, ...]] = {}
         self._riddles: dict[RulerSettings, list[RulerCell]] = {}
         self.model, self.groups, self.before_round = model, groups, before_round
@@ -87,6 +88,9 @@ class Evaluator:
         with evaluating(self.model), progress_of as progress:
             for cost in self._costs:
                 progress.say(f"perplexity, {label}: {cost.sentence}")
+            if self._costs:
+                parked = max(cost.host for cost in self._costs)
+                check_parked(self.groups, parked, "eval.lengths", "lower the lengths")
             self._costs = ()  # once
             found = evaluate(
                 self._nll(self.spec),
@@ -154,12 +158,15 @@ class Evaluator:
             step_tokens: see `RulerCost.sentence`.
 
         Raises:
+            ConfigError: host memory has no room for the keys and values.
             DataError: see `ruler_cells`.
         """
         if asked in self._riddles:
             return self._riddles[asked], ""
         self._riddles[asked] = found = ruler_cells(asked, self.tokenizer, self.text_T)
-        return found, ruler_cost(found, self.plan.arch, self.plan.grid).sentence(step_tokens)
+        cost = ruler_cost(found, self.plan.arch, self.plan.grid, self.model.dtype.itemsize)
+        check_parked(self.groups, cost.host, "RULER", "lower its lengths (eval.ruler_lengths, --lengths)")
+        return found, cost.sentence(step_tokens)
 
     def _gap(self, label: str, step: int) -> DenseGap:
         """The dense gap, written as `<output>/gap-<label>.json`."""

@@ -22,6 +22,7 @@ from parallel.health.signals import StopSignals
 from parallel.world.grid import GridPlan
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.build import compute_dtype
 from pipeline.config.evaluation import RULER_TASKS
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict
@@ -140,7 +141,9 @@ class Workshop:
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
         self.judge = Judge(self.judge_settings, self.tokenizer, text)
         if self.judge.riddles:
-            cost = ruler_cost(self.judge.riddles, stored, GridPlan(1, 1, 1, 1))
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            width = compute_dtype(config.model.dtype, device).itemsize
+            cost = ruler_cost(self.judge.riddles, stored, GridPlan(1, 1, 1, 1), width)
             self.say(f"RULER, of every run: {cost.sentence(config.train.global_batch * config.sequence)}")
         asked = json.dumps([self.judge_settings.to_json(), held_out.fingerprint], sort_keys=True)
         self.asked = hashlib.sha256(asked.encode()).hexdigest()
