@@ -204,6 +204,24 @@ def test_settings_named_in_wishes_can_be_set(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml", [*(words or [f"{name}={value}"]), *extra])
 
 
+def unknown_settings(page: str, known: set[str]) -> list[str]:
+    """Settings of ours in a page's tables, first column, and in its lists that are none."""
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    words = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?::[^`]*)?`", "\n".join([*cells, *re.findall(r"^- .*", page, re.M)]))
+    return [word for word in words if word not in known]
+
+
+def test_settings_beside_those_of_others_are_ours(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d}\ntrain: {steps: 1}\noutput: o\n")
+    known = set(flatten(config_dict(load_config(tmp_path / "run.yaml", ["model.context=32768"]))))
+    known |= {name.rpartition(".")[0] for name in known} | {"model.rope"}  # sections; rope: auto is none by itself
+    page = (ROOT / "docs/COMING_FROM.md").read_text()
+    assert unknown_settings(page, known) == [] and unknown_settings(page, known - {"output"}) == ["output"]
+    assert unknown_settings("| `train.steps`, `lora.alpa: 3` | x |", known) == ["lora.alpa"]
+    for text in ("lora.targets=[q,k,v,o]", "train.trainable=[lora,embed,norm]", "attention.kind=s2"):
+        load_config(tmp_path / "run.yaml", ["model.context=32768", text])
+
+
 def test_yaml_on_the_pages_is_a_configuration(tmp_path: Path) -> None:
     blocks = [block for page in PAGES for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)]
     assert blocks
