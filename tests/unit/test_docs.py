@@ -204,6 +204,16 @@ def test_settings_named_in_wishes_can_be_set(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml", [*(words or [f"{name}={value}"]), *extra])
 
 
+def test_a_yaml_s_own_command_is_one() -> None:
+    """What a shipped YAML whose positions are a formula's says in its comments: how to look before training."""
+    told = 0
+    for path in sorted((ROOT / "launch/configs").glob("llama2_*.yaml")):
+        for line in re.findall(r"^# {3}(longspan .*)$", path.read_text(), re.M):
+            assert not [*unknown_options(f"    {line}")] and f"--config launch/configs/{path.name} " in line
+            told += 1
+    assert told == 4
+
+
 def unknown_settings(page: str, known: set[str]) -> list[str]:
     """Settings of ours in a page's tables, first column, and in its lists that are none."""
     cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ") and "---" not in line]
