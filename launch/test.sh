@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check: lint, format, types, import contracts, tests. Arguments go to pytest: launch/test.sh tests/unit -k rope
+# Every check: lint, format, shell scripts, types, import contracts, tests. Arguments go to pytest: launch/test.sh tests/unit -k rope
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,6 +18,8 @@ step() {
 }
 step ruff check .
 step ruff format --check .
+# What it leaves out, and why, is in .shellcheckrc.
+step shellcheck launch/*.sh launch/slurm.sbatch tools/bench/record.sh .ci/manifests .ci/release .ci/run
 step mypy
 step lint-imports --no-logo
 

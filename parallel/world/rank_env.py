@@ -80,6 +80,8 @@ class RankEnv:
     """True when the launcher hosts the store the ranks meet at (torchrun does), False when rank 0 has to."""
     attempt: int = 0
     """How often the launcher has restarted the job."""
+    job: str = ""
+    """What the launcher calls the job, alike on all ranks; empty: nothing."""
     exit_file: str = ""
     """Where the launcher (tools.torchrun) reads the job's exit code, for torchrun makes a 1 of any; empty: nowhere."""
 
@@ -135,6 +137,7 @@ class RankEnv:
             master_port=port,
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=attempt,
+            job=environment.get("TORCHELASTIC_RUN_ID", ""),
             exit_file=environment.get(EXIT_FILE, ""),
         )
 
@@ -182,7 +185,7 @@ def _translated(launcher: Launcher, environment: Mapping[str, str], found: Mappi
     if "MASTER_PORT" not in environment and job:
         low, high = PORTS
         translated["MASTER_PORT"] = str(low + zlib.crc32(job.encode()) % (high - low))
-    return translated
+    return {**translated, "TORCHELASTIC_RUN_ID": job}
 
 
 def _first_host(launcher: Launcher, environment: Mapping[str, str]) -> str:

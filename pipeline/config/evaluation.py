@@ -13,7 +13,8 @@ RULER_TASKS = (
     *("niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe"),
 )
 """RULER's that need no download, as lm-evaluation-harness names them."""
-EVAL_TASKS = ("passkey", "needle", "ruler", "dense_gap", *RULER_TASKS)
+RETRIEVAL_TASKS = ("passkey", "needle")
+EVAL_TASKS = (*RETRIEVAL_TASKS, "ruler", "dense_gap", *RULER_TASKS)
 """What an evaluation during training may measure besides perplexity; `ruler`: all of RULER's."""
 
 

@@ -65,6 +65,7 @@ class TrainLoader:
         rank_indices(np.arange(global_batch), rank, world, micro_batch)  # refuse a bad split now, not in the thread
         self._executor: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._last: tuple[int, list[Batch]] | None = None
 
     @property
     def windows(self) -> int:
@@ -85,21 +86,26 @@ class TrainLoader:
     def step(self, step: int) -> list[Batch]:
         """Micro-batches of this rank for 0-based optimizer step `step`, in order; any step may be asked for.
 
+        The last one that was asked for is not read again: a step may be computed twice.
+
         Raises:
             DataError: the shards hold an id outside the vocabulary.
             RuntimeError: the loader is closed.
         """
         if self._executor is None:
             raise RuntimeError("the loader is closed")
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._make(step)
+        self._last = (step, batches)
         self._ahead = (step + 1, self._executor.submit(self._make, step + 1))
         return batches
 
     def close(self) -> None:
         """Stop the background thread; closing twice is fine."""
         executor, self._executor = self._executor, None
-        self._ahead = None
+        self._ahead = self._last = None
         if executor is not None:
             executor.shutdown(wait=True, cancel_futures=True)
 

@@ -39,6 +39,10 @@ class DenseGap:
     dense_nll: tuple[float, ...]
     """Mean of each window under full attention, nats."""
 
+    def answers(self, length: int, windows: int) -> bool:
+        """Whether so many windows of that length were read."""
+        return (self.length, len(self.sparse_nll)) == (length, windows)
+
     @property
     def differences(self) -> list[float]:
         """Of each window, dense less sparse, nats: above 0, full attention reads worse."""

@@ -22,7 +22,8 @@ from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grid
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
 from pipeline.evaluation.mode import evaluating, spread_over
-from pipeline.evaluation.perplexity import EvalReport, TokenNll, cut_windows, evaluate
+from pipeline.evaluation.parked import check_parked
+from pipeline.evaluation.perplexity import EvalReport, TokenNll, cut_windows, evaluate, windows_of
 from pipeline.evaluation.results import RetrievalReport, report_path
 from pipeline.evaluation.ruler.cost import ruler_cost
 from pipeline.evaluation.ruler.results import RulerReport, ruler_path
@@ -58,7 +59,7 @@ class Evaluator:
         if config.eval.path is None:
             raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.plan, self.spec = config, plan, plan.full_attention
-        self._costs = plan.prefill_costs()
+        self._costs = plan.prefill_costs(model.dtype.itemsize)
         self._prompts: dict[RetrievalSettings, tuple[Cell, ...]] = {}
         self._riddles: dict[RulerSettings, list[RulerCell]] = {}
         self.model, self.groups, self.before_round = model, groups, before_round
@@ -87,8 +88,11 @@ class Evaluator:
         with evaluating(self.model), progress_of as progress:
             for cost in self._costs:
                 progress.say(f"perplexity, {label}: {cost.sentence}")
+            if self._costs:
+                parked = max(cost.host for cost in self._costs)
+                check_parked(self.groups, parked, "eval.lengths", "lower the lengths")
             self._costs = ()  # once
-            report = evaluate(
+            found = evaluate(
                 self._nll(self.spec),
                 self.tokens_T,
                 lengths,
@@ -100,6 +104,7 @@ class Evaluator:
                 on_window=progress.advance,
                 bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
             )
+            report = replace(found, text=self.shards.fingerprint)
             progress.done = sum(result.windows for result in report.lengths)  # all ranks'
         if self.groups.is_main:
             with optional_file(self._path(label)):
@@ -116,10 +121,8 @@ class Evaluator:
             label, step, shown: see `run`.
             within: only lengths of no more tokens, and no dense gap; None: all.
         """
-        asked = self.config.eval
         report = self.run(label, step, shown=shown, lengths=within_context(self.config.eval_lengths, within))
-        sparse = "dense_gap" in asked.tasks and self.config.attention.kind != "full"
-        gap = self._gap(label, step) if sparse and within is None else None
+        gap = self._gap(label, step) if self._measures_gap(within) else None
         grids, riddles = self._grids(within), self._ruler(within)
         run_on, output = (self.model, self.groups, self.spec), Path(self.config.output)
         facts: Any = {
@@ -127,6 +130,7 @@ class Evaluator:
             "step": step,
             "context": self.config.model.context,
             "base_context": self.plan.arch.max_positions,
+            "text": self.shards.fingerprint,
             "shown": shown,
             "kept": False,  # the weights of a step are those of one process
             "before_round": self.before_round,
@@ -134,11 +138,12 @@ class Evaluator:
         retrieval = ruler = None
         if grids:
             prompts = [cell for grid in grids for cell in self._cells(grid)]
-            retrieval = run_retrieval(*run_on, prompts, {}, output, **facts)
+            retrieval = run_retrieval(*run_on, prompts, {}, output, **facts, seed=grids[0].seed)
         if riddles is not None:
             step_tokens = self.config.train.global_batch * self.config.sequence
             found, cost = self.riddles(riddles, step_tokens)
-            ruler = run_ruler(*run_on, found, {}, output, self.tokenizer, **facts, cost=cost)
+            facts |= {"seed": riddles.seed, "cost": cost}
+            ruler = run_ruler(*run_on, found, {}, output, self.tokenizer, **facts)
         return Assessment(report, gap, retrieval, ruler, self._base_ruler())
 
     def _base_ruler(self) -> RulerReport | None:
@@ -153,12 +158,15 @@ class Evaluator:
             step_tokens: see `RulerCost.sentence`.
 
         Raises:
+            ConfigError: host memory has no room for the keys and values.
             DataError: see `ruler_cells`.
         """
         if asked in self._riddles:
             return self._riddles[asked], ""
         self._riddles[asked] = found = ruler_cells(asked, self.tokenizer, self.text_T)
-        return found, ruler_cost(found, self.plan.arch, self.plan.grid).sentence(step_tokens)
+        cost = ruler_cost(found, self.plan.arch, self.plan.grid, self.model.dtype.itemsize)
+        check_parked(self.groups, cost.host, "RULER", "lower its lengths (eval.ruler_lengths, --lengths)")
+        return found, cost.sentence(step_tokens)
 
     def _gap(self, label: str, step: int) -> DenseGap:
         """The dense gap, written as `<output>/gap-<label>.json`."""
@@ -218,7 +226,7 @@ class Evaluator:
         earlier = EvalReport.read(path) if self.groups.is_main and path.exists() else None
         with self.model.positioned(self.plan.as_shipped().rope):
             found = self.assess("shipped", 0, shown=shown, within=own).report
-        if earlier is not None and earlier.stride == found.stride:
+        if earlier is not None and earlier.answers({}, found.stride, self.shards.fingerprint):
             # Lengths beyond the base's own, of tools.evaluate, are not measured here, nor lost.
             further = [result for result in earlier.lengths if result.length not in found.perplexity]
             lengths = sorted([*found.lengths, *further], key=lambda result: result.length)
@@ -227,26 +235,47 @@ class Evaluator:
 
     def verdict(self) -> list[str]:
         """What was lost within the base's own context, one sentence each; for rank 0, once all is measured."""
-        asked, own = self.config.eval, self.plan.arch.max_positions
-        return verdict(Path(self.config.output), own) if asked.tasks else []
+        if not self.config.eval.tasks:
+            return []
+        said = verdict(Path(self.config.output), self.plan.arch.max_positions)
+        if self._path("shipped").exists() and not self._answered("shipped", 0):
+            said.append(
+                "the base was not asked all that is asked now; `longspan evaluate --state shipped` with this file and "
+                "the same --tasks asks it, and this command, rerun, compares."
+            )
+        return said
 
     def has(self, label: str, step: int) -> bool:
-        """Whether the reports of this label and step are there, whole; collective, alike on every rank."""
+        """Whether the reports of this label and step are there, whole, and answer what the configuration asks now;
+        collective, alike on every rank."""
+        return share_from_main(self.groups, lambda: str(self._answered(label, step))) == str(True)
 
-        def look() -> str:
-            try:
-                output, steps = Path(self.config.output), {EvalReport.read(self._path(label)).step}
-                # The base is measured within its own context alone.
-                within = self.plan.arch.max_positions if label == "shipped" else None
-                if self._grids(within):
-                    steps.add(RetrievalReport.read(report_path(output, label)).step)
-                if self._ruler(within) is not None:
-                    steps.add(RulerReport.read(ruler_path(output, label)).step)
-                return ",".join(map(str, steps))
-            except DataError:
-                return ""
+    def _answered(self, label: str, step: int) -> bool:
+        """`has`, as this rank sees it."""
+        asked, output, text = self.config.eval, Path(self.config.output), self.shards.fingerprint
+        # The base is measured within its own context alone.
+        within = self.plan.arch.max_positions if label == "shipped" else None
+        lengths, grids = within_context(self.config.eval_lengths, within), self._grids(within)
+        try:
+            report = EvalReport.read(self._path(label))
+            windows = windows_of(self.tokens_T, lengths, asked.windows, asked.stride)
+            found = [report.step == step and report.answers(windows, asked.stride, text)]
+            if self._measures_gap(within):
+                gap, most = DenseGap.read(gap_path(output, label)), len(self.tokens_T) // self.config.sequence
+                found.append(gap.step == step and gap.answers(self.config.sequence, min(asked.windows, most)))
+            if grids:
+                retrieval = RetrievalReport.read(report_path(output, label))
+                found.append(retrieval.step == step and retrieval.answers(grids, text))
+            if (riddles := self._ruler(within)) is not None:
+                ruler = RulerReport.read(ruler_path(output, label))
+                found.append(ruler.step == step and ruler.answers(riddles, text))
+        except DataError:
+            return False
+        return all(found)
 
-        return share_from_main(self.groups, look) == str(step)
+    def _measures_gap(self, within: int | None) -> bool:
+        """Whether the dense gap is asked for, and can be: only of windows as long as those of training."""
+        return "dense_gap" in self.config.eval.tasks and self.config.attention.kind != "full" and within is None
 
     def _path(self, label: str) -> Path:
         return eval_path(Path(self.config.output), label)
@@ -312,8 +341,10 @@ def evaluate_state(
             evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, long_ppl.keys)
         run_on = loaded.model, loaded.groups, loaded.plan.full_attention
         facts: Any = {name: getattr(loaded, name) for name in ("label", "step", "context", "base_context")}
+        facts["text"] = evaluator.shards.fingerprint
         if asked:
-            run_retrieval(*run_on, asked, loaded.identity, Path(config.output), **facts)
-        if riddles:
-            run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts, cost=cost)
+            run_retrieval(*run_on, asked, loaded.identity, Path(config.output), **facts, seed=retrieval[0].seed)
+        if ruler is not None:
+            facts |= {"seed": ruler.seed, "cost": cost}
+            run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts)
     return loaded

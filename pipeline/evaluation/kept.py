@@ -108,6 +108,10 @@ class ModelReport[Result: Kept]:
     base_context: int
     """Tokens the base was made for, as its config.json says."""
     cells: tuple[Result, ...]
+    seed: int = 0
+    """Of the prompts."""
+    text: str | None = None
+    """Fingerprint of the held-out tokens; None: an earlier release did not note it."""
 
     kind: ClassVar[type[Kept]]
     """Of each cell."""
@@ -116,7 +120,7 @@ class ModelReport[Result: Kept]:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context")}
+        facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context", "seed", "text")}
         return {**facts, "cells": [cell.to_json() for cell in self.cells]}
 
     @classmethod
@@ -130,6 +134,7 @@ class ModelReport[Result: Kept]:
             data = json.loads(path.read_text())
             cells = tuple(cls.kind.from_json(entry) for entry in data["cells"])
             step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
-            return cls(str(data["label"]), step, context, base_context, cast(Any, cells))
+            asked = int(data.get("seed", 0)), data.get("text")
+            return cls(str(data["label"]), step, context, base_context, cast(Any, cells), *asked)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: {cls.otherwise} ({type(error).__name__}: {error}); evaluate again.") from None

@@ -90,6 +90,19 @@ class EvalReport:
     lengths: tuple[LengthResult, ...]
     seconds: float
     """Wall time of the evaluation."""
+    text: str | None = None
+    """Fingerprint of the held-out tokens; None: an earlier release did not note it."""
+
+    def answers(self, windows: Mapping[int, int], stride: int | None, text: str) -> bool:
+        """Whether this is what would be found now.
+
+        Args:
+            windows: by length, see `windows_of`.
+            stride, text: see this class.
+        """
+        found = {result.length: result.windows for result in self.lengths}
+        alike = all(found.get(length) == count for length, count in windows.items())
+        return alike and self.stride == stride and self.text in (None, text)
 
     @property
     def perplexity(self) -> dict[int, float]:
@@ -126,7 +139,8 @@ class EvalReport:
                 for name in ("block_nll", "block_tokens"):
                     values[name] = tuple(values[name])
                 results.append(LengthResult(**values))
-            return cls(data["label"], int(data["step"]), data["stride"], tuple(results), float(data["seconds"]))
+            facts = data["label"], int(data["step"]), data["stride"], tuple(results), float(data["seconds"])
+            return cls(*facts, data.get("text"))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{where}: is not an evaluation report ({type(error).__name__}: {error}); evaluate again."
@@ -318,6 +332,18 @@ def plan_lengths(
     for length in sorted(set(lengths)):
         cut = cut_windows(tokens_T, length, 1 if stride is not None else windows)
         yield length, cut if stride is None else tokens_T[: length + (windows - 1) * stride]
+
+
+def windows_of(tokens_T: torch.Tensor, lengths: Sequence[int], windows: int, stride: int | None) -> dict[int, int]:
+    """By length, the windows that `evaluate` reads, whose arguments these are.
+
+    Raises:
+        DataError: the text is shorter than a length.
+    """
+    return {
+        length: len(tokens) if stride is None else len(sliding_spans(len(tokens), length, stride))
+        for length, tokens in plan_lengths(tokens_T, lengths, windows, stride)
+    }
 
 
 def evaluate(

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_report
 from pipeline.evaluation.perplexity import EvalReport, exponential
-from pipeline.evaluation.tasks import Cell
+from pipeline.evaluation.tasks import Cell, RetrievalSettings
 from pipeline.reporting.metrics import json_number
 
 
@@ -207,6 +207,20 @@ class RetrievalReport(ModelReport[CellResult]):
 
     kind = CellResult
     otherwise = "is not a retrieval report"
+
+    def answers(self, grids: Sequence[RetrievalSettings], text: str) -> bool:
+        """Whether the prompts of these grids are among those it tells of.
+
+        Args:
+            text: fingerprint of the held-out tokens.
+        """
+        found = {(cell.task, cell.length, cell.depth): len(cell.scores) for cell in self.cells}
+        return self.text in (None, text) and all(
+            grid.seed == self.seed and found.get((grid.name, length, depth)) == grid.trials
+            for grid in grids
+            for length in grid.lengths
+            for depth in grid.depths
+        )
 
     def write(self, path: Path) -> None:
         """Write as JSON.

@@ -20,14 +20,13 @@ from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.results import CellResult, ResultFile, cell_key
 from pipeline.evaluation.spread import Shards, rounds
 from pipeline.evaluation.tasks import Cell
+from pipeline.planning.stream import TOGETHER
 
 TokenScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(tokens, labels: int64 [B, S]) -> (nll fp32 [B, S - 1], hits bool [B, S - 1]): `RankModel.token_scores`."""
 
 COLUMNS = 3
 """Figures of a prompt: see `score_cases`."""
-MOST_TOKENS = 1 << 15
-"""Tokens of a forward at most, unless one window is longer: short windows go through together."""
 
 
 def score_cases(score: TokenScores, cases: Sequence[Case]) -> torch.Tensor:
@@ -68,7 +67,7 @@ def evaluate_retrieval(
     known: ResultFile,
     shards: Shards | None = None,
     device: torch.device | None = None,
-    most_tokens: int = MOST_TOKENS,
+    most_tokens: int = TOGETHER,
     on_windows: Callable[[int], None] = lambda count: None,
 ) -> list[CellResult]:
     """Results of every cell, in the order of `cells`; those in `known` are not computed again. Alike on every rank.

@@ -28,6 +28,8 @@ def run_retrieval(
     step: int,
     context: int,
     base_context: int,
+    seed: int,
+    text: str,
     shown: bool = True,
     kept: bool = True,
     before_round: Callable[[], None] = lambda: None,
@@ -39,7 +41,7 @@ def run_retrieval(
         cells: alike on every rank.
         identity: of the model, see `evaluate_retrieval`.
         output: the run's folder.
-        label, step, context, base_context: see `RetrievalReport`.
+        label, step, context, base_context, seed, text: see `RetrievalReport`.
         shown: display progress.
         kept: finished cells are kept for a process that goes on; False: `identity` does not tell all models apart.
         before_round: see `Shards`.
@@ -62,7 +64,7 @@ def run_retrieval(
             device=groups.device,
             on_windows=progress.advance,
         )
-    report = RetrievalReport(label, step, context, base_context, tuple(found))
+    report = RetrievalReport(label, step, context, base_context, tuple(found), seed, text)
     if groups.is_main:
         report.write(path)
     return report

@@ -12,7 +12,6 @@ import torch
 from parallel.world.groups import Groups
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.mode import evaluating, kept_alike, spread_over
-from pipeline.evaluation.retrieval import MOST_TOKENS
 from pipeline.evaluation.ruler.results import RulerFile, RulerReport, RulerResult, ruler_key, ruler_path
 from pipeline.evaluation.ruler.score import string_match
 from pipeline.evaluation.ruler.tasks import RulerCell
@@ -20,6 +19,7 @@ from pipeline.evaluation.spread import Shards, rounds
 from pipeline.model.greedy import greedy
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.stream import TOGETHER
 from pipeline.reporting.progress import EvalProgress
 
 
@@ -47,7 +47,7 @@ def evaluate_ruler(
     known: RulerFile,
     shards: Shards | None = None,
     device: torch.device | None = None,
-    most_tokens: int = MOST_TOKENS,
+    most_tokens: int = TOGETHER,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> list[RulerResult]:
     """Results of every cell, in the order of `cells`; those in `known` are not computed again. Alike on every rank.
@@ -156,6 +156,8 @@ def run_ruler(
     step: int,
     context: int,
     base_context: int,
+    seed: int,
+    text: str,
     shown: bool = True,
     kept: bool = True,
     cost: str = "",
@@ -168,7 +170,7 @@ def run_ruler(
         cells: alike on every rank.
         identity: of the model, see `evaluate_ruler`.
         output: the run's folder.
-        label, step, context, base_context: see `RulerReport`.
+        label, step, context, base_context, seed, text: see `RulerReport`.
         shown, kept, before_round: see `run_retrieval`.
         cost: a sentence that is said first.
 
@@ -193,7 +195,7 @@ def run_ruler(
             device=groups.device,
             on_prompts=progress.advance,
         )
-    report = RulerReport(label, step, context, base_context, tuple(found))
+    report = RulerReport(label, step, context, base_context, tuple(found), seed, text)
     if groups.is_main:
         shipped = ruler_path(output, "shipped")
         base = report if label == "shipped" else RulerReport.read(shipped) if shipped.exists() else None

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.evaluation import RETRIEVAL_TASKS as TASKS
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.prompts import Case, Filler, PieceEncoder, Prompt, answer_ids, compose
 
-TASKS = ("passkey", "needle")
 FILLERS = ("grass", "text")
 """grass: LongLoRA's sentences, over and over; text: the held-out text."""
 REDRAWS = 20

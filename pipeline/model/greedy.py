@@ -15,34 +15,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from parallel.world.grid import GridPlan
 from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
 from pipeline.model.chunk import LlamaChunk
 from pipeline.model.rank_model import RankModel
 from pipeline.model.streaming import padded_layout
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.stream import StreamPlan
-
-
-def cut_for_greedy(prompt: int, tokens: int, at_once: int | None, grid: GridPlan) -> StreamPlan:
-    """Chunks of a window, the last of which begins shortly before its shortest prompt ends.
-
-    Where the window has no room for that (what is written is longer than the prompt), it is one chunk.
-
-    Args:
-        prompt: tokens of the shortest prompt, at least 1.
-        tokens: S.
-        at_once: tokens of a chunk at most, if what is written fits into one; None: any number.
-    """
-    unit, fixed = grid.tp * grid.cp, prompt - 1
-    chunks = 1 if at_once is None else max(1, -(-fixed // at_once))
-    while chunks:
-        chunk = fixed // chunks // unit * unit
-        if chunk and tokens - chunks * chunk <= chunk:
-            return StreamPlan.of(tokens, chunk, grid)
-        chunks -= 1
-    return StreamPlan.of(tokens, grid.cp * grid.shard_tokens(tokens), grid)
+from pipeline.planning.stream import StreamPlan, cut_for_greedy
 
 
 @torch.no_grad()

@@ -22,6 +22,15 @@ def cgroup_free(own: str, root: Path = CGROUPS) -> int | None:
     return min(known) if known else None
 
 
+def host_left() -> tuple[int, str]:
+    """Bytes of host memory that are free, and whose limit that is, in words."""
+    free = psutil.virtual_memory().available
+    allowed = cgroup_free(OWN_GROUPS.read_text()) if OWN_GROUPS.is_file() else None
+    if allowed is not None and allowed < free:
+        return allowed, "the container's or job's limit"
+    return free, "this machine"
+
+
 def host_limit() -> int:
     """Bytes of host memory that this process and its neighbours may have, whatever is in use now."""
     limits = [psutil.virtual_memory().total]

@@ -21,6 +21,7 @@ from parallel.world.grid import (
     plan_grid,
     plan_stages,
 )
+from pipeline.config.evaluation import RETRIEVAL_TASKS
 from pipeline.config.hub import DATASET, MODEL, not_there
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
@@ -33,7 +34,7 @@ from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
-from pipeline.planning.stream import PrefillCost, prefill_cost
+from pipeline.planning.stream import PrefillCost, cache_bytes, prefill_cost, rows_together
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -236,7 +237,7 @@ class RunPlan:
     def memory(self) -> MemoryEstimate:
         """What training takes, by formula."""
         found = estimate_memory(self.config, self.arch, self.grid, self.recompute, self.stream)
-        cached = max((cost.host for cost in self.prefill_costs()), default=0)
+        cached = self._parked()
         return replace(found, host={**found.host, "evaluation's keys and values": cached}) if cached else found
 
     @property
@@ -244,15 +245,31 @@ class RunPlan:
         """Tokens at work at once in full attention's evaluations; None: whole windows."""
         return self.config.eval.prefill or self.stream
 
-    def prefill_costs(self) -> tuple[PrefillCost, ...]:
-        """Of each evaluation length that goes through in chunks."""
+    def prefill_costs(self, width: int | None = None) -> tuple[PrefillCost, ...]:
+        """Of each evaluation length that goes through in chunks.
+
+        Args:
+            width: bytes of an element; None: as on a GPU.
+        """
         at_once = self.prefill
         if self.config.eval.path is None or at_once is None:
             return ()
-        width = self.config.model.element_bytes
+        width = width or self.config.model.element_bytes
         return tuple(
             prefill_cost(self.arch, self.grid, n, at_once, width) for n in self.config.eval_lengths if n > at_once
         )
+
+    def _parked(self) -> int:
+        """Bytes of host memory of a rank for keys and values while it evaluates, at most."""
+        config, at_once, width = self.config, self.prefill, self.config.model.element_bytes
+        found = [cost.host for cost in self.prefill_costs()]
+        retrieves = any(task in config.eval.tasks for task in RETRIEVAL_TASKS) and at_once is not None
+        chunked = [n for n in config.retrieval_lengths if retrieves and n > (at_once or n)]
+        prompts = [(n, config.eval.depths * config.eval.trials) for n in chunked]
+        if config.ruler_tasks and self.arch.sliding_window is None:
+            prompts += [(n, config.ruler_prompts) for n in config.ruler_lengths]  # greedy decoding always waits
+        found += [cache_bytes(self.arch, self.grid, n, rows_together(count, n), width) for n, count in prompts]
+        return max(found, default=0)
 
     def balance(self) -> tuple[str, ...]:
         """A sentence for each thing that makes ranks wait for each other."""

@@ -12,6 +12,9 @@ from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, he
 from pipeline.planning.context_shards import halo_plan
 from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
+TOGETHER = 1 << 15
+"""Tokens of a forward of retrieval or RULER at most, unless one window is longer: short windows go through together."""
+
 
 @dataclass(frozen=True)
 class StreamPlan:
@@ -111,6 +114,46 @@ def _layers_halos(
     return HaloBytes(parked, carried)
 
 
+def cut_for_greedy(prompt: int, tokens: int, at_once: int | None, grid: GridPlan) -> StreamPlan:
+    """Chunks of a window, the last of which begins shortly before its shortest prompt ends.
+
+    Where the window has no room for that (what is written is longer than the prompt), it is one chunk.
+
+    Args:
+        prompt: tokens of the shortest prompt, at least 1.
+        tokens: S.
+        at_once: tokens of a chunk at most, if what is written fits into one; None: any number.
+    """
+    unit, fixed = grid.tp * grid.cp, prompt - 1
+    chunks = 1 if at_once is None else max(1, -(-fixed // at_once))
+    while chunks:
+        chunk = fixed // chunks // unit * unit
+        if chunk and tokens - chunks * chunk <= chunk:
+            return StreamPlan.of(tokens, chunk, grid)
+        chunks -= 1
+    return StreamPlan.of(tokens, grid.cp * grid.shard_tokens(tokens), grid)
+
+
+def rows_together(windows: int, length: int) -> int:
+    """Windows of retrieval or RULER that go through at once.
+
+    Args:
+        windows: there are.
+        length: tokens of each.
+    """
+    return max(1, min(windows, TOGETHER // length))
+
+
+def cache_bytes(arch: LlamaArch, grid: GridPlan, tokens: int, rows: int, width: int) -> int:
+    """Host memory of a rank for the keys and values of `tokens` tokens of `rows` windows, bytes.
+
+    Args:
+        width: bytes of an element.
+    """
+    layers = -(-arch.layers // grid.pp)
+    return 2 * layers * (tokens // grid.cp) * rows * (arch.kv_heads // grid.tp) * arch.head_dim * width
+
+
 @dataclass(frozen=True)
 class PrefillCost:
     """What one window takes in full attention, chunk by chunk."""
@@ -140,9 +183,7 @@ def prefill_cost(arch: LlamaArch, grid: GridPlan, tokens: int, chunk: int, width
     Args:
         width: bytes of an element.
     """
-    kept = StreamPlan.of(tokens, chunk, grid).starts[-1]
-    layers = -(-arch.layers // grid.pp)
-    host = 2 * layers * (kept // grid.cp) * (arch.kv_heads // grid.tp) * arch.head_dim * width
+    host = cache_bytes(arch, grid, StreamPlan.of(tokens, chunk, grid).starts[-1], 1, width)
     matrices = sum(rows * columns for rows, columns in (projection_shape(name, arch) for name in PROJECTIONS))
     pairs = tokens * (tokens + 1) // 2
     attention = 4.0 * arch.head_dim * arch.heads * arch.layers * pairs

@@ -135,7 +135,7 @@ def check_host_memory(host: int, limit: str, processes: int, estimate: MemoryEst
         if largest == "parked halos":
             mend += f" ({gib(need - host)} more), or raise train.stream: fewer chunks park fewer halos"
         elif largest == "evaluation's keys and values":
-            mend += f" ({gib(need - host)} more), or lower eval.lengths"
+            mend += f" ({gib(need - host)} more), or lower eval.lengths and eval.ruler_lengths"
         elif len(estimate.host) > 1:  # something is offloaded
             mend += ", spread it over more nodes, or set parallel.offload to none where the GPUs have room"
         problem = (

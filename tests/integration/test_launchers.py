@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -317,3 +319,24 @@ def test_the_manifests_start_what_the_command_takes() -> None:
     assert f"{args.nproc}" == sky["resources"]["accelerators"].split(":")[1]
     (place,) = sky["file_mounts"]
     assert args.set == [f"output={place}/run"]
+
+
+def unknown_fields(sky: dict[str, Any], fields: dict[str, list[str]]) -> list[str]:
+    """Fields of a task of SkyPilot's that it does not know, by section."""
+    sections = [("task", sky), ("resources", sky["resources"])]
+    sections += [("file_mounts", mount) for mount in sky["file_mounts"].values()]
+    return [f"{name}.{field}" for name, section in sections for field in section if field not in fields[name]]
+
+
+def test_skypilot_has_read_its_file() -> None:
+    """By its own schemas and its own reader, in another environment: skypilot_golden.py."""
+    golden = json.loads(Path(__file__).with_name("skypilot_golden.json").read_text())
+    ours = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    assert unknown_fields(ours, golden["fields"]) == []
+    assert ours == golden["yaml"], "it has changed since: run tests/integration/skypilot_golden.py"
+    name, count = ours["resources"]["accelerators"].split(":")
+    assert golden["read"]["accelerators"] == {name: int(count)} and golden["read"]["nodes"] == 1
+    assert golden["read"]["use_spot"] is True and golden["read"]["store"].endswith(" MOUNT_CACHED")
+    assert f"SkyPilot {golden['skypilot']}" in (ROOT / "docs/LAUNCH.md").read_text()
+    broken = {**ours, "resources": {**ours["resources"], "gpu": 8}, "enviroment": {}}
+    assert unknown_fields(broken, golden["fields"]) == ["task.enviroment", "resources.gpu"]

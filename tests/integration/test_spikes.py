@@ -134,6 +134,8 @@ def run_on(path: str, grid: dict[str, Any], fault: str = "", rank: int = 0, odd:
             trainer, said, losses = run.trainer, list[str](), list[float]()
             if fault and env.rank == rank:
                 FAULTS[fault](trainer)
+            made = mock.Mock(side_effect=trainer.parts.loader._make)
+            trainer.parts.loader._make = made  # type: ignore[method-assign]
             progress = TrainProgress(STEPS, enabled=False)
             with (
                 mock.patch.object(progress, "say", said.append),
@@ -141,6 +143,8 @@ def run_on(path: str, grid: dict[str, Any], fault: str = "", rank: int = 0, odd:
             ):
                 assert trainer.run(None, progress) == 0
             assert (trainer.parts.spikes is not None) is on
+            read = [call.args[0] for call in made.call_args_list]
+            assert len(set(read)) == len(read) and set(range(STEPS)) <= set(read), "each step is read once"
             return losses, [line for line in said if "far beyond" in line or "not finite" in line]
         finally:
             run.trainer.parts.saver.close()

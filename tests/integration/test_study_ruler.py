@@ -57,7 +57,8 @@ def test_recipes_are_judged_by_ruler(place: Path, capsys: pytest.CaptureFixture[
     told = "Effective length: the longest to which all means over ruler_fwe, niah_single_2 stay at 85.6% (RULER's"
     assert told in out
     assert "RULER: the base does none of its tasks at its own length: nothing to lose or win." in out
-    kept = json.loads((place / "out" / "table.json").read_text())
+    (path,) = (place / "out").glob("study-*.json")
+    kept = json.loads(path.read_text())
     assert [(run["recipe"], run["ruler"]) for run in kept["runs"]] == [
         (name, {"1200": 0.0, "1500": 0.0}) for name in ("as shipped", "larger base")
     ]
@@ -66,19 +67,23 @@ def test_recipes_are_judged_by_ruler(place: Path, capsys: pytest.CaptureFixture[
     more = ["--lengths", "1200", "1500", "--tasks", "ruler_fwe,niah_single_2", "--depths", "2", "--trials", "1"]
     assert evaluate([*arguments, *more]) == 0
     theirs = json.loads((place / "alone" / "ruler-shipped.json").read_text())["cells"]
-    (path,) = (place / "out" / "results").glob("as-shipped*.json")
-    mine = json.loads(path.read_text())["judgement"]["ruler"]
+    judged = [json.loads(path.read_text())["judgement"] for path in (place / "out/results").glob("as-shipped*.json")]
+    (mine,) = (one["ruler"] for one in judged if one["ruler"])
     assert sorted(mine, key=str) == sorted(theirs, key=str)
 
-    assert go(place, *asked) == 0
-    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    # Each has its own results and its own table in the one folder.
+    for questions in (asked, []):
+        assert go(place, *questions) == 0
+        out = capsys.readouterr().out
+        assert "2 of 2 runs are there already" in out and ("| RULER 1200 |" in out) == bool(questions)
+    assert "RULER" not in (place / "out/study.md").read_text()
     assert go(place, "--ruler", "niah_single_9") == 2
     assert "'niah_single_9' is not one of niah_single_1" in capsys.readouterr().err
 
 
 def test_effective_lengths_are_judged_by_the_base(place: Path) -> None:
     assert go(place) == 0
-    (path,) = (place / "out" / "results").glob("as-shipped*.json")
+    path = next((place / "out" / "results").glob("as-shipped*.json"))
     judged = Judgement.from_json(json.loads(path.read_text())["judgement"])
 
     def run(name: str, seed: int, **scores: tuple[float, float]) -> Outcome:

@@ -64,7 +64,7 @@ def test_equal_seconds_beside_equal_tokens(
         assert "budget" not in found["full", seed]
     assert {data["config"]["train"]["steps"] for data in results if data["recipe"] == twin} == {3}
 
-    page = (place / "seconds" / "table.md").read_text()
+    page = (place / "seconds" / "seconds.md").read_text()
     tokens, seconds, three = page.split("## Equal ")[1:]
     assert tokens.startswith("tokens") and "| full | 2 | 4 | 0.0032 |" in tokens and twin not in tokens
     assert seconds.startswith("seconds: 3.0 of optimizer steps") and "| three seconds | 2 | 6 | 0.0048 |" in seconds

@@ -73,6 +73,11 @@ def test_a_run_measures_what_tools_evaluate_does(place: Path, capsys: pytest.Cap
     ruler_path(run, "after").unlink()
     assert train(common) == 0
     assert "RULER, after: 8 windows" in capsys.readouterr().out and ruler_path(run, "after").exists()
+    # And so is what is asked newly, once.
+    for change in ("eval.ruler_lengths=[1300]", "eval.ruler_trials=1", "eval.tasks=[niah_single_1]"):
+        for told in (True, False):
+            assert train([*common, "--set", change]) == 0
+            assert ("RULER, after: effective length" in capsys.readouterr().out) is told, change
 
 
 def made(label: str, scores: dict[str, dict[int, float]]) -> RulerReport:

@@ -144,3 +144,42 @@ def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
 def test_wrong_tasks_are_one_sentence(place: Path, change: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["--config", str(place / "run.yaml"), "--set", change]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_finished_run_measures_what_is_asked_newly(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing that its reports answer already."""
+    run, command = place / "asked", ["--config", str(place / "run.yaml"), "--set", f"output={place}/asked"]
+    assert train(command) == 0
+    (place / "other").mkdir()
+    (text,) = (place / "val").iterdir()
+    (place / "other/a.txt").write_text(text.read_text()[100:])
+    capsys.readouterr()
+
+    def measured(*changes: str) -> bool:
+        """Whether the same command measured the trained model again."""
+        assert train([*command, *(word for change in changes for word in ("--set", change))]) == 0
+        return "perplexity, after: 400" in capsys.readouterr().out
+
+    assert not measured(), "all is there"
+    for kind in ("eval", "retrieval"):  # as an earlier release wrote them
+        path = run / f"{kind}-after.json"
+        data = json.loads(path.read_text())
+        assert data.pop("text") == json.loads((run / "eval-shipped.json").read_text())["text"] != ""
+        data.pop("seed", None)
+        path.write_text(json.dumps(data))
+    assert not measured("eval.retrieval_lengths=[800]"), "less is asked than was found"
+    for change in (
+        "eval.retrieval_lengths=[700]",
+        "eval.trials=2",
+        "eval.depths=1",
+        "eval.tasks=[needle]",
+        "eval.lengths=[400, 600]",
+        "eval.windows=1",
+        "eval.stride=200",
+        f"eval.path={place}/other",
+    ):
+        assert measured(change) and not measured(change), f"{change}: once"
+    DenseGap(**{**vars(DenseGap.read(run / "gap-after.json")), "step": 1}).write(run / "gap-after.json")
+    assert measured(f"eval.path={place}/other"), "the gap is another step's"
+    assert train([*command, "--set", "eval.trials=3"]) == 0
+    assert "verdict: the base was not asked all that is asked now; `longspan evaluate" in capsys.readouterr().out

@@ -22,11 +22,12 @@ from pipeline.config.yaml_file import load_config
 from pipeline.data.packing import IGNORE
 from pipeline.evaluation.prompts import Case
 from pipeline.evaluation.retrieval import score_cases
-from pipeline.model.greedy import cut_for_greedy, greedy
+from pipeline.model.greedy import greedy
 from pipeline.model.layers import loss
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec, full_attention
 from pipeline.planning.run_plan import plan_run
+from pipeline.planning.stream import cut_for_greedy
 from tests.support.ranks import run_ranks
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
 import yaml
@@ -90,6 +94,61 @@ def unknown_options(text: str) -> Iterator[str]:
                 continue  # takes torchrun's
             known = constants(module)
             yield from (f"{module} {option}" for option in _OPTION.findall(rest) if option not in known)
+
+
+class Parsed(BaseException):
+    """A command line was taken; nothing has been done yet."""
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(module, words) of every whole command: a line of a block, without what may be left out; on pages where each is
+    to be typed, also within a sentence."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [line for line in re.findall(r"^ {4}((?:longspan|python -m) .*)$", text, re.M) if "`" not in line]
+    if page.name in ("WISHES.md", "index.md"):
+        lines += [re.sub(r"\s+", " ", line) for line in re.findall(r"`(longspan [a-z][^`]* [^`]*)`", text)]
+    for line in lines:
+        words = re.sub(r" \[[^\[\]]*\](?= |$)", "", re.split(r"\s#|; ", line)[0])
+        if "|" in words or "..." in words or "$" in words:
+            continue
+        found = re.match(r"longspan ((?:bench )?[a-z][a-z-]*)(.*)|python -m ([a-z_.]+)(.*)", words)
+        if found and (found[3] or found[1]) and found[3] != "tools.torchrun":
+            yield found[3] or PROGRAMS[found[1]], shlex.split(found[2] or found[4] or "")
+
+
+def refused(module: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command's own parser says of a command line; empty: it takes it."""
+    honest = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        raise Parsed(honest(self, *given))
+
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    program = importlib.import_module(f"{module}.__main__" if package else module)
+    try:
+        if hasattr(program, "parse"):  # which looks at more than each word
+            program.parse(words)
+        else:
+            with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+                program.main(words)
+            return f"{module}: reads no command line"
+    except Parsed:
+        pass
+    except SystemExit as end:
+        return capsys.readouterr().err if end.code else ""
+    return ""
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/WISHES.md", "docs/LAUNCH.md", "docs/EVALUATION.md"]
+)
+def test_commands_of_a_page_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [*commands(ROOT / name)]
+    assert len(found) >= 6
+    for module, words in found:
+        assert refused(module, words, capsys) == "", (module, words)
+    assert "say --state which" in refused("tools.evaluate", ["--config", "run.yaml", "--tasks", "passkey"], capsys)
+    assert "--output" in refused("tools.export_hf", ["--run", "runs/a"], capsys)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -202,6 +261,34 @@ def test_settings_named_in_wishes_can_be_set(tmp_path: Path) -> None:
         nested = yaml.safe_load(value)
         words = [f"{name}.{key}={part}" for key, part in nested.items()] if isinstance(nested, dict) else []
         load_config(tmp_path / "run.yaml", [*(words or [f"{name}={value}"]), *extra])
+
+
+def test_a_yaml_s_own_command_is_one() -> None:
+    """What a shipped YAML whose positions are a formula's says in its comments: how to look before training."""
+    told = 0
+    for path in sorted((ROOT / "launch/configs").glob("llama2_*.yaml")):
+        for line in re.findall(r"^# {3}(longspan .*)$", path.read_text(), re.M):
+            assert not [*unknown_options(f"    {line}")] and f"--config launch/configs/{path.name} " in line
+            told += 1
+    assert told == 4
+
+
+def unknown_settings(page: str, known: set[str]) -> list[str]:
+    """Settings of ours in a page's tables, first column, and in its lists that are none."""
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    words = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?::[^`]*)?`", "\n".join([*cells, *re.findall(r"^- .*", page, re.M)]))
+    return [word for word in words if word not in known]
+
+
+def test_settings_beside_those_of_others_are_ours(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d}\ntrain: {steps: 1}\noutput: o\n")
+    known = set(flatten(config_dict(load_config(tmp_path / "run.yaml", ["model.context=32768"]))))
+    known |= {name.rpartition(".")[0] for name in known} | {"model.rope"}  # sections; rope: auto is none by itself
+    page = (ROOT / "docs/COMING_FROM.md").read_text()
+    assert unknown_settings(page, known) == [] and unknown_settings(page, known - {"output"}) == ["output"]
+    assert unknown_settings("| `train.steps`, `lora.alpa: 3` | x |", known) == ["lora.alpa"]
+    for text in ("lora.targets=[q,k,v,o]", "train.trainable=[lora,embed,norm]", "attention.kind=s2"):
+        load_config(tmp_path / "run.yaml", ["model.context=32768", text])
 
 
 def test_yaml_on_the_pages_is_a_configuration(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 #   bash tools/bench/record.sh one|speed|speed-7b|base|base-two|doctor|ring|survive-megatron|survive-zero3|tensor OUT
 # one, speed, speed-7b, base: any GPU of 80 GB (of base, FP8 needs a Hopper). The others: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 part=${1:?one, speed, speed-7b, base, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
@@ -46,12 +46,14 @@ case $part in
     alone 300 tools.bench.peers --peers s2 s2-liger sdpa-liger --json "$out/peers.json"
     ;;
   doctor)
-    megatron="--set parallel.engine=megatron --set parallel.offload.params=none --set parallel.offload.optimizer=none"
-    for grid in "" "--set parallel.cp=1" "$megatron --set parallel.cp=1 --set parallel.tp=2" "$megatron" \
-      "$megatron --set parallel.cp=1 --set parallel.pp=2" \
-      "$megatron --set parallel.cp=1 --set parallel.pp=2 --set parallel.virtual=2"; do
-      alone 90 tools.doctor --config $yaml --device cuda --processes 2 $grid
-    done
+    doctor() { alone 90 tools.doctor --config $yaml --device cuda --processes 2 "$@"; }
+    megatron=(--set parallel.engine=megatron --set parallel.offload.params=none --set parallel.offload.optimizer=none)
+    doctor
+    doctor --set parallel.cp=1
+    doctor "${megatron[@]}" --set parallel.cp=1 --set parallel.tp=2
+    doctor "${megatron[@]}"
+    doctor "${megatron[@]}" --set parallel.cp=1 --set parallel.pp=2
+    doctor "${megatron[@]}" --set parallel.cp=1 --set parallel.pp=2 --set parallel.virtual=2
     ;;
   base)
     run 60 python3 -m pytest -q -m gpu -p no:cacheprovider tests/numerics/test_quantized_weight.py
@@ -62,15 +64,18 @@ case $part in
     alone 120 tools.bench.step --cp 8 --engine zero3 --offload --recompute auto --set train.gpu_gib=74 --base fp8 --cap-gib 79 \
       --micro-batches 4 --steps 2 --warmup 1 --profile --json "$out/step.json"
     # The whole model on one GPU; quantizing its random weights is part of the limit.
-    for where in "--base nf4" "--base fp8 --engine zero3 --offload"; do
-      alone 120 tools.bench.step $where --group 8192 --recompute auto --set train.stream=8192 --set train.gpu_gib=75 --cap-gib 79 --steps 2 \
-        --warmup 1 --json "$out/step.json"
-    done
+    whole() {
+      alone 120 tools.bench.step "$@" --group 8192 --recompute auto --set train.stream=8192 --set train.gpu_gib=75 \
+        --cap-gib 79 --steps 2 --warmup 1 --json "$out/step.json"
+    }
+    whole --base nf4
+    whole --base fp8 --engine zero3 --offload
     ;;
   base-two)
-    share="--cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise --micro-batches 2"
-    two 70 tools.bench.step $share --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json"
-    alone 60 tools.bench.step $share --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json"
+    share=(tools.bench.step --cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise)
+    share+=(--micro-batches 2 --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json")
+    two 70 "${share[@]}"
+    alone 60 "${share[@]}"
     alone 90 tools.doctor --config $yaml --device cuda --processes 2 --set model.base=fp8 --set parallel.cp=2
     two 120 tools.bench.plan --json "$out/points.yaml" --seconds 90
     ;;
@@ -78,7 +83,7 @@ case $part in
   survive-megatron | survive-zero3)
     engine=${part#survive-} scratch=$(mktemp -d)
     alone 400 tools.bench.survive --processes 2 --engine "$engine" --output "$scratch/$engine" --json "$out/survive.json"
-    tar -C "$scratch" -czf "$out/$engine-logs.tgz" $(cd "$scratch" && ls "$engine"/*.log)
+    (cd "$scratch" && tar -czf - "$engine"/*.log) >"$out/$engine-logs.tgz"
     ;;
   tensor)
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"

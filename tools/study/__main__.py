@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 (also when time ran out: the same command goes on), or 2 with one sentence on standard error."""
     args = parse(argv)
     path = args.study or plan_file(args.plan)
-    study = asked(read_study(path), args.judge, args.ruler).only(args.only, args.seeds)
+    plain = read_study(path)
+    study = asked(plain, args.judge, args.ruler).only(args.only, args.seeds)
     if args.equal_seconds:
         study = study.in_seconds_of(args.equal_seconds)
-    table = args.output / ("table.md" if args.study or args.plan == "recipes" else f"{args.plan}.md")
+    name = "table" if path == plan_file("recipes") else path.stem
     runs = args.runs or args.output / "runs"
     places = Places(args.config, args.model, args.text / "train", args.text / "val", runs, tuple(args.set), args.code)
     if args.list:
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tools.study.table import comparisons, figures
 
     workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
+
+    # Beside the table of the plan's own questions, not over it.
+    table = args.output / (f"{name}.md" if study.judge == plain.judge else f"{name}-{workshop.asked[:8]}.md")
 
     def show(outcomes: list[Outcome]) -> None:
         base = next((run for run in outcomes if run.recipe.untrained and run.recipe.stretch == 1), None)

@@ -22,6 +22,7 @@ from parallel.health.signals import StopSignals
 from parallel.world.grid import GridPlan
 from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.build import compute_dtype
 from pipeline.config.evaluation import RULER_TASKS
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import config_dict
@@ -140,7 +141,9 @@ class Workshop:
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
         self.judge = Judge(self.judge_settings, self.tokenizer, text)
         if self.judge.riddles:
-            cost = ruler_cost(self.judge.riddles, stored, GridPlan(1, 1, 1, 1))
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            width = compute_dtype(config.model.dtype, device).itemsize
+            cost = ruler_cost(self.judge.riddles, stored, GridPlan(1, 1, 1, 1), width)
             self.say(f"RULER, of every run: {cost.sentence(config.train.global_batch * config.sequence)}")
         asked = json.dumps([self.judge_settings.to_json(), held_out.fingerprint], sort_keys=True)
         self.asked = hashlib.sha256(asked.encode()).hexdigest()
@@ -213,26 +216,33 @@ class Workshop:
             replace_text(mark, made_from)
         return folder
 
-    def file(self, recipe: Recipe, seed: int, config: RunConfig) -> Path:
-        """Where a run's result lies."""
+    def stem(self, recipe: Recipe, seed: int, config: RunConfig) -> str:
+        """Names a run by all that decides its weights."""
         slug = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:150]
-        return self.results / f"{slug}-{seed}-{self.key(recipe, config)[:12]}.json"
+        return f"{slug}-{seed}-{self.key(recipe, config)[:12]}"
+
+    def file(self, recipe: Recipe, seed: int, config: RunConfig) -> Path:
+        """Where a run's result lies: by its weights, and by what they were asked."""
+        return self.results / f"{self.stem(recipe, seed, config)}-{self.asked[:8]}.json"
 
     def finished(self, recipe: Recipe, seed: int) -> Outcome | None:
         """The result, if this very run was judged by these very questions."""
         config = self.config(recipe, seed)
         if config is None:
             return None
-        path = self.file(recipe, seed, config)
-        try:
-            data = json.loads(path.read_text())
-            if data["key"] != self.key(recipe, config) or data["asked"] != self.asked:
-                return None
-            return Outcome(recipe, seed, Judgement.from_json(data["judgement"]), data["training"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, DataError) as error:
-            raise DataError(f"{path}: is no result of a study ({error}); move it away, and rerun.") from None
+        # An earlier release's names did not say what was asked.
+        older = self.results / f"{self.stem(recipe, seed, config)}.json"
+        for path in (self.file(recipe, seed, config), older):
+            try:
+                data = json.loads(path.read_text())
+                if data["key"] == self.key(recipe, config) and data["asked"] == self.asked:
+                    return Outcome(recipe, seed, Judgement.from_json(data["judgement"]), data["training"])
+                self.say(f"{path.name} stays, and answers other questions than these: {recipe.name} is judged again")
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+                raise DataError(f"{path}: is no result of a study ({error}); move it away, and rerun.") from None
+        return None
 
     def left(self) -> float:
         """Seconds left."""
@@ -284,7 +294,7 @@ class Workshop:
     def _divergence(self, recipe: Recipe, seed: int) -> Path | None:
         """Where it is noted that a run diverged; None: its steps are not known yet."""
         config = self.config(recipe, seed)
-        return None if config is None else self.file(recipe, seed, config).with_suffix(".diverged.txt")
+        return None if config is None else self.results / f"{self.stem(recipe, seed, config)}.diverged.txt"
 
     def _has_diverged(self, recipe: Recipe, seed: int) -> bool:
         path = self._divergence(recipe, seed)
@@ -308,13 +318,13 @@ class Workshop:
                 self._timed(one)
         config = self.config(recipe, seed)
         assert config is not None, "it was timed"
-        key, file = self.key(recipe, config), self.file(recipe, seed, config)
+        key, stem = self.key(recipe, config), self.stem(recipe, seed, config)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
             with contextlib.ExitStack() as cleanup:
                 training: dict[str, Any] = {}
-                folder = self.places.runs / file.stem
+                folder = self.places.runs / stem
                 if recipe.untrained:
                     model = cleanup.enter_context(self.training.untrained(config))
                 elif recipe.whole:
@@ -332,8 +342,8 @@ class Workshop:
                     full_attention(config.attention),
                     config.model.context,
                     {"weights": key, "dtype": str(model.dtype)},
-                    ResultFile(self.results / "cells" / file.name),
-                    RulerFile(self.results / "ruler" / file.name),
+                    ResultFile(self.results / "cells" / f"{stem}.json"),
+                    RulerFile(self.results / "ruler" / f"{stem}.json"),
                     label=recipe.name,
                     step=training.get("steps", 0),
                     shards=Shards(before_round=self.training.heed),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import psutil
-
-from pipeline.planner.host_memory import OWN_GROUPS, cgroup_free
+from pipeline.planner.host_memory import host_left
 from pipeline.preflight.survey import Gpu, Machine
 
 SHARED = Path("/dev/shm")
@@ -26,9 +24,5 @@ def read_gpus() -> tuple[Gpu, ...]:
 
 def read_machine() -> Machine:
     """Everything the preflight looks at."""
-    host, limit = psutil.virtual_memory().available, "this machine"
-    allowed = cgroup_free(OWN_GROUPS.read_text()) if OWN_GROUPS.is_file() else None
-    if allowed is not None and allowed < host:
-        host, limit = allowed, "the container's or job's limit"
     shared = shutil.disk_usage(SHARED).free if SHARED.is_dir() else None
-    return Machine(read_gpus(), host, limit, shared)
+    return Machine(read_gpus(), *host_left(), shared)

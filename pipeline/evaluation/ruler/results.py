@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_report
-from pipeline.evaluation.ruler.tasks import RulerCell
+from pipeline.evaluation.ruler.tasks import RulerCell, RulerSettings
 
 PAPER = 0.856
 """RULER's threshold (arXiv 2404.06654): what Llama-2-7B scores at 4k."""
@@ -124,6 +124,16 @@ class RulerReport(ModelReport[RulerResult]):
 
     kind = RulerResult
     otherwise = "is no RULER report"
+
+    def answers(self, asked: RulerSettings, text: str) -> bool:
+        """Whether these prompts are among those it tells of.
+
+        Args:
+            text: fingerprint of the held-out tokens.
+        """
+        found = {(cell.task, cell.length): len(cell.scores) for cell in self.cells}
+        alike = asked.seed == self.seed and self.text in (None, text)
+        return alike and all(found.get((task, n)) == asked.trials for task in asked.tasks for n in asked.lengths)
 
     def effective(self, base: RulerReport | None) -> Effective:
         """The effective length: by the base's score at its own length, or without that, by RULER's threshold.

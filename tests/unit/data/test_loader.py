@@ -62,7 +62,7 @@ def test_batches_are_the_sampler_s_windows(dataset: PackedDataset, mask: bool) -
 def test_prefetch_gives_the_same_as_none(dataset: PackedDataset) -> None:
     with loader(dataset) as batches:
         ahead = [batches.step(step) for step in range(8)]
-        # Never the step that was prepared: each is made on the spot.
+        # Never the step that was prepared: each is made on the spot, but for the first, which was read last.
         backwards = [batches.step(step) for step in reversed(range(8))]
     for step in range(8):
         with loader(dataset) as fresh:
@@ -82,7 +82,9 @@ def test_the_next_step_is_made_in_the_background_once(dataset: PackedDataset, mo
     monkeypatch.setattr(TrainLoader, "_make", spy)
     with loader(dataset) as batches:
         for step in range(3):
-            batches.step(step)
+            found = batches.step(step)
+            assert batches.step(step) is found, "a step that is computed again, twice"
+            assert batches.step(step) is found
     here = threading.current_thread().name
     # Step 3 may or may not have been begun when the loader closed.
     assert made[:3] == [(0, here), (1, "prefetch_0"), (2, "prefetch_0")] and made[3:] in ([], [(3, "prefetch_0")])

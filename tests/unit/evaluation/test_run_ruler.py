@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from parallel.axes.kv_cache import KeyValueCache
 from parallel.world.grid import GridPlan
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.ruler.cost import ruler_cost
@@ -96,7 +97,18 @@ def test_finished_cells_are_kept(tmp_path: Path) -> None:
     assert len(calls) == spent + 4, "another model has results of its own"
 
 
-def test_what_is_written_is_what_generate_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_is_what_generate_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked: dict[int, int] = {}
+    honest = KeyValueCache._allocate
+
+    def allocate(self: KeyValueCache, layer: int, *rest: Any) -> torch.Tensor:
+        found = honest(self, layer, *rest)
+        parked[layer] = max(parked.get(layer, 0), found.nbytes)
+        return found
+
+    monkeypatch.setattr(KeyValueCache, "_allocate", allocate)
     base = make_tiny(tmp_path / "base", "smollm2", tokenizer=True, max_position_embeddings=1200, num_hidden_layers=1)
     (tmp_path / "val.txt").write_text(
         " ".join(random.Random(1).choices(["red.", "blue", "ship", "sea", "and"], k=2000))
@@ -112,6 +124,10 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path, capsys: pytest.
     tokenizer = load_tokenizer(base)
     text = np.array(tokenizer.encode((tmp_path / "val.txt").read_text()), dtype=np.int64)
     cells = ruler_cells(RulerSettings(("niah_single_2", "ruler_fwe"), (1600,), 2), tokenizer, text)
+    # Keys and values that waited are those that were told, which is an upper bound.
+    cost = ruler_cost(cells, read_arch(base), GridPlan(1, 1, 1, 1), 4)
+    assert 0.9 * cost.host < sum(parked.values()) <= cost.host and len(parked) == 1
+    assert f"up to {cost.host / 2**30:.1f} GiB of host memory a rank" in " ".join(told.out.split())
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     by_task: dict[str, Any] = {cell["task"]: cell for cell in report["cells"]}
     for cell in cells:
@@ -131,6 +147,14 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path, capsys: pytest.
     assert "'niah_single_9' is not one of perplexity, longppl, passkey, needle, ruler, niah_" in capsys.readouterr().err
     assert main([*given, "--tasks", "ruler", "--lengths", "300"]) == 2
     assert "RULER length 300: has no room" in capsys.readouterr().err
+    monkeypatch.setattr("pipeline.evaluation.parked.host_left", lambda: (cost.host - 1, "this machine"))
+    assert main([*given, *asked]) == 2
+    assert "error: RULER: keys and values of 1 rank on " in (refused := capsys.readouterr().err)
+    assert "this machine leaves 0.0 GiB; lower its lengths (eval.ruler_lengths, --lengths)" in refused
+    assert main([*given, "--set", "eval.prefill=200"]) == 0, "less waits"
+    monkeypatch.setattr("pipeline.evaluation.parked.host_left", lambda: (100, "this machine"))
+    assert main([*given, "--set", "eval.prefill=200"]) == 2
+    assert "error: eval.lengths: keys and values of 1 rank on " in capsys.readouterr().err
 
 
 def test_the_cost_is_what_torch_counts(tmp_path: Path) -> None:
@@ -149,7 +173,7 @@ def test_the_cost_is_what_torch_counts(tmp_path: Path) -> None:
         pairs = 4 * arch.head_dim * arch.heads * arch.layers
         reading += products + pairs * tokens * (tokens + 1) / 2
         writing += sum(products / tokens + pairs * (tokens + at) for _ in range(50) for at in range(50))
-    cost = ruler_cost([cell], arch, GridPlan(1, 1, 1, 1))
+    cost = ruler_cost([cell], arch, GridPlan(1, 1, 1, 1), 4)
     assert (cost.prompts, cost.tokens) == (2, sum(sizes))
     assert cost.reading == pytest.approx(reading, rel=1e-3)
     assert cost.writing == pytest.approx(writing, rel=2e-2), "of what is written, all counts as the last token does"

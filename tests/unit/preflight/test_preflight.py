@@ -23,6 +23,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
+from pipeline.planner import host_memory as machines
 from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import GIB, MemoryEstimate
 from pipeline.planning.run_plan import RunPlan, plan_model
@@ -30,7 +31,6 @@ from pipeline.preflight import files, survey
 from pipeline.preflight.survey import Gpu, Launch, Machine, Space
 from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.preflight import main, show, weights_bytes
-from tools.support import machine as machines
 
 ROOT = Path(__file__).parents[3]
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB)
@@ -326,7 +326,9 @@ def test_host_memory_too_small_for_the_halos_is_told_by_how_much() -> None:
     assert "15.8 GiB parked halos" in told and "GiB more), or raise train.stream" in told
     assert problem(40 * GIB, quiet) == ""
     assert "GiB evaluation's keys and values" in (told := problem(40 * GIB, "eval.lengths=[262144]"))
-    assert told.endswith("or lower eval.lengths.")
+    assert told.endswith("or lower eval.lengths and eval.ruler_lengths.")
+    asks = ["eval.tasks=[ruler]", "eval.ruler_lengths=[262144]", "eval.ruler_trials=1"]
+    assert "32.0 GiB evaluation's keys and values" in problem(40 * GIB, quiet, *asks), "128 KiB a token"
     config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml")
     plan = survey.check_layout(config, plan_model(config.model, llama3_8b()), 1, 80 * GIB)[1]
     assert plan is not None and plan.stream == 16384, "auto is planned for the GPUs that are there"

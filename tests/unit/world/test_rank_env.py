@@ -51,7 +51,8 @@ def test_srun_and_mpirun_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.master_host == "gpu07" and PORTS[0] <= env.master_port < PORTS[1] and not env.agent_store
     other_rank = read(monkeypatch, SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert (other_rank.master_host, other_rank.master_port) == (env.master_host, env.master_port)
-    assert read(monkeypatch, SRUN | {"SLURM_STEP_ID": "1"}).master_port != env.master_port, "two steps of a job"
+    step = read(monkeypatch, SRUN | {"SLURM_STEP_ID": "1"})
+    assert step.master_port != env.master_port and step.job != env.job == other_rank.job, "two steps of a job"
     told = read(monkeypatch, SRUN | {"MASTER_ADDR": "ib0", "MASTER_PORT": "999", "WORLD_SIZE": "8"})
     assert (told.master_host, told.master_port, told.rank) == ("ib0", 999, 5), "a job script may say where"
     assert read(monkeypatch, SRUN | {"SLURM_STEP_NUM_NODES": "1"}).master_host == "127.0.0.1"
