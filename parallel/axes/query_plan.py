@@ -2,13 +2,15 @@
 
 Shards are contiguous, so under a causal mask the last rank of c has (2c - 1) / c times the mean work, and everybody
 waits for it. Ranks above the mean therefore send queries to ranks below it, which hold all keys and values anyway once
-these are gathered, and return the outputs. Moved is the shortest stretch of a shard that has the surplus: of one
-document the shard's end, whose queries see most keys. In tokens that is N/2 of a shard at most, and 15% of a long
-sequence over many ranks: of the last of two ranks 0.27 L, which at 70B (64 query heads, 8 of keys) is 2.1 times the
-gather's bytes. The alternative is a zig-zag of shards (rank r holds the r-th and the (2c - 1 - r)-th of 2c pieces), as
-balanced rings have it. It moves no queries, but balances whole documents alone, not packed ones, and would have to hold
-for a whole step: S²'s halos want contiguous shards, and so do labels, positions and chunks. To change between the two
-in each layer would cost hidden states in place of queries, of nearly all tokens.
+these are gathered, and get the outputs back. What moves is the shortest stretch of a shard that has the surplus: of one
+document the shard's end, whose queries see most keys. Of a shard of L tokens these are 0.27 L (the last of 2 ranks) to
+0.5 L (of many), 15% of all tokens over many ranks; at 70B (64 query heads, 8 of keys) queries and outputs are 2.1 times
+the bytes of the gather over 2 ranks and half of them over 8.
+
+The alternative is a zig-zag of shards (rank r holds pieces r and 2c - 1 - r of 2c), as balanced rings have it. It moves
+no queries, but evens out whole documents alone, not packed ones, and would have to hold for a whole step: S²'s halos
+want contiguous shards, and labels, positions and chunks of a sequence follow them. To change between the two in each
+layer would move the hidden states of nearly all tokens in place of some tokens' queries.
 
 Every rank computes the same plan from the layout, so that sender and receiver agree without a word.
 """

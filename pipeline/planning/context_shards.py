@@ -131,12 +131,15 @@ def attended(
             (start - first, shard_work(layout, spec, heads, start, stop, packed))
             for start, stop in moves.kept(rank, first, last)
         ]
-        own = ShardWork(
-            tuple((block, replace(span, start=span.start + at)) for at, part in kept for block, span in part.local),
-            tuple((block, replace(segment, at=at)) for at, part in kept for block, segment in part.straddling),
-            tuple(read for _, part in kept for read in part.reads),
-            all(part.fills for _, part in kept),
-        )
+        if not moves.lent(rank):
+            ((_, own),) = kept
+        else:
+            own = ShardWork(
+                tuple((block, replace(span, start=span.start + at)) for at, part in kept for block, span in part.local),
+                tuple((block, replace(segment, at=at)) for at, part in kept for block, segment in part.straddling),
+                tuple(read for _, part in kept for read in part.reads),
+                all(part.fills for _, part in kept),
+            )
         others = (shard_work(layout, spec, heads, move.start, move.stop, packed) for move in moves.borrowed(rank))
         return own, tuple(others)
 
