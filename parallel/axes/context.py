@@ -212,7 +212,7 @@ class GatherExchange:
 
     Args:
         shard: this rank's place.
-        reads: what this rank's calls read, tokens before its shard; they may overlap.
+        reads: what this rank's calls read, any tokens; they may overlap.
     """
 
     def __init__(self, shard: ContextShard, reads: Sequence[Region]) -> None:

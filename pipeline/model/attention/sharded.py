@@ -15,7 +15,6 @@ Shape suffixes: L tokens of the shard, T of a move, B batch rows, H query heads,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,7 +199,7 @@ def context_attend(
     plan: HeadPlan,
     shard: ContextShard,
     softmax_scale: float | None = None,
-    exchange: Callable[[ShardWork], Exchange] | None = None,
+    exchange: Callable[[Sequence[Region]], Exchange] | None = None,
 ) -> torch.Tensor:
     """This rank's tokens' part of `attend` over the whole sequence; every rank of `shard.group` must call it.
 
@@ -213,7 +212,7 @@ def context_attend(
         plan: head blocks of this tensor-parallel rank.
         shard: this rank's tokens.
         softmax_scale: None: 1/sqrt(D).
-        exchange: how what the calls read of earlier tokens is had; None: from the other ranks, which hold the rest of
+        exchange: how what the calls read of other tokens is had; None: from the other ranks, which hold the rest of
             the sequence (otherwise they hold the rest of a chunk of it, see `model.streaming`).
 
     Returns:
@@ -246,8 +245,7 @@ def context_attend(
     edges = shard.start, shard.stop
     work, borrowed = attended(layout, spec, plan, moved, shard.rank, *edges, backend.varlen is not None)
     reads = _all_reads(work, borrowed, moved.borrowed(shard.rank), layout.batch, blocks[-1].kv_stop)
-    reading = work if reads == work.reads else replace(work, reads=reads)
-    trip = _Trip(_exchange(layout, spec, plan, shard, reading) if exchange is None else exchange(reading))
+    trip = _Trip(_exchange(layout, spec, plan, shard, reads) if exchange is None else exchange(reads))
 
     calls, q_windows, kv_windows = _calls(work)
     lent = [
@@ -361,8 +359,8 @@ def _own(straddle: Straddle) -> Span:
 
 
 def _exchange(
-    layout: SequenceLayout, spec: AttentionSpec, plan: HeadPlan, shard: ContextShard, work: ShardWork
+    layout: SequenceLayout, spec: AttentionSpec, plan: HeadPlan, shard: ContextShard, reads: Sequence[Region]
 ) -> Exchange:
     if spec.kind == "full":
-        return GatherExchange(shard, work.reads)
-    return HaloExchange(shard, halo_plan(layout, spec, plan, equal_edges(shard.size, shard.tokens)), work.reads)
+        return GatherExchange(shard, reads)
+    return HaloExchange(shard, halo_plan(layout, spec, plan, equal_edges(shard.size, shard.tokens)), reads)
