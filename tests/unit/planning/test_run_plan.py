@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from parallel.axes.query_plan import LEND_FROM
 from parallel.errors import ConfigError, LongspanError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
