@@ -23,7 +23,7 @@ from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.sharded import context_attend
 from pipeline.planning.context_shards import query_moves
 from tests.numerics import attention_oracle as oracle
-from tests.numerics.test_context_parallel import Case, inputs, split, stack
+from tests.numerics.test_context_parallel import DIM, Case, inputs, split, stack
 from tests.support.ranks import run_ranks
 
 WORLD = 4
@@ -168,6 +168,21 @@ def order(shard: ContextShard, reentrant: bool | None) -> list[str]:
     return told
 
 
+def kept(case: Case, shard: ContextShard) -> int:
+    """Bytes that one layer's attention saves for its backward."""
+    layout, (fused, _) = case.layout(), inputs(case)
+    own, storages = fused[shard.start : shard.stop].clone().requires_grad_(), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = context_attend(*split(case, own), layout, case.spec(), case.plan(), shard)
+    del out
+    return sum(storages.values())
+
+
 def partly_frozen(shard: ContextShard) -> dict[str, float]:
     """Errors where queries alone have a gradient, where keys and values alone, and of what nobody trains."""
     case = replace(FAULTED, size=shard.size, name="frozen")
@@ -208,6 +223,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
                 with fault:
                     found["fault", name] = errors(run(FAULTED, shard), FAULTED, shard)
             still = replace(FAULTED, lend_from=None)
+            found["kept"] = [kept(case, shard) for case in (FAULTED, still)]
             for dtype in (torch.float32, torch.bfloat16):
                 both = [errors(run(case, shard, dtype), FAULTED, shard) for case in (FAULTED, still)]
                 found["rounding", dtype] = both
@@ -256,6 +272,15 @@ def test_every_rank_posts_the_same_in_one_order(
 def test_only_what_needs_a_gradient_gets_one(results: list[dict[Any, Any]], size: int) -> None:
     for rank in range(size):
         assert max(results[rank]["frozen", size].values()) <= 1e-12
+
+
+def test_a_worker_keeps_queries_outputs_and_log_sum_exps(results: list[dict[Any, Any]]) -> None:
+    """As the memory formula counts them; the first rank, which read no earlier keys, keeps those gathered as well."""
+    moved = query_moves(FAULTED.layout(), FAULTED.spec(), FAULTED.size, FAULTED.tokens)
+    borrowed, (heads, kv_heads) = sum(move.tokens for move in moved.borrowed(0)), FAULTED.heads
+    gathered = 2 * FAULTED.size * FAULTED.tokens * kv_heads * DIM
+    balanced, still = results[0]["kept"]
+    assert balanced - still == 8 * (gathered + borrowed * heads * (2 * DIM + 1))
 
 
 @pytest.mark.parametrize("fault", list(faults()))
