@@ -1,9 +1,10 @@
 """Moves K and V between context-parallel ranks, and their gradients back; knows ranks, rows, heads and tokens only.
 
 Two exchanges with one interface: `HaloExchange` sends each rank just the boxes of earlier K and V that it needs,
-straight from each owner; `GatherExchange` gives every rank everything (full attention). Each direction is posted by one
-call and awaited by another, so that work can be done in between. Every rank of the group must make the same calls in
-the same order, also when it has nothing to send.
+straight from each owner; `GatherExchange` gives every rank everything (full attention). Beside the latter,
+`QueryExchange` moves queries to ranks with less work, and outputs back. Each direction is posted by one call and
+awaited by another, so that work can be done in between. Every rank of the group must make the same calls in the same
+order, also when it has nothing to send.
 
 Shape suffixes: L tokens of a shard, T tokens of a region, B rows, K KV heads, D head dim.
 """
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.axes.halo_plan import HaloPlan, Message, Region
+from parallel.axes.query_plan import QueryPlan
 from parallel.world.context_shard import ContextShard
 from parallel.world.lone_rank import to_receive
 
@@ -175,14 +177,24 @@ class HaloExchange:
     def post(
         self, targets: list[int], leaving: list[torch.Tensor], sources: list[int], arriving: list[torch.Tensor]
     ) -> Flight:
-        """One batch of point-to-point transfers; peers are ranks within the group."""
-        group = self.shard.group
-        operations = [
-            dist.P2POp(call, buffer, dist.get_global_rank(group, peer), group)
-            for call, peers, buffers in ((dist.isend, targets, leaving), (dist.irecv, sources, arriving))
-            for peer, buffer in zip(peers, buffers, strict=True)
-        ]
-        return Flight(dist.batch_isend_irecv(operations) if operations else [], arriving, leaving)
+        """As the function."""
+        return post(self.shard.group, targets, leaving, sources, arriving)
+
+
+def post(
+    group: dist.ProcessGroup,
+    targets: Sequence[int],
+    leaving: list[torch.Tensor],
+    sources: Sequence[int],
+    arriving: list[torch.Tensor],
+) -> Flight:
+    """One batch of point-to-point transfers; peers are ranks within the group."""
+    operations = [
+        dist.P2POp(call, buffer, dist.get_global_rank(group, peer), group)
+        for call, peers, buffers in ((dist.isend, targets, leaving), (dist.irecv, sources, arriving))
+        for peer, buffer in zip(peers, buffers, strict=True)
+    ]
+    return Flight(dist.batch_isend_irecv(operations) if operations else [], arriving, leaving)
 
 
 def _unpack(message: Message, buffer: torch.Tensor) -> Iterator[Box]:
@@ -200,7 +212,7 @@ class GatherExchange:
 
     Args:
         shard: this rank's place.
-        reads: what this rank's calls read, tokens before its shard; they may overlap.
+        reads: what this rank's calls read, any tokens; they may overlap.
     """
 
     def __init__(self, shard: ContextShard, reads: Sequence[Region]) -> None:
@@ -255,3 +267,49 @@ class GatherExchange:
             slice(read.row_start, read.row_stop),
             slice(read.head_start, read.head_stop),
         )
+
+
+class QueryExchange:
+    """Queries to whom attends them and outputs home; backward, the outputs' gradients there and the queries' home.
+
+    Point to point, one message a move and one batch a direction.
+
+    Args:
+        shard: this rank's place.
+        plan: everybody's moves.
+        shape: (B, H, D) of the queries.
+    """
+
+    def __init__(self, shard: ContextShard, plan: QueryPlan, shape: Sequence[int]) -> None:
+        self.shard, self.shape = shard, tuple(shape)
+        self.lent, self.borrowed = plan.lent(shard.rank), plan.borrowed(shard.rank)
+
+    def lent_slices(self) -> list[slice]:
+        """Where the queries of each move that leaves lie among the shard's tokens."""
+        start = self.shard.start
+        return [slice(move.start - start, move.stop - start) for move in self.lent]
+
+    def send(
+        self, parts: Sequence[torch.Tensor], like: torch.Tensor, *, home: bool = False, back: bool = False
+    ) -> Flight:
+        """Post what leaves and what comes, [tokens, B, H, D] a move.
+
+        Args:
+            parts: of the queries that this rank lends, in order; with `home` of those that it borrows.
+            like: any tensor of their dtype and device.
+            home: from workers to owners; else from owners to workers.
+            back: the backward's: counted with gradients.
+        """
+        group, meter = self.shard.group, self.shard.meter
+        acquaint(group, like.device)
+        leaving = [part.contiguous() for part in parts]
+        come = self.lent if home else self.borrowed
+        arriving = [to_receive(like, (move.tokens, *self.shape), group) for move in come]
+        owners, workers = [move.owner for move in self.borrowed], [move.worker for move in self.lent]
+        if back:
+            meter.sent_back += _bytes(leaving)
+            meter.received_back += _bytes(arriving)
+        else:
+            meter.sent += _bytes(leaving)
+            meter.received += _bytes(arriving)
+        return post(group, owners if home else workers, leaving, workers if home else owners, arriving)

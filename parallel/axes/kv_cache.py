@@ -83,7 +83,7 @@ class CacheExchange:
 
     Args:
         shard: this rank's part of the chunk.
-        reads: what this rank's calls read, tokens before its shard.
+        reads: what this rank's calls read, tokens up to the chunk's end.
         layer: its number in the model.
         cache: this rank's.
         chunk: tokens of every chunk but the last, over all ranks.

@@ -12,13 +12,13 @@ class ByteMeter:
     """Bytes that the exchanges of one rank really moved, since it was made."""
 
     sent: int = 0
-    """K and V, forward."""
+    """K and V, and queries and outputs that move, forward."""
     received: int = 0
-    """K and V, forward."""
+    """Likewise."""
     sent_back: int = 0
-    """dK and dV, backward."""
+    """Their gradients, backward."""
     received_back: int = 0
-    """dK and dV, backward."""
+    """Likewise."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ RECOMPUTE = (*POLICIES, "auto")
 BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
 GATE_UP = ("gpu", "fp8", "host")
-WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
+WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "balanced_attention", "kernels")
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
 """Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
@@ -257,7 +257,8 @@ class TrainConfig:
     without: tuple[str, ...] = ()
     """Optimisations switched off, to compare: joint_adapters (a frozen product and its adapters in one function) |
     stream_norm (gradients of a norm and of the stream beside it in one pass) | fused_qkv (q, k, v cut and RoPE in one
-    kernel) | kernels (all of Triton's)."""
+    kernel) | balanced_attention (of full attention under parallel.cp, queries moved to ranks with less work) | kernels
+    (all of Triton's)."""
     stream: int | str | None = None
     """S² streaming: tokens of a sequence at work at once, over all ranks of a replica (the GPU's memory then depends on
     them, not on data.sequence) | auto (what fits); null: whole sequences."""

@@ -6,14 +6,14 @@ memory (`parallel.axes.kv_cache`): 128 KiB a token for Llama-3-8B in bf16. The w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from parallel.axes.context import Exchange
+from parallel.axes.halo_plan import Region
 from parallel.axes.kv_cache import CacheExchange, KeyValueCache
 from parallel.world.context_shard import ContextShard
 from pipeline.planning.attention_layout import HeadPlan
-from pipeline.planning.context_shards import ShardWork
 from pipeline.planning.stream import StreamPlan
 
 
@@ -25,9 +25,9 @@ class CachedPast:
     shard: ContextShard
     cache: KeyValueCache
 
-    def exchange(self, layer: int, heads: HeadPlan, work: ShardWork) -> Exchange:
+    def exchange(self, layer: int, heads: HeadPlan, reads: Sequence[Region]) -> Exchange:
         """As `Past.exchange`."""
-        return CacheExchange(self.shard, work.reads, layer, self.cache, self.cut.chunk, self.cut.starts[-1])
+        return CacheExchange(self.shard, reads, layer, self.cache, self.cut.chunk, self.cut.starts[-1])
 
 
 def prefill(cut: StreamPlan, shard: ContextShard, cache: KeyValueCache) -> Iterator[CachedPast]:

@@ -118,6 +118,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "joint_adapters": {"joint": False},
     "stream_norm": {"layer_norm": RMSNorm},
     "fused_qkv": {"fused_qkv": False},
+    "balanced_attention": {},  # no class: attention's spec says it (`RunPlan.of`)
     "kernels": {
         "fused": False,
         "fused_qkv": False,

@@ -9,7 +9,7 @@ after it sent, and leaves its own halo's for the chunk before. The last chunk ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +17,14 @@ import torch
 from torch.nn import functional
 
 from parallel.axes.context import Exchange
+from parallel.axes.halo_plan import Region
 from parallel.axes.stream import ParkedHalos, Route, StreamExchange
 from parallel.world.context_shard import ContextShard
 from parallel.world.rng import rng_state, set_rng_state
 from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
-from pipeline.planning.context_shards import ShardWork, halo_plan
+from pipeline.planning.context_shards import halo_plan
 from pipeline.planning.stream import StreamPlan, halo_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ChunkPast:
         self._stream, self._chunk, self._shard = stream, chunk, shard
         self._layout, self._spec, self._parked, self._parks = layout, spec, parked, parks
 
-    def exchange(self, layer: int, heads: HeadPlan, work: ShardWork) -> Exchange:
+    def exchange(self, layer: int, heads: HeadPlan, reads: Sequence[Region]) -> Exchange:
         """As `Past.exchange`."""
         chunk, rank, size = self._chunk, self._shard.rank, self._shard.size
 
@@ -54,7 +55,7 @@ class ChunkPast:
             return Route.of(halo_plan(self._layout, self._spec, heads, self._stream.edges), chunk, rank, size)
 
         route = self._layout.remember(("route", self._spec.group, heads.blocks, self._stream, chunk, rank), make)
-        return StreamExchange(self._shard, route, work.reads, layer, self._parked, self._parks)
+        return StreamExchange(self._shard, route, reads, layer, self._parked, self._parks)
 
 
 class SequenceStream:

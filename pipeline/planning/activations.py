@@ -17,7 +17,7 @@ from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.base_form import work_bytes
-from pipeline.planning.context_shards import halo_elements
+from pipeline.planning.context_shards import halo_elements, least_saved, lent_tokens
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
 
@@ -86,7 +86,7 @@ def layer_memory(
     # Attention's backward: queries, output and the gradients of both; keys, values and theirs; two hidden states. And
     # of heads that go through a kernel together, with S² half: queries' gradients in fp32 and, with GQA, those of
     # keys and values by query heads.
-    halves = 2 if config.attention.kind == "full" or config.attention.full_last_steps else 1
+    halves = 2 if _attends_all(config) else 1
     grouped = arch.kv_heads < arch.heads
     attention = 4 * query + halves * (1 + grouped) * query + 4 * key_value + 2 * hidden
     of_tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp))
@@ -98,13 +98,16 @@ def layer_memory(
     if adapted:
         mlp = tokens * (base + 2 * ffn + again) + wide
     rest = tokens * max(0, attention - attended)
+    # Queries of other ranks: they, their outputs and log-sum-exps are kept; the gradients of both come beside them.
+    borrowed = _borrowed(config, grid, at_once)
+    guests, grads = borrowed * (2 * query + 4 * arch.heads // tp // width), borrowed * 2 * query
     at_work = {
-        FULL: max(tokens * attention, mlp),
-        GATE_UP: max(rest, tokens * (3 * hidden) + tile if not adapted else wide + 3 * tokens * ffn),
-        HOST: max(rest, wide),
-        FP8: max(rest, wide + 2 * tokens * ffn),
-        POINTWISE: max(rest, wide),
-        NONE: max(rest, wide),
+        FULL: max(tokens * attention + guests + grads, mlp + guests),
+        GATE_UP: max(rest + grads, tokens * (3 * hidden) + tile if not adapted else wide + 3 * tokens * ffn),
+        HOST: max(rest + grads, wide),
+        FP8: max(rest + grads, wide + 2 * tokens * ffn),
+        POINTWISE: max(rest + grads, wide),
+        NONE: max(rest + grads, wide),
     }
     early = _halo(config, arch, grid, at_once) * width
     tiled = {policy: not adapted and policy in (FULL, GATE_UP) for policy in RecomputePolicy}
@@ -113,10 +116,26 @@ def layer_memory(
         for policy, tiles in tiled.items()
     }
     return LayerMemory(
-        kept={policy: tokens * size * width + early * (policy is not FULL) for policy, size in kept.items()},
+        kept={
+            policy: tokens * size * width + (early + guests * width) * (policy is not FULL)
+            for policy, size in kept.items()
+        },
         at_work={policy: size * width + early + beside[policy] for policy, size in at_work.items()},
         gate_up=2 * tokens * ffn * width,
     )
+
+
+def _attends_all(config: RunConfig) -> bool:
+    """Whether some training step is in full attention."""
+    return config.attention.kind == "full" or config.attention.full_last_steps > 0
+
+
+def _borrowed(config: RunConfig, grid: GridPlan, at_once: int) -> int:
+    """Tokens of other context ranks whose queries a rank attends, of the one with most."""
+    if not _attends_all(config):
+        return 0
+    spec = AttentionSpec("full", 2, lend_from=least_saved(config.train.without))
+    return config.train.micro_batch * lent_tokens(spec, at_once, grid.tp, grid.cp)
 
 
 def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan, at_once: int) -> int:
@@ -125,7 +144,7 @@ def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan, at_once: int) -> i
         return 0
     rows = config.train.micro_batch
     # Full attention, in the last steps too, gathers all keys and values.
-    if config.attention.kind == "full" or config.attention.full_last_steps:
+    if _attends_all(config):
         tokens = grid.shard_tokens(at_once)
         return 2 * rows * grid.cp * tokens * arch.kv_heads // grid.tp * arch.head_dim
     spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel.axes import query_plan
 from parallel.errors import ConfigError, DataError
 from pipeline.config.sections import AttentionConfig
 
@@ -42,6 +43,8 @@ class AttentionSpec:
     dilation: int = 1
     """Of `s2`, above 1: heads that would be shifted see every so many-th token of segments of `dilation` groups
     instead."""
+    lend_from: int | None = query_plan.LEND_FROM
+    """Of `full` over context shards: keys that the busiest rank must save a query that moves; None: none moves."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -185,7 +188,7 @@ class Span:
 class Straddle:
     """A segment that began before a context-parallel shard: rows [row_start, row_stop) each have one, alike.
 
-    Its queries are the shard's first `length` tokens, its keys the tokens from `start` on.
+    Its queries are the shard's `length` tokens from its number `at` on, its keys the tokens from `start` on.
     """
 
     row_start: int
@@ -193,6 +196,7 @@ class Straddle:
     start: int
     """Token of the whole sequence at which the segment begins."""
     length: int
+    at: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import query_key_pairs
+from pipeline.planning.context_shards import least_saved, query_key_pairs
 
 EVEN = 1.1
 """Work of the busiest rank over the mean up to which nothing is said."""
@@ -74,12 +74,18 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
     Args:
         plan: fits the model (`parallel.world.grid.check_model_fits`).
     """
-    if config.attention.kind != "s2" or plan.cp == 1:
+    if plan.cp == 1:
         return ()
+    return (*_advise_s2(config, arch, plan), *_advise_full(config, arch, plan))
+
+
+def _advise_s2(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> Iterator[str]:
+    if config.attention.kind != "s2":
+        return
     settings = arch, config.sequence, config.group, config.attention.shifted_heads, plan.tp, plan.cp
     now = imbalance(*settings)
     if now <= EVEN:
-        return ()
+        return
     sentence = (
         f"attention: with tp {plan.tp} x cp {plan.cp} and groups of {config.group} tokens the busiest rank computes "
         f"{now:.2f} times the average rank's share of S² attention, and the others wait for it"
@@ -88,7 +94,26 @@ def advise(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> tuple[str, ...
     # The smallest change that evens it out; else the one that comes nearest, if that is worth a change.
     found, setting = next((way for way in ways if way[0] <= EVEN), min(ways, key=itemgetter(0)))
     worth = found <= EVEN or found < 0.9 * now
-    return (f"{sentence}; {setting} brings that to {found:.2f}." if worth else f"{sentence}.",)
+    yield f"{sentence}; {setting} brings that to {found:.2f}." if worth else f"{sentence}."
+
+
+def _advise_full(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> Iterator[str]:
+    """Only of what was switched off: where too little is saved, waiting is shorter than moving queries."""
+    if not (config.attention.kind == "full" or config.attention.full_last_steps):
+        return
+    now, mended = (
+        max(work) * plan.cp / sum(work)
+        for without in (config.train.without, ())
+        for work in attention_work(
+            arch, config.sequence, AttentionSpec("full", 2, lend_from=least_saved(without)), plan.tp, plan.cp
+        )[:1]
+    )
+    if now > EVEN and mended < now:
+        yield (
+            f"train.without: balanced_attention leaves the last of {plan.cp} context ranks {now:.2f} times the average "
+            f"rank's share of full attention, and the others wait for it; remove that word, which brings it to "
+            f"{mended:.2f}."
+        )
 
 
 def few_windows(windows: int, batch: int) -> str:

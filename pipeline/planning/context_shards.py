@@ -3,17 +3,22 @@
 Pure functions of (global layout, attention, heads, shards), the same on every rank and remembered by the layout; no
 torch. A rank's first segment of each kind of heads may begin before its shard: the keys from there to the shard's start
 are its *halo*. It always ends at the shard's start, so where a KV head is read by unshifted and shifted heads the two
-halos nest and the longer one is all that is sent.
+halos nest and the longer one is all that is sent. Under full attention ranks get all keys, and the work is evened out
+by moving queries (`parallel.axes.query_plan`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, pairwise
 
+import numpy as np
+
+from parallel.axes import query_plan
 from parallel.axes.halo_plan import HaloPlan, Region, equal_edges, plan_halos
+from parallel.axes.query_plan import QueryPlan, plan_queries
 from parallel.world.grid import GridPlan
 from pipeline.planning.attention_layout import (
     AttentionSpec,
@@ -71,6 +76,76 @@ def shard_work(
     return layout.remember(("shard work", group, blocks, first, last, packed), make)
 
 
+def query_moves(layout: SequenceLayout, spec: AttentionSpec, size: int, tokens: int, offset: int = 0) -> QueryPlan:
+    """Which queries of full attention another rank attends than the one that holds them; the same for all heads.
+
+    Args:
+        layout: of the global sequence.
+        size: shards.
+        tokens: of each.
+        offset: first token of the first shard, in a chunk of a sequence.
+
+    Returns:
+        No moves under S², where `spec` switches them off, and where they save too little.
+    """
+    least = spec.lend_from
+    if spec.kind != "full" or size == 1 or least is None:
+        return QueryPlan()
+
+    def make() -> QueryPlan:
+        last, work = offset + size * tokens, np.zeros(size * tokens, np.int64)
+        for _, start, stop in layout.segments(None):
+            low, high = max(start, offset), min(stop, last)
+            if low < high:
+                work[low - offset : high - offset] += np.arange(low - start + 1, high - start + 1)
+        plan = plan_queries(work, size, offset)
+        totals = work.reshape(size, tokens).sum(1)
+        saved = int(totals.max())
+        for move in plan.moves:
+            given = work[move.start - offset : move.stop - offset].sum()
+            totals[move.owner] -= given
+            totals[move.worker] += given
+        saved -= int(totals.max())
+        return plan if saved >= least * plan.most() * layout.batch else QueryPlan()
+
+    return layout.remember(("query plan", least, size, tokens, offset), make)
+
+
+def attended(
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    heads: HeadPlan,
+    moves: QueryPlan,
+    rank: int,
+    first: int,
+    last: int,
+    packed: bool,
+) -> tuple[ShardWork, tuple[ShardWork, ...]]:
+    """The calls of context rank `rank`, who holds tokens [first, last): of its own queries, and of each move to it.
+
+    The latter are those of a shard that has the move's tokens alone.
+    """
+
+    def make() -> tuple[ShardWork, tuple[ShardWork, ...]]:
+        kept = [
+            (start - first, shard_work(layout, spec, heads, start, stop, packed))
+            for start, stop in moves.kept(rank, first, last)
+        ]
+        if not moves.lent(rank):
+            ((_, own),) = kept
+        else:
+            own = ShardWork(
+                tuple((block, replace(span, start=span.start + at)) for at, part in kept for block, span in part.local),
+                tuple((block, replace(segment, at=at)) for at, part in kept for block, segment in part.straddling),
+                tuple(read for _, part in kept for read in part.reads),
+                all(part.fills for _, part in kept),
+            )
+        others = (shard_work(layout, spec, heads, move.start, move.stop, packed) for move in moves.borrowed(rank))
+        return own, tuple(others)
+
+    return layout.remember(("attended", moves, spec.kind, spec.group, heads, rank, first, last, packed), make)
+
+
 def halo_needs(
     layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, edges: Sequence[int]
 ) -> tuple[tuple[Region, ...], ...]:
@@ -124,12 +199,16 @@ def halo_plan(layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, edge
 
 @cache
 def halo_elements(arch: tuple[int, int, int], spec: AttentionSpec, sequence: int, tp: int, cp: int) -> int:
-    """Elements of K and V of one sequence that a layer gets from other ranks, of the rank that gets most."""
+    """Elements of one sequence that a layer gets from other ranks, of the rank that gets most.
+
+    K and V; and under full attention queries to attend, or outputs of those that moved.
+    """
     heads, kv_heads, head_dim = arch
     if cp == 1:
         return 0
     if spec.kind == "full":
-        return 2 * (cp - 1) * -(-sequence // cp) * kv_heads // tp * head_dim
+        moved = lent_tokens(spec, sequence, tp, cp) * heads // tp
+        return (2 * (cp - 1) * -(-sequence // cp) * kv_heads // tp + moved) * head_dim
     tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
     if cp > HALOS:
         # A shard never needs more than what lies between it and its first group's begin.
@@ -147,18 +226,39 @@ def ring_bytes(batch: int, kv_heads: int, size: int, tokens: int, head_dim: int,
     return (size - 1) * 2 * tokens * batch * kv_heads * head_dim * element_size
 
 
+@cache
+def lent_tokens(spec: AttentionSpec, sequence: int, tp: int, cp: int) -> int:
+    """Tokens of a sequence whose queries a layer moves, of the rank that lends or borrows most."""
+    tokens = GridPlan(tp, cp, 1, 1).shard_tokens(sequence)
+    return query_moves(SequenceLayout.dense(1, cp * tokens), spec, cp, tokens).most()
+
+
+def least_saved(without: Sequence[str]) -> int | None:
+    """`AttentionSpec.lend_from` under these words of train.without."""
+    return None if "balanced_attention" in without else query_plan.LEND_FROM
+
+
 def query_key_pairs(
     layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, size: int, tokens: int
 ) -> tuple[int, ...]:
     """The work of each rank: (query head, query, key) triples that its attention computes, padding excluded."""
     group = spec.group if spec.kind == "s2" else None
     totals = [0] * size
+    moves = query_moves(layout, spec, size, tokens).moves
     for block in blocks_of(spec, heads):
+        count = block.q_stop - block.q_start
         for _, start, stop in layout.segments(group, block.shifted):
             for rank in range(start // tokens, (stop - 1) // tokens + 1):
-                # Query t of the segment sees t - start + 1 keys: a sum of consecutive integers.
-                low = max(start, rank * tokens) - start
-                high = min(stop, (rank + 1) * tokens) - start
-                triangle = (high * (high + 1) - low * (low + 1)) // 2
-                totals[rank] += (block.q_stop - block.q_start) * triangle
+                totals[rank] += count * _pairs(start, stop, rank * tokens, (rank + 1) * tokens)
+            for move in moves:
+                given = count * _pairs(start, stop, move.start, move.stop)
+                totals[move.owner] -= given
+                totals[move.worker] += given
     return tuple(totals)
+
+
+def _pairs(start: int, stop: int, first: int, last: int) -> int:
+    """(query, key) pairs of a segment [start, stop) of queries [first, last)."""
+    low, high = max(start, first) - start, min(stop, last) - start
+    # Query t of the segment sees t - start + 1 keys: a sum of consecutive integers.
+    return (high * (high + 1) - low * (low + 1)) // 2 if low < high else 0

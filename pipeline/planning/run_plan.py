@@ -30,6 +30,7 @@ from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
 from pipeline.planning.base_form import check_base
+from pipeline.planning.context_shards import least_saved
 from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
@@ -201,7 +202,7 @@ class RunPlan:
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
         check_base(config.model.base, arch, grid.tp)
-        kernels = "kernels" not in config.train.without
+        kernels, lend_from = "kernels" not in config.train.without, least_saved(config.train.without)
         # Of both on auto the chunk is chosen first: one as large as fits if nothing is computed again.
         asked = "none" if config.train.recompute == "auto" else config.train.recompute
         stream = plan_stream(config, arch, grid, plan_recompute(asked, arch.layers, config.train.gate_up), gpu)
@@ -213,8 +214,8 @@ class RunPlan:
             grid=grid,
             batch=batch,
             chunks=chunks,
-            attention=replace(attention_spec(config.attention, config.group), kernels=kernels),
-            full_attention=replace(full_attention(config.attention), kernels=kernels),
+            attention=replace(attention_spec(config.attention, config.group), kernels=kernels, lend_from=lend_from),
+            full_attention=replace(full_attention(config.attention), kernels=kernels, lend_from=lend_from),
             recompute=plan_policies(config, arch, grid, chunks, gpu, stream),
             stream=stream,
         )

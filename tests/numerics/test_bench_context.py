@@ -20,7 +20,8 @@ from tools.bench.torch_ring import refuses
 
 LENGTHS, GROUP, HEADS, KV_HEADS, DIM, RANKS = (256, 128), 64, 8, 2, 16, 2
 RINGS = tuple(f"full, torch ring, {way} (cpu)" for way in ("alltoall", "allgather"))
-OURS = {"full, our all-gather": "full", "S², our halo": "s2"}
+BALANCED = "full, our all-gather, balanced"
+OURS = {"full, our all-gather": "full", BALANCED: "full", "S², our halo": "s2"}
 
 
 def _bench(rank: int, world: int, file: str) -> tuple[int, str]:
@@ -39,20 +40,25 @@ def test_every_variant_is_right_and_told_with_its_bytes(tmp_path: Path) -> None:
     (code, text), (other_code, other_text) = run_ranks(_bench, RANKS, str(file), timeout=200)
     assert (code, other_code, other_text) == (0, 0, "")
     names = (*RINGS, *OURS)
-    # Once where its error is told, once in the table a length.
-    assert all(text.count(name) == 1 + len(LENGTHS) for name in names) and text.count(": right") == len(names)
+    # Once where its error is told, once in the table a length; one name begins as another does.
+    assert all(text.count(name) == (1 + len(LENGTHS)) * (1 + (f"{name}, balanced" in OURS)) for name in names)
+    assert text.count(": right") == len(names)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [(row["length"], row["variant"]) for row in rows] == [(n, name) for n in sorted(LENGTHS) for name in names]
     heads = head_plan(0, HEADS, HEADS, KV_HEADS, "upper_half")
     for row in rows:
         layout, tokens = SequenceLayout.dense(1, row["length"]), row["length"] // RANKS
-        spec = AttentionSpec(OURS.get(row["variant"], "full"), GROUP)
+        lend_from = 0 if row["variant"] == BALANCED else None
+        spec = AttentionSpec(OURS.get(row["variant"], "full"), GROUP, lend_from=lend_from)
         # A ring passes on as much as an all-gather delivers.
         bytes_of_ranks = halo_bytes(layout, spec, heads, RANKS, tokens, DIM, 4)
         assert row["sent_bytes"] == [sent for sent, _ in bytes_of_ranks]
         # Two medians of two noisy runs: the forward alone may even be the slower one.
         assert 0 < row["forward_ms"] < 1e5 and 0 < row["forward_backward_ms"] < 1e5
     for length in LENGTHS:
+        of_variant = {row["variant"]: row for row in rows if row["length"] == length}
+        still, moved = (of_variant[name]["sent_bytes"] for name in ("full, our all-gather", BALANCED))
+        assert all(more > less for less, more in zip(still, moved, strict=True)), "queries one way, outputs the other"
         rings = [row for row in rows if row["length"] == length and row["variant"] in RINGS]
         assert max(row["forward_backward_speedup"] for row in rings) == 1
         assert max(row["forward_speedup"] for row in rings) == 1

@@ -54,6 +54,8 @@ class Case:
     """use_reentrant of the checkpoint around each layer; None: no checkpoint."""
     local_heads: tuple[int, int] | None = None
     """(first, count) of a tensor-parallel rank's query heads."""
+    lend_from: int | None = 0
+    """`AttentionSpec.lend_from`; 0: full attention's queries move wherever ranks are uneven."""
 
     def layout(self) -> SequenceLayout:
         total = self.size * self.tokens
@@ -69,7 +71,7 @@ class Case:
         return SequenceLayout.build(self.batch, total, mask, ids)
 
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.kind, self.group, self.rule, backend=self.backend)
+        return AttentionSpec(self.kind, self.group, self.rule, backend=self.backend, lend_from=self.lend_from)
 
     def plan(self) -> HeadPlan:
         first, count = self.local_heads or (0, self.heads[0])
@@ -118,6 +120,13 @@ CASES = [
     # full attention
     Case("full", 2, 9, 8, (9, 3), kind="full", batch=2),
     Case("full, 8 irregular", 8, 4, 8, kind="full", batch=2, left=3, right=9, documents=(9, 14)),
+    Case("full, nothing moves", 4, 5, 8, kind="full", lend_from=None),
+    Case("full, math kernel, masked", 4, 6, 8, (6, 2), kind="full", backend="math"),
+    Case("full, a KV group cut by tensor ranks", 4, 7, 8, (9, 3), kind="full", local_heads=(2, 4)),
+    Case("full, a long document first", 4, 9, 8, kind="full", batch=2, documents=(20, 3)),
+    Case("full, even documents", 4, 8, 8, kind="full", documents=(4, 4)),
+    Case("full, padded", 8, 6, 8, (6, 2), kind="full", batch=2, left=7, right=13),
+    Case("full, one rank holds all", 4, 8, 8, kind="full", right=24),
     Case("full, recompute", 4, 5, 8, kind="full", recompute=False),
     Case("full, re-entrant recompute", 4, 5, 8, kind="full", right=6, recompute=True),
 ]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.axes import query_plan
 from parallel.axes.halo_plan import equal_edges
 from parallel.world.rank_env import RankEnv
 from pipeline.config.yaml_file import load_config
@@ -211,6 +212,7 @@ def _observe(rank: int, world: int, paths: list[str], steps: int) -> list[dict[s
     """Each configuration in turn, in the same processes; `Observed` as dicts, which travel by value, and `start`."""
     # Several tiles a product, the last one shorter; the reference computes whole sequences.
     tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS, loss.LEAST_TOKENS, loss.CHUNK_LOGITS = 14, 1, 28, 1
+    query_plan.LEND_FROM = 0  # full attention's queries move at this length, too
     found = []
     for path in paths:
         try:
@@ -253,7 +255,7 @@ CASES: dict[int, dict[Grid, tuple[str, ...]]] = {
         CP2: ("untied", "tied", "odd", "full"),
     },
     # The S² split inside a KV group, over tensor-parallel ranks.
-    3: {Grid(tp=3): ("odd packed",)},
+    3: {Grid(tp=3): ("odd packed",), Grid(cp=3): ("full", "full tied")},
     4: {
         TP2: ("tied",),
         TP4: ("untied", "alternate", "full"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -179,7 +180,8 @@ def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[A
         tokens = torch.from_numpy(np.load(Path(path).with_name("cases.npy")))
         labels = torch.full_like(tokens, IGNORE)
         labels[:, -ANSWER - 1 : -1] = tokens[:, -ANSWER:]
-        nll, hits = model.token_scores(tokens, labels, full_attention(config.attention))
+        full = replace(full_attention(config.attention), lend_from=0)  # queries move at this length, too
+        nll, hits = model.token_scores(tokens, labels, full)
         found.append((nll[:, -ANSWER:].cpu(), hits[:, -ANSWER:].cpu(), nll[:, :-ANSWER].abs().sum().item()))
         # The first replica guesses right and is done at once; in lockstep it runs on with the others.
         best, own = np.load(Path(path).with_name("best.npy")), slice(groups.data_rank, None, groups.plan.dp)
@@ -188,9 +190,7 @@ def _observe(rank: int, world: int, path: str, grids: list[list[str]]) -> list[A
             return bool(sum_over(groups.replicas, torch.tensor([float(mine)], device=groups.device)) > 0)
 
         guesses = best[own].tolist() if groups.data_rank == 0 else ()
-        written = greedy(
-            model, prompts()[own].tolist(), ANSWER, full_attention(config.attention), guesses=guesses, goes_on=goes_on
-        )
+        written = greedy(model, prompts()[own].tolist(), ANSWER, full, guesses=guesses, goes_on=goes_on)
         found[-1] += (written == best[own].tolist(),)
         model.close()
         destroy_groups(keep_world=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.axes import query_plan
 from parallel.world.rank_env import RankEnv
 from tests.numerics.dropout_masks import Masks, Replay, agreement, recorded
 from tests.numerics.movement import tensor_errors
@@ -51,7 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"llama-{grid}": axes for grid, axes in GRIDS.items()},
     # Two sequences a micro-batch, biases, odd groups shifted.
     **{f"qwen2-{grid}": {**GRIDS[grid], "model": "qwen2", "shifted": "alternate"} for grid in ("tp2", "zero3")},
-    "llama-pp2-prefill": {**GRIDS["pp2"], "prefill": 14},  # full attention in chunks, stage after stage
+    # Full attention in chunks, stage after stage; queries that move within a chunk.
+    **{f"llama-{grid}-prefill": {**GRIDS[grid], "prefill": 14} for grid in ("pp2", "cp2")},
     "qwen2-dp2": {"model": "qwen2", "micro": 2},
     "mistral-pp2": {"pp": 2, "model": "mistral", "masked": "false"},
     # The second stage has the odd layer, whose number counts in the whole model; dilated heads on one rank of two.
@@ -154,6 +156,7 @@ def test_fault_with_dropout_is_found(name: str, tmp_path: Path) -> None:
 
 def _train_all(rank: int, world: int, paths: list[str]) -> dict[str, Masks]:
     """Every case in turn, in the same processes; the dropout masks of those that draw some."""
+    query_plan.LEND_FROM = 0  # full attention's queries move at this length, too
     found = {}
     for path in map(Path, paths):
         planted = shared_masks() if path.stem == "shared" else contextlib.nullcontext()

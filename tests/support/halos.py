@@ -1,10 +1,10 @@
-"""Bytes that the halos of context-parallel S² take: counted from the plan, and in closed form."""
+"""Bytes that context-parallel attention moves: counted from the plans, and those of S²'s halos in closed form."""
 
 from __future__ import annotations
 
 from parallel.axes.halo_plan import equal_edges
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
-from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.context_shards import halo_plan, query_moves
 
 
 def halo_bytes(
@@ -18,12 +18,18 @@ def halo_bytes(
 ) -> tuple[tuple[int, int], ...]:
     """(sent, received) bytes of K and V of each rank in one layer's forward pass, from the plan.
 
-    S²: the halo. Full attention: the all-gather, in which each rank's shard reaches every other rank.
+    S²: the halo. Full attention: the all-gather, in which each rank's shard reaches every other rank, and of the
+    queries that move one vector each way: owners send queries and receive outputs, workers the reverse.
     """
     vector = head_dim * element_size
     if spec.kind == "full":
-        shard = 2 * tokens * layout.batch * heads.full_blocks[-1].kv_stop * vector
-        return ((shard * (size - 1),) * 2,) * size
+        last = heads.full_blocks[-1]
+        shard = 2 * tokens * layout.batch * last.kv_stop * vector * (size - 1)
+        moved = [0] * size
+        for move in query_moves(layout, spec, size, tokens).moves:
+            for rank in (move.owner, move.worker):
+                moved[rank] += move.tokens * layout.batch * last.q_stop * vector
+        return tuple((shard + more, shard + more) for more in moved)
     plan = halo_plan(layout, spec, heads, equal_edges(size, tokens))
     return tuple(
         (

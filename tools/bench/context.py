@@ -2,12 +2,13 @@
 
     torchrun --standalone --nproc-per-node 2 -m tools.bench.context [--lengths 32768 131072] [--json FILE]
 
-Variants: S² with our halo, full attention with our all-gather, and full causal attention by torch's own ring
-(`torch.distributed.tensor.experimental`, the loops beneath its `context_parallel`) with its head-tail load balancer, in
-both its ways of rotating K and V. All run the kernels of one backend on the same local shapes; the ring is called
-without DTensor's dispatch and with K and V of all their few heads, unrepeated, which is its best case. Before timing,
-every variant's output and gradients are compared with one process at a small length; a wrong one is not timed, and the
-exit code is 1. Times are medians over repetitions of the slowest rank's time, by CUDA events between barriers.
+Variants: S² with our halo; full attention with our all-gather, each rank its own queries, and balanced, queries moved
+to ranks with less work; and full causal attention by torch's own ring (`torch.distributed.tensor.experimental`, the
+loops beneath its `context_parallel`) with its head-tail load balancer, in both its ways of rotating K and V. All run
+the kernels of one backend on the same local shapes; the ring is called without DTensor's dispatch and with K and V of
+all their few heads, unrepeated, which is its best case. Before timing, every variant's output and gradients are
+compared with one process at a small length; a wrong one is not timed, and the exit code is 1. Times are medians over
+repetitions of the slowest rank's time, by CUDA events between barriers.
 
 A variant whose memory, extrapolated from the last length, exceeds what is free on any rank is reported as out of
 memory. At the first length it is tried: running out on some ranks only, amid a collective, ends in the time-out.
@@ -69,6 +70,8 @@ class Variant:
     """Of torch's ring; None: our own exchange."""
     way: str = ""
     """How torch's ring moves K and V."""
+    balanced: bool = False
+    """Of `full`: queries move, at any length."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Row:
     peak_extra_gib: float | None = None
     """Largest of all ranks', beyond inputs and the output's gradient; None on the CPU."""
     sent_bytes: tuple[int, ...] = ()
-    """K and V that each rank sends in a forward."""
+    """What each rank sends in a forward: K and V; queries that move, and outputs."""
     forward_speedup: float | None = None
     """Over the faster rotation of torch's ring."""
     forward_backward_speedup: float | None = None
@@ -111,7 +114,8 @@ class Bench:
         if variant.kernel is not None:
             return ring_attention(variant.kernel, variant.way, shard.group)
         layout = SequenceLayout.dense(self.args.batch, shard.size * shard.tokens)
-        spec = AttentionSpec(variant.kind, group, backend=self.args.backend)
+        lend_from = 0 if variant.balanced else None
+        spec = AttentionSpec(variant.kind, group, backend=self.args.backend, lend_from=lend_from)
         return lambda q, k, v: context_attend(q, k, v, layout, spec, self.heads, shard)
 
     def draw(self, tokens: int, tokens_dim: int) -> tuple[Tensors, torch.Tensor]:
@@ -289,7 +293,11 @@ def run_all(bench: Bench, console: Console, save: Callable[[Row], None]) -> tupl
             break
     if not tried:
         console.print(f"Left out: torch's ring, for backend {bench.backend.name} gives no log-sum-exps.")
-    ours = [Variant("full, our all-gather", "full"), Variant("S², our halo", "s2")]
+    ours = [
+        Variant("full, our all-gather", "full"),
+        Variant("full, our all-gather, balanced", "full", balanced=True),
+        Variant("S², our halo", "s2"),
+    ]
     timed, tried = [*timed, *right_ones(bench, ours, console)], tried + len(ours)
     rows: list[Row] = []
     last: dict[str, Row] = {}

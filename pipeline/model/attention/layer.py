@@ -17,20 +17,20 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_rank
 
 from parallel.axes.context import Exchange
+from parallel.axes.halo_plan import Region
 from parallel.world.context_shard import ContextShard
 from pipeline.model.attention.local import attend
 from pipeline.model.attention.sharded import context_attend
 from pipeline.model.layers.recipe import Make, Recipe, give_recipe, recipe_of
 from pipeline.model.layers.rotary import apply_rope, split_and_rotate
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan, layer_rule
-from pipeline.planning.context_shards import ShardWork
 
 
 class Past(Protocol):
     """What a streamed chunk knows of the tokens before it (`model.streaming`)."""
 
-    def exchange(self, layer: int, heads: HeadPlan, work: ShardWork) -> Exchange:
-        """Of layer number `layer`, counted from 0 in the whole model."""
+    def exchange(self, layer: int, heads: HeadPlan, reads: Sequence[Region]) -> Exchange:
+        """Of layer number `layer`, counted from 0 in the whole model, for calls that read these keys and values."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CoreAttention(torch.nn.Module):
             mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)
         else:
             past = context.past
-            exchange = None if past is None else lambda work: past.exchange(self.layer, plan, work)
+            exchange = None if past is None else lambda reads: past.exchange(self.layer, plan, reads)
             mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale, exchange)
         flat, recipe = mixed.flatten(2), recipe_of(mixed)
         if recipe is not None:

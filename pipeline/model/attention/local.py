@@ -76,7 +76,7 @@ def gather_windows(
     return whole
 
 
-class _Place(torch.autograd.Function):
+class PlaceWindows(torch.autograd.Function):
     """Disjoint windows into one output; positions no window covers are 0. The gradients handed back are views."""
 
     @staticmethod
@@ -141,7 +141,7 @@ def attend(
         else attend_window(q, k, v, spec.window, backend, scale)
         for q, k, v, (_, span) in zip(queries, keys, values, calls, strict=True)
     ]
-    out: torch.Tensor = _Place.apply(q_SBHD.shape, q_windows, covers, *parts)
+    out: torch.Tensor = PlaceWindows.apply(q_SBHD.shape, q_windows, covers, *parts)
     give_recipe(out, placed_recipe(parts, q_SBHD.shape, q_windows, covers))
     return out
 
@@ -310,5 +310,5 @@ def _attend_rolled(
             attend_block(q_window.of(q), kv_window.of(k), kv_window.of(v), span, span, backend, scale)
             for span, q_window, kv_window in zip(spans, q_windows, kv_windows, strict=True)
         ]
-        outputs.append(_Place.apply(q.shape, q_windows, True, *parts).roll(shift, 0))
+        outputs.append(PlaceWindows.apply(q.shape, q_windows, True, *parts).roll(shift, 0))
     return torch.cat(outputs, dim=2)

@@ -96,7 +96,21 @@ def test_halos_are_half_a_group_of_the_shifted_heads() -> None:
     assert traffic(plan).halo == 8 * 2**20
     spec = AttentionSpec("s2", 8192)
     assert halo_elements((64, 8, 128), spec, 32768, 1, 1) == 0
-    assert halo_elements((64, 8, 128), AttentionSpec("full", 8192), 32768, 1, 2) == 2 * 16384 * 8 * 128
+    still = AttentionSpec("full", 8192, lend_from=None)
+    assert halo_elements((64, 8, 128), still, 32768, 1, 2) == 2 * 16384 * 8 * 128
+    # The last of two ranks keeps its queries up to sqrt(3) / 2 of the sequence; those after it travel.
+    moved = halo_elements((64, 8, 128), AttentionSpec("full", 8192), 32768, 1, 2) / 128 - 2 * 16384 * 8
+    assert moved / 64 == pytest.approx(32768 * (1 - 0.75**0.5), abs=2)
+
+
+def test_full_attention_over_context_ranks_is_counted_even() -> None:
+    """As one rank's share of one process's work; without it 1.5 times that, as MLPerf's shape has it at CP2."""
+    plan = plan_of("llama2-70b", ranks=2, context=8192, cp=2, attention="full")
+    plans = [plan, replace(plan, attention=replace(plan.attention, lend_from=None))]
+    alone = 64 * 8192 * 8193 // 2
+    assert attention_pairs(plans[0]) == pytest.approx(alone / 2, rel=1e-3)
+    assert attention_pairs(plans[1]) == pytest.approx(1.5 * alone / 2, rel=1e-3)
+    assert traffic(plans[0]).halo > traffic(plans[1]).halo == 2 * 4096 * 8 * 128 * 2
 
 
 def test_weights_pass_once_a_pass_and_gradients_once_a_step() -> None:

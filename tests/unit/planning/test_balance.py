@@ -58,7 +58,7 @@ def test_the_busiest_rank_has_the_most_attention() -> None:
     work = attention_work(LLAMA2_70B, 32768, s2, 1, 8)[0]
     assert work[0] == min(work) and work[7] == max(work) and busiest_rank(LLAMA2_70B, 32768, s2, grid) == 7
     assert work[7] == 32 * sum(4096 + t + 1 for t in range(4096)) + 32 * sum(t + 1 for t in range(4096))
-    assert busiest_rank(LLAMA2_70B, 32768, AttentionSpec("full", 2), grid) == 7
+    assert busiest_rank(LLAMA2_70B, 32768, AttentionSpec("full", 2, lend_from=None), grid) == 7
     # tp 2 x cp 8: one tensor rank has all shifted heads, whose groups begin at odd shards.
     grid = plan_grid(16, 2, 8, 1)
     rank = busiest_rank(LLAMA2_70B, 32768, s2, grid)
@@ -114,6 +114,17 @@ def test_nothing_is_promised_where_nothing_helps() -> None:
     assert imbalance(arch, 32768, 21846, "upper_half", 2, 2) > EVEN
 
 
-def test_full_attention_has_no_groups() -> None:
-    config = load_config(CONFIG, [*ON_GPUS, "attention.kind=full", "parallel.tp=2", "parallel.cp=8"])
-    assert advise(config, LLAMA2_70B, plan_grid(16, 2, 8, 1)) == ()
+@pytest.mark.parametrize("asked", ["attention.kind=full", "attention.full_last_steps=5"])
+def test_full_attention_is_even_unless_that_is_switched_off(asked: str) -> None:
+    """Of c shards the last has (2 c - 1) / c times the mean."""
+    settings = [*ON_GPUS, asked, "attention.shifted_heads=alternate", "parallel.tp=2", "parallel.cp=8"]
+    settings = [word for word in settings if not ("kind" in asked and "shifted" in word)]
+    plan = plan_grid(16, 2, 8, 1)
+    assert advise(load_config(CONFIG, settings), LLAMA2_70B, plan) == ()
+    off = "train.without=[balanced_attention]"
+    (said,) = advise(load_config(CONFIG, [*settings, off]), LLAMA2_70B, plan)
+    assert said.startswith("train.without: balanced_attention leaves the last of 8 context ranks 1.87 times ")
+    assert said.endswith(" which brings it to 1.00.")
+    # Where queries see so few keys that nothing would move.
+    short = [*settings, off, "data.sequence=4096", "attention.group_size=null"]
+    assert not any("balanced" in one for one in advise(load_config(CONFIG, short), LLAMA2_70B, plan))

@@ -102,12 +102,19 @@ def test_gate_and_up_elsewhere_only_where_asked_and_only_as_many_as_hide() -> No
 
 
 def test_last_steps_of_full_attention_are_counted() -> None:
-    """They gather all keys and values, of every layer: 10 GiB at this shape."""
+    """They gather all keys and values, of every layer: 10 GiB at this shape. And the first rank attends queries of the
+    last one, which keeps x of its own, at which x (2 (c - 1) + x) = c."""
     arch = llama2("70b")
-    plans = [_planned([*CP8, f"attention.full_last_steps={steps}"], arch, 8) for steps in (0, 10)]
+    plans = [
+        _planned([*CP8, f"attention.full_last_steps={steps}", f"train.without=[{word}]"], arch, 8)
+        for steps, word in ((0, ""), (10, "balanced_attention"), (10, ""))
+    ]
     kept = [layer_memory(plan.config, arch, plan.grid, 2).kept[POINTWISE] for plan in plans]
     gathered, halo = 32768 * 2 * 1024 * 2, 4096 * 2 * 512 * 2
     assert kept[1] - kept[0] == gathered - halo
+    # Queries and outputs in bf16 and fp32 log-sum-exps.
+    vectors = 64 * (2 * 128 * 2 + 4)
+    assert (kept[2] - kept[1]) / vectors == pytest.approx(4096 * (8 - 57**0.5), abs=2)
     assert _cost(plans[1]) > _cost(plans[0])
     assert all(plan.memory().gpu_total <= 0.95 * 80e9 for plan in plans)
 

@@ -113,7 +113,9 @@ def test_zero3_cuts_frozen_weights_over_all_ranks_and_offload_moves_them_to_the_
 
 
 def test_context_parallelism_shrinks_activations_and_pipeline_stages_do_not_shrink_layer_inputs() -> None:
-    one, four = (estimate_of(load_config(CONFIG, [*OLD, f"parallel.cp={cp}"]), LLAMA2_70B, 8).gpu for cp in (1, 4))
+    # Queries of other ranks, in the last steps, would come to those of a shard.
+    alone = [*OLD, "train.without=[balanced_attention]"]
+    one, four = (estimate_of(load_config(CONFIG, [*alone, f"parallel.cp={cp}"]), LLAMA2_70B, 8).gpu for cp in (1, 4))
     assert one["layer inputs"] == 4 * four["layer inputs"] == 40 * GIB
     # The tiles of the MLP do not shrink.
     assert 3 < one["a layer or the loss at work"] / four["a layer or the loss at work"] <= 4

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from parallel.axes.query_plan import LEND_FROM
 from parallel.errors import ConfigError, LongspanError
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
@@ -47,6 +48,9 @@ def test_a_plan_holds_all_that_follows(tmp_path: Path) -> None:
     assert (plan.attention.kind, plan.attention.group, plan.full_attention.kind) == ("s2", 16, "full")
     assert plan.recompute == (RecomputePolicy.NONE,) * 2
     assert plan.attention.kernels and not plan_run(make(tmp_path, "train.without=[kernels]"), 6).attention.kernels
+    still = plan_run(make(tmp_path, "train.without=[balanced_attention]"), 6)
+    assert plan.full_attention.lend_from == plan.attention.lend_from == LEND_FROM
+    assert still.full_attention.lend_from is still.attention.lend_from is None
     assert (plan.sequence, plan.group) == (64, 16)
     assert "activations" in plan.memory().gpu and plan.advice() == ()
     kept = make(tmp_path, "train.recompute=full")

@@ -7,8 +7,9 @@ import argparse
 import pytest
 import torch
 
-from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.planning.balance import attention_work
+from pipeline.planning.context_shards import query_moves
 from tools.bench.scaling import count, rows_of
 from tools.support.shapes import llama2
 
@@ -40,3 +41,19 @@ def test_recomputation_counts_what_it_makes_again_and_full_attention_is_quadrati
     whole = count(arch, 2048, AttentionSpec("full", 512), 1, 1, "full")
     assert whole.attention == 128 * 32 * 2048 * 2049 // 2 * (14 + 4)
     assert kept.sent == 0 and whole.products > again.products
+
+
+def test_full_attention_over_two_ranks_is_half_of_it_each_and_sends_queries_for_it() -> None:
+    """Counted where torch calls the kernels: contiguous shards leave one rank three quarters."""
+    arch, even = llama2("7b", 1), AttentionSpec("full", 2, lend_from=0)
+    alone = 14 * 128 * 32 * 2048 * 2049 // 2
+    found = {}
+    for spec in (even, AttentionSpec("full", 2, lend_from=None)):
+        found[spec.lend_from] = counted = count(arch, 2048, spec, 1, 2, "none")
+        assert counted.attention == 14 * 128 * max(attention_work(arch, 2048, spec, 1, 2)[0])
+    assert found[0].attention / alone == pytest.approx(1 / 2, rel=2e-3)
+    assert found[None].attention / alone == pytest.approx(3 / 4, rel=2e-3)
+    # Queries and the gradients of their outputs, or what comes home for them: one vector a head and way.
+    moved = query_moves(SequenceLayout.dense(1, 2048), even, 2, 1024).most()
+    assert found[0].sent - found[None].sent == 2 * moved * 32 * 128 * 2
+    assert found[0].products == found[None].products
