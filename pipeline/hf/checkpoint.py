@@ -195,7 +195,7 @@ class HfCheckpoint:
             CheckpointError: a file differs from its recorded hash; it and the tensor are named.
         """
         if self._digests is None:
-            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 found = dict(zip(self.files, pool.map(sha256_of, map(self.folder.joinpath, self.files)), strict=True))
             recorded = self.recorded()
             for file, digest in found.items():

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,10 @@ MAX_HEADER = 100_000_000
 """Bytes; the format's own limit, so that a damaged length cannot ask for terabytes."""
 BLOCK = 1 << 25
 """Bytes read, hashed or written at a time."""
+READERS = min(8, os.cpu_count() or 1)
+"""Threads that fill one tensor: a disk and the kernel's copying want several reads under way."""
+SHARED_READ = 1 << 24
+"""Bytes of a tensor for each of them."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -121,16 +126,27 @@ class SafetensorsFile:
             os.close(self._descriptor)
 
     def _fill(self, name: str, buffer: memoryview, offset: int) -> None:
-        done = 0
+        readers = min(READERS, len(buffer) // SHARED_READ)
         try:
-            while done < len(buffer):
-                count = os.preadv(self._descriptor, [buffer[done : done + BLOCK]], offset + done)
-                if not count:
-                    raise OSError("the file became shorter")
-                done += count
+            if readers < 2:
+                self._read_all(buffer, offset)
+            else:
+                share = -(-len(buffer) // readers)
+                starts = range(0, len(buffer), share)
+                with ThreadPoolExecutor(readers) as pool:
+                    for _ in pool.map(lambda at: self._read_all(buffer[at : at + share], offset + at), starts):
+                        pass
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read ({error}); check the disk, and rerun.") from None
-        self.bytes_read += done
+        self.bytes_read += len(buffer)
+
+    def _read_all(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done : done + BLOCK]], offset + done)
+            if not count:
+                raise OSError("the file became shorter")
+            done += count
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, in its stored dtype, on the CPU, in memory of its own."""

@@ -1,0 +1,228 @@
+"""How long weights take from disk into the model: ours, and what libraries take for the same bytes, cold and warm.
+
+    python -m tools.bench.load [--gb 8 | --model DIR] [--rounds 3] [--json FILE]
+
+Each way is a process of its own, and its seconds are of reading alone: imports and the making of an empty model come
+before. `cold` has the files' pages dropped from the page cache first (posix_fadvise), `warm` has just read them.
+Without --model a Llama-2-7B shape of random weights is written first, with as many layers as fill --gb. The GPU is
+loaded if there is one. fastsafetensors and runai-model-streamer are measured where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.axes.zero3 import FrozenShards, deepspeed_config
+from parallel.errors import LongspanError
+from parallel.world.grid import plan_grid
+from parallel.world.groups import destroy_groups, make_groups
+from parallel.world.rank_env import RankEnv
+from pipeline.config.paths import user_path
+from pipeline.config.rope import RopeSettings
+from pipeline.config.sections import LoraConfig
+from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.rank_model import RankModel
+from pipeline.model.weights.load import load_base
+from pipeline.planning.arch import read_arch
+from pipeline.planning.rope import plan_rope
+from pipeline.reporting.command import command
+from pipeline.training.run_record import git_commit
+from tools.bench.convert import generate
+from tools.support.bench_rows import append_rows, print_rows
+
+RANKS = 8
+"""Of the grids of which one rank is loaded."""
+RANK = 3
+
+
+def device() -> torch.device:
+    """Where weights go."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def timed(work: Callable[[], int]) -> dict[str, float]:
+    """Seconds of `work`, which returns bytes."""
+    began = time.perf_counter()
+    size = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - began, "bytes": size}
+
+
+def ours(folder: Path, by: str = "") -> dict[str, float]:
+    """A rank's `load_base`; by `tp`: its slices, by `zero3`: its share of every matrix, in host memory."""
+    arch, world, zero3 = read_arch(folder), RANKS if by else 1, by == "zero3"
+    env = RankEnv(rank=RANK if world > 1 else 0, world_size=world, local_rank=0)
+    groups = make_groups(plan_grid(world, world if by == "tp" else 1, 1, 1), env, fake=world > 1)
+    try:
+        shards = FrozenShards(groups, True, deepspeed_config(torch.bfloat16, 1, 1, world)) if zero3 else None
+        rope = plan_rope(arch, RopeSettings(), arch.max_positions)
+        model = RankModel(arch, rope, LoraConfig(rank=0), groups, torch.bfloat16, "full", shards=shards)
+        checkpoint = HfCheckpoint(folder)
+
+        def work() -> int:
+            load_base(model, checkpoint)
+            return checkpoint.bytes_read
+
+        return timed(work)
+    finally:
+        destroy_groups()
+
+
+def by_safetensors(folder: Path) -> dict[str, float]:
+    """`safetensors.torch.load_file`, every file, kept."""
+    from safetensors.torch import load_file
+
+    def work() -> int:
+        found = [load_file(folder / file, device=str(device())) for file in HfCheckpoint(folder).files]
+        # A mapped page is read when it is looked at.
+        return sum(_touched(tensor) for tensors in found for tensor in tensors.values())
+
+    return timed(work)
+
+
+def by_fastsafetensors(folder: Path) -> dict[str, float]:
+    """fastsafetensors' loader, without GPUDirect Storage, every file."""
+    library = importlib.import_module("fastsafetensors")
+
+    def work() -> int:
+        loader = library.SafeTensorsFileLoader(library.SingleGroup(), str(device()), nogds=True)
+        loader.add_filenames({0: [str(folder / file) for file in HfCheckpoint(folder).files]})
+        buffers = loader.copy_files_to_device()
+        return sum(_touched(buffers.get_tensor(name)) for name in buffers.key_to_rank_lidx)
+
+    return timed(work)
+
+
+def by_runai(folder: Path) -> dict[str, float]:
+    """Run:ai Model Streamer, every file, tensors kept on the device."""
+    library = importlib.import_module("runai_model_streamer")
+
+    def work() -> int:
+        with library.SafetensorsStreamer() as streamer:
+            streamer.stream_files([str(folder / file) for file in HfCheckpoint(folder).files])
+            kept = [tensor.to(device(), copy=True) for _, tensor in streamer.get_tensors()]
+        return sum(tensor.nbytes for tensor in kept)
+
+    return timed(work)
+
+
+def hashing(folder: Path) -> dict[str, float]:
+    """SHA-256 of every file, as rank 0 makes it at the start of each run."""
+    checkpoint = HfCheckpoint(folder)
+
+    def work() -> int:
+        checkpoint.digests()
+        return sum(fact.nbytes for fact in checkpoint.facts.values())
+
+    return timed(work)
+
+
+def _touched(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor, with an element of every page read."""
+    if tensor.device.type == "cpu":
+        tensor.view(-1).view(torch.uint8)[:: os.sysconf("SC_PAGESIZE")].sum()
+    return tensor.nbytes
+
+
+WAYS: dict[str, Callable[[Path], dict[str, float]]] = {
+    "ours, whole": ours,
+    f"ours, rank {RANK} of TP {RANKS}": partial(ours, by="tp"),
+    f"ours, rank {RANK} of {RANKS}, zero3 offload": partial(ours, by="zero3"),
+    "ours, SHA-256 of the files": hashing,
+    "safetensors load_file": by_safetensors,
+    "fastsafetensors": by_fastsafetensors,
+    "runai_model_streamer": by_runai,
+}
+
+
+def drop_pages(folder: Path) -> None:
+    """Have the kernel forget what it keeps of the weight files."""
+    for file in HfCheckpoint(folder).files:
+        descriptor = os.open(folder / file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def measure(way: str, folder: Path) -> dict[str, float]:
+    """One way in a process of its own.
+
+    Raises:
+        LongspanError: it failed.
+    """
+    words = [sys.executable, "-W", "ignore", "-m", "tools.bench.load", "--child", way, "--model", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise LongspanError(f"{way}: left with code {done.returncode}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def run(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Every way, cold and then warm, in turn, `rounds` times; medians."""
+    ways = [way for way in WAYS if " " in way or importlib.util.find_spec(way)]
+    found: dict[tuple[str, str], list[float]] = {}
+    sizes = dict[str, float]()
+    for _ in range(rounds):
+        for way in ways:
+            drop_pages(folder)
+            for state in ("cold", "warm"):
+                taken = measure(way, folder)
+                sizes[way] = taken["bytes"]
+                found.setdefault((way, state), []).append(taken["seconds"])
+    rows = []
+    for way in ways:
+        row: dict[str, Any] = {"way": way, "GB": sizes[way] / 1e9}
+        for state in ("cold", "warm"):
+            seconds = statistics.median(found[way, state])
+            row |= {f"{state} s": seconds, f"{state} GB/s": sizes[way] / 1e9 / seconds}
+        rows.append(row)
+    return rows
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Generate unless given, measure, print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=8.0, help="size of the model that is made, 10^9 bytes")
+    parser.add_argument("--model", type=user_path, help="a checkpoint folder; none is made")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=user_path, help="also append the rows here, one line each")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.child:
+        print(json.dumps(WAYS[args.child](args.model)))
+        return 0
+    made = Path(tempfile.mkdtemp(prefix="load-")) if args.model is None else None
+    try:
+        if made is not None:
+            generate(made, args.gb)
+        rows = run(args.model or made / "base", args.rounds)  # type: ignore[operator]
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+    print_rows(rows, f"Weights into {device().type}, {os.cpu_count()} CPUs, commit {git_commit()}", 160)
+    append_rows(args.json, rows, commit=git_commit(), device=str(device()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
