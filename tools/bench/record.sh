@@ -79,7 +79,11 @@ case $part in
     alone 90 tools.doctor --config $yaml --device cuda --processes 2 --set model.base=fp8 --set parallel.cp=2
     two 120 tools.bench.plan --json "$out/points.yaml" --seconds 90
     ;;
-  ring) two 420 tools.bench.context --repeats 5 --json "$out/context.json" ;;
+  ring)
+    two 460 tools.bench.context --repeats 5 --json "$out/context.json"
+    two 90 tools.bench.step --cp 2 --sequence 8192 --attention full --layers 12 --recompute pointwise \
+      --variant "train.without=[]" --variant "train.without=[balanced_attention]" --json "$out/step.json"
+    ;;
   survive-megatron | survive-zero3)
     engine=${part#survive-} scratch=$(mktemp -d)
     alone 400 tools.bench.survive --processes 2 --engine "$engine" --output "$scratch/$engine" --json "$out/survive.json"
