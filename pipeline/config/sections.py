@@ -22,6 +22,7 @@ POLICIES = ("full", "gate_up", "pointwise", "none")
 RECOMPUTE = (*POLICIES, "auto")
 BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
+BACKENDS = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_2", "flash_attn_4", "math")
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
@@ -78,7 +79,8 @@ class AttentionConfig:
     """For studies: above 1, heads that shifted_heads names are not shifted; they see every so many-th token of segments
     that are as many times as long as a group. Sequence over group makes it strided attention."""
     backend: str = "auto"
-    """auto | cudnn | flash | flash_attn | math."""
+    """auto | cudnn | flash (torch's) | flash_attn (the package: release 4 where it can run, else 2) | flash_attn_2 |
+    flash_attn_4 | math."""
     legacy_wrap: bool = False
     """Reproduce the published roll, which leaks the future; for parity studies only."""
     full_last_steps: int = 0
@@ -87,7 +89,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         one_of("attention.kind", self.kind, ("s2", "full"))
         one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all", "odd_layers"))
-        one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
+        one_of("attention.backend", self.backend, BACKENDS)
         at_least("attention.full_last_steps", self.full_last_steps, 0)
         at_least("attention.dilation", self.dilation, 1)
         if self.dilation > 1 and self.shifted_heads == "none":
