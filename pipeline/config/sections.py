@@ -22,6 +22,8 @@ POLICIES = ("full", "gate_up", "pointwise", "none")
 RECOMPUTE = (*POLICIES, "auto")
 BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
+FAMILIES = ("local", "megatron", "te")
+FP8_RECIPES = ("none", "tensorwise", "blockwise", "mxfp8")
 BACKENDS = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_2", "flash_attn_4", "math")
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "kernels")
@@ -44,6 +46,13 @@ class ModelConfig:
     """How the frozen matrices of the layers are kept: bf16 (as model.dtype says) | fp8 (e4m3, one scale a row; products
     in FP8, Hopper and newer) | nf4 (4 bits, QLoRA's). Quantized while the checkpoint is read; adapters, norms,
     embedding and lm_head are never. docs/BASE.md."""
+    family: str = "local"
+    """Whose linears and norms the layers are made of: local (ours) | te (Transformer Engine's, on a GPU that has it;
+    engine megatron) | megatron (megatron-core's, to compare). Checkpoints and exports are the same. docs/SPEED.md."""
+    fp8_recipe: str = "none"
+    """In what family te multiplies while it trains: none (model.dtype) | tensorwise (FP8, one scale a tensor) |
+    blockwise (FP8, scales of blocks of 128; Hopper) | mxfp8 (FP8, of blocks of 32; Blackwell). Evaluations are in
+    model.dtype."""
     rope: RopeSettings = field(default_factory=RopeSettings)
     vocab: int | None = None
     """Embedding rows, more than the checkpoint's where tokens were added (new rows: mean of the old); None: its own."""
@@ -55,6 +64,22 @@ class ModelConfig:
         at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
         one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
         one_of("model.base", self.base, BASES)
+        one_of("model.family", self.family, FAMILIES)
+        one_of("model.fp8_recipe", self.fp8_recipe, FP8_RECIPES)
+        if self.base != "bf16" and self.family != "local":
+            raise ConfigError(
+                f"model.base: {self.base} is kept by our own linears; set model.family: local, or model.base: bf16."
+            )
+        if self.fp8_recipe != "none" and self.family != "te":
+            raise ConfigError(
+                f"model.fp8_recipe: {self.fp8_recipe} is Transformer Engine's; set model.family: te, or remove it "
+                "(model.base: fp8 is ours)."
+            )
+        if self.fp8_recipe != "none" and self.dtype == "fp32":
+            raise ConfigError(
+                f"model.fp8_recipe: {self.fp8_recipe} rounds bf16 to 8 bits, and model.dtype is fp32; set one of them "
+                "to its default."
+            )
 
     @property
     def element_bytes(self) -> int:
