@@ -1,4 +1,4 @@
-"""A stand-in for Transformer Engine in plain torch, so that family `te` is built and trained on a machine without a GPU.
+"""A stand-in for Transformer Engine in plain torch: with it family `te` is built and trained without a GPU.
 
 Signatures are the real ones' (tests/unit/model/test_te_standin.py holds them against the sources), and so is what
 megatron-core's wrappers and we rely on: which gradients there are, what travels under tensor and sequence parallelism,
@@ -306,13 +306,13 @@ def standing_in(package: Callable[[], dict[str, ModuleType]] = modules) -> Itera
     """Within, megatron-core's wrappers are made of the stand-in, and a CPU will do for it."""
     import megatron.core.utils as utils
 
-    from pipeline.model.layers import transformer_engine as ours
+    from pipeline import build
 
-    check = ours.check_transformer_engine
+    check, cuda = build.check_transformer_engine, torch.device("cuda")
     with (
         mock.patch.dict(sys.modules, package()),
         mock.patch.object(utils, "_te_version", None),
-        mock.patch.object(ours, "check_transformer_engine", lambda device, recipe: check(torch.device("cuda"), recipe)),
+        mock.patch.object(build, "check_transformer_engine", lambda device, recipe: check(cuda, recipe)),
     ):
         before = sys.modules.pop(WRAPPERS, None)
         try:
