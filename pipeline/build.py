@@ -83,6 +83,16 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
     return base
 
 
+def check_family(config: RunConfig, device: torch.device) -> None:
+    """Refuse a machine that lacks what model.family's layers are made of.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if config.model.family == "te":
+        check_transformer_engine(device, config.model.fp8_recipe)
+
+
 def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> torch.dtype:
     """The dtype the model has on this device, in which attention.backend, model.family and model.base can run there.
 
@@ -91,8 +101,7 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
             Asked before anything is tokenized or loaded, not at the first forward.
     """
     dtype = compute_dtype(config.model.dtype, device)
-    if config.model.family == "te":
-        check_transformer_engine(device, config.model.fp8_recipe)
+    check_family(config, device)
     if config.model.base == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_DEVICES:
         raise ConfigError(
             f"model.base: fp8 needs a GPU that multiplies e4m3 with a scale a row (Hopper and newer), and "
@@ -218,6 +227,7 @@ def build(
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     config, arch = plan.config, plan.arch
+    check_family(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     # `resume` looks again, at the base's hash and the data too
     if check_output(config) is None and config.init_from is not None:
         check_source(config.init_from)
