@@ -135,4 +135,5 @@ def test_a_run_in_fp8_learns_what_one_in_bf16_learns(tmp_path: Path) -> None:
         losses[recipe] = torch.tensor(read_run(path.with_suffix("")).losses)
     assert losses["none"][-1] < losses["none"][0] and losses["tensorwise"][-1] < losses["tensorwise"][0]
     assert not torch.equal(losses["none"], losses["tensorwise"])
-    assert float((losses["tensorwise"] / losses["none"] - 1).abs().max()) < FP8_LOSS
+    # Five steps at a rate a thousand times a real run's: two ways apart, not one rounding.
+    assert float((losses["tensorwise"] / losses["none"] - 1).abs().max()) < 0.05

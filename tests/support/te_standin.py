@@ -58,10 +58,6 @@ class _Product(torch.autograd.Function):
         return grad @ weight, of_weight, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-def _constant(value: float) -> Callable[[torch.Tensor], None]:
-    return lambda tensor: torch.nn.init.constant_(tensor, value)
-
-
 class _Parallel(torch.nn.Module):
     """What both linears have in common."""
 

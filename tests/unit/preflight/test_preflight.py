@@ -393,12 +393,3 @@ def test_fewer_windows_than_a_batch_are_told(tmp_path: Path) -> None:
     (told,) = files.check_text("data.path", text, 100, "text", batch=11).advice
     assert told.startswith("data.path: holds 10 windows and train.global_batch is 11, so one optimizer step reads")
     assert files.check_text("data.path", text, 100, "text", batch=10).advice == ()
-
-
-def test_the_package_that_a_family_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert survey.check_package("local") == []
-    (missing,) = survey.check_package("te")
-    assert "it is not installed; install it beside a GPU" in missing.problem
-    monkeypatch.setattr(survey, "version", lambda name: {"transformer-engine": "2.20.2"}[name])
-    (there,) = survey.check_package("te")
-    assert not there.problem and there.found == "2.20.2"
