@@ -32,6 +32,7 @@ from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.weight_source import WeightSource
 from pipeline.model.attention.backends import select_backend
+from pipeline.model.layers.transformer_engine import check_transformer_engine
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.planning.arch import LlamaArch, read_arch
@@ -82,14 +83,25 @@ def open_base(config: RunConfig, arch: LlamaArch) -> HfCheckpoint:
     return base
 
 
+def check_family(config: RunConfig, device: torch.device) -> None:
+    """Refuse a machine that lacks what model.family's layers are made of.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if config.model.family == "te":
+        check_transformer_engine(device, config.model.fp8_recipe)
+
+
 def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> torch.dtype:
-    """The dtype the model has on this device, in which attention.backend and model.base can run there.
+    """The dtype the model has on this device, in which attention.backend, model.family and model.base can run there.
 
     Raises:
         ConfigError: it cannot, or model.base cannot be multiplied with there.
             Asked before anything is tokenized or loaded, not at the first forward.
     """
     dtype = compute_dtype(config.model.dtype, device)
+    check_family(config, device)
     if config.model.base == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_DEVICES:
         raise ConfigError(
             f"model.base: fp8 needs a GPU that multiplies e4m3 with a scale a row (Hopper and newer), and "
@@ -104,17 +116,14 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     return dtype
 
 
-def build_model(
-    plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSource, family: str = "local"
-) -> RankModel:
+def build_model(plan: RunPlan, lora: LoraConfig, groups: Groups, base: WeightSource) -> RankModel:
     """Allocate this rank's part of the model on its device and fill it; nothing is marked trainable.
 
     Args:
         lora: adapters; rank 0 where none train.
-        family: see `RankModel`.
 
     Raises:
-        ConfigError: attention.backend cannot run here.
+        ConfigError: attention.backend or model.family cannot run here.
         CheckpointError: a tensor is missing or misshaped.
     """
     dtype = check_backend(plan.config, plan.arch, groups.device)
@@ -137,11 +146,12 @@ def build_model(
         plan.chunks,
         shards=shards,
         kinds=train.trainable,
-        family=family,
+        family=plan.config.model.family,
         without=train.without,
         stream=plan.stream,
         prefill=plan.prefill,
         base=plan.config.model.base,
+        recipe=plan.config.model.fp8_recipe,
     )
     load_base(model, base)
     init_adapters(model, train.seed)
@@ -217,6 +227,7 @@ def build(
         ConfigError, CheckpointError, DataError: one sentence each, before anything is trained.
     """
     config, arch = plan.config, plan.arch
+    check_family(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     # `resume` looks again, at the base's hash and the data too
     if check_output(config) is None and config.init_from is not None:
         check_source(config.init_from)

@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "data.bos",
     "data.eos",
     "model.path",
+    "model.family",
     "model.rope.replace",
     "resume.",
     "init_from",

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "data.mask_documents",
     "model.dtype",
     "model.base",
+    "model.fp8_recipe",
 )
 """What `resume.allow` may name. The rest decides what the trained tensors are or mean: another value is another run.
 

@@ -48,6 +48,7 @@ class RunConfig:
         self._check_lengths()
         self._check_training()
         self._check_stream()
+        self._check_family()
         unit = self.parallel.tp * self.parallel.cp
         if self.eval.prefill is not None and self.eval.prefill % unit:
             raise ConfigError(
@@ -164,6 +165,21 @@ class RunConfig:
                     f"train.stream: {stream} tokens do not divide over tp {self.parallel.tp} x cp {self.parallel.cp}; "
                     f"use {-(-stream // unit) * unit}."
                 )
+
+    def _check_family(self) -> None:
+        """What Transformer Engine's layers do without."""
+        if self.model.family != "te":
+            return
+        if self.parallel.engine == "zero3":
+            raise ConfigError(
+                "parallel.engine: zero3 shards the matrices of our own linears; set model.family: local, or "
+                "parallel.engine: megatron."
+            )
+        if self.train.without:
+            raise ConfigError(
+                f"train.without: {', '.join(self.train.without)} switches off what our own layers do; remove it, or "
+                "set model.family: local."
+            )
 
     @property
     def sequence(self) -> int:

@@ -22,6 +22,9 @@ POLICIES = ("full", "gate_up", "pointwise", "none")
 RECOMPUTE = (*POLICIES, "auto")
 BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
+FAMILIES = ("local", "megatron", "te")
+FP8_RECIPES = ("none", "tensorwise", "blockwise", "mxfp8")
+BACKENDS = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_2", "flash_attn_4", "math")
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "balanced_attention", "kernels")
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
@@ -43,6 +46,13 @@ class ModelConfig:
     """How the frozen matrices of the layers are kept: bf16 (as model.dtype says) | fp8 (e4m3, one scale a row; products
     in FP8, Hopper and newer) | nf4 (4 bits, QLoRA's). Quantized while the checkpoint is read; adapters, norms,
     embedding and lm_head are never. docs/BASE.md."""
+    family: str = "local"
+    """Whose linears and norms the layers are made of: local (ours) | te (Transformer Engine's, on a GPU that has it;
+    engine megatron) | megatron (megatron-core's, to compare). Checkpoints and exports are the same. docs/SPEED.md."""
+    fp8_recipe: str = "none"
+    """In what family te multiplies while it trains: none (model.dtype) | tensorwise (FP8, one scale a tensor) |
+    blockwise (FP8, scales of blocks of 128; Hopper) | mxfp8 (FP8, of blocks of 32; Blackwell). Evaluations are in
+    model.dtype."""
     rope: RopeSettings = field(default_factory=RopeSettings)
     vocab: int | None = None
     """Embedding rows, more than the checkpoint's where tokens were added (new rows: mean of the old); None: its own."""
@@ -54,6 +64,22 @@ class ModelConfig:
         at_least("model.vocab", 1 if self.vocab is None else self.vocab, 1)
         one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
         one_of("model.base", self.base, BASES)
+        one_of("model.family", self.family, FAMILIES)
+        one_of("model.fp8_recipe", self.fp8_recipe, FP8_RECIPES)
+        if self.base != "bf16" and self.family != "local":
+            raise ConfigError(
+                f"model.base: {self.base} is kept by our own linears; set model.family: local, or model.base: bf16."
+            )
+        if self.fp8_recipe != "none" and self.family != "te":
+            raise ConfigError(
+                f"model.fp8_recipe: {self.fp8_recipe} is Transformer Engine's; set model.family: te, or remove it "
+                "(model.base: fp8 is ours)."
+            )
+        if self.fp8_recipe != "none" and self.dtype == "fp32":
+            raise ConfigError(
+                f"model.fp8_recipe: {self.fp8_recipe} rounds bf16 to 8 bits, and model.dtype is fp32; set one of them "
+                "to its default."
+            )
 
     @property
     def element_bytes(self) -> int:
@@ -78,7 +104,8 @@ class AttentionConfig:
     """For studies: above 1, heads that shifted_heads names are not shifted; they see every so many-th token of segments
     that are as many times as long as a group. Sequence over group makes it strided attention."""
     backend: str = "auto"
-    """auto | cudnn | flash | flash_attn | math."""
+    """auto | cudnn | flash (torch's) | flash_attn (the package: release 4 where it can run, else 2) | flash_attn_2 |
+    flash_attn_4 | math."""
     legacy_wrap: bool = False
     """Reproduce the published roll, which leaks the future; for parity studies only."""
     full_last_steps: int = 0
@@ -87,7 +114,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         one_of("attention.kind", self.kind, ("s2", "full"))
         one_of("attention.shifted_heads", self.shifted_heads, ("upper_half", "alternate", "none", "all", "odd_layers"))
-        one_of("attention.backend", self.backend, ("auto", "cudnn", "flash", "flash_attn", "math"))
+        one_of("attention.backend", self.backend, BACKENDS)
         at_least("attention.full_last_steps", self.full_last_steps, 0)
         at_least("attention.dilation", self.dilation, 1)
         if self.dilation > 1 and self.shifted_heads == "none":

@@ -9,7 +9,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -28,6 +28,12 @@ from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan
 from pipeline.planning.tensors import padded_vocab, vocab_range
+
+NORMS_INSIDE = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Norms that family te has inside a linear, by the names of ours."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class LlamaChunk(MegatronModule):
         family: whose classes the layers are of (`spec.FAMILIES`).
         without: optimisations switched off (train.without).
         base: how frozen matrices are kept (model.base).
+        recipe: model.fp8_recipe.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class LlamaChunk(MegatronModule):
         family: str = "local",
         without: Sequence[str] = (),
         base: str = "bf16",
+        recipe: str = "none",
     ) -> None:
         super().__init__(config=config)
         self.arch, self.rope, self.lora, self.groups = arch, rope, lora, groups
@@ -94,7 +102,9 @@ class LlamaChunk(MegatronModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_submodules(arch, lora, [policies[layer] for layer in self.chunk.layers], family, without, base),
+            spec=block_submodules(
+                arch, lora, [policies[layer] for layer in self.chunk.layers], family, without, base, recipe
+            ),
             pg_collection=groups,
             pre_process=self.chunk.first,
             post_process=self.chunk.last,
@@ -128,16 +138,19 @@ class LlamaChunk(MegatronModule):
             yield "embedding.weight" if getattr(parameter, "shared_copy", False) else self._canonical(name), parameter
 
     def _canonical(self, name: str) -> str:
-        """With the layer's global index; a linear goes by the same name with adapters beside it and without."""
+        """With the layer's global index; a linear goes by the same name with adapters beside it and without, a norm
+        by the same one inside a linear and before it."""
         if not name.startswith("decoder.layers."):
             return name
         _, _, index, rest = name.split(".", 3)
-        return f"decoder.layers.{self.chunk.layers[int(index)]}.{rest.replace('.base.', '.')}"
+        rest = rest.replace(".base.", ".")
+        return f"decoder.layers.{self.chunk.layers[int(index)]}.{NORMS_INSIDE.get(rest, rest)}"
 
     def frozen_matrices(self) -> Iterator[tuple[str, FrozenWeight]]:
         """(canonical name, matrix) of the layers' linears, which never train."""
         for name, module in self.named_modules():
-            if name.startswith("decoder.") and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            # Of any family; nothing else in a layer has both.
+            if name.startswith("decoder.") and hasattr(module, "weight") and hasattr(module, "tp_group"):
                 yield self._canonical(f"{name}.weight"), kept_by(module)
 
     @property

@@ -70,6 +70,7 @@ class RankModel(torch.nn.Module):
         stream: train chunk by chunk of so many tokens (`streaming`); None: whole sequences. Needs one stage.
         prefill: score with full attention chunk by chunk of so many tokens (`prefill`); None: whole sequences.
         base: how frozen matrices are kept (model.base).
+        recipe: in what linears multiply (model.fp8_recipe).
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class RankModel(torch.nn.Module):
         stream: int | None = None,
         prefill: int | None = None,
         base: str = "bf16",
+        recipe: str = "none",
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -109,7 +111,9 @@ class RankModel(torch.nn.Module):
             )
             with home:
                 self.chunks.append(
-                    LlamaChunk(arch, rope, lora, config, groups.collection, chunk, policies, family, without, base)
+                    LlamaChunk(
+                        arch, rope, lora, config, groups.collection, chunk, policies, family, without, base, recipe
+                    )
                 )
         if shards is not None:
             (stage,) = self.stages

@@ -1,7 +1,7 @@
 """From an architecture to megatron-core's layer spec: which class sits where.
 
-A `LayerFamily` names the classes: ours, or megatron-core's own, which ours are measured against. Adapters, attention
-and layers are the same for all, and so is every tensor a checkpoint holds.
+A `LayerFamily` names the classes: ours, megatron-core's own, which ours are measured against, or Transformer Engine's.
+Adapters, attention and layers are the same for all, and so is every tensor a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from parallel.errors import ConfigError
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import CoreAttention, LongAttention
+from pipeline.model.layers import transformer_engine as te
 from pipeline.model.layers.activation import EagerSwiGlu, SwiGlu
 from pipeline.model.layers.layer import LlamaLayer
 from pipeline.model.layers.linear import LastRowParallelLinear, TiledColumnParallelLinear, TiledRowParallelLinear
@@ -42,7 +44,7 @@ class LayerFamily:
     """Which class each part of a layer is."""
 
     column: Linear
-    """Column-parallel linear: qkv, gate and up."""
+    """Column-parallel linear: qkv, gate and up; without a `layer_norm` before it, it has one inside."""
     row: Linear
     """Row-parallel linear whose output stays in the layer: o_proj."""
     last_row: Linear
@@ -112,8 +114,24 @@ FAMILIES = {
         fused_qkv=False,
         keeps=False,
     ),
+    # Norms lie inside the column-parallel linears. Attention, RoPE, SwiGLU, residual sums and adapters are ours.
+    "te": LayerFamily(
+        column=te.norm_column,
+        row=te.row,
+        last_row=te.row,
+        norm=te.norm,
+        mlp=partial(TiledMLP, tiled=False),
+        activation=SwiGlu,
+        add=residual_add,
+        last_add=last_residual_add,
+        fused=True,
+        layer_norm=IdentityOp,
+        joint=False,
+        fused_qkv=True,
+        keeps=False,
+    ),
 }
-"""By name."""
+"""By name, as in model.family."""
 WITHOUT: dict[str, dict[str, Any]] = {
     "joint_adapters": {"joint": False},
     "stream_norm": {"layer_norm": RMSNorm},
@@ -159,10 +177,24 @@ def in_form(family: LayerFamily, form: str) -> LayerFamily:
     if form not in FORMS:
         return family
     if not family.keeps:
-        raise ConfigError(f"model.base: {form} needs our own linears; use --family local, or model.base: bf16.")
+        raise ConfigError(f"model.base: {form} needs our own linears; set model.family: local, or model.base: bf16.")
     linears = family.column, family.row, family.last_row
     column, row, last_row = (_keeping(linear, form, family.fused) for linear in linears)
     return replace(family, column=column, row=row, last_row=last_row)
+
+
+def in_recipe(family: LayerFamily, recipe: str) -> LayerFamily:
+    """A family whose linears multiply as model.fp8_recipe says, one of `transformer_engine`'s or none.
+
+    Raises:
+        ConfigError: its linears know no recipes.
+    """
+    if recipe == "none":
+        return family
+    if family.column is not te.norm_column:
+        raise ConfigError(f"model.fp8_recipe: {recipe} is Transformer Engine's; set model.family: te, or remove it.")
+    column, row = partial(te.norm_column, recipe=recipe), partial(te.row, recipe=recipe)
+    return replace(family, column=column, row=row, last_row=row)
 
 
 def _again(family: LayerFamily, recompute: RecomputePolicy) -> bool:
@@ -287,6 +319,7 @@ def block_submodules(
     family: str = "local",
     without: Sequence[str] = (),
     base: str = "bf16",
+    recipe: str = "none",
 ) -> TransformerBlockSubmodules:
     """Specs of Llama layers, one a policy, and the final norm; adapted projections get adapters beside them.
 
@@ -295,14 +328,15 @@ def block_submodules(
         family: name of a LayerFamily.
         without: optimisations switched off, keys of WITHOUT.
         base: model.base.
+        recipe: model.fp8_recipe.
 
     Raises:
-        ConfigError: the family cannot keep matrices so.
+        ConfigError: the family cannot keep matrices so, or multiply so.
     """
     classes = FAMILIES[family]
     for word in without:
         classes = replace(classes, **WITHOUT.get(word, {}))
-    classes = in_form(classes, base)
+    classes = in_recipe(in_form(classes, base), recipe)
     return TransformerBlockSubmodules(
         layer_specs=[_layer(arch, lora, policy, classes) for policy in recompute], layer_norm=classes.norm
     )

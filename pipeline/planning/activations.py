@@ -56,23 +56,21 @@ def layer_memory(
     query, key_value = arch.heads * arch.head_dim // tp, arch.kv_heads * arch.head_dim // tp
     hidden, ffn = arch.hidden // tp, arch.ffn // tp
     targets = config.lora.targets if rank and "lora" in config.train.trainable else ()
-    # An MLP with biases goes the way of one with adapters: not through tiles.
-    adapted = arch.mlp_bias or any(target in ("gate", "up", "down") for target in targets)
+    # An MLP with biases, or of another family's linears, goes the way of one with adapters: not through tiles.
+    family = config.model.family
+    adapted = family != "local" or arch.mlp_bias or any(target in ("gate", "up", "down") for target in targets)
     # What enters and leaves attention's kernels, and fp32 log-sum-exps.
     attended = 2 * query + 2 * key_value + 4 * arch.heads // tp // width
+    # What norms make for adapters; where the norm is inside a linear nothing can make it again.
+    normed = hidden * (any(target in "qkv" for target in targets) + any(target in ("gate", "up") for target in targets))
     low = {target: rank * (tp if target in COLUMN else 1) for target in targets}
     inner = sum(low.get(target, 0) for target in ("gate", "up", "down")) // tp
     # What norms of queries and keys keep: their inputs.
     heads = query + key_value if arch.qk_norm else 0
     # The input of both norms, and of the adapters what the frozen products do not keep.
-    base = 2 * hidden + attended + heads + sum(low.values()) // tp
+    base = 2 * hidden + attended + heads + sum(low.values()) // tp + normed * (family == "te")
     product = ffn * ("down" in targets)
-    again = (
-        query * ("o" in targets)
-        + hidden * any(target in "qkv" for target in targets)
-        + hidden * any(target in ("gate", "up") for target in targets)
-        + product
-    )
+    again = query * ("o" in targets) + normed * (family != "te") + product
     kept = {
         FULL: hidden,
         # A checkpointed MLP of other kinds keeps its input, which a frozen one has a norm make again.
@@ -113,6 +111,8 @@ def layer_memory(
     tiled = {policy: not adapted and policy in (FULL, GATE_UP) for policy in RecomputePolicy}
     beside = {
         policy: work_bytes(config.model.base, arch, tp, of_tile if tiles else tokens, width, tiles)
+        # The widest that a product of family te takes in 8 bits: the gradient of gate and up.
+        + 2 * ffn * tokens * (config.model.fp8_recipe != "none")
         for policy, tiles in tiled.items()
     }
     return LayerMemory(

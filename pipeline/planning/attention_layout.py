@@ -35,7 +35,7 @@ class AttentionSpec:
     legacy_wrap: bool = False
     """Reproduce the published roll, which leaks the future; parity studies only."""
     backend: str = "auto"
-    """auto | cudnn | flash | flash_attn | math."""
+    """attention.backend."""
     kernels: bool = True
     """Merge attention over a halo and over own keys in one kernel, where there is one (train.without: kernels)."""
     window: int | None = None

@@ -87,6 +87,47 @@ def divides(form: str, arch: LlamaArch, tp: int) -> bool:
     return _odd(form, arch, tp) is None
 
 
+RECIPE_UNIT = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""What widths, and the tokens a product is made with, must be multiples of under model.fp8_recipe."""
+RECIPE_BYTES = 2 + 1 / 16
+"""Of an element that Transformer Engine keeps in FP8 beside the matrix, once for either product; scales of blocks of 32
+included."""
+
+
+def recipe_bytes(recipe: str, arch: LlamaArch, tp: int) -> int:
+    """Bytes that one layer's matrices take in FP8 on a rank, beside themselves."""
+    if recipe == "none":
+        return 0
+    shapes = (local_shape(part, arch, tp) for part in PROJECTIONS)
+    return round(RECIPE_BYTES * sum(rows * columns for rows, columns, _ in shapes))
+
+
+def check_recipe(recipe: str, arch: LlamaArch, tp: int, tokens: int) -> None:
+    """Refuse what Transformer Engine would refuse in the first step.
+
+    Args:
+        tokens: that a rank has of all sequences at work at once, under sequence parallelism its own.
+
+    Raises:
+        ConfigError: they or a width are no multiple of `RECIPE_UNIT`.
+    """
+    unit = RECIPE_UNIT.get(recipe, 1)
+    mend = "use a smaller parallel.tp, or set another model.fp8_recipe"
+    for part in PROJECTIONS:
+        rows, columns, _ = local_shape(part, arch, tp)
+        for width in (rows, columns):
+            if width % unit:
+                raise ConfigError(
+                    f"model.fp8_recipe: {recipe} takes widths that are multiples of {unit}, but a rank has {width} of "
+                    f"{part}_proj; {mend}."
+                )
+    if tokens % unit:
+        raise ConfigError(
+            f"model.fp8_recipe: {recipe} takes tokens in multiples of {unit}, but a rank has {tokens} (data.sequence "
+            "or train.stream over tp and cp, times train.micro_batch); change one of them."
+        )
+
+
 def check_base(form: str, arch: LlamaArch, tp: int) -> None:
     """Refuse a grid or a model whose matrices a form cannot keep.
 

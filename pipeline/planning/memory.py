@@ -14,7 +14,7 @@ from pipeline.config.run import RunConfig
 from pipeline.planning.activations import layer_memory, peak_of
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
-from pipeline.planning.base_form import layer_bytes
+from pipeline.planning.base_form import layer_bytes, recipe_bytes
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
 from pipeline.planning.tensors import PROJECTIONS, has_bias, norm_elements, projection_shape
@@ -123,6 +123,8 @@ def estimate_memory(
     host = {"process": PROCESS} | ({"gate and up": parked} if parked else {})
     (host if offload.params == "cpu" else gpu)["frozen weights, shard" if zero3 else "frozen weights"] = layered
     (host if offload.optimizer == "cpu" else gpu)["optimizer"] = optimizer
+    if config.model.fp8_recipe != "none":
+        gpu["frozen weights, again in FP8"] = layers * recipe_bytes(config.model.fp8_recipe, arch, grid.tp)
     if zero3:
         # One buffer for the unit at work, which may be the output matrix, and one for each that is fetched ahead.
         unit = max(layer, max(counts.head, counts.embedding) * width // grid.tp)

@@ -29,7 +29,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
 from pipeline.planning.balance import advise, busiest_rank
-from pipeline.planning.base_form import check_base
+from pipeline.planning.base_form import check_base, check_recipe
 from pipeline.planning.context_shards import least_saved
 from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
@@ -207,6 +207,8 @@ class RunPlan:
         asked = "none" if config.train.recompute == "auto" else config.train.recompute
         stream = plan_stream(config, arch, grid, plan_recompute(asked, arch.layers, config.train.gate_up), gpu)
         check_window(config, arch, config.eval.prefill or stream)
+        tokens = config.train.micro_batch * grid.shard_tokens(min(stream or config.sequence, config.sequence))
+        check_recipe(config.model.fp8_recipe, arch, grid.tp, tokens // grid.tp)
         return cls(
             config=config,
             arch=arch,

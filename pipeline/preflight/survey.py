@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import step_of
@@ -170,6 +171,22 @@ class Space:
     """Which file system."""
 
 
+def check_package(family: str) -> list[Finding]:
+    """The package that model.family's layers are made of, where it is none that is always there."""
+    if family != "te":
+        return []
+    name, problem = "Transformer Engine", ""
+    try:
+        found = version("transformer-engine")
+    except PackageNotFoundError:
+        found = "none"
+        problem = (
+            "Transformer Engine: model.family: te needs it, and it is not installed; install it beside a GPU "
+            "(docs/LAUNCH.md), or set model.family: local."
+        )
+    return [Finding(name, found, "any", problem)]
+
+
 def check_disk(spaces: Sequence[Space]) -> list[Finding]:
     """Every file system against all that will be written to it."""
     findings = []
@@ -242,7 +259,7 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     if config.eval.path is not None:
         longest = max(config.eval_lengths)
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
-    findings = [check_gpus(machine.gpus, launch.processes), layout]
+    findings = [check_gpus(machine.gpus, launch.processes), *check_package(config.model.family), layout]
     if plan is not None:
         estimate = plan.memory()
         findings.append(check_gpu_memory(machine.gpus, launch.processes, estimate))

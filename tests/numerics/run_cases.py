@@ -88,10 +88,10 @@ def write_case(folder: Path, name: str, model: str = "llama", **over: Any) -> Pa
     return path
 
 
-def train_named(path: Path, env: RankEnv) -> None:
+def train_named(path: Path, env: RankEnv, overrides: tuple[str, ...] = ()) -> None:
     """As `train_here`; what fails says which case it is, of many that one set of ranks trains."""
     try:
-        train_here(path, env)
+        train_here(path, env, overrides)
     except BaseException as error:
         raise AssertionError(path.stem) from error
 

@@ -37,13 +37,15 @@ def stage_of(
     lora: LoraConfig | None = None,
     base: str = "bf16",
     recompute: str = "none",
+    family: str = "local",
 ) -> LlamaChunk:
     arch = read_arch(folder)
     rope = plan_rope(arch, settings or RopeSettings(), context or arch.max_positions)
     config = transformer_config(arch, plan_grid(1, 1, 1, 1), torch.float32, CPU)
     policies = plan_recompute(recompute, arch.layers)
     groups = single_groups().collection
-    stage = LlamaChunk(arch, rope, lora or LoraConfig(rank=0), config, groups, recompute=policies, base=base)
+    adapters = lora or LoraConfig(rank=0)
+    stage = LlamaChunk(arch, rope, adapters, config, groups, recompute=policies, family=family, base=base)
     load_base(stage, HfCheckpoint(folder))
     init_adapters(stage, 0)
     return stage.eval()

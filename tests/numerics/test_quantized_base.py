@@ -104,7 +104,7 @@ def test_fp8_trains_near_peft_on_the_dequantized_weights(
 
 
 def test_megatrons_own_linears_cannot_keep_it() -> None:
-    with pytest.raises(ConfigError, match=r"model\.base: nf4 needs our own linears; use --family local"):
+    with pytest.raises(ConfigError, match=r"model\.base: nf4 needs our own linears; set model\.family: local"):
         in_form(FAMILIES["megatron"], "nf4")
 
 

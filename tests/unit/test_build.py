@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +23,12 @@ from pipeline.config.parallel import ParallelConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.evaluation import evaluator
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.model.layers import transformer_engine
 from pipeline.planning.arch import read_arch
 from pipeline.planning.run_plan import plan_run
-from pipeline.train import train
+from pipeline.train import main, train
 from tests.numerics.test_training import write_run
+from tests.support import te_standin
 from tests.support.ranks import run_ranks
 from tests.support.runs import build_run
 
@@ -175,3 +178,32 @@ def test_fp8_is_refused_where_a_gpu_cannot_multiply_so(
     config = load_config(write_run(tmp_path, "fp8"), ["model.base=fp8", f"model.dtype={dtype}"])
     with pytest.raises(ConfigError, match=said):
         composition.check_backend(config, read_arch(Path(config.model.path)), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_machine_without_transformer_engine_says_so_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], installed: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(composition, "open_base", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr(transformer_engine.importlib.util, "find_spec", lambda name: "there" if installed else None)
+    path = write_run(tmp_path, "te")
+    assert main(["--config", str(path), "--set", "model.family=te"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "model.family" in line]
+    wanted = "needs a CUDA device, but this is cpu" if installed else "needs Transformer Engine, which is not installed"
+    assert len(told) == 1 and wanted in told[0] and told[0].endswith("set model.family: local.")
+
+
+def test_a_transformer_engine_that_does_not_load_or_run_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    with te_standin.standing_in():
+        transformer_engine.check_transformer_engine(cuda, "tensorwise")
+        package = sys.modules["transformer_engine.pytorch"]
+        with monkeypatch.context() as patched:
+            patched.setattr(package, "is_fp8_available", lambda return_reason: (False, "Device is too old."))
+            with pytest.raises(ConfigError, match=r"fp8_recipe: tensorwise cannot run here \(Device is too old\);"):
+                transformer_engine.check_transformer_engine(cuda, "tensorwise")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[te_standin.WRAPPERS], "HAVE_TE", False)
+            with pytest.raises(ConfigError, match="is installed but does not load"):
+                transformer_engine.check_transformer_engine(cuda, "none")

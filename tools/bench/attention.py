@@ -27,7 +27,7 @@ from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, he
 from pipeline.reporting.command import command
 from tools.support.command_line import add_integers, console_of
 
-BACKENDS = ("cudnn", "flash", "flash_attn")
+BACKENDS = ("cudnn", "flash", "flash_attn_2", "flash_attn_4")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

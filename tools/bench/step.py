@@ -10,8 +10,8 @@ group: memory and compute are real, communication takes no time, and the losses 
 is real. Tokens/s are per GPU: sequence tokens over the step's time over the ranks that share a sequence.
 
 Variants are measured in turn, in one process, each a model of its own: settings of a run's YAML that differ
-(`--variant`, repeatable, all against one command line), families of layers (`--family local megatron` puts
-megatron-core's own beside ours) and, of one model, sizes of tensor parallelism's tiles (`--tile-scale`). "formula" is
+(`--variant`, repeatable, all against one command line), families of layers (`--family local te` puts Transformer
+Engine's beside ours) and, of one model, sizes of tensor parallelism's tiles (`--tile-scale`). "formula" is
 what `planning.memory` says of the peak, CUDA's context left out, and "off" what the measured one differs by.
 
 Alone, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over NCCL, say what a
@@ -42,9 +42,8 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.build import build_model
 from pipeline.config.paths import user_path
-from pipeline.config.sections import BASES, RECOMPUTE
+from pipeline.config.sections import BASES, FAMILIES, RECOMPUTE
 from pipeline.config.yaml_file import load_config
-from pipeline.model.spec import FAMILIES
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning import tile_size
 from pipeline.planning.memory import CUDA_CONTEXT, GIB
@@ -116,7 +115,7 @@ def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
     with tempfile.TemporaryDirectory(prefix="longspan-bench-") as folder:
         path = Path(folder) / "bench.yaml"
         path.write_text(yaml.safe_dump(tree))
-        config = load_config(path, [*settings_of(args), *variant.settings])
+        config = load_config(path, [*settings_of(args), f"model.family={variant.family}", *variant.settings])
     if config.parallel.pp > 1:
         raise ConfigError("parallel.pp: one rank of a pipeline waits for others; measure it with tools.dry_run.")
     shared = config.parallel.tp * config.parallel.cp
@@ -126,14 +125,14 @@ def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
 
 
 def stepper(
-    args: argparse.Namespace, plan: RunPlan, groups: Groups, family: str
+    args: argparse.Namespace, plan: RunPlan, groups: Groups
 ) -> tuple[Callable[[int], float], Callable[[], None]]:
     """What takes an optimizer step and returns its seconds, and what gives page-locked memory back.
 
     Its errors: LongspanError where gradients were not finite, as arithmetic on NaN and zeros is faster than on numbers.
     """
     config = plan.config
-    model = build_model(plan, config.lora, groups, RandomBase(plan.arch), family).train()
+    model = build_model(plan, config.lora, groups, RandomBase(plan.arch)).train()
     mark_trainable(model, config.train.trainable)
     steps = TimedStep(model, groups, config.parallel.offload.optimizer == "cpu")
     shape = config.train.micro_batch, config.sequence
@@ -190,7 +189,7 @@ def measure_all(args: argparse.Namespace, env: RankEnv, world: int) -> list[dict
             env = RankEnv(rank=plan.busiest_rank() if args.rank is None else args.rank, world_size=world, local_rank=0)
         groups = make_groups(plan.grid, env, fake=alone and world > 1)
         seed_everything(0)
-        take, close = stepper(args, plan, groups, variant.family)
+        take, close = stepper(args, plan, groups)
         for scale in args.tile_scale if variant.family == "local" else [1.0]:
             tile_size.LEAST_TOKENS, tile_size.TILE_ELEMENTS = int(least * scale), int(enough * scale)
             name = variant.name if scale == 1 else f"{variant.name}, tiles x {scale:g}"
@@ -229,7 +228,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         ("--steps", 3, "timed steps"),
     )
     parser.add_argument(
-        "--family", nargs="+", choices=sorted(FAMILIES), default=["local"], help="whose layers (default local: ours)"
+        "--family", nargs="+", choices=FAMILIES, default=["local"], help="whose layers (default local: ours)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting for all; repeatable")
     parser.add_argument("--variant", action="append", metavar="'a.b=c d.e=f'", help="settings of one row; repeatable")

@@ -1,4 +1,4 @@
-"""One adapter over the attention kernels: cuDNN, torch's flash, the flash-attn package (2 or 4), and plain math.
+"""One adapter over the attention kernels: cuDNN, torch's flash, the flash-attn packages (2 and 4), and plain math.
 
 Every backend has `dense` on [B, S, H, D] views with equal query and key lengths, and may have `varlen` on packed
 [T, H, D]; both are causal, aligned bottom-right, and take fewer KV heads than query heads. K and V are expanded only
@@ -11,11 +11,6 @@ Shape suffixes: B segments, S tokens of a segment, T packed tokens, H heads, D h
 from __future__ import annotations
 
 import functools
-import importlib
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -24,44 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from parallel.errors import ConfigError
+from pipeline.config.sections import BACKENDS
+from pipeline.model.attention.flash_packages import PACKAGES, package_backend
+from pipeline.model.attention.kernel_types import Backend, Dense, LseKernel
 from pipeline.model.layers.kernel_choice import kernels_for
 
-NAMES = ("auto", "cudnn", "flash", "flash_attn", "math")
 HALF = (torch.float16, torch.bfloat16)
-FLASH_ATTN_2 = (2, 1)
-"""Oldest flash-attn 2 accepted: since 2.1 causal masks are aligned bottom-right."""
 
 _aten = torch.ops.aten
-
-Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""(q [B, S, Hq, D], k and v [B, S, Hkv, D], scale) -> [B, S, Hq, D]."""
-Varlen = Callable[..., torch.Tensor]
-"""(q [Tq, Hq, D], k and v [Tk, Hkv, D], int32 cu_seqlens of q and of k, longest q, longest k, scale) -> [Tq, Hq, D]."""
-
-
-@dataclass(frozen=True)
-class LseKernel:
-    """An aten attention operator that returns its log-sum-exps, and its backward; tensors are [B, H, S, D] views."""
-
-    name: str
-    runs: Callable[[torch.Tensor, torch.Tensor, bool], bool]
-    """(q, k, causal) -> whether these shapes and this device will do."""
-    forward: Callable[..., tuple[Any, ...]]
-    """(q, k, v, causal, scale) -> (out, natural log-sum-exp of [B, H, Sq] or [B, H, Sq, 1], rest for backward...)."""
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    """(dout, q, k, v, out, lse, rest, causal, scale) -> (dq, dk, dv)."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A family of kernels."""
-
-    name: str
-    dense: Dense
-    varlen: Varlen | None
-    """None: irregular layouts run segment by segment through `dense`."""
-    lse: tuple[LseKernel, ...] = ()
-    """In order of preference; empty: keys in two tensors are joined first."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,8 +38,8 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     varlen (flash), and shapes cuDNN refuses (one token, say) to flash. Raises ConfigError where the device cannot do
     what is asked.
     """
-    if name not in NAMES:
-        raise ConfigError(f"attention.backend: {name!r} is not one of {', '.join(NAMES)}.")
+    if name not in BACKENDS:
+        raise ConfigError(f"attention.backend: {name!r} is not one of {', '.join(BACKENDS)}.")
     if name == "math":
         return Backend("math", _sdpa(SDPBackend.MATH), None)
     if device.type != "cuda":
@@ -89,8 +54,8 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         if name == "auto":
             return Backend("math", _sdpa(SDPBackend.MATH), None)
         raise ConfigError(f"attention.backend: {name} needs bf16 or fp16, but the model runs in {dtype}; use auto.")
-    if name == "flash_attn":
-        return _flash_attn_package(device)
+    if name in PACKAGES:
+        return package_backend(name, device, head_dim)
     return _torch_half(name, device, dtype, head_dim)
 
 
@@ -325,70 +290,3 @@ def attend_pieces(
     """
     views = [x.transpose(1, 2) for x in (q_BSHD, early_k_BTHD, early_v_BTHD, own_k_BSHD, own_v_BSHD)]
     return _Pieces.apply(*views, kernel, scale, fused).transpose(1, 2)
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _flash_attn_package(device: torch.device) -> Backend:
-    """flash-attn 4 on compute capability 9 and up where installed, else flash-attn 2 from 8 up."""
-    major = torch.cuda.get_device_capability(device)[0]
-    four, two = _installed("flash-attn-4"), _installed("flash-attn")
-    if four is not None and major >= 9:
-        return _package_backend("flash_attn.cute", f"flash-attn-4 {four}")
-    if two is None:
-        hint = "it needs compute capability 9 or newer" if four else "it is not installed"
-        raise ConfigError(f"attention.backend: flash_attn cannot be used, {hint}; install flash-attn 2 or use auto.")
-    # 2.2rc1 counts as 2.2; a name without numbers as older than any.
-    if tuple(int(part) for part in re.findall(r"\d+", two)[:2]) < FLASH_ATTN_2:
-        raise ConfigError(f"attention.backend: flash-attn {two} is too old; install 2.1 or newer, or use auto.")
-    if major < 8:
-        raise ConfigError(f"attention.backend: flash-attn {two} needs compute capability 8 or newer; use auto.")
-    return _package_backend("flash_attn", f"flash-attn {two}")
-
-
-def _package_backend(module_name: str, title: str) -> Backend:
-    # Imported on request only: optional, slow to load, and compiled against one torch version.
-    try:
-        module = importlib.import_module(module_name)
-        dense_kernel, varlen_kernel = module.flash_attn_func, module.flash_attn_varlen_func
-    except (ImportError, OSError, AttributeError) as error:
-        raise ConfigError(
-            f"attention.backend: {title} is installed but does not load ({error}); reinstall it or use auto."
-        ) from error
-
-    def only_output(result: Any) -> torch.Tensor:
-        return result[0] if isinstance(result, tuple) else result  # version 4 adds the log-sum-exp
-
-    def dense(q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, scale: float) -> torch.Tensor:
-        return only_output(dense_kernel(q_BSHD, k_BSHD, v_BSHD, softmax_scale=scale, causal=True))
-
-    def varlen(
-        q_THD: torch.Tensor,
-        k_THD: torch.Tensor,
-        v_THD: torch.Tensor,
-        cu_q: torch.Tensor,
-        cu_k: torch.Tensor,
-        longest_q: int,
-        longest_k: int,
-        scale: float,
-    ) -> torch.Tensor:
-        return only_output(
-            varlen_kernel(
-                q_THD,
-                k_THD,
-                v_THD,
-                cu_seqlens_q=cu_q,
-                cu_seqlens_k=cu_k,
-                max_seqlen_q=longest_q,
-                max_seqlen_k=longest_k,
-                softmax_scale=scale,
-                causal=True,
-            )
-        )
-
-    return Backend("flash_attn", dense, varlen)

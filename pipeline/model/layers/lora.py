@@ -36,6 +36,7 @@ from pipeline.model.layers.linear import LastRowParallelLinear
 from pipeline.model.layers.lora_functions import AddUpdate, Joint, OfMade, low_rank
 from pipeline.model.layers.recipe import recipe_of
 from pipeline.model.layers.recomputation import recomputing
+from pipeline.model.layers.transformer_engine import norm_inside
 
 FuseRows = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Lay the row blocks of the parts (each [rows_part, k], in part order) out as the fused weight's rows."""
@@ -176,14 +177,14 @@ class AdaptedLinear(torch.nn.Module):
     the names they have without adapters (`LlamaChunk.canonical_parameters`).
 
     Args:
-        base: the linear.
+        base: the linear; one that normalizes its input returns (output, normed input), and the adapters see that.
         adapters: see `AdapterSet`.
         joint: make both products in one autograd function, where nothing has to be sent between them.
     """
 
     def __init__(self, base: torch.nn.Module, adapters: AdapterSet, joint: bool = False) -> None:
         super().__init__()
-        self.base, self.adapters, self.joint = base, adapters, joint
+        self.base, self.adapters, self.joint, self.normed = base, adapters, joint, norm_inside(base)
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, I] -> ([S, B, O], bias to be added later or None), as megatron's parallel linears."""
@@ -197,6 +198,8 @@ class AdaptedLinear(torch.nn.Module):
             skip = isinstance(self.base, LastRowParallelLinear) and recomputing()
             return Joint.apply(input_, *factors, weight, now, adapters.lora.scale, recipe, skip, adapters.fused), later
         base, bias = self.base(input_, *args, **kwargs)
+        if self.normed:
+            base, input_ = base
         return self.adapters(input_, base), bias
 
     def _joinable(self, input_: torch.Tensor) -> FrozenWeight | None:

@@ -116,11 +116,14 @@ class TiledMLP(MLP):
     Args:
         recompute: of the layer it is in.
         fused: use SwiGLU's kernels in tiles.
+        tiled: its linears are ours, and are nothing but products. Others' go the way of those with adapters.
     """
 
-    def __init__(self, *args: Any, recompute: RecomputePolicy, fused: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, recompute: RecomputePolicy, fused: bool = True, tiled: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.recompute, self.fused = recompute, fused
+        self.recompute, self.fused, self.tiled = recompute, fused, tiled
 
     def forward(  # megatron's arguments for experts have no meaning here
         self, hidden_states: torch.Tensor, **_: Any
@@ -150,7 +153,7 @@ class TiledMLP(MLP):
     def _frozen(self) -> tuple[FrozenWeight, FrozenWeight] | None:
         """Both weights, if they are frozen and nothing else is here: no adapters, no biases."""
         linears = self.linear_fc1, self.linear_fc2
-        if any(not hasattr(linear, "weight") or linear.bias is not None for linear in linears):
+        if not self.tiled or any(not hasattr(linear, "weight") or linear.bias is not None for linear in linears):
             return None
         gate_up, down = frozen_weight(self.linear_fc1), frozen_weight(self.linear_fc2)
         return None if gate_up is None or down is None else (gate_up, down)

@@ -351,3 +351,26 @@ def test_a_warm_up_that_outlasts_the_run_and_text_that_was_trained_on_are_warnin
         (told,) = load_config(minimal, [f"eval.path={path}", "eval.lengths=[64]"]).warnings
         assert told.startswith(f"eval.path: {path} is training text (data.path)")
     assert load_config(minimal, ["eval.path=text2", "eval.lengths=[64]"]).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.family=apex"], "model.family: 'apex' is not one of local, megatron, te"),
+        (["model.family=te", "model.base=nf4"], "model.base: nf4 is kept by our own linears"),
+        (["model.family=megatron", "model.base=fp8"], "model.base: fp8 is kept by our own linears"),
+        (["model.fp8_recipe=tensorwise"], "is Transformer Engine's; set model.family: te"),
+        (["model.family=te", "model.fp8_recipe=delayed"], "'delayed' is not one of none, tensorwise, blockwise, mxfp8"),
+        (["model.family=te", "model.fp8_recipe=mxfp8", "model.dtype=fp32"], "model.dtype is fp32"),
+        (["model.family=te", "parallel.engine=zero3"], "zero3 shards the matrices of our own linears"),
+        (["model.family=te", "train.without=[kernels]"], "switches off what our own layers do"),
+    ],
+)
+def test_families_that_cannot_be(minimal: Path, settings: list[str], said: str) -> None:
+    assert said in refused(minimal, *settings)
+
+
+def test_transformer_engine_recomputes_as_any_family(minimal: Path) -> None:
+    for words in (["train.recompute=gate_up"], ["train.recompute=pointwise", "train.gate_up=host"]):
+        config = load_config(minimal, ["model.family=te", "model.fp8_recipe=tensorwise", *words])
+        assert config.model.family == "te"

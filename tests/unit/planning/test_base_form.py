@@ -98,3 +98,48 @@ def test_grids_that_cut_blocks_are_refused() -> None:
     assert axes == {1, 2, 4}
     with pytest.raises(ConfigError, match=r"fp8 .* of 16, but a rank has 100 of .* set another model\.base"):
         check_base("fp8", replace(LLAMA2_70B, ffn=100), 1)
+
+
+TE = [*MEGATRON, "model.family=te"]
+
+
+def test_matrices_that_family_te_has_in_fp8_are_counted_beside_themselves() -> None:
+    """Twice in 8 bits and their scales, for either product; nothing at work goes through tiles."""
+    estimates = {
+        name: RunPlan.shaped(load_config(CONFIG, settings), LLAMA2_70B, 8).memory().gpu
+        for name, settings in {
+            "local": MEGATRON,
+            "te": TE,
+            "fp8": [*TE, "model.fp8_recipe=tensorwise"],
+        }.items()
+    }
+    beside = estimates["fp8"].pop("frozen weights, again in FP8")
+    assert 1.0 <= beside / estimates["fp8"]["frozen weights"] * (1 + 2 / 80) <= 1.06
+    assert estimates["te"]["frozen weights"] == estimates["local"]["frozen weights"]
+    work = "a layer or the loss at work"
+    assert estimates["local"][work] < estimates["te"][work] < estimates["fp8"][work]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ffn", "sequence", "said"),
+    [
+        ("mxfp8", 28672, 4088, "tokens in multiples of 32, but a rank has 511 "),
+        ("blockwise", 28000, 32768, "widths that are multiples of 128, but a rank has 3500 of gate_proj"),
+        ("tensorwise", 28672, 32768, ""),
+        ("none", 28000, 4088, ""),
+    ],
+)
+def test_what_a_recipe_cannot_take_is_refused_in_the_plan(recipe: str, ffn: int, sequence: int, said: str) -> None:
+    settings = [*TE, "parallel.tp=8", "parallel.cp=1", f"model.fp8_recipe={recipe}", f"data.sequence={sequence}"]
+    config = load_config(CONFIG, settings)
+    if not said:
+        assert RunPlan.shaped(config, replace(LLAMA2_70B, ffn=ffn), 8).sequence == sequence
+        return
+    with pytest.raises(ConfigError, match=said):
+        RunPlan.shaped(config, replace(LLAMA2_70B, ffn=ffn), 8)
+
+
+def test_the_planner_gives_transformer_engine_no_layout_it_refuses() -> None:
+    site = Site(find_gpu("h100-80gb"), 8, 8)
+    found = candidates(load_config(CONFIG, TE), LLAMA2_70B, site)
+    assert found and {one.plan.config.parallel.engine for one in found} == {"megatron"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.planner.auto import Device
@@ -43,3 +45,12 @@ def test_the_survey_settles_auto_for_the_gpus_there_are(tmp_path: Path) -> None:
     assert not found["Layout"].problem and found["Layout"].advice[0].startswith("parallel: auto chose")
     none = {finding.name: finding for finding in survey.survey(auto, Launch(4), replace(NODE, gpus=()), weights_bytes)}
     assert "nothing can be chosen without GPUs" in none["Layout"].problem
+
+
+def test_the_package_that_a_family_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert survey.check_package("local") == []
+    (missing,) = survey.check_package("te")
+    assert "it is not installed; install it beside a GPU" in missing.problem
+    monkeypatch.setattr(survey, "version", lambda name: {"transformer-engine": "2.20.2"}[name])
+    (there,) = survey.check_package("te")
+    assert not there.problem and there.found == "2.20.2"

@@ -13,7 +13,7 @@ from tools.bench import step
 def test_variants_are_plans_of_one_command_line() -> None:
     _, args = step.parse(
         ["--cp", "8", "--engine", "zero3", "--offload", "--layers", "20", "--family", "local", "megatron"]
-        + ["--set", "lora.rank=16", "--base", "nf4", "--variant", "train.recompute=pointwise"]
+        + ["--set", "lora.rank=16", "--variant", "train.recompute=pointwise"]
         + ["--variant", "train.recompute=auto train.gpu_gib=20", "--micro-batches", "2"]
     )  # fmt: skip
     variants = list(step.variants_of(args))
@@ -25,15 +25,16 @@ def test_variants_are_plans_of_one_command_line() -> None:
     ]
     plans = [step.plan_of(args, variant, 8) for variant in variants]
     assert set(plans[0].recompute) == {RecomputePolicy.POINTWISE} != set(plans[1].recompute)
-    for plan in plans:
-        assert (
-            plan.config.lora.rank == 16
-            and plan.config.model.base == "nf4"
-            and plan.config.parallel.offload.params == "cpu"
-        )
+    for variant, plan in zip(variants, plans, strict=True):
+        assert plan.config.model.family == variant.family
+        assert plan.config.lora.rank == 16 and plan.config.parallel.offload.params == "cpu"
         assert plan.batch.accumulation == 2 and plan.arch.layers == 20 and plan.group == 8192
         # Rank 0 has no past: half the others' attention.
         assert plan.busiest_rank() == 7
+    _, quantized = step.parse(["--base", "nf4"])
+    assert step.plan_of(quantized, step.Variant("local"), 1).config.model.base == "nf4"
+    with pytest.raises(ConfigError, match="model.base: nf4 is kept by our own linears"):
+        step.plan_of(quantized, step.Variant("megatron"), 1)
     with pytest.raises(ConfigError, match="waits for others"):
         step.plan_of(step.parse(["--set", "parallel.pp=2"])[1], step.Variant("local"), 8)
     _, bare = step.parse([])
