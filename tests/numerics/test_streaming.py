@@ -87,10 +87,10 @@ def make(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **over: An
     make_tiny(folder, kind, dtype=dtype, **over)
     arch = read_arch(folder)
 
-    def build(recompute: str = "none", **more: Any) -> RankModel:
+    def build(recompute: str = "none", stream: int | None = None, **more: Any) -> RankModel:
         lora = LoraConfig(rank=3, targets=("q", "k", "v", "o", "down"))
         rope = RopePlan("linear", arch.rope_theta, 2.0, None)
-        model = RankModel(arch, rope, lora, single_groups(), dtype, recompute, **more)
+        model = RankModel(arch, rope, lora, single_groups(), dtype, recompute, stream=stream, **more)
         load_base(model, HfCheckpoint(folder))
         init_adapters(model, 1)
         mark_trainable(model, ("lora", "embed", "norm"))

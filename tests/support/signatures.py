@@ -44,7 +44,6 @@ WANTED = {
         "transformer_engine/pytorch/module/rmsnorm.py": ("RMSNorm.__init__",),
         "transformer_engine/pytorch/ops/basic/rmsnorm.py": ("RMSNorm.__init__",),
         "transformer_engine/pytorch/quantization.py": (
-            "autocast.__init__",
             "fp8_autocast",
             "fp8_model_init",
             "is_fp8_available",

@@ -20,11 +20,12 @@ from parallel.errors import ConfigError
 
 FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 """Of Transformer Engine's recipes, by their words in model.fp8_recipe, the format each of them has by default."""
-_ASK = {
+SUPPORTED_BY = {
     "tensorwise": "is_fp8_available",
     "blockwise": "is_fp8_block_scaling_available",
     "mxfp8": "is_mxfp8_available",
 }
+"""What Transformer Engine is asked whether this GPU can."""
 
 
 def _wrappers() -> ModuleType:
@@ -54,7 +55,7 @@ def check_transformer_engine(device: torch.device, recipe: str) -> None:
         works = _wrappers().HAVE_TE
         reason: Any = "megatron-core could not import it"
         if works and recipe != "none":
-            works, reason = getattr(te, _ASK[recipe])(return_reason=True)
+            works, reason = getattr(te, SUPPORTED_BY[recipe])(return_reason=True)
     except (ImportError, OSError, AttributeError, AssertionError, RuntimeError) as error:
         raise ConfigError(
             f"model.family: Transformer Engine is installed but does not load ({error}); re{install}."

@@ -6,6 +6,8 @@ import inspect
 
 import pytest
 
+from pipeline.config.sections import FP8_RECIPES
+from pipeline.model.layers import transformer_engine
 from tests.support import te_standin
 from tests.support.signatures import WANTED, known, signature, written
 
@@ -39,6 +41,13 @@ def test_norms_are_given_what_they_are_made_of() -> None:
     """RMSNorm hands its other arguments to an operation, which must know them."""
     file = "transformer_engine/pytorch/ops/basic/rmsnorm.py"
     assert {"device", "dtype"} <= known("transformer-engine", file, "RMSNorm.__init__").parameters.keys()
+
+
+def test_a_gpu_is_asked_about_every_recipe() -> None:
+    file = "transformer_engine/pytorch/quantization.py"
+    assert transformer_engine.SUPPORTED_BY.keys() == transformer_engine.FORMATS.keys() == {*FP8_RECIPES} - {"none"}
+    for name in transformer_engine.SUPPORTED_BY.values():
+        known("transformer-engine", file, name).bind(return_reason=True)
 
 
 def test_signatures_are_read_from_source() -> None:
