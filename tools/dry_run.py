@@ -142,7 +142,8 @@ def refuse_without_gpu(plan: RunPlan) -> None:
         raise ConfigError(
             f"PyTorch sees no GPU to measure on; by formula one of {plan.grid.world_size} ranks takes about "
             f"{found.gpu_total / GIB:.1f} GiB of its GPU and {sum(found.host.values()) / GIB:.1f} GiB of host memory; "
-            "run this on a machine with one GPU, or try the same settings on a CPU with --tiny (tools.tiny_run)."
+            "run this on a machine with one GPU, or try the same settings on a CPU: longspan tiny-run (a script: "
+            "--tiny)."
         )
 
 
