@@ -33,7 +33,7 @@ from pipeline.planning.arch import LlamaArch
 from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.command import command
 from tools.support.command_line import console_of
-from tools.support.plan_fit import fit
+from tools.support.plan_fit import fit, left_out
 from tools.support.plan_points import MEASURED, POINTS, Point, misses, read_points, summary
 from tools.support.scratch import scratch, written_once
 from tools.support.shapes import config_json
@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--check", type=user_path, nargs="?", const=POINTS, help="a file of points (default: shipped)")
     parser.add_argument("--fit", type=user_path, nargs="?", const=POINTS, help="the constants that suit a file best")
+    parser.add_argument("--leave-out", action="store_true", help="with --fit: each fitted point by the others alone")
     parser.add_argument("--json", type=user_path, help="append each measured point here; --check reads it")
     parser.add_argument("--seconds", type=float, default=320, help="begin no point after so many (default 320)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default 5)")
@@ -186,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fit is not None:
         for name, value in dataclasses.asdict(fit(read_points(args.fit))).items():
             print(f"{name}: {value:.4g} (now {getattr(FITTED, name):.4g})")
+        if args.leave_out:
+            for point, off in left_out(read_points(args.fit)):
+                print(f"{point.name}: {off:+.1%} by constants of the other points")
         return 0
     return measure_all(args, RankEnv.read())
 

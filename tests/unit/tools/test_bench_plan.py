@@ -11,7 +11,7 @@ import yaml
 
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
-from pipeline.planner.clock import FITTED, Fitted, step_time
+from pipeline.planner.clock import FITTED, Fitted
 from pipeline.planner.gpus import find_gpu
 from pipeline.planning.memory import GIB
 from tests.support.tiny_models import make_tiny
@@ -46,7 +46,7 @@ def test_a_point_is_measured_by_the_real_trainer(tmp_path: Path) -> None:
 
 
 def seconds_of(point: Point, constants: Fitted) -> float:
-    return step_time(point.plan(), find_gpu(point.gpu), constants, alone=point.alone, rank=point.rank).total
+    return point.step_seconds(point.plan(), find_gpu(point.gpu), constants)
 
 
 def test_constants_are_found_again() -> None:
