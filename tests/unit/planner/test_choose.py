@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
+from pipeline.build import FP8_DEVICES
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
@@ -220,3 +221,32 @@ def test_a_batch_that_nothing_divides() -> None:
             find_model("llama2-7b").arch,
             Site.of(find_gpu("h200"), 1024),
         )
+
+
+def test_a_stream_that_lacks_host_memory_is_told_how_much_there_must_be() -> None:
+    """Found by trying: it was told that no change is enough, since what was tried did not stream."""
+    config, arch = run_of("llama3-8b", 1 << 19), find_model("llama3-8b").arch
+    config = replace(config, attention=replace(config.attention, group_size=8192))
+    gpu = find_gpu("rtx4090")
+    small = Site.of(gpu, 1, 20 * GIB)
+    found = choices(config, arch, small)
+    assert not ranked(found)
+    way = next(way for way in ways_out(config, arch, small) if "host memory" in way.change)
+    assert way.candidate.plan.stream is not None
+    enough = int(way.change.split()[0])
+    assert ranked(choices(config, arch, Site.of(gpu, 1, enough * GIB)))
+
+
+def test_fp8_is_refused_wherever_a_run_refuses_it() -> None:
+    """A run asks for compute capability 9.0 (`build.FP8_DEVICES`), which of the GPUs described here these have."""
+    config, arch = run_of("llama3-8b", 8192), find_model("llama3-8b").arch
+    config = replace(config, model=replace(config.model, base="fp8"))
+    capability = {"h100-80gb": 9, "h200": 9, "b200": 10, "a100-80gb": 8, "a100-40gb": 8, "l40s": 8, "rtx4090": 8}
+    assert set(capability) == set(read_gpus())
+    for name, major in capability.items():
+        site = Site.of(find_gpu(name), 8)
+        if (major, 0) >= FP8_DEVICES:
+            assert choices(config, arch, site)
+            continue
+        with pytest.raises(ConfigError, match=rf"e4m3 with a scale a row .*which {name} lacks; use nf4 or bf16"):
+            choices(config, arch, site)

@@ -151,7 +151,7 @@ def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_e
 
 
 def test_under_tensor_parallelism_fp8_copies_the_tiles_that_lie_apart() -> None:
-    """What a column-parallel product makes and a row-parallel one reads, and the gradients of both: read and written."""
+    """What a column-parallel product makes and a row-parallel one reads, and the gradients of both, twice each."""
     plan = plan_of("llama2-70b", ranks=4, context=8192, tp=4, base="fp8")
     moved = layer_work(plan).moved
     local = (10240 + 2 * 28672) // 4 + (8192 + 28672) // 4
