@@ -190,7 +190,7 @@ def _layer_seconds(
     exchanged += (moved.tensor_again if whole else 0.0) + (moved.tensor_tiled if tiled else 0.0)
     halo = links.seconds(moved.halo * (1 + whole + twice), grid.cp, grid.tp)
     found["communication"] = links.seconds(exchanged, grid.tp, 1) + halo
-    # Weights come ahead, beside a layer's pass and for every chunk anew, copy before gather; what takes longer is a wait.
+    # Weights come ahead, beside a layer's pass and for every chunk anew: copied, then gathered. The rest is waited for.
     gather = links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
     copy = moved.copy / gpu.rate("pcie")
     # Two ahead or more, one layer's is copied while another's is gathered.
