@@ -37,7 +37,7 @@ class Fitted:
     links: float = 0.405
     """Bytes a second that a collective gets beside the computation, over what the link is sold with."""
     host_elements: float = 98e6
-    """Elements a second that the CPU updates for one rank with the threads that `longspan launch` gives it."""
+    """Elements a second that the CPU updates for one rank with the threads that `longspan train --nproc` gives it."""
     thread_elements: float = 76.5e6
     """The same with one thread, which is what torchrun alone leaves a rank."""
     step_s: float = 0.01
