@@ -154,9 +154,11 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
             yield Way(way[0], one)
     if both is not None and grouped is not None and not either and (one := _fitting(both[1], stored, site)):
         yield Way(f"{grouped[0]} with {both[0]}", one)
-    gpus = site.gpus
+    gpus, node = site.gpus, site.gpu.gpus_a_node
     while gpus < MOST_TIMES * site.gpus:
         gpus *= 2
+        if gpus > node and gpus % node:
+            continue  # no whole machines
         one = _fitting(config, stored, replace(site, gpus=gpus))
         if one:
             yield Way(f"{gpus} GPUs", one)

@@ -250,3 +250,13 @@ def test_fp8_is_refused_wherever_a_run_refuses_it() -> None:
             continue
         with pytest.raises(ConfigError, match=rf"e4m3 with a scale a row .*which {name} lacks; use nf4 or bf16"):
             choices(config, arch, site)
+
+
+@pytest.mark.parametrize(("gpus", "context"), [(3, 1 << 19), (6, 1 << 20)])
+def test_more_gpus_that_are_advised_are_whole_machines(gpus: int, context: int) -> None:
+    """Found by trying: 12 GPUs were advised, which --gpus refuses."""
+    config, arch, gpu = run_of("llama2-70b", context), find_model("llama2-70b").arch, find_gpu("h100-80gb")
+    changes = [way.change for way in ways_out(config, arch, Site.of(gpu, gpus))]
+    more = [int(change.split()[0]) for change in changes if change.endswith(" GPUs")]
+    assert more and all(Site.of(gpu, count).gpus > gpus for count in more)
+    assert all(ranked(candidates(config, arch, Site.of(gpu, count))) for count in more)
