@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from parallel.errors import ConfigError
 from pipeline.config.parallel import OffloadConfig
@@ -84,6 +85,7 @@ class Candidate:
         """Whether it can run."""
         return self.over_gpu <= 0 and self.over_host <= 0
 
+    @cached_property
     def time(self) -> StepTime:
         """Seconds of an optimizer step."""
         return step_time(self.plan, self.site.gpu)
@@ -223,7 +225,7 @@ def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: S
     open_: list[tuple[float, float, list[Candidate]]] = []
     fastest: dict[object, float] = {}
     for alike in by_layout.values():
-        times = [(one.time().total, one.fits) for one in alike]
+        times = [(one.time.total, one.fits) for one in alike]
         fits = [seconds for seconds, fit in times if fit]
         if fits:
             kind = layout_of(alike[0].plan)
@@ -237,7 +239,7 @@ def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: S
         settings = alike[0].plan.config
         train = replace(settings.train, recompute="auto", gate_up=config.train.gate_up, gpu_gib=config.train.gpu_gib)
         one = _candidate(replace(settings, train=train), stored, site)
-        if one.fits and (seconds := one.time().total) < alone:
+        if one.fits and (seconds := one.time.total) < alone:
             mixed.append(one)
             fastest[kind] = min(fastest[kind], seconds)
     return mixed
@@ -251,6 +253,16 @@ def within(config: RunConfig, site: Site) -> Site:
     return replace(site, gpu=replace(site.gpu, memory=min(site.gpu.memory, round(asked * GIB))))
 
 
+def streamed(config: RunConfig) -> RunConfig | None:
+    """The same run with its sequences streamed; None: it cannot be, as with a group that grows with the sequence."""
+    if config.train.stream is not None:
+        return None
+    try:
+        return replace(config, train=replace(config.train, stream="auto"))
+    except ConfigError:
+        return None
+
+
 def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
     """All to choose from: `candidates`, mixes of policies, and where nothing else fits a streamed sequence.
 
@@ -261,18 +273,18 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
     """
     site = within(config, site)
     found = candidates(config, stored, site)
-    if config.train.stream is None and not any(one.fits for one in found):
+    in_chunks = None if any(one.fits for one in found) else streamed(config)
+    if in_chunks is not None:
         try:
-            streamed = replace(config, train=replace(config.train, stream="auto"))
-            found += candidates(streamed, stored, site)
+            found += candidates(in_chunks, stored, site)
         except ConfigError:
-            return found  # a group that grows with the sequence, full attention, a sliding window
+            return found  # such as a sliding window
     return found + _mixed(found, config, stored, site)
 
 
 def ranked(found: list[Candidate]) -> list[Timed]:
     """Those that fit, the fastest first; of equally fast ones what leaves room, then what offloads less."""
-    timed = [Timed(candidate, candidate.time()) for candidate in found if candidate.fits]
+    timed = [Timed(candidate, candidate.time) for candidate in found if candidate.fits]
     if not timed:
         return []
     fastest = min(one.time.total for one in timed)

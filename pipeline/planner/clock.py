@@ -7,9 +7,10 @@ What is counted is in `work` and `traffic`; what is fitted is in FITTED, all of 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.planner.gpus import Gpu
+from pipeline.planner.host_work import operations
 from pipeline.planner.traffic import Traffic, traffic
 from pipeline.planner.work import LayerWork, Work, chunks_of, layer_work, loss_work, trained_elements
 from pipeline.planning.memory import GRADIENT, OPTIMIZER
@@ -23,18 +24,22 @@ class Fitted:
 
     products: float = 0.985
     """Rate of products within a step over their rate alone (`Gpu.rate("bf16")`)."""
-    attention: float = 0.636
+    attention: float = 0.630
     """Rate of attention's forward on endless segments over what the GPU is sold with."""
-    segment: float = 3250.0
+    segment: float = 2890.0
     """Tokens of a segment at which attention runs at half that rate."""
-    memory: float = 0.79
+    memory: float = 0.83
     """Bytes a second of pointwise work over what the GPU's memory is sold with."""
-    layer_s: float = 0.74e-3
-    """Seconds of a layer's forward and backward in which the GPU waits for the host."""
-    links: float = 0.42
+    layer_s: float = 1.15e-3
+    """Seconds of a layer's forward and backward in which the GPU waits, between kernels and for the host."""
+    host_op_s: float = 22.8e-6
+    """Seconds in which the host hands PyTorch one operation: no layer takes less than its operations."""
+    links: float = 0.405
     """Bytes a second that a collective gets beside the computation, over what the link is sold with."""
-    host_elements: float = 87e6
-    """Elements a second that the CPU updates for one rank."""
+    host_elements: float = 98e6
+    """Elements a second that the CPU updates for one rank with the threads that `longspan train --nproc` gives it."""
+    thread_elements: float = 76.5e6
+    """The same with one thread, which is what torchrun alone leaves a rank."""
     step_s: float = 0.01
     """Seconds of a step that are neither a layer's nor the loss's."""
 
@@ -103,14 +108,23 @@ class _Links:
 
 
 def step_time(
-    plan: RunPlan, gpu: Gpu, fitted: Fitted = FITTED, *, alone: bool = False, rank: int | None = None
+    plan: RunPlan,
+    gpu: Gpu,
+    fitted: Fitted = FITTED,
+    *,
+    alone: bool = False,
+    rank: int | None = None,
+    one_thread: bool = False,
 ) -> StepTime:
     """Seconds of one optimizer step.
 
     Args:
         alone: nothing is sent, as where one GPU stands in for a rank of many (`tools.dry_run`).
         rank: whose; None: of the one that has most to do, for which the others wait.
+        one_thread: the CPU computes for a rank with one thread (OMP_NUM_THREADS).
     """
+    if one_thread:
+        fitted = replace(fitted, host_elements=fitted.thread_elements)
     grid, micro = plan.grid, plan.batch.accumulation
     layer, moved = layer_work(plan, rank), traffic(plan)
     share = float("inf") if alone else fitted.links
@@ -119,17 +133,20 @@ def step_time(
     longest = max(_stage_layers(plan))
     policies = Counter(plan.recompute[:longest])
     parts: defaultdict[str, float] = defaultdict(float)
-    hidden = 0.0
+    hidden, spare = 0.0, float("inf")
     for policy, count in policies.items():
-        found, beside = _layer_seconds(plan, layer, policy, moved, gpu, links, fitted)
+        found, beside, left = _layer_seconds(plan, layer, policy, moved, gpu, links, fitted)
         for name, seconds in found.items():
             parts[name] += count * seconds
         hidden += count * beside
+        spare = min(spare, left)
     for name, seconds in _seconds(loss_work(plan), gpu, fitted, segment).items():
         # The last stage alone has the loss; with a pipeline it has fewer layers for it (`plan_stages`).
         parts["loss" if name != "products" else "products"] += seconds
-    parts["communication"] += 2 * links.seconds(moved.once, grid.dp * grid.cp, grid.tp)
-    parts["copies"] += 2 * moved.once_copy / gpu.rate("pcie")
+    # The output matrix comes while the last layers are at work, and is at hand when the backward begins.
+    head = links.seconds(moved.once, grid.dp * grid.cp, grid.tp), moved.once_copy / gpu.rate("pcie")
+    away = "copies" if head[1] > head[0] else "communication"
+    parts[away] += max(0.0, max(head) - plan.config.parallel.offload.ahead * spare)
     if grid.pp > 1:
         parts["communication"] += 2 * moved.stage / (links.far if grid.world_size > gpu.gpus_a_node else links.near)
     total = {name: micro * seconds for name, seconds in parts.items()}
@@ -151,8 +168,9 @@ def _stage_layers(plan: RunPlan) -> list[int]:
 
 def _layer_seconds(
     plan: RunPlan, layer: LayerWork, policy: RecomputePolicy, moved: Traffic, gpu: Gpu, links: _Links, fitted: Fitted
-) -> tuple[dict[str, float], float]:
-    """One layer and micro-batch by what its time goes to; and what is hidden beside it."""
+) -> tuple[dict[str, float], float, float]:
+    """One layer and micro-batch by what its time goes to; what is hidden beside it; and what the links have to spare
+    while it runs forward."""
     grid = plan.grid
     segment = plan.group if plan.attention.kind == "s2" else plan.sequence
     forward, backward = (_seconds(work, gpu, fitted, segment) for work in (layer.forward, layer.backward))
@@ -163,27 +181,42 @@ def _layer_seconds(
     twice = 2.0 - 1.0 / chunks
     ahead = sum(forward.values())
     found = {name: forward[name] + backward[name] for name in forward}
+    found["pointwise"] += _seconds(layer.moved[policy], gpu, fitted, segment)["pointwise"]
     found["recompute"] = again + (twice - 1.0) * ahead
     whole = policy is RecomputePolicy.FULL
     tiled = policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP)
+    products_before = _seconds(layer.entry, gpu, fitted, segment)["products"]
     exchanged = twice * moved.tensor_forward + moved.tensor_backward
     exchanged += (moved.tensor_again if whole else 0.0) + (moved.tensor_tiled if tiled else 0.0)
     halo = links.seconds(moved.halo * (1 + whole + twice), grid.cp, grid.tp)
     found["communication"] = links.seconds(exchanged, grid.tp, 1) + halo
-    # Weights come one layer ahead, copy before gather, beside a layer's pass, and for every chunk anew; what takes
-    # longer is waited for.
-    gather = chunks * links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
-    copy = chunks * moved.copy / gpu.rate("pcie")
+    # Weights come ahead, beside a layer's pass and for every chunk anew: copied, then gathered. The rest is waited for.
+    gather = links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
+    copy = moved.copy / gpu.rate("pcie")
+    # Two ahead or more, one layer's is copied while another's is gathered.
+    fetched = gather + copy if plan.config.parallel.offload.ahead == 1 else max(gather, copy)
     waits = 0.0
-    passes = ((twice, ahead), (1.0, sum(backward.values()) + again))
-    for times, seconds in passes:
-        waits += times * max(0.0, gather + copy - seconds)
+    for passes, seconds, halos in (
+        (2 * chunks - 1, ahead / chunks, 2 * chunks - 3),
+        (chunks, (sum(backward.values()) + again) / chunks, whole * (chunks - 1)),
+    ):
+        late = max(0.0, fetched - seconds)
+        halos = max(0, halos) if copy else 0
+        # A parked halo comes over the same wires, behind the weights that a later layer is sent meanwhile: attention
+        # waits for it in the midst of its layer. Of the heads half have none, and are done first.
+        mid = max(late, copy - (products_before + forward["attention"] / 2) / chunks)
+        waits += (passes - halos) * late + halos * mid
+    # A pass begins with what the last one ended with, which its buffers still hold.
+    waits *= max(0, plan.arch.layers - plan.config.parallel.offload.ahead) / plan.arch.layers
+    gather, copy = chunks * gather, chunks * copy
     # Beside the computation a collective still takes multiprocessors and memory from it: that share is in FITTED.links.
     share = copy / (gather + copy) if copy else 0.0
     found["copies"] = waits * share
     found["communication"] += waits * (1 - share)
-    found["waiting"] = fitted.layer_s * chunks * (1 + twice) / 2
-    return found, (twice + 1.0) * (gather + copy) - waits
+    passes_of_both = chunks * (1 + twice) / 2
+    short = fitted.host_op_s * operations(plan, policy) * passes_of_both - sum(found.values())
+    found["waiting"] = max(fitted.layer_s * passes_of_both, short)
+    return found, (twice + 1.0) * (gather + copy) - waits, max(0.0, ahead / chunks - fetched)
 
 
 def _update(plan: RunPlan, moved: Traffic, gpu: Gpu, links: _Links, fitted: Fitted) -> dict[str, float]:

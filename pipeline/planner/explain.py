@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Site, Timed, each_candidate, within
+from pipeline.planner.choose import Candidate, Site, Timed, each_candidate, streamed, within
 from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
@@ -90,11 +90,14 @@ def nearest(found: list[Candidate]) -> Candidate:
 
 def _fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | None:
     """A layout that fits, if any does: the policy that keeps least tells."""
+    return next(_all_fitting(config, stored, site), None)
+
+
+def _all_fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Candidate]:
     try:
-        found = each_candidate(config, stored, within(config, site), ("full",))
-        return next((one for one in found if one.fits), None)
+        yield from (one for one in each_candidate(config, stored, within(config, site), ("full",)) if one.fits)
     except ConfigError:
-        return None
+        return
 
 
 def _fewer_tokens(config: RunConfig, stored: LlamaArch, site: Site) -> Way | None:
@@ -141,19 +144,21 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
     shorter = _fewer_tokens(config, stored, site)
     if shorter:
         yield shorter
-    smaller, streamed = _smaller_base(config), _streamed(config)
-    both = None if smaller is None or streamed is None else _smaller_base(streamed[1])
+    smaller, grouped = _smaller_base(config), _streamed(config)
+    both = None if smaller is None or grouped is None else _smaller_base(grouped[1])
     either = False
-    for way in (smaller, streamed):
+    for way in (smaller, grouped):
         one = None if way is None else _fitting(way[1], stored, site)
         if way is not None and one is not None:
             either = True
             yield Way(way[0], one)
-    if both is not None and streamed is not None and not either and (one := _fitting(both[1], stored, site)):
-        yield Way(f"{streamed[0]} with {both[0]}", one)
-    gpus = site.gpus
+    if both is not None and grouped is not None and not either and (one := _fitting(both[1], stored, site)):
+        yield Way(f"{grouped[0]} with {both[0]}", one)
+    gpus, node = site.gpus, site.gpu.gpus_a_node
     while gpus < MOST_TIMES * site.gpus:
         gpus *= 2
+        if gpus > node and gpus % node:
+            continue  # no whole machines
         one = _fitting(config, stored, replace(site, gpus=gpus))
         if one:
             yield Way(f"{gpus} GPUs", one)
@@ -164,7 +169,11 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
         if one:
             yield Way(f"as many {gpu.name}", one)
             break
-    roomy = _fitting(config, stored, replace(site, host=1 << 50))
+    ample = replace(site, host=1 << 50)
+    # A stream keeps most in host memory.
+    wanted = [config, streamed(config)]
+    rooms = [one for each in wanted if each is not None for one in _all_fitting(each, stored, ample)]
+    roomy = min(rooms, key=lambda one: one.memory.machine, default=None)
     if roomy:
         yield Way(f"{-(-roomy.memory.machine // GIB)} GiB of host memory a machine", roomy)
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import attention_work
 from pipeline.planning.base_form import local_shape, matrix_bytes
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
-from pipeline.planning.tensors import PROJECTIONS, padded_vocab, projection_shape
+from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, padded_vocab, projection_shape
+from pipeline.planning.tile_size import tile_tokens
 
 FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Projections that are one product."""
@@ -56,9 +58,13 @@ class LayerWork:
     """One layer and micro-batch."""
 
     forward: Work
+    entry: Work
+    """Of it, the products of queries, keys and values: before attention."""
     backward: Work
     again: dict[RecomputePolicy, Work]
     """What a policy computes a second time."""
+    moved: dict[RecomputePolicy, Work]
+    """Of both passes: copies of what FP8's products read and write in tiles of all ranks' tokens."""
 
 
 def tokens_of(plan: RunPlan) -> int:
@@ -71,9 +77,24 @@ def chunks_of(plan: RunPlan) -> int:
     return 1 if plan.stream is None else -(-plan.sequence // plan.stream)
 
 
+def window_of(plan: RunPlan, spec: AttentionSpec) -> int | None:
+    """Keys that a query sees at the most, its own among them; None: all before it in its group or sequence.
+
+    Groups of S² lie within a window (`run_plan.check_window`), and full attention keeps to one that all layers have.
+    """
+    window = plan.arch.sliding_window
+    return window if window is not None and spec.kind == "full" and window < plan.sequence else None
+
+
 def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
     """Triples (query head, query, key) of a rank's micro-batch in one layer; None: of the busiest rank."""
     arch, grid = plan.arch, plan.grid
+    window = window_of(plan, plan.attention)
+    if window is not None:
+        # A window's queries at a time, masked, and all keys that any of them sees (`attention.local.attend_window`).
+        cuts = [(start, min(start + window, plan.sequence)) for start in range(0, plan.sequence, window)]
+        computed = sum((stop - start) * (stop - max(0, start - window + 1)) for start, stop in cuts)
+        return arch.heads // grid.tp * computed * plan.config.train.micro_batch
     found = attention_work(arch, plan.sequence, plan.attention, grid.tp, grid.cp)
     if rank is None:
         return max(max(row) for row in found) * plan.config.train.micro_batch
@@ -91,13 +112,50 @@ def _product(plan: RunPlan, parts: Iterable[str], gradient: bool = False) -> Wor
     given, made = (rows, columns) if gradient else (columns, rows)
     form = plan.config.model.base
     if form == "fp8":
-        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first.
+        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU and its
+        # gradient are rounded as they are made, but take as long as two passes: their sigmoids, not bytes, bound them.
         rounding = tokens * given * (width + 1) + 2 * elements * gradient
         return Work(0.0, operations, float(tokens * (given + width * made) + elements), pointwise=float(rounding))
     stored = sum(matrix_bytes(form, shape[0], shape[1], shape[2], width) for shape in shapes)
     # NF4: dequantized before each.
     decoded = chunks_of(plan) * stored + width * elements if form == "nf4" else 0
     return Work(operations, 0.0, width * float(tokens * (rows + columns) + elements), pointwise=float(decoded))
+
+
+def _tiles(plan: RunPlan, width: int) -> int:
+    tokens = plan.config.train.micro_batch * plan.grid.shard_tokens(min(plan.stream or plan.sequence, plan.sequence))
+    return -(-tokens // tile_tokens(width, plan.grid.tp))
+
+
+def product_tiles(plan: RunPlan, parts: Iterable[str]) -> int:
+    """Tiles of a frozen product that is made alone (`parallel.axes.tensor.TokenTiles`)."""
+    shapes = [local_shape(part, plan.arch, plan.grid.tp) for part in parts]
+    # Without tensor parallelism nothing is gathered or summed beside it.
+    return 1 if plan.grid.tp == 1 else _tiles(plan, 2 * max(sum(shape[0] for shape in shapes), shapes[0][1]))
+
+
+def mlp_tiles(plan: RunPlan) -> int:
+    """Tiles of a frozen MLP that makes gate and up again (`layers.mlp`)."""
+    return _tiles(plan, 2 * plan.arch.ffn // plan.grid.tp + 2 * plan.arch.hidden)
+
+
+def _moved(plan: RunPlan, policy: RecomputePolicy) -> Work:
+    """See `LayerWork.moved`: bf16's products read and write tiles where they lie, FP8's do not.
+
+    What a column-parallel product makes and a row-parallel one reads is all ranks' tokens; so are their gradients.
+    """
+    if plan.config.model.base != "fp8" or plan.grid.tp == 1:
+        return Work()
+    # A frozen MLP that goes tile by tile has no such tensors.
+    apart = FUSED[:2] if policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP) else FUSED
+    values = 0
+    for parts in apart:
+        shapes = [local_shape(part, plan.arch, plan.grid.tp) for part in parts]
+        values += (product_tiles(plan, parts) > 1) * (
+            shapes[0][1] if parts[0] in ROW_PARALLEL else sum(s[0] for s in shapes)
+        )
+    again = 1 + (policy is RecomputePolicy.FULL) / 2
+    return Work(pointwise=2.0 * again * 2 * tokens_of(plan) * values * plan.config.model.element_bytes)
 
 
 def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
@@ -128,7 +186,10 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     # Outputs of norms that adapters read; and of the MLP gate and up from its input.
     few = Work(pointwise=norms * scale)
     again = {"full": whole, "gate_up": products[("gate", "up")] + few, "none": Work()}
-    return LayerWork(ahead, back, {policy: again.get(policy.value, few) for policy in RecomputePolicy})
+    policies = {policy: again.get(policy.value, few) for policy in RecomputePolicy}
+    return LayerWork(
+        ahead, products[FUSED[0]], back, policies, {policy: _moved(plan, policy) for policy in RecomputePolicy}
+    )
 
 
 def trains_head(plan: RunPlan) -> bool:
@@ -164,9 +225,11 @@ def useful_operations(plan: RunPlan, full: bool = False) -> float:
     ends = sum(sum(projection_shape(part, arch)) for part in adapted)
     layer = 4 * matrices + 6 * lora.rank * ends
     spec = plan.full_attention if full else plan.attention
-    pairs = plan.batch.global_batch * sum(sum(row) for row in attention_work(arch, plan.sequence, spec, 1, 1))
+    window, pairs = window_of(plan, spec), sum(sum(row) for row in attention_work(arch, plan.sequence, spec, 1, 1))
+    if window is not None:
+        pairs = arch.heads * (window * (window + 1) // 2 + (plan.sequence - window) * window)
     times = 6 if trains_head(plan) else 4
-    attention = 3.0 * FORWARD * arch.head_dim * pairs
+    attention = 3.0 * FORWARD * arch.head_dim * plan.batch.global_batch * pairs
     return tokens * (arch.layers * layer + times * arch.vocab * arch.hidden) + arch.layers * attention
 
 

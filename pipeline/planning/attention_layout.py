@@ -7,6 +7,7 @@ tensors reach the kernel as views.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -303,12 +304,15 @@ class SequenceLayout:
         """
 
         def make() -> tuple[tuple[Span, ...], tuple[Straddle, ...]]:
-            inside, straddles = [], []
-            for row, start, stop in self.segments(group, shifted):
-                if first <= start < last:
-                    inside.append((row, start - first, min(stop, last) - first))
-                elif start < first < stop:
-                    straddles.append((row, start, min(stop, last) - first))
+            inside, straddles, cuts = [], [], self.segments(group, shifted)
+            for row in range(self.batch):
+                # A long sequence has many shards, and each few of its segments.
+                low = max(0, bisect_right(cuts, (row, first, self.sequence)) - 1)
+                for of, start, stop in cuts[low : bisect_left(cuts, (row, last))]:
+                    if of == row and first <= start:
+                        inside.append((row, start - first, min(stop, last) - first))
+                    elif of == row and first < stop:
+                        straddles.append((row, start, min(stop, last) - first))
             return self._as_spans(tuple(inside), packed), tuple(_join_rows(straddles))
 
         return self.remember(("shard", group, shifted, packed, first, last), make)

@@ -3,6 +3,7 @@
 On one GPU the process is the busiest rank of each point's many (tools/bench/plan_grid.yaml): the real loader, trainer
 and kernels, nothing sent. A point is measured with two small numbers of layers, and its time and memory extended to the
 model's: both grow by the same with every layer. Under torchrun the points of as many real ranks are measured.
+With `--json FILE` what FILE has is not measured again: a grid can be measured in parts (`--estimate`: how long).
 `--check FILE` shows what the planner says beside what a file of points says (default: tools/bench/points.yaml), and
 `--fit` what constants would suit the points that are marked for it.
 """
@@ -28,16 +29,21 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.hf.weight_source import WeightSource
 from pipeline.planner.clock import FITTED
+from pipeline.planner.footprint import footprint
 from pipeline.planner.gpus import named_by
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.command import command
 from tools.support.command_line import console_of
-from tools.support.plan_fit import fit
+from tools.support.plan_fit import fit, left_out
 from tools.support.plan_points import MEASURED, POINTS, Point, misses, read_points, summary
 from tools.support.scratch import scratch, written_once
 from tools.support.shapes import config_json
 
+ESTIMATED = "h200"
+MADE_S, DRAWN = 6.0, 1.05 * GIB
+"""Seconds to make a model and begin; bytes a second that random weights reach page-locked host memory: docs/LOG.md."""
 GRID = Path(__file__).with_name("plan_grid.yaml")
 READ = {"seconds a step": "seconds", "peak GiB allocated": "allocated", "peak GiB reserved": "reserved"}
 """What a dry run prints, by the names of MEASURED."""
@@ -49,6 +55,8 @@ def extended(few: dict[str, float], many: dict[str, float], layers: tuple[int, i
     But what the allocator holds beyond what is allocated does not grow with layers: that of the larger number is added.
     """
     first, second = layers
+    if first == second:
+        return few
     found = {what: few[what] + (many[what] - few[what]) * (wanted - first) / (second - first) for what in few}
     if "reserved" in found:
         found["reserved"] = found["allocated"] + many["reserved"] - many["allocated"]
@@ -98,14 +106,15 @@ def release() -> None:
 
 
 def read_grid(file: Path, ranks: int | None) -> list[tuple[Point, tuple[int, int]]]:
-    """Points to measure and their numbers of layers.
+    """Points to measure and their numbers of layers, twice the same where all are measured.
 
     Args:
         ranks: of torchrun: the real points of as many; None: those that one GPU stands in for.
     """
     found = []
     for entry in yaml.safe_load(file.read_text(encoding="utf-8")):
-        first, second = entry.pop("layers")
+        layers = entry.pop("layers")
+        first, second = layers[0], layers[-1]
         real = entry.pop("real", False)
         if real == (ranks is not None) and (ranks is None or entry["ranks"] == ranks):
             found.append((Point(**entry, use="held", alone=not real), (first, second)))
@@ -114,8 +123,8 @@ def read_grid(file: Path, ranks: int | None) -> list[tuple[Point, tuple[int, int
 
 def measured(point: Point, layers: tuple[int, int], env: RankEnv, steps: int, gpu: str) -> dict[str, Any]:
     """A point as points.yaml has it, with what was measured of both numbers of layers."""
-    both = [measure_once(point, number, env, steps) for number in layers]
-    whole = extended(both[0], both[1], layers, point.plan().arch.layers)
+    both = [measure_once(point, number, env, steps) for number in dict.fromkeys(layers)]
+    whole = extended(both[0], both[-1], layers, point.plan().arch.layers)
     entry = {key: value for key, value in dataclasses.asdict(point).items() if value is not None}
     return entry | {name: round(value, 4) for name, value in whole.items()} | {"gpu": gpu, "source": "tools.bench.plan"}
 
@@ -130,9 +139,7 @@ def measure_all(args: argparse.Namespace, env: RankEnv) -> int:
     if known is None:
         raise ConfigError(f"tools.bench.plan: {torch.cuda.get_device_name()} is not in pipeline/planner/gpus.yaml.")
     began, left = time.monotonic(), []
-    for point, layers in read_grid(GRID, env.world_size if env.launched else None):
-        if args.only and not any(word in point.name for word in args.only):
-            continue
+    for point, layers in wanted(args, env.world_size if env.launched else None):
         # Ranks have clocks of their own, and would part company.
         if not env.launched and time.monotonic() - began > args.seconds:
             left.append(point.name)
@@ -147,6 +154,45 @@ def measure_all(args: argparse.Namespace, env: RankEnv) -> int:
                 file.write("- " + json.dumps(entry) + "\n")
     if left:
         print(f"not measured, {args.seconds} s were over: {', '.join(left)}")
+    return 0
+
+
+def wanted(args: argparse.Namespace, ranks: int | None) -> list[tuple[Point, tuple[int, int]]]:
+    """`read_grid` less what --only leaves out and what --json has already.
+
+    Args:
+        ranks: as in `read_grid`.
+    """
+    done = {point.name for point in read_points(args.json)} if args.json and args.json.is_file() else set()
+    chosen = args.only or [""]
+    return [
+        (point, layers)
+        for point, layers in read_grid(GRID, ranks)
+        if point.name not in done and any(word in point.name for word in chosen)
+    ]
+
+
+def seconds_to_measure(point: Point, layers: tuple[int, int], steps: int) -> float:
+    """About how long `measured` takes on an H200: models are made and weights drawn, one step is not timed."""
+    total = 0.0
+    for number in dict.fromkeys(layers):
+        small = dataclasses.replace(point, layers=number, gpu=ESTIMATED)
+        away = footprint(small.plan(), 1).pinned
+        total += MADE_S + away / DRAWN + (steps + 1) * small.predicted()["seconds"]
+    return total
+
+
+def estimate(args: argparse.Namespace) -> int:
+    """Print what is left to measure and how long it takes."""
+    for ranks in (None, 2):
+        left = [(point, seconds_to_measure(point, layers, args.steps)) for point, layers in wanted(args, ranks)]
+        for point, seconds in left:
+            print(f"{seconds:6.0f} s  {point.name}")
+        if left:
+            minutes = sum(seconds for _, seconds in left) / 60
+            gpus = "one GPU" if ranks is None else f"{ranks} GPUs under torchrun"
+            print(f"{len(left)} points on {gpus}: about {minutes:.1f} minutes")
+    print("In parts: --json FILE --seconds S begins no point after S seconds; the same again leaves out what FILE has.")
     return 0
 
 
@@ -170,24 +216,34 @@ def check(file: Path) -> int:
     return 0
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--check", type=user_path, nargs="?", const=POINTS, help="a file of points (default: shipped)")
     parser.add_argument("--fit", type=user_path, nargs="?", const=POINTS, help="the constants that suit a file best")
+    parser.add_argument("--leave-out", action="store_true", help="with --fit: each fitted point by the others alone")
     parser.add_argument("--json", type=user_path, help="append each measured point here; --check reads it")
+    parser.add_argument("--estimate", action="store_true", help="what is left to measure, and how long it takes")
     parser.add_argument("--seconds", type=float, default=320, help="begin no point after so many (default 320)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="points with one of these words in their name")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence."""
+    args = parse(argv)
     if args.check is not None:
         return check(args.check)
     if args.fit is not None:
         for name, value in dataclasses.asdict(fit(read_points(args.fit))).items():
             print(f"{name}: {value:.4g} (now {getattr(FITTED, name):.4g})")
+        if args.leave_out:
+            for point, off in left_out(read_points(args.fit)):
+                print(f"{point.name}: {off:+.1%} by constants of the other points")
         return 0
-    return measure_all(args, RankEnv.read())
+    return estimate(args) if args.estimate else measure_all(args, RankEnv.read())
 
 
 if __name__ == "__main__":

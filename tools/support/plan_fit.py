@@ -6,11 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.planner.clock import FITTED, Fitted, step_time
+from pipeline.planner.clock import FITTED, Fitted
 from pipeline.planner.gpus import find_gpu
 from tools.support.plan_points import Point
 
-FREE = ("products", "attention", "segment", "memory", "layer_s", "links", "host_elements")
+FREE = (
+    "products",
+    "attention",
+    "segment",
+    "memory",
+    "layer_s",
+    "host_op_s",
+    "links",
+    "host_elements",
+    "thread_elements",
+)
 """Constants that are fitted; the others stay."""
 PRIOR = 2e-4
 """Weight of a constant's own (relative, squared) change: what no point speaks for stays where it is."""
@@ -29,7 +39,7 @@ def fit(points: Sequence[Point], start: Fitted = FITTED) -> Fitted:
     def loss(fitted: Fitted) -> float:
         total = 0.0
         for plan, gpu, point in known:
-            found = step_time(plan, gpu, fitted, alone=point.alone, rank=point.rank).total
+            found = point.step_seconds(plan, gpu, fitted)
             total += math.log(found / (point.seconds or 1.0)) ** 2
         moved = sum(math.log(getattr(fitted, name) / getattr(start, name)) ** 2 for name in FREE)
         return total + PRIOR * moved
@@ -46,3 +56,16 @@ def fit(points: Sequence[Point], start: Fitted = FITTED) -> Fitted:
         if not better:
             step /= 2
     return best
+
+
+def left_out(points: Sequence[Point]) -> list[tuple[Point, float]]:
+    """Every fitted point, and how far the constants that suit the other points are off it (relative).
+
+    What no other point speaks for stays as it is: the figure says nothing of that constant.
+    """
+    found = []
+    for point in (each for each in points if each.use == "fit" and each.seconds):
+        constants = fit([other for other in points if other is not point])
+        seconds = point.step_seconds(point.plan(), find_gpu(point.gpu), constants)
+        found.append((point, seconds / (point.seconds or 1.0) - 1))
+    return found

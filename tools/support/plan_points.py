@@ -14,9 +14,9 @@ from parallel.errors import ConfigError
 from pipeline.config.parallel import OffloadConfig, ParallelConfig
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
-from pipeline.planner.clock import step_time
+from pipeline.planner.clock import FITTED, Fitted, step_time
 from pipeline.planner.footprint import footprint
-from pipeline.planner.gpus import find_gpu
+from pipeline.planner.gpus import Gpu, find_gpu
 from pipeline.planner.models import find_model
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
@@ -28,15 +28,15 @@ MEASURED = ("seconds", "allocated", "reserved", "host")
 
 @dataclass(frozen=True)
 class Point:
-    """One measured step of one micro-batch a rank."""
+    """One measured step."""
 
     name: str
     model: str
     ranks: int
     context: int
     set: dict[str, Any]
-    """tp cp pp engine recompute gpu_gib attention group micro_batch base stream; of parallel.offload what is not the
-    default."""
+    """tp cp pp engine recompute gate_up gpu_gib attention group micro_batch base stream; micro_batches: of a rank and
+    step (default: as many as stages); of parallel.offload what is not the default."""
     use: str
     """fit (the constants know its time) | held (they do not) | open (nor do they, and the time is far off)."""
     layers: int | None = None
@@ -44,6 +44,8 @@ class Point:
     """Whose step; None: the busiest rank's."""
     alone: bool = False
     """One GPU stood in for that rank: nothing was sent."""
+    one_thread: bool = False
+    """It ran under torchrun alone, which leaves a rank one CPU thread."""
     seconds: float | None = None
     allocated: float | None = None
     reserved: float | None = None
@@ -61,9 +63,10 @@ class Point:
         replicas = self.ranks // (axes["tp"] * axes["cp"] * axes["pp"])
         train = TrainConfig(
             steps=1,
-            global_batch=micro * replicas * axes["pp"],
+            global_batch=micro * replicas * chosen.get("micro_batches", axes["pp"]),
             micro_batch=micro,
             recompute=chosen["recompute"],
+            gate_up=chosen.get("gate_up", "gpu"),
             gpu_gib=chosen.get("gpu_gib"),
             stream=chosen.get("stream"),
         )
@@ -74,12 +77,20 @@ class Point:
         config = RunConfig(model, DataConfig("tokens"), train, "run", attention=attention, parallel=parallel)
         return RunPlan.shaped(config, arch, self.ranks)
 
+    def step_seconds(self, plan: RunPlan, gpu: Gpu, fitted: Fitted = FITTED) -> float:
+        """What the planner says of the step's time.
+
+        Args:
+            plan, gpu: the point's own.
+        """
+        return step_time(plan, gpu, fitted, alone=self.alone, rank=self.rank, one_thread=self.one_thread).total
+
     def predicted(self) -> dict[str, float]:
         """What the planner says, by the names of MEASURED."""
         plan, gpu = self.plan(), find_gpu(self.gpu)
         memory = footprint(plan, gpu.gpus_a_node)
         return {
-            "seconds": step_time(plan, gpu, alone=self.alone, rank=self.rank).total,
+            "seconds": self.step_seconds(plan, gpu),
             "allocated": memory.allocated / GIB,
             "reserved": memory.reserved / GIB,
             "host": memory.resident / GIB,

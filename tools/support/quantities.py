@@ -21,8 +21,9 @@ def quantity(flag: str, text: str, unit: int) -> int:
         ConfigError: it is none, or not positive.
     """
     match = _TEXT.fullmatch(text.strip())
-    value = round(float(match[1]) * unit ** _POWERS[match[2].lower()]) if match else 0
-    if value < 1:
+    exact = float(match[1]) * unit ** _POWERS[match[2].lower()] if match else 0.0
+    value = round(exact)
+    if value < 1 or (match is not None and not match[2] and value != exact):
         raise ConfigError(f"{flag}: {text} is no amount; write a number such as 32768, 32k, 1M or 2.1B.")
     return value
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
+from pipeline.build import FP8_DEVICES
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
@@ -56,7 +57,7 @@ def test_longer_text_never_needs_less(model: str, context: int, gpus: int) -> No
     short, long = all_on(model, context, gpus), all_on(model, 2 * context, gpus)
     for one, other in zip(short[::5], long[::5], strict=True):
         assert named(one.plan) == named(other.plan)
-        assert other.memory.gpu_total >= one.memory.gpu_total and other.time().total > one.time().total
+        assert other.memory.gpu_total >= one.memory.gpu_total and other.time.total > one.time.total
 
 
 @settings(max_examples=12)
@@ -69,7 +70,7 @@ def test_what_is_chosen_fits_and_is_the_fastest(model: str, context: int, gpus: 
     for one in found:
         assert set(one.memory.gpu) == set(KINDS) and min(one.memory.gpu.values()) >= 0
     if timed:
-        fastest = min(one.time().total for one in fitting)
+        fastest = min(one.time.total for one in fitting)
         assert timed[0].time.total <= 1.005 * fastest
 
 
@@ -220,3 +221,42 @@ def test_a_batch_that_nothing_divides() -> None:
             find_model("llama2-7b").arch,
             Site.of(find_gpu("h200"), 1024),
         )
+
+
+def test_a_stream_that_lacks_host_memory_is_told_how_much_there_must_be() -> None:
+    """Found by trying: it was told that no change is enough, since what was tried did not stream."""
+    config, arch = run_of("llama3-8b", 1 << 19), find_model("llama3-8b").arch
+    config = replace(config, attention=replace(config.attention, group_size=8192))
+    gpu = find_gpu("rtx4090")
+    small = Site.of(gpu, 1, 20 * GIB)
+    found = choices(config, arch, small)
+    assert not ranked(found)
+    way = next(way for way in ways_out(config, arch, small) if "host memory" in way.change)
+    assert way.candidate.plan.stream is not None
+    enough = int(way.change.split()[0])
+    assert ranked(choices(config, arch, Site.of(gpu, 1, enough * GIB)))
+
+
+def test_fp8_is_refused_wherever_a_run_refuses_it() -> None:
+    """A run asks for compute capability 9.0 (`build.FP8_DEVICES`), which of the GPUs described here these have."""
+    config, arch = run_of("llama3-8b", 8192), find_model("llama3-8b").arch
+    config = replace(config, model=replace(config.model, base="fp8"))
+    capability = {"h100-80gb": 9, "h200": 9, "b200": 10, "a100-80gb": 8, "a100-40gb": 8, "l40s": 8, "rtx4090": 8}
+    assert set(capability) == set(read_gpus())
+    for name, major in capability.items():
+        site = Site.of(find_gpu(name), 8)
+        if (major, 0) >= FP8_DEVICES:
+            assert choices(config, arch, site)
+            continue
+        with pytest.raises(ConfigError, match=rf"e4m3 with a scale a row .*which {name} lacks; use nf4 or bf16"):
+            choices(config, arch, site)
+
+
+@pytest.mark.parametrize(("gpus", "context"), [(3, 1 << 19), (6, 1 << 20)])
+def test_more_gpus_that_are_advised_are_whole_machines(gpus: int, context: int) -> None:
+    """Found by trying: 12 GPUs were advised, which --gpus refuses."""
+    config, arch, gpu = run_of("llama2-70b", context), find_model("llama2-70b").arch, find_gpu("h100-80gb")
+    changes = [way.change for way in ways_out(config, arch, Site.of(gpu, gpus))]
+    more = [int(change.split()[0]) for change in changes if change.endswith(" GPUs")]
+    assert more and all(Site.of(gpu, count).gpus > gpus for count in more)
+    assert all(ranked(candidates(config, arch, Site.of(gpu, count))) for count in more)

@@ -68,3 +68,34 @@ def test_pipeline_stages_hold_less_the_later_they_are() -> None:
     whole = sum(stage["weights"] for stage in stages)
     frozen = (80 * 855_638_016 + 32000 * 8192) * 2
     assert whole == pytest.approx(frozen, rel=0.1), "the parts are the model, and what trains with each"
+
+
+@pytest.mark.parametrize(("model", "context"), [("llama3-8b", 131072), ("llama3-70b", 32768), ("qwen2.5-72b", 1 << 20)])
+def test_tables_say_what_follows_from_the_layouts(model: str, context: int) -> None:
+    """By definition: a table's figures from its times, and of each kind of layout from where to where it pays."""
+    train, attention = TrainConfig(10, global_batch=512), AttentionConfig(group_size=8192)
+    config = RunConfig(ModelConfig("x", context), DataConfig("text"), train, "run", attention=attention)
+    counts = (32, 512)
+    found = scale(config, find_model(model).arch, find_gpu("h100-80gb"), counts, weak=False)
+    assert [point.gpus for point in found] == list(counts)
+    best = [point.best for point in found if point.best is not None]
+    assert len(best) == len(counts)
+    for point, one, share in zip(found, best, efficiency(found), strict=True):
+        assert point.tokens_per_second == pytest.approx(512 * context / one.time.total / point.gpus)
+        assert share == pytest.approx(best[0].time.total * counts[0] / (one.time.total * point.gpus))
+        assert min(kind.time.total for kind in point.kinds.values()) >= 0.994 * one.time.total
+        assert all(kind.candidate.fits for kind in point.kinds.values())
+    assert best[1].time.total < best[0].time.total
+    told = where_it_stops(found)
+    for kind in {kind for point in found for kind in point.kinds}:
+        pays = [
+            point.gpus
+            for point, one in zip(found, best, strict=True)
+            if kind in point.kinds and point.kinds[kind].time.total <= 1.05 * one.time.total
+        ]
+        lines = [line for line in told if line.startswith(f"{kind} pays")]
+        assert bool(lines) == bool(pays)
+        if pays:
+            assert lines[0].startswith(f"{kind} pays from {pays[0]} to {pays[-1]} GPUs")
+            beyond = pays[-1] < counts[-1] and kind in found[-1].kinds
+            assert (f"; on {counts[-1]} it takes" in lines[0]) == beyond

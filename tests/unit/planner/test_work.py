@@ -15,6 +15,7 @@ from pipeline.planner.traffic import traffic
 from pipeline.planner.work import FORWARD, FUSED, attention_pairs, layer_work, loss_work, useful_operations
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.context_shards import halo_elements
+from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import projection_shape
 from tools.support.plan_points import Point
@@ -57,6 +58,23 @@ def test_attention_pairs_are_those_of_the_mask(tp: int, cp: int, group: int) -> 
         counted[query // (sequence // cp) * tp + head // (heads // tp)] += query - start + 1
     assert {rank: attention_pairs(plan, rank) for rank in counted} == counted
     assert attention_pairs(plan) == max(counted.values())
+
+
+@pytest.mark.parametrize("window", [8, 24, 64])
+def test_of_a_sliding_window_the_keys_it_shows_are_useful(window: int) -> None:
+    """Brute force; at work are a window's queries at a time and all keys that any of them sees."""
+    sequence = 64
+    plan = plan_of("llama2-7b", context=sequence, attention="full")
+    whole, heads = useful_operations(plan), plan.arch.heads
+    windowed = replace(plan, arch=replace(plan.arch, sliding_window=window))
+    seen = sum(query - max(0, query - window + 1) + 1 for query in range(sequence))
+    every = sequence * (sequence + 1) // 2
+    a_pair = 3 * FORWARD * plan.arch.head_dim * heads * plan.arch.layers * plan.batch.global_batch
+    assert useful_operations(windowed) == whole - a_pair * (every - seen)
+    assert useful_operations(replace(windowed, attention=AttentionSpec("s2", 8))) < useful_operations(windowed)
+    blocks = [range(start, min(start + window, sequence)) for start in range(0, sequence, window)]
+    computed = sum(len(block) * (block[-1] - max(0, block[0] - window + 1) + 1) for block in blocks)
+    assert attention_pairs(windowed) == heads * (computed if window < sequence else every)
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -144,3 +162,18 @@ def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_e
     streamed = layer_work(plan_of(base="nf4", stream=1024, group=1024))
     assert streamed.forward.pointwise - plain.forward.pointwise == 4 * (stored + 2 * elements)
     assert streamed.forward.products == plain.forward.products
+
+
+def test_under_tensor_parallelism_fp8_copies_the_tiles_that_lie_apart() -> None:
+    """What a column-parallel product makes and a row-parallel one reads, and the gradients of both, twice each."""
+    plan = plan_of("llama2-70b", ranks=4, context=8192, tp=4, base="fp8")
+    moved = layer_work(plan).moved
+    local = (10240 + 2 * 28672) // 4 + (8192 + 28672) // 4
+    assert moved[RecomputePolicy.NONE].pointwise == 2 * 8192 * local * 2 * 2
+    attention = (10240 + 8192) // 4
+    assert moved[RecomputePolicy.GATE_UP].pointwise == 2 * 8192 * attention * 2 * 2
+    assert moved[RecomputePolicy.FULL].pointwise == 3 * 8192 * attention * 2 * 2, "and forward once more"
+    for other in (plan_of("llama2-70b", base="fp8"), plan_of("llama2-70b", ranks=4, tp=4, context=8192)):
+        assert not any(work.pointwise for work in layer_work(other).moved.values())
+    short = plan_of("llama2-70b", ranks=4, context=2048, tp=4, base="fp8")
+    assert not layer_work(short).moved[RecomputePolicy.NONE].pointwise, "one tile lies as it is wanted"

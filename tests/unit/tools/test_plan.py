@@ -12,6 +12,12 @@ import pytest
 
 from parallel.errors import ConfigError
 from pipeline.config.yaml_file import load_config
+from pipeline.planner.choose import Site
+from pipeline.planner.doomed import doomed
+from pipeline.planner.footprint import footprint
+from pipeline.planner.gpus import find_gpu
+from pipeline.planner.models import find_model
+from pipeline.planning.run_plan import RunPlan
 from tools.plan import main
 from tools.support.quantities import counts
 from tools.support.shapes import config_json, llama2
@@ -77,6 +83,18 @@ def test_one_sentence_for_what_is_wrong(arguments: list[str], said: str, capsys:
     assert len(lines) == 1 and said in lines[0]
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "launch/configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_yaml_is_planned(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it fits: the layout it is told can be started, and preflight would not call it doomed."""
+    gpus = "1" if "one_gpu" in file.stem or "1m" in file.stem else "8"
+    assert main(["--config", str(file), "--gpus", gpus, "--output", str(tmp_path / "best.yaml")]) == 0
+    capsys.readouterr()
+    config = load_config(tmp_path / "best.yaml")
+    stored, site = find_model(config.model.path).arch, Site.of(find_gpu("h100-80gb"), int(gpus))
+    plan = RunPlan.shaped(config, stored, site.gpus, site.gpu.memory)
+    assert doomed(plan, stored, site) == "" and footprint(plan, site.a_node).gpu_total <= site.gpu.memory
+
+
 def test_scaling_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "llama2-7b", "--context", "16k,32k", "--gpus", "8..32", "--group", "4k"]
     assert main(arguments) == 0
@@ -96,7 +114,7 @@ def test_quantities(text: str, unit: int, found: tuple[int, ...]) -> None:
     assert counts("--x", text, unit) == found
 
 
-@pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e3", "nan", "8.."])
+@pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e3", "nan", "8..", "32768.5"])
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(ConfigError, match="--x: "):
         counts("--x", text)

@@ -1,0 +1,86 @@
+"""What a step waits for, case by case against arithmetic: copies, gathers, parked halos, the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.planner.clock import FITTED, StepTime, step_time
+from pipeline.planner.gpus import Gpu, find_gpu
+from pipeline.planner.host_work import OPERATIONS, operations, tiles
+from pipeline.planner.traffic import traffic
+from pipeline.planning.base_form import layer_bytes
+from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.run_plan import RunPlan
+from tools.support.plan_points import Point
+
+H200 = find_gpu("h200")
+SLOW = replace(H200, measured={**H200.measured, "pcie": 5e9})
+"""Its copies take longer than any layer's pass."""
+
+
+def plan_of(ranks: int = 1, context: int = 8192, ahead: int = 2, **settings: object) -> RunPlan:
+    settings = {"recompute": "none", "engine": "zero3", "params": "cpu", "ahead": ahead, **settings}
+    return Point("test", "llama2-70b", ranks, context, settings, "held").plan()
+
+
+def timed(plan: RunPlan, gpu: Gpu = H200, **options: bool) -> StepTime:
+    return step_time(plan, gpu, **options)
+
+
+def test_copies_that_bound_a_step_are_what_it_takes() -> None:
+    plan = plan_of()
+    a_layer = layer_bytes("bf16", plan.arch, 1, 2) / SLOW.rate("pcie")
+    parts = timed(plan, SLOW).parts
+    # A pass begins with two layers at hand; the other 78 come one after another, forward and backward.
+    passes = sum(parts[name] for name in ("products", "attention", "pointwise")) - parts["loss"]
+    assert parts["copies"] == pytest.approx(2 * 78 * a_layer - 78 / 80 * passes, rel=0.02)
+    fast = replace(H200, measured={**H200.measured, "pcie": 5e13})
+    assert "copies" not in timed(plan, fast).parts
+
+
+def test_a_copy_and_a_gather_overlap_where_two_layers_are_fetched_ahead() -> None:
+    both = [timed(plan_of(ranks=2, cp=2, ahead=ahead), SLOW) for ahead in (1, 2)]
+    waits = [sum(time.parts[name] for name in ("copies", "communication")) for time in both]
+    moved = traffic(plan_of(ranks=2, cp=2))
+    gathers = 2 * 79 * moved.gather / (FITTED.links * 450e9)
+    # With one ahead a layer more is fetched in each pass.
+    assert gathers < waits[0] - waits[1] < gathers + 2 * moved.copy / SLOW.rate("pcie")
+
+
+def test_a_parked_halo_waits_for_the_weights_that_are_copied_before_it() -> None:
+    """A chunk's copy is shorter than a layer's pass, and would be hidden but for halos: none of one chunk."""
+    plan = plan_of(context=32768, base="fp8", stream=16384, group=8192)
+    whole = replace(plan, stream=None)
+    assert timed(whole).parts.get("copies", 0.0) == 0.0
+    copies = timed(plan).parts["copies"]
+    layer = layer_bytes("fp8", plan.arch, 1, 2) / H200.rate("pcie")
+    # Two chunks: the second, forward once, has a halo. Queries, keys and values and half of attention come before it.
+    assert 0.3 * 80 * layer < copies < 80 * layer
+    again = timed(replace(plan, recompute=(RecomputePolicy.FULL,) * 80)).parts["copies"]
+    assert again == pytest.approx(2 * copies), "a layer that runs again asks for its halo again"
+    assert "copies" not in timed(plan_of(context=32768, base="nf4", params="none", stream=8192, group=8192)).parts
+
+
+def test_no_layer_takes_less_than_the_host() -> None:
+    plan = plan_of(ranks=8, context=2048, tp=8, engine="megatron", params="none")
+    host = 80 * FITTED.host_op_s * operations(plan, RecomputePolicy.NONE)
+    time = timed(plan, alone=True)
+    rest = sum(time.parts.get(name, 0.0) for name in ("products", "attention", "pointwise", "waiting"))
+    assert rest == pytest.approx(host, rel=0.05) and time.parts["waiting"] > 80 * FITTED.layer_s
+    long = timed(plan_of(ranks=8, context=65536, tp=8, engine="megatron", params="none"), alone=True)
+    assert long.parts["waiting"] == pytest.approx(80 * FITTED.layer_s)
+
+
+def test_operations_grow_with_tiles() -> None:
+    short, long = (plan_of(ranks=8, context=context, tp=8, base="fp8") for context in (2048, 65536))
+    none = RecomputePolicy.NONE
+    assert operations(short, none) == OPERATIONS["fp8", True][none][0] and tiles(short, none) == 1
+    assert operations(long, none) == OPERATIONS["fp8", True][none][0] + (tiles(long, none) - 1) * 156
+    assert operations(short, RecomputePolicy.HOST) == operations(short, RecomputePolicy.POINTWISE)
+
+
+def test_one_thread_updates_slower_than_those_of_a_launched_rank() -> None:
+    plan = plan_of(optimizer="cpu", context=4096)
+    assert timed(plan, one_thread=True).parts["optimizer"] > 1.1 * timed(plan).parts["optimizer"]
