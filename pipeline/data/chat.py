@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.conversations import Conversation, RecordError
+from pipeline.data.conversations import Conversation, RecordError, with_text_arguments
 from pipeline.data.tokenizer import HfTokenizer, TextTokenizer
 from pipeline.data.tokenizer_files import read_json
 
@@ -101,7 +101,13 @@ class ChatTemplate:
             RecordError: the template refuses the conversation, or nothing of it would be scored.
             DataError: the template has no marks, and renders the beginning of a conversation otherwise than the whole.
         """
-        text, spans = self._rendered(conversation)
+        try:
+            text, spans = self._rendered(conversation)
+        except RecordError:
+            messages = with_text_arguments(conversation.messages)
+            if messages == conversation.messages:
+                raise
+            text, spans = self._rendered(replace(conversation, messages=messages))
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -195,8 +195,6 @@ def _read_table(table: Table, file: TextFile, text_field: str) -> Iterator[Piece
     if text_field not in table.columns:
         raise _no_field(f"{file.path}: the table", text_field, {name: [] for name in table.columns})
     for number, row in table.rows([text_field]):
-        if row[text_field] is None:
-            row[text_field] = ""
         text = _string_of(row, text_field, f"{file.path}: {table.unit} {number}")
         yield from _parts(Document(text, file.path, number))
 
@@ -241,6 +239,8 @@ def _no_field(where: str, text_field: str, record: dict[str, Any]) -> DataError:
 
 def _string_of(record: dict[str, Any], text_field: str, where: str) -> str:
     text = record[text_field]
+    if text is None:  # a missing value, as tables have them
+        return ""
     if not isinstance(text, str):
         raise DataError(f"{where} holds {type(text).__name__} in field {text_field!r}, not a string; mend it.")
     try:

@@ -351,3 +351,12 @@ def test_a_warm_up_that_outlasts_the_run_and_text_that_was_trained_on_are_warnin
         (told,) = load_config(minimal, [f"eval.path={path}", "eval.lengths=[64]"]).warnings
         assert told.startswith(f"eval.path: {path} is training text (data.path)")
     assert load_config(minimal, ["eval.path=text2", "eval.lengths=[64]"]).warnings == ()
+
+
+def test_patterns_are_paths(minimal: Path) -> None:
+    for said in ("books/*.txt", "*.txt", "books/**/[ab]?.jsonl"):
+        assert load_config(minimal, [f"data.path={said}"]).data.path == said
+    written = load_config(minimal, ["data.path=[{path: a/*.txt, weight: 2}, {path: b/**, weight: 1}]"])
+    assert [source.path for source in written.data.sources] == ["a/*.txt", "b/**"]
+    minimal.write_text(minimal.read_text() + "eval: {path: *.txt}\n")
+    assert "not valid YAML; put what begins with * into quotes." in refused(minimal)
