@@ -28,7 +28,7 @@ from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.once import Named, describe, intact, named, once, same_files
 from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader
-from pipeline.data.segments import Segment, segments
+from pipeline.data.segments import SEGMENT, Segment, segments
 from pipeline.data.shard_writer import MAX_SHARD_TOKENS, ShardWriter
 from pipeline.data.shards import Manifest, TokenShards, is_prepared, open_shards
 from pipeline.data.spelled import Spelled, special_contents
@@ -92,15 +92,35 @@ def tokenize(batch: list[Segment], tokenizer: TextTokenizer, ends: Ends = AUTO) 
     """
     bos, eos = ends.ids(tokenizer)
     rows, lengths, unfinished = [], [], 0
-    for segment in batch:
-        ids = encode_after(tokenizer, segment.left, segment.text)
-        before = [bos] if bos is not None and not segment.left else []
-        rows.append(np.array([*before, *ids, *([eos] if segment.ends and eos is not None else [])], dtype=np.uint32))
-        unfinished += rows[-1].size
-        if segment.ends:
-            lengths.append(unfinished)
-            unfinished = 0
+    for group in _groups(batch):
+        ids: list[int] = []
+        encoded = encode_after(tokenizer, [(segment.left, segment.text) for segment in group])
+        for segment, own in zip(group, encoded, strict=True):
+            begin = len(ids)
+            if bos is not None and not segment.left:
+                ids.append(bos)
+            ids += own
+            if segment.ends and eos is not None:
+                ids.append(eos)
+            unfinished += len(ids) - begin
+            if segment.ends:
+                lengths.append(unfinished)
+                unfinished = 0
+        rows.append(np.array(ids, dtype=np.uint32))
     return np.concatenate(rows), np.array(lengths, dtype=np.int64), unfinished
+
+
+def _groups(batch: list[Segment]) -> Iterator[list[Segment]]:
+    """What is tokenized in one call: many short documents, and no more than one part of a long one."""
+    group: list[Segment] = []
+    characters = 0
+    for segment in batch:
+        if group and characters + len(segment.text) > SEGMENT:
+            yield group
+            group, characters = [], 0
+        group.append(segment)
+        characters += len(segment.text)
+    yield group
 
 
 @contextmanager
