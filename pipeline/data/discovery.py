@@ -355,7 +355,8 @@ def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None
     if kind is None:
         return
     if head.startswith(_UTF16):
-        raise DataError(f"{file}: is UTF-16 text, not UTF-8; convert it, e.g. with iconv -f UTF-16 -t UTF-8.")
+        coding = "UTF-32" if head[2:4] == b"\0\0" else "UTF-16"
+        raise DataError(f"{file}: is {coding} text, not UTF-8; convert it, e.g. with iconv -f {coding} -t UTF-8.")
     if b"\0" in head:
         raise DataError(f"{file}: is no text (it has NUL bytes); convert it to UTF-8 text, or move it away.")
 

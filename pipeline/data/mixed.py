@@ -23,7 +23,7 @@ from pipeline.config.sources import SourceConfig
 from pipeline.data.discovery import matched
 from pipeline.data.packing import Window, Windows
 from pipeline.data.sampler import permutation_of, windows_at
-from pipeline.data.samples import training_windows
+from pipeline.data.samples import SampleDataset, training_windows
 from pipeline.data.shards import TokenShards
 
 
@@ -136,6 +136,13 @@ class MixedWindows:
         number = self.source_of(index)
         part = self.parts[number]
         return part.window(index - self._ends[number] + len(part), mask_documents)
+
+
+def packing_line(windows: Windows) -> str:
+    """How full conversations make their windows, for the line that a run begins with; empty: there are none."""
+    parts = windows.parts if isinstance(windows, MixedWindows) else [windows]
+    shares = [f"{part.fill:.1%}" for part in parts if isinstance(part, SampleDataset)]
+    return f"; conversations fill {' and '.join(shares)} of their windows" if shares else ""
 
 
 def open_windows(

@@ -20,7 +20,7 @@ from pipeline.config.yaml_file import dump_config
 from pipeline.data.card import MIXTURE_PAGE, mixture_lines, mixture_page
 from pipeline.data.discovery import matches_of
 from pipeline.data.document_ends import described
-from pipeline.data.mixed import shares_of
+from pipeline.data.mixed import packing_line, shares_of
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning.balance import few_windows
 from pipeline.planning.run_plan import RunPlan
@@ -152,7 +152,7 @@ def starting_line(run: Run) -> str:
     ends = "".join(f"; a document {described(*both, run.tokenizer.prompt_start)}" for both in dict.fromkeys(texts))
     line = (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
-        f"{windows:,}{often}{ends}; {attention.kind} attention{groups}{chunks}; "
+        f"{windows:,}{often}{packing_line(parts.loader.dataset)}{ends}; {attention.kind} attention{groups}{chunks}; "
         f"RoPE {rope.type}{stretch}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
         + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"

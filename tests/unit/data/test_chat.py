@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from parallel.errors import ConfigError, DataError
 from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import RecordError, conversation_of, read_records
+from pipeline.data.mixed import packing_line
 from pipeline.data.packing import IGNORE
 from pipeline.data.prepare_chat import prepare_chat
 from pipeline.data.samples import SampleDataset, training_windows
@@ -327,6 +328,8 @@ def test_windows_hold_every_sample_once_with_its_own_labels(
             wanted = [int(t) if s else IGNORE for t, s in zip(one.tokens[1:], one.scored[1:], strict=True)]
             assert labels.tolist() == [*wanted, IGNORE]
     assert sorted(found) == sorted(tuple(sample.tokens.tolist()) for sample in expected)
+    assert data.fill == sum(map(len, found)) / (256 * len(data)) > 0.8
+    assert packing_line(data) == f"; conversations fill {data.fill:.1%} of their windows"
 
 
 def test_conversations_are_trained_masked_and_whole(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:

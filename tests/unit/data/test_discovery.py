@@ -194,7 +194,7 @@ def test_other_encodings_and_binaries(tmp_path: Path, encoding: str, name: str) 
     said = refused(tmp_path)
     marked = encoding in ("utf-16", "utf-32")
     assert said.startswith(str(tmp_path / name))
-    assert ("UTF-16 text, not UTF-8; convert it" if marked else "no text (it has NUL bytes)") in said
+    assert (f"{encoding.upper()} text, not UTF-8; convert it" if marked else "no text (it has NUL bytes)") in said
     (tmp_path / name).write_bytes(b"\x7fELF\2\1\1\0" + bytes(99))
     assert "is no text (it has NUL bytes)" in refused(tmp_path)
 
