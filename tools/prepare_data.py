@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,13 +13,18 @@ import numpy as np
 from rich.console import Console
 
 from parallel.errors import ConfigError, DataError
-from pipeline.config.paths import user_path
+from pipeline.config.hub import DATASET, not_there
+from pipeline.config.paths import dataset_path, model_path, user_path
+from pipeline.config.patterns import is_pattern
 from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
+from pipeline.data.conversations import conversation_files
+from pipeline.data.discovery import matches_of, splits_of
 from pipeline.data.document_ends import Ends, described
+from pipeline.data.folders import all_or_none
 from pipeline.data.held_out import WHOLE, Part
-from pipeline.data.prepare import left_out, prepare
-from pipeline.data.prepare_chat import Account, prepare_chat, samples
+from pipeline.data.prepare import left_out, prepare, up_to_date
+from pipeline.data.prepare_chat import Account, chat_up_to_date, prepare_chat, samples
 from pipeline.data.readings import differing_readings
 from pipeline.data.shards import is_prepared, open_shards
 from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, megatron_index, prepare_tokens
@@ -110,8 +116,7 @@ def _tokens(options: argparse.Namespace, tokenizer: TextTokenizer, source: Token
     return 0
 
 
-def _text(options: argparse.Namespace, tokenizer: TextTokenizer, out: Path, part: Part) -> None:
-    ends = Ends(_CHOICES[options.bos], _CHOICES[options.eos])
+def _text(options: argparse.Namespace, tokenizer: TextTokenizer, out: Path, ends: Ends, part: Part) -> None:
     with TokenProgress(console=Console(stderr=True)) as progress:
         manifest = prepare(
             options.input, out, tokenizer, options.text_field, progress, options.workers, ends=ends, part=part
@@ -136,11 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
     parser.add_argument(
-        "--input", type=user_path, required=True, help="text, JSON lines or CSV, plain or packed; Parquet, Arrow"
+        "--input",
+        type=dataset_path,
+        required=True,
+        help="file, folder or (in quotes) pattern of text, JSON, CSV, plain or packed, Parquet or Arrow; or the Hub's "
+        "name of a data set that was downloaded",
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder to write; reused if it is up to date")
     parser.add_argument(
-        "--tokenizer", type=user_path, required=True, help="model folder with tokenizer.json, or a sentencepiece .model"
+        "--tokenizer",
+        type=model_path,
+        required=True,
+        help="model folder with tokenizer.json, or a sentencepiece .model",
     )
     parser.add_argument("--text-field", default="text", help="key or column of the text (default: text)")
     for name, place in (("bos", "before (auto: no)"), ("eos", "behind (auto: yes)")):
@@ -163,12 +175,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=_at_least_one, help="truncate longer conversations (default: never)")
     parser.add_argument("--show", type=_at_least_one, help="print so many conversations with what the loss counts")
     options = parser.parse_args(arguments)
+    if not (options.input.exists() or is_pattern(options.input)):
+        raise DataError(
+            f"{options.input}: no such file or folder; point it at text, or with --chat at conversations"
+            f"{not_there(str(options.input), DATASET)}."
+        )
+    matches = matches_of(options.input)
     tokenizer = load_tokenizer(options.tokenizer)
     if options.chat and (options.bos, options.eos) != ("auto", "auto"):
         parser.error("--bos and --eos are for text; conversations begin and end as their chat template says")
     tokens = _token_file(options, parser)
     if tokens is not None:
         return _tokens(options, tokenizer, tokens)
+    if matches:
+        print(matches)
     if not options.chat and (options.chat_template or options.max_tokens or options.show):
         parser.error("--chat-template, --max-tokens and --show are for --chat")
     parts = {options.output: WHOLE}
@@ -184,13 +204,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown = islice(samples(options.input, template, options.max_tokens, Account()), options.show or 0)
         for record, sample in shown:
             print_sample(Console(), record.where, sample, template)
+        for warning in splits_of(options.input, conversation_files(options.input)):
+            print(f"warning: {warning}", file=sys.stderr)
+        fresh = partial(chat_up_to_date, options.input, template=template, max_tokens=options.max_tokens)
+    else:
+        for warning in differing_readings(tokenizer):
+            print(f"warning: {warning}", file=sys.stderr)
+        ends = Ends(_CHOICES[options.bos], _CHOICES[options.eos])
+        fresh = partial(up_to_date, options.input, tokenizer=tokenizer, text_field=options.text_field, ends=ends)
+    stale = len(parts) > 1 and not all(fresh(out=out, part=part) for out, part in parts.items())
+    ours = [out.resolve() for out in parts if is_prepared(out) or not out.exists()]
+    with all_or_none(ours if stale else []):
         for out, part in parts.items():
-            _chat(options, tokenizer, template, out, part)
-        return 0
-    for warning in differing_readings(tokenizer):
-        print(f"warning: {warning}", file=sys.stderr)
-    for out, part in parts.items():
-        _text(options, tokenizer, out, part)
+            if options.chat:
+                _chat(options, tokenizer, template, out, part)
+            else:
+                _text(options, tokenizer, out, ends, part)
     return 0
 
 

@@ -1,5 +1,7 @@
 """Names of the Hugging Face Hub in place of paths: `org/name`, `org/name@revision`, or `hf://` before it. No torch.
 
+Behind `hf://org/name/` a path or pattern of files in it may stand.
+
 Only what was downloaded is used: a run never downloads, where each rank would, and where a machine without a network
 would wait. What is not there is told with the command that fetches it.
 """
@@ -14,6 +16,7 @@ from parallel.errors import ConfigError
 SCHEME = "hf://"
 MODEL, DATASET = "model", "dataset"
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_INSIDE = re.compile(rf"{SCHEME}([^/@]+/[^/@]+(?:@[^/]+)?)/(.+)")
 
 
 def download_command(text: str, kind: str) -> str:
@@ -34,6 +37,9 @@ def local_folder(text: str, kind: str) -> str:
     Raises:
         ConfigError: it begins with `hf://`, and is no name or was not downloaded.
     """
+    inside = _INSIDE.fullmatch(text)
+    if inside is not None:
+        return str(Path(local_folder(SCHEME + inside[1], kind), inside[2]))
     explicit = text.startswith(SCHEME)
     match = _NAME.fullmatch(text.removeprefix(SCHEME))
     if match is None or (not explicit and Path(text).exists()):

@@ -55,7 +55,16 @@ def user_path(text: str) -> Path:
 
 def model_path(text: str) -> Path:
     """An `argparse` type: a Hugging Face folder, expanded, or a name of the Hub that was downloaded."""
+    return _of_hub(text, MODEL)
+
+
+def dataset_path(text: str) -> Path:
+    """An `argparse` type: files or a pattern of them, expanded, or a data set of the Hub that was downloaded."""
+    return _of_hub(text, DATASET)
+
+
+def _of_hub(text: str, kind: str) -> Path:
     try:
-        return Path(local_folder(expand(text), MODEL))
+        return Path(local_folder(expand(text), kind))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

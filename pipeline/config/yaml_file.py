@@ -59,6 +59,8 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
+        if "alias" in f"{error.context} {error.problem}":
+            raise ConfigError(f"{where}{line}: not valid YAML; put what begins with * into quotes.") from None
         raise ConfigError(f"{where}{line}: not valid YAML, {error.problem or error.context}; mend that line.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: e.g. a date such as 2024-13-45
         raise ConfigError(f"{where}: not valid YAML, {str(error).splitlines()[0]}.") from None
@@ -217,7 +219,8 @@ def _override(tree: dict[Any, Any], text: str) -> None:
     names = [name.strip() for name in dotted.split(".")]
     if not equals or not all(names):
         raise ConfigError(f"--set {text}: expected section.key=value, such as --set train.steps=100.")
-    value = _parse_yaml(raw, f"--set {text}")
+    # Nothing on a command line has an alias of YAML.
+    value = raw.strip() if raw.lstrip().startswith("*") else _parse_yaml(raw, f"--set {text}")
     *sections, last = names
     for depth, name in enumerate(sections):
         if tree.get(name) is None:

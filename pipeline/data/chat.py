@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
-from pipeline.data.conversations import Conversation, RecordError
+from pipeline.data.conversations import Conversation, RecordError, with_text_arguments
 from pipeline.data.tokenizer import HfTokenizer, TextTokenizer
 from pipeline.data.tokenizer_files import read_json
 
@@ -49,6 +49,7 @@ class ChatTemplate:
 
     Attributes:
         source: the template's text.
+        encoder: of the library, which makes tokens of special ones.
         special: id by content of the tokenizer's special tokens.
         identity: sha256 (hex) of what decides tokens and masks beyond the tokenizer's own identity.
 
@@ -76,9 +77,9 @@ class ChatTemplate:
         except TemplateError as error:
             raise DataError(f"{file or tokenizer.path}: its chat template is no valid Jinja ({error}).") from error
         self.marked = bool(_MARKS.search(self.source))
-        self._encoder = Tokenizer.from_str(json.dumps({**tokenizer.settings, "truncation": None, "padding": None}))
+        self.encoder = Tokenizer.from_str(json.dumps({**tokenizer.settings, "truncation": None, "padding": None}))
         self.special = {
-            token.content: number for number, token in self._encoder.get_added_tokens_decoder().items() if token.special
+            token.content: number for number, token in self.encoder.get_added_tokens_decoder().items() if token.special
         }
         self._special_ids = np.array(sorted(self.special.values()), dtype=np.uint32)
         self._names = {f"{role}_token": _content(config.get(f"{role}_token")) for role in _ROLES}
@@ -101,12 +102,18 @@ class ChatTemplate:
             RecordError: the template refuses the conversation, or nothing of it would be scored.
             DataError: the template has no marks, and renders the beginning of a conversation otherwise than the whole.
         """
-        text, spans = self._rendered(conversation)
+        try:
+            text, spans = self._rendered(conversation)
+        except RecordError:
+            messages = with_text_arguments(conversation.messages)
+            if messages == conversation.messages:
+                raise
+            text, spans = self._rendered(replace(conversation, messages=messages))
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RecordError("it escapes half a surrogate pair") from error
-        encoding = self._encoder.encode(text, add_special_tokens=False)
+        encoding = self.encoder.encode(text, add_special_tokens=False)
         tokens = np.array(encoding.ids, dtype=np.uint32)
         scored = np.zeros(tokens.size, np.bool_)
         for start, stop in spans:
@@ -122,9 +129,17 @@ class ChatTemplate:
             raise RecordError("the template shows none of its answers")
         return Sample(tokens, scored)
 
+    def text_of(self, conversation: Conversation) -> str:
+        """What is tokenized.
+
+        Raises:
+            RecordError, DataError: see `sample`.
+        """
+        return self._rendered(conversation)[0]
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
-        return str(self._encoder.decode(ids, skip_special_tokens=False))
+        return str(self.encoder.decode(ids, skip_special_tokens=False))
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool, marks: bool) -> Any:
         from jinja2 import TemplateError
@@ -158,7 +173,8 @@ class ChatTemplate:
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         for place, wanted in zip(answers, trained, strict=True):
             before, _ = self._render(messages[:place], tools, True, False)
-            until, _ = self._render(messages[: place + 1], tools, False, False)
+            last = place == len(messages) - 1  # most conversations' only answer: what was rendered above
+            until = text if last else self._render(messages[: place + 1], tools, False, False)[0]
             if not (until.startswith(before) and text.startswith(until)):
                 raise DataError(
                     f"{self.tokenizer.path}: its chat template has no {{% generation %}} marks, and does not render "

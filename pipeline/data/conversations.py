@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
-from pipeline.data.discovery import BOM, HEAD, ending_of, walk
+from pipeline.data.discovery import BOM, HEAD, ending_of, matched, walk
 from pipeline.data.json_list import read_objects
 from pipeline.data.packed import opened, packing_of
 from pipeline.data.schemas import COLUMNS, schema_of
@@ -79,22 +79,25 @@ class Record:
 
 
 def conversation_files(path: Path) -> list[Path]:
-    """The file, or the JSON files and tables of a folder (not hidden ones), sorted by relative path.
+    """The file, or the JSON files and tables of a folder or pattern (not hidden ones), sorted by relative path.
 
     Raises:
         DataError: there is none.
     """
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    walked = matched(path)
+    if walked is None and not path.is_dir():
         raise DataError(f"{path}: no such file or folder; point it at conversations ({', '.join(_KINDS)}).")
     # Not a folder of prepared tokens, which may lie inside.
     found = [
-        file for file in walk(path) if ending_of(file.name)[0] in _KINDS and file.name not in _NOTES and file.is_file()
+        file
+        for file in (walk(path) if walked is None else walked)
+        if ending_of(file.name)[0] in _KINDS and file.name not in _NOTES and file.is_file()
     ]
     if not found:
         raise DataError(f"{path}: holds no conversations (no file ending in {', '.join(_KINDS)}).")
-    return sorted(found, key=lambda file: file.relative_to(path).parts)
+    return found if walked is not None else sorted(found, key=lambda file: file.relative_to(path).parts)
 
 
 def read_records(file: Path) -> Iterator[Record]:
@@ -209,7 +212,15 @@ def conversation_of(record: dict[str, Any]) -> Conversation:
     else:
         messages = [dict(message) if isinstance(message, dict) else {} for message in record["messages"]]
     # Templates print None where they take a missing field well; transformers drops it too.
-    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    messages = [
+        {
+            name: _plain(name, value)
+            for name, value in message.items()
+            if value is not None
+            and (name, value) != ("tool_calls", [])  # tables have an empty list where there is none
+        }
+        for message in messages
+    ]
     tools = record.get("tools")
     if isinstance(tools, str):  # as tables hold them
         try:
@@ -219,6 +230,51 @@ def conversation_of(record: dict[str, Any]) -> Conversation:
     if tools is not None and not isinstance(tools, list):
         raise RecordError("its tools are not a list")
     return Conversation(messages, tools or None, _checked(messages))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A field of a message as templates of text models take it: content in parts is one string."""
+    if name == "content" and isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        # As the templates that take parts write them: one behind the other.
+        others = [part.get("type") for part in value if not isinstance(part.get("text"), str)]
+        if others:
+            raise RecordError(f"a message has a part that is no text ({others[0]})")
+        return "".join(part["text"] for part in value)
+    if name == "tool_calls" and isinstance(value, list):
+        return [_call(call) for call in value]
+    return value
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as an object, which transformers' templates expect; OpenAI's are a string."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict):
+        return {**call, "function": _call(function)}
+    if isinstance(call, dict) and isinstance(call.get("arguments"), str):
+        try:
+            arguments = json.loads(call["arguments"])
+        except (ValueError, RecursionError):
+            return call
+        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return call
+
+
+def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the arguments of tool calls as JSON text, which a template may put behind other text."""
+
+    def text_of(call: Any) -> Any:
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            return {**call, "function": text_of(call["function"])}
+        if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
+            return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+        return call
+
+    return [
+        {**message, "tool_calls": [text_of(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
 
 
 def _alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from parallel.errors import DataError
+from pipeline.config.patterns import fits, is_pattern, split_pattern
 from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
 from pipeline.data.schemas import schema_of
 from pipeline.data.shards import is_prepared
@@ -66,7 +68,7 @@ _DATA_ENDINGS = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive"),
     **dict.fromkeys((".orc", ".avro", ".tfrecord", ".mds"), "data of a kind"),
 }
-_SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)[-_.]\d{5}-of-\d{5}\b")
+_SPLIT = re.compile(r"((?:train|test|validation|valid|dev|eval)\w*)[-.]\d{5}-of-\d{5}\b")
 """Names of files as the Hub's data sets have them."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -92,6 +94,7 @@ class TextFiles:
     """What a file or folder holds."""
 
     root: Path
+    """As it was asked for; of a pattern the folder above it."""
     files: tuple[TextFile, ...]
     """Sorted by relative path."""
     unread: tuple[str, ...]
@@ -106,13 +109,20 @@ class TextFiles:
             found.append(
                 f"{self.root}: {count} {'file is' if count == 1 else 'files are'} not read: {_listed(self.unread)}."
             )
-        splits = sorted({match[1] for file in self.files if (match := _SPLIT.match(file.path.name))})
-        if len(splits) > 1:
-            found.append(
-                f"{self.root}: holds the splits {', '.join(splits)} of a data set (by the names of its files), and all "
-                "of them are read; give a folder with those to train on, if not all are."
-            )
-        return tuple(found)
+        return (*found, *splits_of(self.root, [file.path for file in self.files]))
+
+
+def splits_of(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    """A sentence where files are of several splits of a data set, as the Hub names them."""
+    found = {match[1]: file for file in files if (match := _SPLIT.match(file.name))}
+    if len(found) < 2:
+        return ()
+    split = next((name for name in sorted(found) if name.startswith("train")), min(found))
+    only = found[split].with_name(f"{split}-*{found[split].suffix}")
+    return (
+        f"{root}: holds the splits {', '.join(sorted(found))} of a data set (by the names of its files), and all of "
+        f"them are read; name those to train on, e.g. '{only}', if not all are.",
+    )
 
 
 def _listed(found: tuple[str, ...]) -> str:
@@ -125,7 +135,7 @@ class _Unread(Exception):
 
 
 def find_texts(path: Path, text_field: str = "text") -> TextFiles:
-    """Every readable file at or below `path`; hidden files and folders are skipped.
+    """Every readable file at or below `path`, or that it matches; hidden files and folders are skipped.
 
     Links to folders are followed, each real folder once.
 
@@ -143,24 +153,29 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
         except _Unread as reason:
             problem = str(reason) or f"is not one of {accepted}, or not what they hold; rename or convert it"
             raise DataError(f"{path}: {problem}.") from None
-    if not path.is_dir():
+    root, walked = path, matched(path)
+    if walked is not None:
+        root = split_pattern(path)[0]
+    elif path.is_dir():
+        walked = walk(path)
+    else:
         raise DataError(f"{path}: no such file or folder; point it at text ({accepted}).")
     found: list[TextFile] = []
     unread: list[tuple[tuple[str, ...], str]] = []
     data: list[tuple[tuple[str, ...], str]] = []
-    for file in walk(path):
-        parts = file.relative_to(path).parts
+    for file in walked:
+        parts = file.relative_to(root).parts
         try:
             if file.is_dir() or _is_note(file):  # prepared tokens, or about the data
                 raise _Unread
             found.append(_look(file, text_field))
         except _Unread as reason:
-            unread.append((parts, file.relative_to(path).as_posix()))
+            unread.append((parts, file.relative_to(root).as_posix()))
             if str(reason):
                 data.append((parts, f"{file}: {reason}"))
     texts = [one for one in found if ending_of(one.path.name)[0] not in MARKDOWN]
     if texts:
-        notes = [one.path.relative_to(path) for one in found if ending_of(one.path.name)[0] in MARKDOWN]
+        notes = [one.path.relative_to(root) for one in found if ending_of(one.path.name)[0] in MARKDOWN]
         found, unread = texts, unread + [(note.parts, note.as_posix()) for note in notes]
     left = tuple(name for _, name in sorted(unread))
     if data:
@@ -169,19 +184,60 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
     if not found:
         others = f" (there are {_listed(left)})" if left else ""
         raise DataError(f"{path}: holds no file ending in {accepted}{others}; add text or point somewhere else.")
-    return TextFiles(path, tuple(sorted(found, key=lambda file: file.path.relative_to(path).parts)), left)
+    return TextFiles(root, tuple(sorted(found, key=lambda file: file.path.relative_to(root).parts)), left)
 
 
 def _is_note(file: Path) -> bool:
     return ending_of(file.name)[0] in MARKDOWN and file.name.lower().startswith(_NOTES)
 
 
-def walk(path: Path) -> list[Path]:
+def matched(path: Path) -> list[Path] | None:
+    """The files that a pattern matches, not hidden ones, sorted by relative path; None: `path` is no pattern.
+
+    Raises:
+        DataError: it matches none.
+    """
+    if not is_pattern(path):
+        return None
+    root, pattern = split_pattern(path)
+    if not root.is_dir():
+        raise DataError(f"{path}: matches no file, as there is no folder {root}; mend the pattern.")
+    below = walk(root, pattern)
+    all_of = [file for file in below if fits(file.relative_to(root).parts, pattern)]
+    files = [file for file in all_of if not file.is_dir()]
+    if not files:
+        folders = f" (but {all_of[0]}, a folder of prepared tokens; name it alone)" if all_of else ""
+        raise DataError(
+            f"{path}: matches no file{folders}; mend the pattern (* stands for part of a name, ** for folders at any "
+            "depth, and hidden files are never meant)."
+        )
+    return sorted(files, key=lambda file: file.relative_to(root).parts)
+
+
+def matches_of(path: Path) -> str:
+    """One sentence on what a pattern matches; empty: `path` is none.
+
+    Raises:
+        DataError: it matches nothing.
+    """
+    files = matched(path)
+    if files is None:
+        return ""
+    names = tuple(file.relative_to(split_pattern(path)[0]).as_posix() for file in files)
+    return f"{path} matches {len(files)} {'file' if len(files) == 1 else 'files'}: {_listed(names)}."
+
+
+def walk(path: Path, pattern: tuple[str, ...] = ()) -> list[Path]:
     """Files below a folder, and its folders of prepared tokens, which are not entered.
+
+    Args:
+        pattern: parts of one, which chooses among splits too; what lies deeper than a folder below it is not looked
+            for. (): there is none.
 
     Raises:
         DataError: it cannot be listed, or holds the splits of one dataset.
     """
+    deepest = len(pattern) if pattern and "**" not in pattern else None
     found: list[Path] = []
     visited: set[str] = set()
     for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_refuse):
@@ -192,7 +248,7 @@ def walk(path: Path) -> list[Path]:
             subfolders.clear()
             continue
         visited.add(real)
-        if SPLITS in names:
+        if SPLITS in names and not pattern:
             splits = sorted(subfolders)
             raise DataError(
                 f"{folder}: holds the splits {', '.join(splits)} of a dataset, which are not all to be trained on; "
@@ -200,6 +256,8 @@ def walk(path: Path) -> list[Path]:
             )
         # Sorted also while walking: which of two links to one folder is visited first must not depend on the disk.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if deepest is not None and len(Path(folder).relative_to(path).parts) >= deepest:
+            subfolders.clear()
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return found
 
@@ -226,8 +284,11 @@ def _look(file: Path, text_field: str) -> TextFile:
     ending, named_packed = ending_of(file.name)
     kind = _KINDS.get(ending)
     named = kind is not None or ending in TABLE_ENDINGS
-    if not file.is_file() and not named:  # a pipe would be waited for, a link to nothing is nothing
-        raise _Unread
+    if not file.is_file():  # a pipe would be waited for, a link to nothing is nothing
+        if not named:
+            raise _Unread
+        if file.exists():
+            raise DataError(f"{file}: is a pipe or a device, not a file; write what it gives into one.")
     try:
         with file.open("rb") as stream:
             head = stream.read(HEAD)
@@ -294,7 +355,8 @@ def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None
     if kind is None:
         return
     if head.startswith(_UTF16):
-        raise DataError(f"{file}: is UTF-16 text, not UTF-8; convert it, e.g. with iconv -f UTF-16 -t UTF-8.")
+        coding = "UTF-32" if head[2:4] == b"\0\0" else "UTF-16"
+        raise DataError(f"{file}: is {coding} text, not UTF-8; convert it, e.g. with iconv -f {coding} -t UTF-8.")
     if b"\0" in head:
         raise DataError(f"{file}: is no text (it has NUL bytes); convert it to UTF-8 text, or move it away.")
 

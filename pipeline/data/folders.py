@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,38 @@ def replace_folder(folder: Path, out: Path) -> None:
 def remove_leftovers(out: Path) -> None:
     """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
     for kind in ("writing", "old"):
-        prefix = f".{out.name}.{kind}-"
-        for name in os.listdir(out.parent):
-            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
-                shutil.rmtree(out.parent / name, ignore_errors=True)
+        _remove(out, kind)
+
+
+def _remove(out: Path, kind: str) -> None:
+    prefix = f".{out.name}.{kind}-"
+    for name in os.listdir(out.parent):
+        if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
+            shutil.rmtree(out.parent / name, ignore_errors=True)
+
+
+@contextmanager
+def all_or_none(folders: Sequence[Path]) -> Iterator[None]:
+    """While this lasts shard folders are written that belong together; if it fails, those that were there are back.
+
+    What stood there is put aside, under hidden names that the next success removes if this process is killed.
+    """
+    aside: list[tuple[Path, Path]] = []
+    try:
+        for folder in folders:
+            if folder.exists():
+                place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.aside-", dir=folder.parent))
+                folder.rename(place)
+                aside.append((folder, place))
+        yield
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder, place in aside:
+            place.rename(folder)
+        raise
+    for folder in folders:
+        _remove(folder, "aside")
 
 
 def read_array(file: Path) -> NDArray[Any]:

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import ConfigError
 from pipeline.config.sources import SourceConfig
+from pipeline.data.discovery import matched
 from pipeline.data.packing import Window, Windows
 from pipeline.data.sampler import permutation_of, windows_at
-from pipeline.data.samples import training_windows
+from pipeline.data.samples import SampleDataset, training_windows
 from pipeline.data.shards import TokenShards
 
 
@@ -136,6 +138,13 @@ class MixedWindows:
         return part.window(index - self._ends[number] + len(part), mask_documents)
 
 
+def packing_line(windows: Windows) -> str:
+    """How full conversations make their windows, for the line that a run begins with; empty: there are none."""
+    parts = windows.parts if isinstance(windows, MixedWindows) else [windows]
+    shares = [f"{part.fill:.1%}" for part in parts if isinstance(part, SampleDataset)]
+    return f"; conversations fill {' and '.join(shares)} of their windows" if shares else ""
+
+
 def open_windows(
     sources: Sequence[SourceConfig], stores: Sequence[TokenShards], sequence: int, mask_documents: bool
 ) -> Windows:
@@ -148,6 +157,7 @@ def open_windows(
     parts = [training_windows(store, sequence, mask_documents) for store in stores]
     if len(parts) == 1:
         return parts[0]
+    _refuse_shared_files([Path(source.path) for source in sources])
     seen: dict[str, str] = {}
     for source, store in zip(sources, stores, strict=True):
         if store.fingerprint in seen:
@@ -157,6 +167,26 @@ def open_windows(
             )
         seen[store.fingerprint] = source.path
     return MixedWindows(parts, weights_of(sources, [len(part) for part in parts]))
+
+
+def _refuse_shared_files(sources: Sequence[Path]) -> None:
+    """Raise ConfigError where a file that one pattern matches is of another source too; see also `check_sources`."""
+    files = [matched(source) for source in sources]
+    for number, one in enumerate(files):
+        real = {file.resolve() for file in one or ()}
+        for other, theirs in zip(sources, files, strict=True):
+            if other == sources[number]:
+                continue
+            both = (
+                real & {file.resolve() for file in theirs}
+                if theirs is not None
+                else {file for file in real if file.is_relative_to(other.resolve())}
+            )
+            if both:
+                raise ConfigError(
+                    f"data.path: {sources[number]} and {other} overlap, so {min(both)} would count twice; change the "
+                    "pattern."
+                )
 
 
 def weights_of(sources: Sequence[SourceConfig], windows: Sequence[int]) -> list[Fraction]:

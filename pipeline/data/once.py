@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel.errors import DataError
+from pipeline.config.patterns import is_pattern, split_pattern
 from pipeline.data.folders import remove_leftovers
 from pipeline.data.shards import Manifest, SourceEntry, is_prepared, open_shards
 from pipeline.data.tokenizer import TextTokenizer
@@ -19,8 +20,9 @@ Named = Sequence[tuple[str, Path]]
 
 
 def named(source: Path, files: Sequence[Path]) -> Named:
-    """Source files with their names: relative to the source, where that is a folder."""
-    return [(file.name if file == source else file.relative_to(source).as_posix(), file) for file in files]
+    """Source files with their names: relative to the source where that is a folder, or to the folder of a pattern."""
+    root = split_pattern(source)[0] if is_pattern(source) else source
+    return [(file.name if file == root else file.relative_to(root).as_posix(), file) for file in files]
 
 
 def describe(files: Named, described: Callable[[], None] = lambda: None) -> tuple[SourceEntry, ...]:

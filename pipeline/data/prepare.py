@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from glob import escape
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.config.patterns import is_pattern, split_pattern
 from pipeline.data.card import Notes
 from pipeline.data.discovery import find_texts
 from pipeline.data.document_ends import AUTO, Ends
@@ -26,7 +28,7 @@ from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.once import Named, describe, intact, named, once, same_files
 from pipeline.data.readings import first_format
 from pipeline.data.records import RecordReader
-from pipeline.data.segments import Segment, segments
+from pipeline.data.segments import SEGMENT, Segment, segments
 from pipeline.data.shard_writer import MAX_SHARD_TOKENS, ShardWriter
 from pipeline.data.shards import Manifest, TokenShards, is_prepared, open_shards
 from pipeline.data.spelled import Spelled, special_contents
@@ -90,15 +92,35 @@ def tokenize(batch: list[Segment], tokenizer: TextTokenizer, ends: Ends = AUTO) 
     """
     bos, eos = ends.ids(tokenizer)
     rows, lengths, unfinished = [], [], 0
-    for segment in batch:
-        ids = encode_after(tokenizer, segment.left, segment.text)
-        before = [bos] if bos is not None and not segment.left else []
-        rows.append(np.array([*before, *ids, *([eos] if segment.ends and eos is not None else [])], dtype=np.uint32))
-        unfinished += rows[-1].size
-        if segment.ends:
-            lengths.append(unfinished)
-            unfinished = 0
+    for group in _groups(batch):
+        ids: list[int] = []
+        encoded = encode_after(tokenizer, [(segment.left, segment.text) for segment in group])
+        for segment, own in zip(group, encoded, strict=True):
+            begin = len(ids)
+            if bos is not None and not segment.left:
+                ids.append(bos)
+            ids += own
+            if segment.ends and eos is not None:
+                ids.append(eos)
+            unfinished += len(ids) - begin
+            if segment.ends:
+                lengths.append(unfinished)
+                unfinished = 0
+        rows.append(np.array(ids, dtype=np.uint32))
     return np.concatenate(rows), np.array(lengths, dtype=np.int64), unfinished
+
+
+def _groups(batch: list[Segment]) -> Iterator[list[Segment]]:
+    """What is tokenized in one call: many short documents, and no more than one part of a long one."""
+    group: list[Segment] = []
+    characters = 0
+    for segment in batch:
+        if group and characters + len(segment.text) > SEGMENT:
+            yield group
+            group, characters = [], 0
+        group.append(segment)
+        characters += len(segment.text)
+    yield group
 
 
 @contextmanager
@@ -204,7 +226,7 @@ def prepare(
     Safe to call from several processes at once: one writes, the others wait and reuse.
 
     Args:
-        source: file or folder of text (see `records`).
+        source: file, folder or pattern of text (see `records`).
         out: folder to write; an older shard folder there is replaced.
         tokenizer: what to tokenize with.
         text_field: key of the text in .jsonl records.
@@ -269,7 +291,12 @@ def cache_folder(
     if ends.ids(tokenizer) != AUTO.ids(tokenizer):
         parts.append("bos {} eos {}".format(*ends.ids(tokenizer)))
     identity = "\0".join(parts)
-    return cache_dir / f"{path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return cache_dir / f"{cache_name(path)}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def cache_name(path: Path) -> str:
+    """What the names of cached folders of a source begin with, before a dash and a hash: its own, or its folder's."""
+    return (split_pattern(path)[0] if is_pattern(path) else path).resolve().name
 
 
 def left_out(path: Path, text_field: str) -> tuple[str, ...]:
@@ -300,7 +327,7 @@ def open_text_or_shards(
         ends.check(path, *shards.manifest.ends, bool(shards.manifest.chat))
         return shards
     out = cache_folder(path, cache_dir, tokenizer, text_field, ends=ends)
-    if not out.exists() and cache_dir.is_dir() and any(cache_dir.glob(f"{path.resolve().name}-*")):
+    if not out.exists() and cache_dir.is_dir() and any(cache_dir.glob(f"{escape(cache_name(path))}-*")):
         # What an earlier release cached is found under the name that it gave.
         earlier = first_format(tokenizer)
         cached = cache_folder(path, cache_dir, tokenizer, text_field, earlier, ends) if earlier is not None else out

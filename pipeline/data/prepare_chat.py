@@ -91,6 +91,20 @@ def samples(
             yield record, sample
 
 
+def _identity(template: ChatTemplate, max_tokens: int | None) -> str:
+    return hashlib.sha256(f"{template.identity} {max_tokens}".encode()).hexdigest()
+
+
+def chat_up_to_date(
+    source: Path, out: Path, template: ChatTemplate, max_tokens: int | None, part: Part = WHOLE
+) -> Manifest | None:
+    """The manifest at `out` if it was made of these conversations in this way and is intact, else None."""
+    manifest = intact(out, template.tokenizer)
+    if manifest is None or (manifest.chat, manifest.part) != (_identity(template, max_tokens), part.name):
+        return None
+    return manifest if same_files(named(source, conversation_files(source)), manifest.sources) else None
+
+
 def prepare_chat(
     source: Path, out: Path, template: ChatTemplate, max_tokens: int | None, part: Part = WHOLE
 ) -> tuple[Manifest, Account]:
@@ -101,15 +115,8 @@ def prepare_chat(
     Raises:
         DataError: see `samples`; no record can be trained on; `out` holds something else or cannot be written.
     """
-    files = named(source, conversation_files(source))
-    identity = hashlib.sha256(f"{template.identity} {max_tokens}".encode()).hexdigest()
     account = Account()
-
-    def find(out: Path) -> Manifest | None:
-        manifest = intact(out, template.tokenizer)
-        if manifest is None or (manifest.chat, manifest.part) != (identity, part.name):
-            return None
-        return manifest if same_files(files, manifest.sources) else None
+    files = named(source, conversation_files(source))
 
     def write(out: Path) -> Manifest:
         entries = describe(files)
@@ -120,6 +127,7 @@ def prepare_chat(
                 reasons = " ".join(account.sentences()) or "It holds no record."
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
+            identity = _identity(template, max_tokens)
             return writer.finish(entries, account.refused.total(), "", identity, notes, part=part.name)
 
-    return once(out, find, write), account
+    return once(out, lambda found: chat_up_to_date(source, found, template, max_tokens, part), write), account

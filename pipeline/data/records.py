@@ -11,9 +11,8 @@ import codecs
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from parallel.errors import DataError
 from pipeline.data.discovery import BOM, LINES, LIST, TEXT, TextFile, find_texts
@@ -26,8 +25,7 @@ _CHUNK = 1 << 18
 """Bytes, or characters, of a document that are in memory at once."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One non-empty document."""
 
     text: str
@@ -36,8 +34,7 @@ class Document:
     """1-based line of JSON lines and CSV, place in a JSON list, row of other tables, None for a whole file."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A document, or a part of a long one, cut anywhere."""
 
     text: str
@@ -195,21 +192,19 @@ def _read_table(table: Table, file: TextFile, text_field: str) -> Iterator[Piece
     if text_field not in table.columns:
         raise _no_field(f"{file.path}: the table", text_field, {name: [] for name in table.columns})
     for number, row in table.rows([text_field]):
-        if row[text_field] is None:
-            row[text_field] = ""
         text = _string_of(row, text_field, f"{file.path}: {table.unit} {number}")
         yield from _parts(Document(text, file.path, number))
 
 
 def _lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[Document]:
-    offset = 0
+    offset, name = 0, str(file)
     for number, line in enumerate(stream, 1):
         start = len(BOM) if number == 1 and line.startswith(BOM) else 0
         text = _decode(line[start:], file, offset + start)
         offset += len(line)
         # A blank line, usually the last one, is no record.
         if text.strip():
-            where = f"{file}: line {number}"
+            where = f"{name}: line {number}"
             yield Document(_text_of(_record_of(text, text_field, where), text_field, where), file, number)
 
 
@@ -241,6 +236,8 @@ def _no_field(where: str, text_field: str, record: dict[str, Any]) -> DataError:
 
 def _string_of(record: dict[str, Any], text_field: str, where: str) -> str:
     text = record[text_field]
+    if text is None:  # a missing value, as tables have them
+        return ""
     if not isinstance(text, str):
         raise DataError(f"{where} holds {type(text).__name__} in field {text_field!r}, not a string; mend it.")
     try:

@@ -80,6 +80,11 @@ class SampleDataset(OneStore):
         super().__init__(shards, len(self._bins))
 
     @property
+    def fill(self) -> float:
+        """Share of the windows' tokens that are of conversations; the others are padding."""
+        return len(self.shards) / (len(self) * self.sequence)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of what the windows hold: the conversations, their masks and S."""
         return hashlib.sha256(f"best-fit {self.shards.fingerprint} {self.sequence}".encode()).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SEGMENT = 1 << 18
 """Characters after which a document is cut at the next place where it may be; tokenizing takes 100 bytes for each."""
@@ -11,8 +11,7 @@ _PAIRS = 2000
 """Pairs of characters that are asked about before a piece of text counts as one without a place to cut."""
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A document, or a part of one."""
 
     left: str

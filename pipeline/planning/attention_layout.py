@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -347,8 +347,7 @@ def _cut(edges: tuple[int, ...], group: int | None, shifted: bool) -> list[tuple
     cuts = set(edges)
     if group is not None:
         cuts.update(edges[0] + start for start, _ in segments(edges[-1] - edges[0], group, shifted))
-    ordered = sorted(cuts)
-    return list(zip(ordered, ordered[1:], strict=False))
+    return list(pairwise(sorted(cuts)))
 
 
 def _runs(cuts: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -388,14 +387,8 @@ def _row_spans(row: int, cuts: list[tuple[int, int]], packed: bool) -> Iterator[
 
 def attention_spec(attention: AttentionConfig, group: int) -> AttentionSpec:
     """The training attention a configuration asks for."""
-    return AttentionSpec(
-        kind=attention.kind,
-        group=group,
-        shifted_heads=attention.shifted_heads,
-        legacy_wrap=attention.legacy_wrap,
-        backend=attention.backend,
-        dilation=attention.dilation,
-    )
+    shifted, wrap, backend = attention.shifted_heads, attention.legacy_wrap, attention.backend
+    return AttentionSpec(attention.kind, group, shifted, wrap, backend, dilation=attention.dilation)
 
 
 def full_attention(attention: AttentionConfig) -> AttentionSpec:

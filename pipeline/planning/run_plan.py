@@ -23,6 +23,7 @@ from parallel.world.grid import (
 )
 from pipeline.config.evaluation import RETRIEVAL_TASKS
 from pipeline.config.hub import DATASET, MODEL, not_there
+from pipeline.config.patterns import is_pattern
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
@@ -317,11 +318,12 @@ def plan_run(config: RunConfig, world: int, gpu: int | None = None) -> RunPlan:
             f"one from a GGUF file){not_there(config.model.path, MODEL)}."
         )
     for setting, source in config.data.named_sources.items():
-        if not Path(source).exists():
+        if not (Path(source).exists() or is_pattern(source)):
             hub = not_there(source, DATASET)
             raise ConfigError(f"{setting}: {source} does not exist; point it at text or prepared shards{hub}.")
-    if config.eval.path is not None and not Path(config.eval.path).exists():
-        raise ConfigError(f"eval.path: {config.eval.path} does not exist; point it at text or prepared shards.")
+    held_out = config.eval.path
+    if held_out is not None and not (Path(held_out).exists() or is_pattern(held_out)):
+        raise ConfigError(f"eval.path: {held_out} does not exist; point it at text or prepared shards.")
     if gpu is None and "auto" in (config.train.stream, config.train.recompute):
         gpu = smallest_gpu()
     return RunPlan.of(config, *plan_model(config.model, read_arch(folder)), world, gpu)

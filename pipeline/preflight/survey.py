@@ -10,12 +10,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.run import RunConfig
 from pipeline.data.discovery import find_texts
+from pipeline.data.prepare import cache_name
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
 from pipeline.data.shards import is_prepared, token_dtype
 from pipeline.planner.auto import Device
@@ -216,7 +218,7 @@ def token_bytes(sources: Sequence[Path], cache: Path, vocab: int, text_field: st
     need = 0
     for source in sources:
         # The cache's names also hold a hash of the tokenizer, which is not opened here.
-        if is_prepared(source) or any(cache.glob(f"{source.resolve().name}-*/{SHARDS_MANIFEST}")):
+        if is_prepared(source) or any(cache.glob(f"{escape(cache_name(source))}-*/{SHARDS_MANIFEST}")):
             continue
         for file in find_texts(source, text_field).files:
             plain = COMPRESSION if file.compressed else 1

@@ -7,6 +7,7 @@ import math
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from pipeline.checkpoint.choose import Choice
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config
 from pipeline.data.card import MIXTURE_PAGE, mixture_lines, mixture_page
+from pipeline.data.discovery import matches_of
 from pipeline.data.document_ends import described
-from pipeline.data.mixed import shares_of
+from pipeline.data.mixed import packing_line, shares_of
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.planning.balance import few_windows
 from pipeline.planning.run_plan import RunPlan
@@ -54,6 +56,16 @@ class Run:
     def output(self) -> Path:
         """Folder of everything the run writes."""
         return Path(self.config.output)
+
+    @cached_property
+    def sources(self) -> list[dict[str, Any]]:
+        """What each source of a mixture is; nothing of a single one."""
+        config, windows = self.config, self.trainer.parts.loader.dataset
+        drawn = config.train.steps * config.train.global_batch
+        return [
+            {**asdict(share), "times_read": drawn * share.share / share.windows}
+            for share in shares_of(config.data.sources, windows)
+        ]
 
 
 def device_name() -> str:
@@ -125,7 +137,7 @@ def starting_warnings(run: Run) -> list[str]:
 
 
 def starting_line(run: Run) -> str:
-    """What is about to be trained, on what, how often; of a mixture a line more for each source."""
+    """What is about to be trained, on what, how often; with a line more for each pattern and each source."""
     config, parts = run.config, run.trainer.parts
     train, attention, windows = config.train, config.attention, parts.loader.windows
     rope, plan = parts.model.rope, run.groups.plan
@@ -140,22 +152,14 @@ def starting_line(run: Run) -> str:
     ends = "".join(f"; a document {described(*both, run.tokenizer.prompt_start)}" for both in dict.fromkeys(texts))
     line = (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
-        f"{windows:,}{often}{ends}; {attention.kind} attention{groups}{chunks}; "
+        f"{windows:,}{often}{packing_line(parts.loader.dataset)}{ends}; {attention.kind} attention{groups}{chunks}; "
         f"RoPE {rope.type}{stretch}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
         + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )
-    return "\n".join([line, *mixture_lines(source_rows(run))])
-
-
-def source_rows(run: Run) -> list[dict[str, Any]]:
-    """What each source of a mixture is; nothing of a single one."""
-    config, windows = run.config, run.trainer.parts.loader.dataset
-    drawn = config.train.steps * config.train.global_batch
-    return [
-        {**asdict(share), "times_read": drawn * share.share / share.windows}
-        for share in shares_of(config.data.sources, windows)
-    ]
+    named = [*config.data.named_sources.items(), ("eval.path", config.eval.path)]
+    matches = [f"{name}: {told}" for name, path in named if path is not None and (told := matches_of(Path(path)))]
+    return "\n".join([line, *matches, *mixture_lines(run.sources)])
 
 
 def record_config(run: Run) -> None:
@@ -163,10 +167,9 @@ def record_config(run: Run) -> None:
     path = run.output / "config.yaml"
     with optional_file(path):
         path.write_text(dump_config(run.config))
-    rows = source_rows(run)
-    if rows:
+    if run.sources:
         with optional_file(run.output / MIXTURE_PAGE):
-            (run.output / MIXTURE_PAGE).write_text(mixture_page(rows), encoding="utf-8")
+            (run.output / MIXTURE_PAGE).write_text(mixture_page(run.sources), encoding="utf-8")
 
 
 def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None:
@@ -194,7 +197,7 @@ def record_run(run: Run, seconds: float | None = None, shared: str = "") -> None
         "original_context": run.trainer.parts.model.rope.original_context,
         "base_context": run.plan.arch.max_positions,
         "notes": notes(run.config, run.trainer.step, shared),
-        **({"sources": rows} if (rows := source_rows(run)) else {}),
+        **({"sources": run.sources} if run.sources else {}),
         "changes": run.trainer.parts.manifest["changes"],
         "init_from": run.trainer.parts.manifest["init_from"],
     }

@@ -35,11 +35,12 @@ def test_a_mixture_is_trained_shown_and_resumed(tmp_path: Path, capsys: pytest.C
     path, run = write_run(tmp_path, "run"), tmp_path / "run"
     for name, word in (("digits", "7"), ("letters", "z")):
         (tmp_path / f"{name}.txt").write_text(f"{word} {name} " * 900)
-    sources = f"[{{path: {tmp_path}/digits.txt, weight: 3}}, {{path: {tmp_path}/letters.txt, weight: 1}}]"
+    sources = f"[{{path: {tmp_path}/dig*.txt, weight: 3}}, {{path: {tmp_path}/letters.txt, weight: 1}}]"
     setting = f"data.path={sources}"
     assert main(["--config", str(path), "--set", setting, "--stop-after", "2"]) == 0
     told = capsys.readouterr().out
-    for name, share in (("digits", "75.0%"), ("letters", "25.0%")):
+    assert f"data.path[0]: {tmp_path}/dig*.txt matches 1 file: digits.txt." in told
+    for name, share in (("dig*", "75.0%"), ("letters", "25.0%")):
         assert f"{share} from {tmp_path}/{name}.txt: 1 documents, " in told
     rows: list[dict[str, Any]] = json.loads((run / "run.json").read_text())["sources"]
     assert [(row["share"], row["documents"], row["chat"]) for row in rows] == [(0.75, 1, False), (0.25, 1, False)]
@@ -65,6 +66,9 @@ def test_a_mixture_is_trained_shown_and_resumed(tmp_path: Path, capsys: pytest.C
     short = f"data.path=[{{path: {tmp_path}/digits.txt}}, {{path: {empty}}}]"
     assert main(["--config", str(path), "--set", short, "--set", f"output={tmp_path}/other"]) == 2
     assert "holds 10 tokens, but one window of 64 needs 65" in capsys.readouterr().err
+    none = f"data.path=[{{path: {tmp_path}/digits.txt}}, {{path: '{tmp_path}/[xy]*.txt'}}]"
+    assert main(["--config", str(path), "--set", none, "--set", f"output={tmp_path}/other"]) == 2
+    assert f"{tmp_path}/[xy]*.txt: matches no file; mend the pattern" in capsys.readouterr().err
     gone = f"data.path=[{{path: {tmp_path}/digits.txt}}, {{path: {tmp_path}/gone}}]"
     assert main(["--config", str(path), "--set", gone]) == 2
     assert f"data.path[1]: {tmp_path}/gone does not exist" in capsys.readouterr().err

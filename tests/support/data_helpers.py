@@ -27,6 +27,10 @@ class ByteTokenizer:
         """Token ids of `text`."""
         return [byte + 3 for byte in text.encode()]
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Of several texts."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
         return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")

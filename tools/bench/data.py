@@ -1,12 +1,13 @@
 """How fast text becomes tokens and tokens become batches, and what a million samples do to the memory.
 
-    python -m tools.bench.data --tokenizer DIR [--text launch/demo/train] [--megabytes 8] [--workers 1] [--json FILE]
+    python -m tools.bench.data --tokenizer DIR [--text launch/demo/train] [--megabytes 2] [--workers 1] [--json FILE]
 
-Tokenizing (`pipeline.data.prepare`: reading, cutting, tokenizing, writing, hashing) stands beside the tokenizers
-library alone on the same documents in memory (`encode_batch_fast` in as many threads), turn by turn; of each the best
-time by the clock and by processor time, which other work on the machine disturbs less. The loader draws batches of text
-and of a mixture; a bound of what a GPU trains stands beside it. Memory is RssAnon: pages of the mapped shards are the
-kernel's.
+Tokenizing (reading, cutting, tokenizing, writing, hashing) stands beside the tokenizers library alone on the same
+documents in memory (`encode_batch_fast` in as many threads), turn by turn: records of 200 characters, of 20,000, one
+large text, and, where the tokenizer has a chat template, conversations (in one process), beside the library's
+`encode_batch` of the rendered text. Of the rounds' ratios the median stands, with the least and the greatest: other
+work on the machine disturbs both sides. The loader draws batches of text and of a mixture; a bound of what a GPU trains
+stands beside it. Memory is RssAnon: pages of the mapped shards are the kernel's.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from parallel.errors import DataError
 from pipeline.config.paths import user_path
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.conversations import conversation_of
 from pipeline.data.loader import TrainLoader
 from pipeline.data.mixed import MixedWindows
 from pipeline.data.packing import PackedDataset
 from pipeline.data.prepare import prepare
+from pipeline.data.prepare_chat import prepare_chat
 from pipeline.data.records import RecordReader
 from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.shards import TokenShards, open_shards
@@ -41,8 +47,10 @@ from pipeline.training.run_record import git_commit
 from tools.support.bench_rows import append_rows, print_rows
 
 ROUNDS = 7
-DOCUMENT = 20_000
-"""Characters of a document of the tokenizing bench: a chapter."""
+KINDS = {"short records": 200, "chapters": 20_000, "one text": None}
+"""Characters of a document; None: all of them."""
+TURNS, TURN = 6, 200
+"""Of a conversation, and characters of each."""
 H100_FLOPS = 989e12
 """Dense bf16 a second."""
 PARAMETERS_7B = 6.7e9
@@ -63,48 +71,89 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - clock, used() - processor
 
 
+def characters_of(text: Path, wanted: int) -> str:
+    """So much text, read again and again, cut elsewhere each time."""
+    whole = "".join(document.text for document in RecordReader(text))
+    turns = (whole[997 * turn % len(whole) :] for turn in itertools.count())
+    found = ""
+    while len(found) < wanted:
+        found += next(turns)[: wanted - len(found)]
+    return found
+
+
+def compared(
+    what: str, characters: int, ours: Callable[[int], object], library: Callable[[], object]
+) -> dict[str, Any]:
+    """The row of two ways to the same tokens, turn by turn; `ours` is given the round."""
+    rounds = []
+    for turn in range(ROUNDS):
+        first, second = measured(library), measured(lambda turn=turn: ours(turn))  # type: ignore[misc]
+        rounds.append((*first, *second))
+    clock, processor, own_clock, own_processor = zip(*rounds, strict=True)
+    ratios = [theirs / own for theirs, own in zip(processor, own_processor, strict=True)]
+    return {
+        "what": what,
+        "M characters": characters / 1e6,
+        "M characters/s": characters / median(own_clock) / 1e6,
+        "the library's": characters / median(clock) / 1e6,
+        "of its pace by processor time": median(ratios),
+        "least": min(ratios),
+        "greatest": max(ratios),
+        "by the clock": median(theirs / own for theirs, own in zip(clock, own_clock, strict=True)),
+    }
+
+
 def tokenizing(folder: Path, text: Path, megabytes: float, workers: int) -> list[dict[str, Any]]:
-    """Characters a second of preparing and of the library alone."""
+    """Characters a second of preparing and of the library alone, a row a kind of text."""
     tokenizer = load_tokenizer(folder)
     alone = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    whole = "".join(document.text for document in RecordReader(text))
-    wanted = int(megabytes * 1e6)
-    # The text again and again, cut elsewhere each time.
-    stream = itertools.chain.from_iterable(
-        (whole[start : start + DOCUMENT] for start in range(997 * turn % DOCUMENT, len(whole) - DOCUMENT, DOCUMENT))
-        for turn in itertools.count()
-    )
-    documents = list(itertools.islice(stream, wanted // DOCUMENT))
-    characters = sum(map(len, documents))
+    whole = characters_of(text, int(megabytes * 1e6))
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        source = Path(place) / "text.jsonl"
-        with source.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        for kind, size in KINDS.items():
+            documents = [
+                whole[start : start + (size or len(whole))] for start in range(0, len(whole), size or len(whole))
+            ]
+            source = place / ("text.txt" if size is None else "text.jsonl")
+            records = whole if size is None else "".join(json.dumps({"text": each}) + "\n" for each in documents)
+            source.write_text(records, encoding="utf-8")
 
-        def ours(turn: int) -> None:
-            prepare(source, Path(place) / f"out-{turn}", tokenizer, workers=workers)
+            def library(documents: list[str] = documents) -> None:
+                for start in range(0, len(documents), 64):
+                    alone.encode_batch_fast(documents[start : start + 64], add_special_tokens=False)
 
-        def library() -> None:
-            for start in range(0, len(documents), 64):
-                alone.encode_batch_fast(documents[start : start + 64], add_special_tokens=False)
+            def ours(turn: int, source: Path = source, kind: str = kind) -> None:
+                prepare(source, place / f"{kind}-{turn}", tokenizer, workers=workers)
 
-        times: dict[str, list[tuple[float, float]]] = {"prepare": [], "tokenizers": []}
-        for turn in range(ROUNDS):
-            times["tokenizers"].append(measured(library))
-            times["prepare"].append(measured(lambda turn=turn: ours(turn)))  # type: ignore[misc]
-        best = {name: [min(column) for column in zip(*each, strict=True)] for name, each in times.items()}
-        for name, (clock, processor) in best.items():
-            rows.append(
-                {
-                    "what": name,
-                    "M characters": characters / 1e6,
-                    "M characters/s": characters / clock / 1e6,
-                    "of the library's, by the clock": best["tokenizers"][0] / clock,
-                    "by processor time": best["tokenizers"][1] / processor,
-                }
-            )
+            rows.append(compared(kind, len(whole), ours, library))
+        try:
+            template = ChatTemplate(tokenizer)
+        except DataError:
+            return rows  # it has none
+        rows.append(_conversations(template, whole, place))
     return rows
+
+
+def _conversations(template: ChatTemplate, whole: str, place: Path) -> dict[str, Any]:
+    turns = [whole[start : start + TURN].strip() or "-" for start in range(0, len(whole), TURN)]
+    roles = itertools.cycle(("user", "assistant"))
+    told = [dict(zip(("role", "content"), each, strict=True)) for each in zip(roles, turns, strict=False)]
+    records = [{"messages": told[start : start + TURNS]} for start in range(0, len(told) - TURNS + 1, TURNS)]
+    source = place / "chat.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    texts = [template.text_of(conversation_of(record)) for record in records]
+
+    def library() -> None:
+        for start in range(0, len(texts), 64):
+            template.encoder.encode_batch(texts[start : start + 64], add_special_tokens=False)
+
+    return compared(
+        "conversations",
+        sum(map(len, texts)),
+        lambda turn: prepare_chat(source, place / f"chat-{turn}", template, None),
+        library,
+    )
 
 
 def random_shards(folder: Path, tokenizer: TextTokenizer, tokens: int, seed: int) -> TokenShards:
@@ -170,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=user_path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--text", type=user_path, default=Path("launch/demo/train"), help="default: %(default)s")
-    parser.add_argument("--megabytes", type=float, default=8, help="of text to tokenize (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=2, help="of text to tokenize (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, and threads of the library (default: 1)")
     parser.add_argument("--sequence", type=int, default=32768, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="append the figures to FILE")

@@ -374,3 +374,12 @@ def test_transformer_engine_recomputes_as_any_family(minimal: Path) -> None:
     for words in (["train.recompute=gate_up"], ["train.recompute=pointwise", "train.gate_up=host"]):
         config = load_config(minimal, ["model.family=te", "model.fp8_recipe=tensorwise", *words])
         assert config.model.family == "te"
+
+
+def test_patterns_are_paths(minimal: Path) -> None:
+    for said in ("books/*.txt", "*.txt", "books/**/[ab]?.jsonl"):
+        assert load_config(minimal, [f"data.path={said}"]).data.path == said
+    written = load_config(minimal, ["data.path=[{path: a/*.txt, weight: 2}, {path: b/**, weight: 1}]"])
+    assert [source.path for source in written.data.sources] == ["a/*.txt", "b/**"]
+    minimal.write_text(minimal.read_text() + "eval: {path: *.txt}\n")
+    assert "not valid YAML; put what begins with * into quotes." in refused(minimal)

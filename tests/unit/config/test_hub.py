@@ -45,6 +45,16 @@ def test_a_name_is_the_folder_it_was_downloaded_to(cache: Path) -> None:
     assert local_folder("hf://org/books", DATASET) == str(cache / "datasets--org--books/snapshots" / COMMIT)
 
 
+def test_files_of_a_data_set_are_named_behind_it(cache: Path) -> None:
+    snapshot = cache / "datasets--org--books/snapshots" / COMMIT
+    assert local_folder("hf://org/books/data/train-*.parquet", DATASET) == str(snapshot / "data/train-*.parquet")
+    assert local_folder("hf://org/books@main/a.txt", DATASET) == str(snapshot / "a.txt")
+    with pytest.raises(
+        ConfigError, match=r"^hf://org/none: was not downloaded .* hf download org/none --repo-type dataset"
+    ):
+        local_folder("hf://org/none/data/*", DATASET)
+
+
 def test_a_folder_comes_before_a_name_of_the_hub(cache: Path) -> None:
     Path("org/small").mkdir(parents=True)
     assert local_folder("org/small", MODEL) == "org/small"

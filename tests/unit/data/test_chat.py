@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from parallel.errors import ConfigError, DataError
 from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import RecordError, conversation_of, read_records
+from pipeline.data.mixed import packing_line
 from pipeline.data.packing import IGNORE
 from pipeline.data.prepare_chat import prepare_chat
 from pipeline.data.samples import SampleDataset, training_windows
@@ -151,6 +152,59 @@ def test_tools_and_calls_reach_the_template(template: Callable[[str], ChatTempla
     assert made.decode(sample.tokens[sample.scored].tolist()) == "call<|im_end|>In the sea.<|im_end|>"
 
 
+CALL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.tool_calls %}{{ %s }}{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "form", ["m.tool_calls[0].function.arguments | tojson", "'' + m.tool_calls[0].function.arguments"]
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_of_calls_may_be_text_or_an_object(
+    template: Callable[[str], ChatTemplate], form: str, nested: bool
+) -> None:
+    """What an API gives as text is not quoted once more, and a template that puts it behind text has text."""
+    made = template(CALL.replace("%s", form if nested else form.replace(".function", "")))
+
+    def text_of(arguments: Any) -> str:
+        call = {"name": "find", "arguments": arguments}
+        turns = [
+            {"role": "user", "content": "Where?", "tool_calls": []},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": call} if nested else call],
+            },
+        ]
+        return made.decode(made.sample(conversation_of({"messages": turns})).tokens.tolist())
+
+    expected = '<|im_start|>user:Where?<|im_start|>assistant:{"sea": "south", "n": 1}'
+    assert text_of({"sea": "south", "n": 1}) == text_of('{"sea": "south", "n": 1}') == expected
+    with_list = text_of if form.endswith("tojson") else None
+    if with_list is not None:
+        assert with_list("[1]").endswith('assistant:"[1]"'), "no object, so it stays text"
+
+
+def test_content_in_parts_of_text_is_one_text() -> None:
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    said = conversation_of(
+        {
+            "messages": [
+                {"role": "user", "content": parts("Where", "?")},
+                {"role": "assistant", "content": parts("There.")},
+            ]
+        }
+    )
+    assert [message["content"] for message in said.messages] == ["Where?", "There."]
+    picture = [*parts("What is it?"), {"type": "image_url", "image_url": {"url": "a.png"}}]
+    with pytest.raises(RecordError, match=r"a message has a part that is no text \(image_url\)"):
+        conversation_of({"messages": [{"role": "user", "content": picture}, {"role": "assistant", "content": "b"}]})
+
+
 def test_a_template_that_is_not_prefix_stable_is_refused(template: Callable[[str], ChatTemplate]) -> None:
     # As Qwen3's drops earlier reasoning: what is rendered of a turn depends on whether it is the last.
     made = template("{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}")
@@ -274,6 +328,8 @@ def test_windows_hold_every_sample_once_with_its_own_labels(
             wanted = [int(t) if s else IGNORE for t, s in zip(one.tokens[1:], one.scored[1:], strict=True)]
             assert labels.tolist() == [*wanted, IGNORE]
     assert sorted(found) == sorted(tuple(sample.tokens.tolist()) for sample in expected)
+    assert data.fill == sum(map(len, found)) / (256 * len(data)) > 0.8
+    assert packing_line(data) == f"; conversations fill {data.fill:.1%} of their windows"
 
 
 def test_conversations_are_trained_masked_and_whole(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:

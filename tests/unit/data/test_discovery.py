@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import glob
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ import pytest
 import zstandard
 
 from parallel.errors import DataError
-from pipeline.data.discovery import LINES, LIST, TEXT, find_texts
+from pipeline.data.discovery import LINES, LIST, TEXT, find_texts, matched, matches_of
 from pipeline.data.records import RecordReader
 from tests.support.data_helpers import write_shards
 from tools.prepare_data import main as prepare_main
@@ -193,6 +194,85 @@ def test_other_encodings_and_binaries(tmp_path: Path, encoding: str, name: str) 
     said = refused(tmp_path)
     marked = encoding in ("utf-16", "utf-32")
     assert said.startswith(str(tmp_path / name))
-    assert ("UTF-16 text, not UTF-8; convert it" if marked else "no text (it has NUL bytes)") in said
+    assert (f"{encoding.upper()} text, not UTF-8; convert it" if marked else "no text (it has NUL bytes)") in said
     (tmp_path / name).write_bytes(b"\x7fELF\2\1\1\0" + bytes(99))
     assert "is no text (it has NUL bytes)" in refused(tmp_path)
+
+
+def test_a_pattern_matches_what_glob_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files that are not hidden, the ones that Python's own `glob` finds; each once, in the order of their paths."""
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "a.txt",
+        "b.txt",
+        "B1.txt",
+        "c.md",
+        "s/a.txt",
+        "s/t/a.txt",
+        "s/t/b.jsonl",
+        ".h/a.txt",
+        "s/.h.txt",
+        "s/t/x[1].txt",
+    ]
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    patterns = [
+        "*.txt",
+        "?.txt",
+        "[ab].txt",
+        "[!a].txt",
+        "*",
+        "*/*.txt",
+        "**/*.txt",
+        "**",
+        "s/**",
+        "s/**/a.*",
+        "**/t/*",
+    ]
+    for pattern in [*patterns, "**/x[[]1].txt", "./s/*.txt", "*/**/b*"]:
+        expected = {path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()}
+        found = matched(Path(pattern))
+        assert found == sorted(map(Path, expected), key=lambda path: path.parts), pattern
+    assert matched(Path("s/t/x[1].txt")) is None, "a file of this very name"
+    assert texts(Path("s/t/x[1].txt")) == ["text"]
+    os.symlink(tmp_path, "s/up")
+    os.symlink(tmp_path / "s", "s/t/round")
+    assert len(matched(Path("**/*.txt")) or ()) == 6, "links that lead in circles are followed once"
+
+
+def test_a_pattern_is_read_as_a_folder_is(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name, data in (("a.txt", b"one"), ("b.jsonl", RECORDS), ("c.csv", b"text\nthree\n"), ("notes.pdf", b"%PDF")):
+        (tmp_path / "d" / name).write_bytes(data)
+    assert texts(tmp_path / "d/*") == texts(tmp_path / "d") == ["one", "one", "two", "three"]
+    assert texts(tmp_path / "*/[ab].*") == ["one", "one", "two"]
+    found = find_texts(tmp_path / "d/*")
+    assert found.warnings == (f"{tmp_path}/d: 1 file is not read: notes.pdf.",)
+    assert matches_of(tmp_path / "d/*.*s*") == f"{tmp_path}/d/*.*s* matches 2 files: b.jsonl, c.csv."
+    assert matches_of(tmp_path / "d") == ""
+    for pattern, words in (
+        ("d/*.tx", "matches no file; mend the pattern"),
+        ("none/*", f"matches no file, as there is no folder {tmp_path}/none; mend"),
+        ("*.txt", "matches no file; mend the pattern"),
+    ):
+        assert refused(tmp_path / pattern).startswith(f"{tmp_path}/{pattern}: {words}")
+    (tmp_path / "d/z.zip").write_bytes(archive("zip"))
+    assert "z.zip: is a zip archive" in refused(tmp_path / "d/*")
+    assert texts(tmp_path / "d/*.csv") == ["three"]
+    write_shards(tmp_path / "p/q", [[1]])
+    assert f"but {tmp_path}/p/q, a folder of prepared tokens; name it alone" in refused(tmp_path / "p/*")
+
+
+def test_what_would_be_waited_for_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    assert "a.txt: is a pipe or a device, not a file" in refused(tmp_path)
+
+
+def test_splits_by_any_of_their_names_are_told(tmp_path: Path) -> None:
+    for name in ("train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl", "train-x-00000-of-00001.jsonl"):
+        (tmp_path / name).write_bytes(RECORDS)
+    (warning,) = find_texts(tmp_path).warnings
+    assert "the splits test_sft, train_sft of a data set" in warning
+    assert f"e.g. '{tmp_path}/train_sft-*.jsonl'" in warning
+    assert not find_texts(tmp_path / "train*").warnings

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +131,42 @@ def test_conversations_are_split_too(tmp_path: Path) -> None:
     found = [set(tokenizer.decode(store.read(0, len(store)).tolist()).split("|")) for store in sides]
     assert not found[0] & found[1] - {""} and sum(store.manifest.documents for store in sides) == 60
     assert 5 < sides[1].manifest.documents < 35 and all(np.any(store.scored) for store in sides)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_both_halves_are_replaced_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool) -> None:
+    """A share of which nothing falls to one side, or a second half that is interrupted, leaves what there was."""
+    (tmp_path / "model").mkdir()
+    write_tokenizer(tmp_path / "model")
+    source = write_lines(tmp_path / "a.jsonl", [f"text {number}" for number in range(80)])
+    out = tmp_path / "out"
+    call = ["--input", str(source), "--output", str(out), "--tokenizer", str(tmp_path / "model"), "--held-out"]
+    real = prepare_data._text
+
+    def fail() -> None:
+        def interrupted(*args: Any) -> None:
+            if args[2].name == "validation":
+                raise KeyboardInterrupt
+            real(*args)
+
+        with monkeypatch.context() as patch:
+            if stops:
+                patch.setattr(prepare_data, "_text", interrupted)
+            assert prepare_data.main([*call, "0.4" if stops else "1e-9"]) == (130 if stops else 2)
+
+    def held() -> dict[str, bytes]:
+        files = (file for file in out.rglob("*") if file.is_file() and file.suffix != ".lock")
+        return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+    fail()
+    assert not held(), "one half alone is none"
+    assert prepare_data.main([*call, "0.25"]) == 0
+    before = held()
+    assert {name.partition("/")[0] for name in before} == {"train", "validation"}
+    fail()
+    assert held() == before
+    (out / ".train.aside-12345678").mkdir()  # as a killed process leaves it
+    assert prepare_data.main([*call, "0.4"]) == 0
+    parts = [open_shards(out / name).manifest.part for name in ("train", "validation")]
+    assert parts == ["but for 0.4", "held out 0.4"]
+    assert not [path.name for path in out.iterdir() if "aside" in path.name]

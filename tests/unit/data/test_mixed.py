@@ -245,6 +245,24 @@ def test_windows_of_several_stores(tmp_path: Path) -> None:
     assert "| b | 2 documents | 33 | 8 | 25.00% | 2 times |" in mixture_page(rows)
 
 
+def test_a_file_of_two_sources_is_refused_where_one_is_a_pattern(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt", "three.csv"):
+        (tmp_path / name).write_text("text")
+    stores = [make_shards(tmp_path / "a", [list(range(10, 50))]), make_shards(tmp_path / "b", [list(range(60, 90))])]
+
+    def opened(first: str, second: str) -> int:
+        return len(open_windows([SourceConfig(f"{tmp_path}/{name}") for name in (first, second)], stores, 4, True))
+
+    assert opened("*.txt", "*.csv") == opened("t[w]*", "one.txt") == 17
+    for first, second, both in (
+        ("*.txt", "t*", "two.txt"),
+        ("*e.txt", "one.txt", "one.txt"),
+        (".", "t*.c*", "three.csv"),
+    ):
+        with pytest.raises(ConfigError, match=rf"overlap, so {tmp_path}/{both} would count twice; change the pattern"):
+            opened(first, second)
+
+
 def test_text_and_conversations(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_tokenizer(tmp_path / "model")

@@ -130,7 +130,6 @@ def test_bad_utf8_names_the_byte(tmp_path: Path, packing: str) -> None:
         ('["a"]', 'is not a JSON object; write one {"text": ...} a line'),
         ('{"b": "x", "a": "y"}', "has no field 'text' .it has a, b.; set the text field"),
         ("{}", "has no field 'text' .it has nothing."),
-        ('{"text": null}', "holds NoneType in field 'text', not a string"),
         ('{"text": ["a"]}', "holds list in field 'text'"),
         ('{"text": "ab\\ud800"}', "escapes half a surrogate pair at character 2"),
     ],
@@ -193,3 +192,10 @@ def test_a_file_that_vanishes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match=r"a.txt: cannot be read \(No such file"):
         list(reader)
+
+
+def test_a_missing_value_is_an_empty_document_as_in_tables(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": null}\n{"text": "x"}\n')
+    reader = RecordReader(file)
+    assert [(document.text, document.line) for document in reader] == [("x", 2)] and reader.empty == 1
