@@ -10,7 +10,15 @@ from pipeline.config.evaluation import RULER_TASKS, EvalConfig
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.paths import PathText
 from pipeline.config.resume import ResumeConfig
-from pipeline.config.sections import AttentionConfig, DataConfig, LoraConfig, ModelConfig, SaveConfig, TrainConfig
+from pipeline.config.sections import (
+    OF_ANY_FAMILY,
+    AttentionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    SaveConfig,
+    TrainConfig,
+)
 
 REPORT_TO = ("wandb", "mlflow", "trackio", "prometheus")
 """What `pipeline.reporting.trackers` knows."""
@@ -175,9 +183,10 @@ class RunConfig:
                 "parallel.engine: zero3 shards the matrices of our own linears; set model.family: local, or "
                 "parallel.engine: megatron."
             )
-        if self.train.without:
+        ours = [word for word in self.train.without if word not in OF_ANY_FAMILY]
+        if ours:
             raise ConfigError(
-                f"train.without: {', '.join(self.train.without)} switches off what our own layers do; remove it, or "
+                f"train.without: {', '.join(ours)} switches off what our own layers do; remove it, or "
                 "set model.family: local."
             )
 

@@ -27,6 +27,8 @@ FP8_RECIPES = ("none", "tensorwise", "blockwise", "mxfp8")
 BACKENDS = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_2", "flash_attn_4", "math")
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "balanced_attention", "kernels")
+OF_ANY_FAMILY = ("balanced_attention",)
+"""Those of attention alone, which is the same whatever model.family says."""
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
 """Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 

@@ -61,6 +61,14 @@ class LoadedState:
     """As its ranks run it."""
 
 
+def _as_evaluated(config: dict[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings with the checkpoint's model.fp8_recipe, which evaluations have no use for: a machine without
+    Transformer Engine evaluates with model.family: local."""
+    model = recorded.get("model")
+    trained_in = model.get("fp8_recipe", "none") if isinstance(model, Mapping) else "none"
+    return {**config, "model": {**config["model"], "fp8_recipe": trained_in}}
+
+
 @contextlib.contextmanager
 def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None) -> Iterator[LoadedState]:
     """A model in one of STATES, ready to be evaluated; collective.
@@ -85,7 +93,9 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
         if state == "trained":
             folder = Path(share_from_main(groups, lambda: str(checkpoint or _newest(config))))
             # Told before the model is loaded; the base's hash is looked at after it.
-            check_settings(read_manifest(folder).raw.get("config", {}), config_dict(trained_with))
+            recorded = read_manifest(folder).raw.get("config", {})
+            compared = _as_evaluated(config_dict(trained_with), recorded)
+            check_settings(recorded, compared)
         adapter = None
         if state == "adapter":
             assert checkpoint is not None
@@ -108,7 +118,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
             identity["form"] = config.model.base
         step = 0
         if state == "trained":
-            own = {"base_hash": base_hash, "config": config_dict(trained_with)}
+            own = {"base_hash": base_hash, "config": compared}
             with CheckpointReader(folder) as reader:
                 saved = reader.manifest
                 check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})

@@ -6,7 +6,8 @@ Counted by running a small model on a CPU, Triton's kernels left out, and counti
 
 from __future__ import annotations
 
-from pipeline.planner.work import FUSED, mlp_tiles, product_tiles
+from pipeline.planner.work import mlp_tiles, product_tiles
+from pipeline.planning.base_form import PRODUCTS
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
 
@@ -25,11 +26,11 @@ and up elsewhere is counted as POINTWISE."""
 
 def tiles(plan: RunPlan, policy: RecomputePolicy) -> float:
     """Tiles of a layer's products, the mean over them."""
-    alone = {parts: product_tiles(plan, parts) for parts in FUSED}
+    alone = {parts: product_tiles(plan, parts) for parts in PRODUCTS}
     if policy in (FULL, GATE_UP):
-        alone |= dict.fromkeys(FUSED[2:], mlp_tiles(plan))
+        alone |= dict.fromkeys(PRODUCTS[2:], mlp_tiles(plan))
     if plan.grid.tp == 1:
-        return alone[FUSED[2]]  # of attention's products nothing is cut
+        return alone[PRODUCTS[2]]  # of attention's products nothing is cut
     return sum(alone.values()) / len(alone)
 
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import attention_work
-from pipeline.planning.base_form import local_shape, matrix_bytes
+from pipeline.planning.base_form import PRODUCTS, local_shape, matrix_bytes
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, padded_vocab, projection_shape
 from pipeline.planning.tile_size import tile_tokens
 
-FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-"""Projections that are one product."""
 FORWARD, BACKWARD = 4, 10
 """Operations of a (query, key) pair a head dimension: two products forward; backward the scores again and four more."""
 LOSS_BYTES = 40
@@ -147,7 +145,7 @@ def _moved(plan: RunPlan, policy: RecomputePolicy) -> Work:
     if plan.config.model.base != "fp8" or plan.grid.tp == 1:
         return Work()
     # A frozen MLP that goes tile by tile has no such tensors.
-    apart = FUSED[:2] if policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP) else FUSED
+    apart = PRODUCTS[:2] if policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP) else PRODUCTS
     values = 0
     for parts in apart:
         shapes = [local_shape(part, plan.arch, plan.grid.tp) for part in parts]
@@ -163,8 +161,8 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
     hidden, ffn = arch.hidden / tp, arch.ffn / tp
     rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
-    products = {parts: _product(plan, parts) for parts in FUSED}
-    gradients = sum((_product(plan, parts, gradient=True) for parts in FUSED), Work())
+    products = {parts: _product(plan, parts) for parts in PRODUCTS}
+    gradients = sum((_product(plan, parts, gradient=True) for parts in PRODUCTS), Work())
     pair = float(attention_pairs(plan, rank)) * arch.head_dim
     lora = plan.config.lora
     adapted = lora.targets if lora.rank else ()
@@ -188,7 +186,7 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     again = {"full": whole, "gate_up": products[("gate", "up")] + few, "none": Work()}
     policies = {policy: again.get(policy.value, few) for policy in RecomputePolicy}
     return LayerWork(
-        ahead, products[FUSED[0]], back, policies, {policy: _moved(plan, policy) for policy in RecomputePolicy}
+        ahead, products[PRODUCTS[0]], back, policies, {policy: _moved(plan, policy) for policy in RecomputePolicy}
     )
 
 

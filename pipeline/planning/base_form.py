@@ -87,6 +87,8 @@ def divides(form: str, arch: LlamaArch, tp: int) -> bool:
     return _odd(form, arch, tp) is None
 
 
+PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Matrices that are multiplied as one."""
 RECIPE_UNIT = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What widths, and the tokens a product is made with, must be multiples of under model.fp8_recipe."""
 RECIPE_BYTES = 2 + 1 / 16
@@ -113,18 +115,19 @@ def check_recipe(recipe: str, arch: LlamaArch, tp: int, tokens: int) -> None:
     """
     unit = RECIPE_UNIT.get(recipe, 1)
     mend = "use a smaller parallel.tp, or set another model.fp8_recipe"
-    for part in PROJECTIONS:
-        rows, columns, _ = local_shape(part, arch, tp)
-        for width in (rows, columns):
+    for parts in PRODUCTS:
+        shapes = [local_shape(part, arch, tp) for part in parts]
+        for width in (sum(rows for rows, _, _ in shapes), shapes[0][1]):
             if width % unit:
                 raise ConfigError(
                     f"model.fp8_recipe: {recipe} takes widths that are multiples of {unit}, but a rank has {width} of "
-                    f"{part}_proj; {mend}."
+                    f"{', '.join(f'{part}_proj' for part in parts)}; {mend}."
                 )
     if tokens % unit:
         raise ConfigError(
-            f"model.fp8_recipe: {recipe} takes tokens in multiples of {unit}, but a rank has {tokens} (data.sequence "
-            "or train.stream over tp and cp, times train.micro_batch); change one of them."
+            f"model.fp8_recipe: {recipe} takes tokens in multiples of {unit}, but a rank has {tokens} at once "
+            "(data.sequence, or a chunk of train.stream, the last one too, over tp and cp, times train.micro_batch); "
+            "change one of them."
         )
 
 

@@ -36,7 +36,7 @@ from pipeline.planning.fill_memory import fill_memory
 from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
-from pipeline.planning.stream import PrefillCost, cache_bytes, prefill_cost, rows_together
+from pipeline.planning.stream import PrefillCost, StreamPlan, cache_bytes, prefill_cost, rows_together
 
 
 def check_growth(stored: int, wanted: int, where: str) -> None:
@@ -208,8 +208,9 @@ class RunPlan:
         asked = "none" if config.train.recompute == "auto" else config.train.recompute
         stream = plan_stream(config, arch, grid, plan_recompute(asked, arch.layers, config.train.gate_up), gpu)
         check_window(config, arch, config.eval.prefill or stream)
-        tokens = config.train.micro_batch * grid.shard_tokens(min(stream or config.sequence, config.sequence))
-        check_recipe(config.model.fp8_recipe, arch, grid.tp, tokens // grid.tp)
+        cuts = StreamPlan.of(config.sequence, stream, grid).shards if stream else [grid.shard_tokens(config.sequence)]
+        for tokens in dict.fromkeys(cuts):  # the last chunk of a stream may be short
+            check_recipe(config.model.fp8_recipe, arch, grid.tp, config.train.micro_batch * tokens // grid.tp)
         return cls(
             config=config,
             arch=arch,

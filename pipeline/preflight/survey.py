@@ -173,20 +173,36 @@ class Space:
     """Which file system."""
 
 
-def check_package(family: str) -> list[Finding]:
-    """The package that model.family's layers are made of, where it is none that is always there."""
-    if family != "te":
-        return []
-    name, problem = "Transformer Engine", ""
+def check_packages(config: RunConfig) -> list[Finding]:
+    """Packages that settings ask for and that are not always there."""
+    flash = {
+        "flash_attn": ["flash-attn-4", "flash-attn"],
+        "flash_attn_2": ["flash-attn"],
+        "flash_attn_4": ["flash-attn-4"],
+    }
+    asked = []
+    if config.model.family == "te":
+        asked.append(("Transformer Engine", ["transformer-engine"], "model.family: te", "model.family: local"))
+    if (backend := config.attention.backend) in flash:
+        asked.append(("flash-attn", flash[backend], f"attention.backend: {backend}", "attention.backend: auto"))
+    findings = []
+    for name, packages, setting, instead in asked:
+        found, problem = [text for package in packages if (text := _installed(package))], ""
+        if not found:
+            problem = (
+                f"{name}: {setting} needs it, and it is not installed; install it beside a GPU (docs/LAUNCH.md), or "
+                f"set {instead}."
+            )
+        findings.append(Finding(name, ", ".join(found) or "none", "any", problem))
+    return findings
+
+
+def _installed(package: str) -> str:
+    """A package's version; empty: it is not there."""
     try:
-        found = version("transformer-engine")
+        return version(package)
     except PackageNotFoundError:
-        found = "none"
-        problem = (
-            "Transformer Engine: model.family: te needs it, and it is not installed; install it beside a GPU "
-            "(docs/LAUNCH.md), or set model.family: local."
-        )
-    return [Finding(name, found, "any", problem)]
+        return ""
 
 
 def check_disk(spaces: Sequence[Space]) -> list[Finding]:
@@ -261,7 +277,7 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     if config.eval.path is not None:
         longest = max(config.eval_lengths)
         texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
-    findings = [check_gpus(machine.gpus, launch.processes), *check_package(config.model.family), layout]
+    findings = [check_gpus(machine.gpus, launch.processes), *check_packages(config), layout]
     if plan is not None:
         estimate = plan.memory()
         findings.append(check_gpu_memory(machine.gpus, launch.processes, estimate))

@@ -5,6 +5,7 @@ What real kernels make of it is measured by test_te_gpu.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.yaml_file import load_config
+from pipeline.evaluation.evaluator import evaluate_state
 from pipeline.export.formats import export
 from pipeline.export.trained_model import load_trained_model
 from pipeline.export.verify import verify
@@ -119,6 +122,22 @@ def test_fp8_is_for_training_alone_and_recomputed_as_it_was(build: Callable[...,
         assert max(tensor_errors(found, made["none"][1], None).values()) < 1e-3, recompute
     errors = tensor_errors(made["none"][1], plain[1], None)
     assert 0 < abs(made["none"][0] / plain[0] - 1) < 0.02 and 1e-3 < min(errors.values()) and max(errors.values()) < 0.5
+
+
+def test_what_was_trained_in_fp8_is_evaluated_without_transformer_engine(tmp_path: Path) -> None:
+    path = write_case(tmp_path, "run", steps=1, full_last=0, sequence=64)
+    trained = ["model.dtype=auto", TE, "model.fp8_recipe=tensorwise"]
+    with standing_in():
+        train_here(path, overrides=(*trained, "eval.lengths=[64]"))
+    with pytest.raises(ConfigError, match="set model.family: local and model.fp8_recipe: none") as refused:
+        evaluate_state(load_config(path, trained), RankEnv(), "trained")
+    assert "model.family: te needs Transformer Engine" in str(refused.value)
+    (report,) = (tmp_path / "run").rglob("eval-after.json")
+    there = report.read_text()
+    report.unlink()
+    evaluate_state(load_config(path, ["model.dtype=auto", "eval.lengths=[64]"]), RankEnv(), "trained")
+    theirs, ours = (json.loads(text)["lengths"][0]["perplexity"] for text in (there, report.read_text()))
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def _train_all(rank: int, world: int, paths: list[str]) -> None:

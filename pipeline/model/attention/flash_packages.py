@@ -27,6 +27,8 @@ LSE_2 = (2, 8)
 """Since then flash-attn 2's inner functions are called as here; older ones attend to joined keys instead."""
 ALIGNED = 8
 """Head dimensions are multiples of it, 16 bytes: the inner functions do not pad as release 2's public ones do."""
+WIDEST_2 = 256
+"""Head dimension, of release 2."""
 WIDEST_4 = {9: (256,), 10: (128, 256), 11: (128, 256), 12: (128,)}
 """By major compute capability, those that release 4 has backward kernels for: the widest head dimension, and one more
 that has kernels of its own."""
@@ -61,6 +63,11 @@ def package_backend(name: str, device: torch.device, head_dim: int) -> Backend:
         raise ConfigError(f"attention.backend: flash-attn {two} is too old; install 2.1 or newer, or use auto.")
     if major < 8:
         raise ConfigError(f"attention.backend: flash-attn {two} needs compute capability 8 or newer; use auto.")
+    if head_dim > WIDEST_2:
+        raise ConfigError(
+            f"attention.backend: flash-attn {two} has no kernel for head dimension {head_dim}, {WIDEST_2} at most; use "
+            "auto."
+        )
     return _two(f"flash-attn {two}", release >= LSE_2)
 
 

@@ -19,7 +19,7 @@ Varlen = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class LseKernel:
-    """An aten attention operator that returns its log-sum-exps, and its backward; tensors are [B, H, S, D] views."""
+    """An attention kernel that returns its log-sum-exps, and its backward; tensors are [B, H, S, D] views."""
 
     name: str
     runs: Callable[[torch.Tensor, torch.Tensor, bool], bool]

@@ -44,11 +44,12 @@ def check_transformer_engine(device: torch.device, recipe: str) -> None:
     Raises:
         ConfigError: Transformer Engine is missing or broken, there is no GPU, or not one for the recipe.
     """
-    install = "install it beside a GPU (docs/LAUNCH.md), or set model.family: local"
+    ours = "set model.family: local" + (" and model.fp8_recipe: none" if recipe != "none" else "")
+    install = f"install it beside a GPU (docs/LAUNCH.md), or {ours}"
     if importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(f"model.family: te needs Transformer Engine, which is not installed; {install}.")
     if device.type != "cuda":
-        raise ConfigError(f"model.family: te needs a CUDA device, but this is {device.type}; set model.family: local.")
+        raise ConfigError(f"model.family: te needs a CUDA device, but this is {device.type}; {ours}.")
     try:
         import transformer_engine.pytorch as te
 

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.planner.traffic import traffic
-from pipeline.planner.work import FORWARD, FUSED, attention_pairs, layer_work, loss_work, useful_operations
+from pipeline.planner.work import FORWARD, attention_pairs, layer_work, loss_work, useful_operations
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.base_form import PRODUCTS
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
@@ -30,7 +31,7 @@ def test_products_are_what_torch_counts(tp: int) -> None:
     plan = plan_of(ranks=tp, tp=tp)
     arch, tokens = plan.arch, plan.sequence
     with FlopCounterMode(display=False) as counter:
-        for parts in FUSED:
+        for parts in PRODUCTS:
             rows, columns = sum(projection_shape(p, arch)[0] for p in parts), projection_shape(parts[0], arch)[1]
             rows, columns = (rows, columns // tp) if parts[0] in ("o", "down") else (rows // tp, columns)
             torch.empty(tokens, columns, device="meta") @ torch.empty(columns, rows, device="meta")
@@ -147,11 +148,11 @@ def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_e
     assert eight.forward.rounded == eight.backward.rounded == plain.forward.products == four.backward.products
     assert eight.forward.products == eight.again[next(iter(plan_of().recompute))].products == 0
     arch, tokens = plan_of().arch, 4096
-    shapes = [projection_shape(part, arch) for parts in FUSED for part in parts]
+    shapes = [projection_shape(part, arch) for parts in PRODUCTS for part in parts]
     elements = sum(rows * columns for rows, columns in shapes)
     # A byte read and one written of what is transposed; of a row 2 bytes read and one written.
     widths = [
-        (sum(projection_shape(p, arch)[0] for p in parts), projection_shape(parts[0], arch)[1]) for parts in FUSED
+        (sum(projection_shape(p, arch)[0] for p in parts), projection_shape(parts[0], arch)[1]) for parts in PRODUCTS
     ]
     assert eight.forward.pointwise - plain.forward.pointwise == 3 * tokens * sum(columns for _, columns in widths)
     rounded = 3 * tokens * sum(rows for rows, _ in widths)

@@ -16,7 +16,7 @@ from pipeline.planner.choose import Site, candidates
 from pipeline.planner.footprint import footprint
 from pipeline.planner.gpus import find_gpu
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.base_form import check_base, layer_bytes, local_shape
+from pipeline.planning.base_form import check_base, check_recipe, layer_bytes, local_shape
 from pipeline.planning.run_plan import RunPlan, plan_model
 from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL
 from tests.unit.planning.test_memory import CONFIG, MEGATRON
@@ -124,7 +124,7 @@ def test_matrices_that_family_te_has_in_fp8_are_counted_beside_themselves() -> N
     ("recipe", "ffn", "sequence", "said"),
     [
         ("mxfp8", 28672, 4088, "tokens in multiples of 32, but a rank has 511 "),
-        ("blockwise", 28000, 32768, "widths that are multiples of 128, but a rank has 3500 of gate_proj"),
+        ("blockwise", 28000, 32768, "widths that are multiples of 128, but a rank has 7000 of gate_proj, up_proj"),
         ("tensorwise", 28672, 32768, ""),
         ("none", 28000, 4088, ""),
     ],
@@ -137,6 +137,22 @@ def test_what_a_recipe_cannot_take_is_refused_in_the_plan(recipe: str, ffn: int,
         return
     with pytest.raises(ConfigError, match=said):
         RunPlan.shaped(config, replace(LLAMA2_70B, ffn=ffn), 8)
+
+
+def test_matrices_multiplied_as_one_are_wide_enough_together() -> None:
+    """k and v have 64 rows a rank, and with q's 1152 they are 10 blocks of 128."""
+    arch = replace(LLAMA2_70B, heads=72, hidden=72 * 128, kv_heads=4, ffn=28672)
+    check_recipe("blockwise", arch, 8, 1024)
+    with pytest.raises(ConfigError, match="a rank has 1216 of q_proj, k_proj, v_proj"):
+        check_recipe("blockwise", replace(arch, kv_heads=2), 8, 1024)
+
+
+def test_a_streams_short_last_chunk_is_looked_at() -> None:
+    stream = ["attention.group_size=8192", "attention.full_last_steps=0", "train.stream=16384", "data.sequence=32784"]
+    settings = [*TE, "parallel.tp=8", "parallel.cp=1", "model.context=65536", *stream]
+    assert len(RunPlan.shaped(load_config(CONFIG, settings), LLAMA2_70B, 8).config.model.fp8_recipe) == 4
+    with pytest.raises(ConfigError, match="a rank has 2 at once .data.sequence, or a chunk of train.stream, the last"):
+        RunPlan.shaped(load_config(CONFIG, [*settings, "model.fp8_recipe=tensorwise"]), LLAMA2_70B, 8)
 
 
 def test_the_planner_gives_transformer_engine_no_layout_it_refuses() -> None:

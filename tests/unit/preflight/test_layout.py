@@ -47,10 +47,20 @@ def test_the_survey_settles_auto_for_the_gpus_there_are(tmp_path: Path) -> None:
     assert "nothing can be chosen without GPUs" in none["Layout"].problem
 
 
-def test_the_package_that_a_family_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert survey.check_package("local") == []
-    (missing,) = survey.check_package("te")
-    assert "it is not installed; install it beside a GPU" in missing.problem
-    monkeypatch.setattr(survey, "version", lambda name: {"transformer-engine": "2.20.2"}[name])
-    (there,) = survey.check_package("te")
-    assert not there.problem and there.found == "2.20.2"
+def test_packages_that_settings_ask_for_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny_run(tmp_path)[0], parallel=ParallelConfig())
+    installed = dict[str, str]()
+    monkeypatch.setattr(survey, "_installed", lambda name: installed.get(name, ""))
+
+    def found(family: str, backend: str) -> list[survey.Finding]:
+        asked = replace(config.attention, backend=backend)
+        return survey.check_packages(replace(config, model=replace(config.model, family=family), attention=asked))
+
+    assert found("local", "auto") == []
+    te, flash = found("te", "flash_attn_4")
+    assert "model.family: te needs it, and it is not installed; install it beside a GPU" in te.problem
+    assert "attention.backend: flash_attn_4 needs it, and it is not installed" in flash.problem
+    installed |= {"transformer-engine": "2.20.2", "flash-attn": "2.8.3"}
+    te, flash = found("te", "flash_attn_2")
+    assert (te.problem, te.found, flash.problem, flash.found) == ("", "2.20.2", "", "2.8.3")
+    assert not found("local", "flash_attn")[0].problem and found("local", "flash_attn_4")[0].problem
