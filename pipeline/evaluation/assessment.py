@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.errors import DataError
@@ -20,12 +20,13 @@ class Assessment:
     """All that one evaluation of a training run measured."""
 
     report: EvalReport
+    """Also where it was there."""
     gap: DenseGap | None = None
-    """None: eval.tasks does not ask for it."""
+    """None: eval.tasks does not ask for it, or it was there."""
     retrieval: RetrievalReport | None = None
-    """None: eval.tasks asks for none."""
+    """None: eval.tasks asks for none, or it was there."""
     ruler: RulerReport | None = None
-    """None: eval.tasks asks for none."""
+    """None: eval.tasks asks for none, or it was there."""
     base_ruler: RulerReport | None = None
     """Of the base as shipped, which the effective length is judged by; None: by RULER's threshold."""
 
@@ -108,6 +109,18 @@ def retrieval_grids(
 def eval_path(output: Path, label: str) -> Path:
     """Where the perplexities of a label lie."""
     return output / f"eval-{label}.json"
+
+
+def with_further(found: EvalReport, path: Path) -> EvalReport:
+    """A report and the further lengths of the one at `path`, if that is of the same steps, text and stride."""
+    try:
+        earlier = EvalReport.read(path)
+    except DataError:
+        return found
+    if (earlier.step, earlier.text, earlier.stride) != (found.step, found.text, found.stride):
+        return found
+    further = [result for result in earlier.lengths if result.length not in found.perplexity]
+    return replace(found, lengths=tuple(sorted([*found.lengths, *further], key=lambda result: result.length)))
 
 
 def verdict(output: Path, base_context: int) -> list[str]:

@@ -38,10 +38,12 @@ class DenseGap:
     """Mean of each window under training attention, nats."""
     dense_nll: tuple[float, ...]
     """Mean of each window under full attention, nats."""
+    text: str | None = None
+    """Fingerprint of the held-out tokens; None: an earlier release did not note it."""
 
-    def answers(self, length: int, windows: int) -> bool:
-        """Whether so many windows of that length were read."""
-        return (self.length, len(self.sparse_nll)) == (length, windows)
+    def answers(self, length: int, windows: int, text: str) -> bool:
+        """Whether so many windows of that length were read, of a text of that fingerprint."""
+        return (self.length, len(self.sparse_nll)) == (length, windows) and self.text in (None, text)
 
     @property
     def differences(self) -> list[float]:
@@ -56,7 +58,7 @@ class DenseGap:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; NaN and infinities are null."""
         values = {name: [json_number(nll) for nll in getattr(self, name)] for name in ("sparse_nll", "dense_nll")}
-        facts = {"label": self.label, "step": self.step, "length": self.length}
+        facts = {"label": self.label, "step": self.step, "length": self.length, "text": self.text}
         return {**facts, **values, "mean": json_number(self.mean)}
 
     @classmethod
@@ -68,7 +70,7 @@ class DenseGap:
         )
         if not sparse or len(sparse) != len(dense):
             raise ValueError("as many windows under both attentions, one at least")
-        return cls(str(data["label"]), int(data["step"]), int(data["length"]), sparse, dense)
+        return cls(str(data["label"]), int(data["step"]), int(data["length"]), sparse, dense, data.get("text"))
 
     def write(self, path: Path) -> None:
         """Write as JSON; OSError if the disk refuses."""
@@ -99,6 +101,7 @@ def measure_gap(
     *,
     label: str,
     step: int,
+    text: str | None = None,
     shards: Shards | None = None,
 ) -> DenseGap:
     """Read every window twice.
@@ -106,8 +109,8 @@ def measure_gap(
     Args:
         sparse, dense: the model under training attention and under full attention.
         windows_WS: int64 [W, S].
-        label, step: see `DenseGap`.
+        label, step, text: see `DenseGap`.
         shards: as for `whole_windows`.
     """
-    found = [whole_windows(nll, windows_WS, None, shards).window_nll for nll in (sparse, dense)]
-    return DenseGap(label, step, windows_WS.shape[1], *found)
+    trained, full = (whole_windows(nll, windows_WS, None, shards).window_nll for nll in (sparse, dense))
+    return DenseGap(label, step, windows_WS.shape[1], trained, full, text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import open_tokens
 from pipeline.config.run import RunConfig
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.evaluation.assessment import Assessment, eval_path, retrieval_grids, verdict, within_context
+from pipeline.evaluation.assessment import (
+    Assessment,
+    eval_path,
+    retrieval_grids,
+    verdict,
+    with_further,
+    within_context,
+)
 from pipeline.evaluation.dense_gap import DenseGap, gap_path, measure_gap
 from pipeline.evaluation.long_ppl import LongPpl, long_ppl_path, measure_long_ppl
 from pipeline.evaluation.mode import evaluating, spread_over
@@ -39,6 +47,8 @@ from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 
+PARTS = ("perplexity", "gap", "retrieval", "ruler")
+"""Of an assessment; each has a report of its own."""
 TEXT_TOKENS = 1 << 24
 """Held-out tokens read at most: far more than any number of windows a user waits for."""
 
@@ -73,13 +83,16 @@ class Evaluator:
     def _spread(self) -> Shards:
         return spread_over(self.model, self.groups, self.before_round)
 
-    def run(self, label: str, step: int, *, shown: bool = True, lengths: Sequence[int] = ()) -> EvalReport:
+    def run(
+        self, label: str, step: int, *, shown: bool = True, lengths: Sequence[int] = (), beside: bool = False
+    ) -> EvalReport:
         """Perplexity; on rank 0 it is written to `<output>/eval-<label>.json`; collective.
 
         Args:
             label, step: recorded in the report.
             shown: display progress (not inside the training bar: a terminal holds one).
             lengths: tokens; empty: those of the configuration.
+            beside: keep further lengths that the file holds, see `with_further`.
         """
         settings, spread = self.config.eval, self._spread()
         lengths = lengths or self.config.eval_lengths
@@ -107,23 +120,40 @@ class Evaluator:
             report = replace(found, text=self.shards.fingerprint)
             progress.done = sum(result.windows for result in report.lengths)  # all ranks'
         if self.groups.is_main:
-            with optional_file(self._path(label)):
-                report.write(self._path(label))
+            path = self._path(label)
+            with optional_file(path):
+                (with_further(report, path) if beside else report).write(path)
         return report
 
     def _nll(self, spec: AttentionSpec) -> TokenNll:
         return lambda tokens_BS: self.model.token_nll(tokens_BS, spec)
 
-    def assess(self, label: str, step: int, *, shown: bool = True, within: int | None = None) -> Assessment:
+    def assess(
+        self,
+        label: str,
+        step: int,
+        *,
+        shown: bool = True,
+        within: int | None = None,
+        only: Collection[str] | None = None,
+    ) -> Assessment:
         """Perplexity and what `eval.tasks` asks for, of the model as it is, written beside each other; collective.
 
         Args:
             label, step, shown: see `run`.
             within: only lengths of no more tokens, and no dense gap; None: all.
+            only: some of PARTS, see `missing`: the reports of this very model are there otherwise, and keep what is not
+                asked now; None: all, and no report there counts.
         """
-        report = self.run(label, step, shown=shown, lengths=within_context(self.config.eval_lengths, within))
-        gap = self._gap(label, step) if self._measures_gap(within) else None
-        grids, riddles = self._grids(within), self._ruler(within)
+        parts, beside = PARTS if only is None else only, only is not None
+        if "perplexity" in parts:
+            lengths = within_context(self.config.eval_lengths, within)
+            report = self.run(label, step, shown=shown, lengths=lengths, beside=beside)
+        else:  # it is what a diverged run is known by, also where an earlier process did not come to say so
+            report = EvalReport.from_json(json.loads(share_from_main(self.groups, self._path(label).read_text)))
+        gap = self._gap(label, step) if "gap" in parts and self._measures_gap(within) else None
+        grids = self._grids(within) if "retrieval" in parts else []
+        riddles = self._ruler(within) if "ruler" in parts else None
         run_on, output = (self.model, self.groups, self.spec), Path(self.config.output)
         facts: Any = {
             "label": label,
@@ -133,6 +163,7 @@ class Evaluator:
             "text": self.shards.fingerprint,
             "shown": shown,
             "kept": False,  # the weights of a step are those of one process
+            "beside": beside,
             "before_round": self.before_round,
         }
         retrieval = ruler = None
@@ -173,7 +204,8 @@ class Evaluator:
         windows = cut_windows(self.tokens_T, self.config.sequence, self.config.eval.windows)
         with evaluating(self.model):
             pair = self._nll(self.plan.attention), self._nll(self.spec)
-            gap = measure_gap(*pair, windows, label=label, step=step, shards=self._spread())
+            text, shards = self.shards.fingerprint, self._spread()
+            gap = measure_gap(*pair, windows, label=label, step=step, text=text, shards=shards)
         if self.groups.is_main:
             path = gap_path(Path(self.config.output), label)
             with optional_file(path):
@@ -217,61 +249,65 @@ class Evaluator:
 
         The model must still have the base's weights: only its positions are another's.
         """
-        own, asked = self.plan.arch.max_positions, self.config.eval
-        if not asked.tasks or self.has("shipped", 0):
+        own = self.plan.arch.max_positions
+        if not self.config.eval.tasks or not within_context(self.config.eval_lengths, own):
             return
-        if not within_context(self.config.eval_lengths, own):
-            return
-        path = self._path("shipped")
-        earlier = EvalReport.read(path) if self.groups.is_main and path.exists() else None
-        with self.model.positioned(self.plan.as_shipped().rope):
-            found = self.assess("shipped", 0, shown=shown, within=own).report
-        if earlier is not None and earlier.answers({}, found.stride, self.shards.fingerprint):
-            # Lengths beyond the base's own, of tools.evaluate, are not measured here, nor lost.
-            further = [result for result in earlier.lengths if result.length not in found.perplexity]
-            lengths = sorted([*found.lengths, *further], key=lambda result: result.length)
-            with optional_file(path):
-                replace(found, lengths=tuple(lengths)).write(path)
+        if missing := self.missing("shipped", 0):
+            with self.model.positioned(self.plan.as_shipped().rope):
+                self.assess("shipped", 0, shown=shown, within=own, only=missing)
 
     def verdict(self) -> list[str]:
         """What was lost within the base's own context, one sentence each; for rank 0, once all is measured."""
         if not self.config.eval.tasks:
             return []
         said = verdict(Path(self.config.output), self.plan.arch.max_positions)
-        if self._path("shipped").exists() and not self._answered("shipped", 0):
+        if self._path("shipped").exists() and self._missing("shipped", 0):
             said.append(
                 "the base was not asked all that is asked now; `longspan evaluate --state shipped` with this file and "
                 "the same --tasks asks it, and this command, rerun, compares."
             )
         return said
 
-    def has(self, label: str, step: int) -> bool:
-        """Whether the reports of this label and step are there, whole, and answer what the configuration asks now;
+    def missing(self, label: str, step: int) -> tuple[str, ...]:
+        """Which of PARTS have no whole report of this label and step that answers what the configuration asks now;
         collective, alike on every rank."""
-        return share_from_main(self.groups, lambda: str(self._answered(label, step))) == str(True)
+        return tuple(share_from_main(self.groups, lambda: " ".join(self._missing(label, step))).split())
 
-    def _answered(self, label: str, step: int) -> bool:
-        """`has`, as this rank sees it."""
+    def _missing(self, label: str, step: int) -> list[str]:
+        """`missing`, as this rank sees it."""
         asked, output, text = self.config.eval, Path(self.config.output), self.shards.fingerprint
         # The base is measured within its own context alone.
         within = self.plan.arch.max_positions if label == "shipped" else None
         lengths, grids = within_context(self.config.eval_lengths, within), self._grids(within)
-        try:
-            report = EvalReport.read(self._path(label))
+
+        def reads_alike(report: EvalReport) -> bool:
             windows = windows_of(self.tokens_T, lengths, asked.windows, asked.stride)
-            found = [report.step == step and report.answers(windows, asked.stride, text)]
-            if self._measures_gap(within):
-                gap, most = DenseGap.read(gap_path(output, label)), len(self.tokens_T) // self.config.sequence
-                found.append(gap.step == step and gap.answers(self.config.sequence, min(asked.windows, most)))
-            if grids:
-                retrieval = RetrievalReport.read(report_path(output, label))
-                found.append(retrieval.step == step and retrieval.answers(grids, text))
-            if (riddles := self._ruler(within)) is not None:
-                ruler = RulerReport.read(ruler_path(output, label))
-                found.append(ruler.step == step and ruler.answers(riddles, text))
-        except DataError:
-            return False
-        return all(found)
+            return report.answers(windows, asked.stride, text)
+
+        def has_gap(gap: DenseGap) -> bool:
+            windows = min(asked.windows, len(self.tokens_T) // self.config.sequence)
+            return gap.answers(self.config.sequence, windows, text)
+
+        wanted: list[tuple[str, Any, Path, Callable[[Any], bool]]] = [
+            ("perplexity", EvalReport, self._path(label), reads_alike)
+        ]
+        if self._measures_gap(within):
+            wanted.append(("gap", DenseGap, gap_path(output, label), has_gap))
+        if grids:
+            path = report_path(output, label)
+            wanted.append(("retrieval", RetrievalReport, path, lambda report: report.answers(grids, text)))
+        if (riddles := self._ruler(within)) is not None:
+            path = ruler_path(output, label)
+            wanted.append(("ruler", RulerReport, path, lambda report: report.answers(riddles, text)))
+        missing: list[str] = []
+        for part, kind, path, answers in wanted:
+            with contextlib.suppress(DataError):
+                found = kind.read(path)
+                # Of what text a report without a fingerprint is, only that of perplexity can tell.
+                if found.step == step and answers(found) and ("perplexity" not in missing or found.text):
+                    continue
+            missing.append(part)
+        return missing
 
     def _measures_gap(self, within: int | None) -> bool:
         """Whether the dense gap is asked for, and can be: only of windows as long as those of training."""

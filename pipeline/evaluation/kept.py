@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -29,6 +29,10 @@ def write_report(path: Path, data: Mapping[str, Any]) -> None:
 
 class Kept(Protocol):
     """One result."""
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Where in a grid it stands: in order, and another for each cell of a report."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -122,6 +126,19 @@ class ModelReport[Result: Kept]:
         """A JSON-ready dict."""
         facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context", "seed", "text")}
         return {**facts, "cells": [cell.to_json() for cell in self.cells]}
+
+    def with_further(self, path: Path) -> Self:
+        """This report and the further cells of the one at `path`, if that is of the same steps, text and seed."""
+        try:
+            earlier = self.read(path)
+        except DataError:
+            return self
+        if (earlier.step, earlier.text, earlier.seed) != (self.step, self.text, self.seed):
+            return self
+        cells = {cell.place: cell for cell in (*earlier.cells, *self.cells)}
+        return (
+            self if len(cells) == len(self.cells) else replace(self, cells=tuple(cells[key] for key in sorted(cells)))
+        )
 
     @classmethod
     def read(cls, path: Path) -> Self:

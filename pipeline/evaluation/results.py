@@ -51,6 +51,11 @@ class CellResult:
     much more than `scores`, the model finds the answer and only begins it otherwise."""
 
     @property
+    def place(self) -> tuple[str, int, float]:
+        """See `Kept`."""
+        return self.task, self.length, self.depth
+
+    @property
     def score(self) -> float:
         """Mean over the prompts."""
         return sum(self.scores) / len(self.scores)
@@ -209,14 +214,14 @@ class RetrievalReport(ModelReport[CellResult]):
     otherwise = "is not a retrieval report"
 
     def answers(self, grids: Sequence[RetrievalSettings], text: str) -> bool:
-        """Whether the prompts of these grids are among those it tells of.
+        """Whether it tells of every cell of these grids, by as many prompts or more.
 
         Args:
             text: fingerprint of the held-out tokens.
         """
-        found = {(cell.task, cell.length, cell.depth): len(cell.scores) for cell in self.cells}
+        found = {cell.place: len(cell.scores) for cell in self.cells}
         return self.text in (None, text) and all(
-            grid.seed == self.seed and found.get((grid.name, length, depth)) == grid.trials
+            grid.seed == self.seed and found.get((grid.name, length, depth), 0) >= grid.trials
             for grid in grids
             for length in grid.lengths
             for depth in grid.depths

@@ -32,6 +32,7 @@ def run_retrieval(
     text: str,
     shown: bool = True,
     kept: bool = True,
+    beside: bool = False,
     before_round: Callable[[], None] = lambda: None,
 ) -> RetrievalReport:
     """Evaluate and, on rank 0, write the report; collective. Cells found by an earlier process are not computed again.
@@ -44,6 +45,7 @@ def run_retrieval(
         label, step, context, base_context, seed, text: see `RetrievalReport`.
         shown: display progress.
         kept: finished cells are kept for a process that goes on; False: `identity` does not tell all models apart.
+        beside: the file keeps further cells of the same model, see `ModelReport.with_further`.
         before_round: see `Shards`.
 
     Raises:
@@ -66,5 +68,5 @@ def run_retrieval(
         )
     report = RetrievalReport(label, step, context, base_context, tuple(found), seed, text)
     if groups.is_main:
-        report.write(path)
+        (report.with_further(path) if beside else report).write(path)
     return report

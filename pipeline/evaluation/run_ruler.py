@@ -160,6 +160,7 @@ def run_ruler(
     text: str,
     shown: bool = True,
     kept: bool = True,
+    beside: bool = False,
     cost: str = "",
     before_round: Callable[[], None] = lambda: None,
 ) -> RulerReport:
@@ -171,7 +172,7 @@ def run_ruler(
         identity: of the model, see `evaluate_ruler`.
         output: the run's folder.
         label, step, context, base_context, seed, text: see `RulerReport`.
-        shown, kept, before_round: see `run_retrieval`.
+        shown, kept, beside, before_round: see `run_retrieval`.
         cost: a sentence that is said first.
 
     Raises:
@@ -198,6 +199,7 @@ def run_ruler(
     report = RulerReport(label, step, context, base_context, tuple(found), seed, text)
     if groups.is_main:
         shipped = ruler_path(output, "shipped")
-        base = report if label == "shipped" else RulerReport.read(shipped) if shipped.exists() else None
-        report.write(path, base)
+        whole = report.with_further(path) if beside else report
+        base = whole if label == "shipped" else RulerReport.read(shipped) if shipped.exists() else None
+        whole.write(path, base)
     return report

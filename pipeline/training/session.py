@@ -56,8 +56,8 @@ class Report(Protocol):
 class Assessor(Protocol):
     """What a session asks of an evaluator (`pipeline.evaluation.evaluator.Evaluator`)."""
 
-    def assess(self, label: str, step: int, *, shown: bool = True) -> Report:
-        """Evaluate the model as it is; collective."""
+    def assess(self, label: str, step: int, *, shown: bool = True, only: Sequence[str] | None = None) -> Report:
+        """Evaluate the model as it is, in all or in what is `missing`; collective."""
 
     def assess_base(self) -> None:
         """Measure the base, whose weights the model still has, if that is asked for; collective."""
@@ -65,8 +65,8 @@ class Assessor(Protocol):
     def verdict(self) -> Sequence[str]:
         """What the finished run lost, one sentence each."""
 
-    def has(self, label: str, step: int) -> bool:
-        """Whether this evaluation is there, whole; collective."""
+    def missing(self, label: str, step: int) -> Sequence[str]:
+        """Which parts of this evaluation are not there, whole; collective."""
 
 
 def follow(run: Run, watch: Watch) -> None:
@@ -228,12 +228,12 @@ class Session:
         config = self._run.config
         return bool(config.eval.every) and step % config.eval.every == 0 and 0 < step < config.train.steps
 
-    def _assess(self, label: str, step: int, *, shown: bool = True) -> None:
-        """Evaluate, show and write it; a run that has diverged ends here."""
+    def _assess(self, label: str, step: int, *, shown: bool = True, only: Sequence[str] | None = None) -> None:
+        """Evaluate, all or what is missing, show and write it; a run that has diverged ends here."""
         if self._evaluator is None:
             return
         with self._watch.patient("evaluation"):
-            report = self._evaluator.assess(label, step, shown=shown)
+            report = self._evaluator.assess(label, step, shown=shown, only=only)
         for line in report.sentences:
             self._say(line)
         if self._metrics is not None:
@@ -248,8 +248,8 @@ class Session:
 
     def _make_up(self, label: str, step: int) -> None:
         """Evaluate what an earlier process did not come to, or was stopped in, after its step was saved."""
-        if self._evaluator is not None and not self._evaluator.has(label, step):
-            self._assess(label, step)
+        if self._evaluator is not None and (missing := self._evaluator.missing(label, step)):
+            self._assess(label, step, only=missing)
 
     def _say(self, sentence: str) -> None:
         self._progress.say(sentence)

@@ -74,10 +74,20 @@ def test_a_run_measures_what_tools_evaluate_does(place: Path, capsys: pytest.Cap
     assert train(common) == 0
     assert "RULER, after: 8 windows" in capsys.readouterr().out and ruler_path(run, "after").exists()
     # And so is what is asked newly, once.
-    for change in ("eval.ruler_lengths=[1300]", "eval.ruler_trials=1", "eval.tasks=[niah_single_1]"):
+    for change in ("eval.ruler_lengths=[1300]", "eval.ruler_trials=3", "eval.tasks=[niah_single_1]"):
         for told in (True, False):
             assert train([*common, "--set", change]) == 0
             assert ("RULER, after: effective length" in capsys.readouterr().out) is told, change
+    assert train([*common, "--set", "eval.ruler_trials=1"]) == 0
+    assert "RULER, after" not in capsys.readouterr().out, "more prompts answer too"
+    # What was not asked again is still told of, and a mean over fewer tasks is no measure beside the others.
+    whole = RulerReport.read(ruler_path(run, "after"))
+    counts = {(cell.task, cell.length): len(cell.scores) for cell in whole.cells}
+    assert counts == {
+        **{(task, n): 3 for n in (1200, 1600) for task in ("niah_single_2", "ruler_fwe")},
+        **{(task, 1300): 2 for task in ("niah_single_2", "ruler_fwe")},
+        **{("niah_single_1", n): 2 for n in (1200, 1600)},
+    }
 
 
 def made(label: str, scores: dict[str, dict[int, float]]) -> RulerReport:
@@ -103,6 +113,8 @@ def test_a_fallen_effective_length_is_told(place: Path, tmp_path: Path) -> None:
     kept = made("after", {"a": {200: 0.9, 400: 0.8, 800: 1}, "b": {200: 0.4, 400: 0.4, 800: 1}, "c": {200: 0}})
     kept.write(ruler_path(tmp_path, "after"))
     assert verdict(tmp_path, 400) == ["nothing that the base can do at its own lengths was lost, of what was measured."]
+    fewer = made("after", {"a": {200: 0.9, 300: 0, 400: 0.9}, "b": {200: 0.9, 400: 0.9}})
+    assert fewer.effective(None).tokens == 400, "300 was asked of a alone"
     base = RulerReport.read(ruler_path(tmp_path, "shipped"))
     points = Assessment(EvalReport("after", 2, None, (), 1.0), None, None, kept, base).points
     assert points["ruler/effective_length"] == 800 and points["ruler/a/400"] == 0.8

@@ -12,6 +12,7 @@ from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.long_ppl import LongPpl
 from pipeline.evaluation.perplexity import EvalReport
+from pipeline.evaluation.results import CellResult, RetrievalReport
 from pipeline.evaluation.tasks import cells as prompts_of
 from pipeline.train import main as train
 from tests.support.places import run_place
@@ -37,9 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, common = place / "run", ["--config", str(place / "run.yaml")]
-    assert evaluate([*common, "--state", "shipped"]) == 0  # no retrieval yet
+    assert evaluate([*common, "--state", "shipped", "--lengths", "800"]) == 0  # no retrieval, nor the base's own length
     assert "warning: --lengths: 800 exceed the 400 tokens that" in capsys.readouterr().err
-    further = EvalReport.read(run / "eval-shipped.json").lengths[1]
+    further = EvalReport.read(run / "eval-shipped.json").lengths[0]
     with mock.patch("pipeline.evaluation.evaluator.cells", side_effect=prompts_of) as made:
         assert train([*common, "--stop-after", "3"]) == 0
     assert made.call_count == len({call.args[0] for call in made.call_args_list}) >= 2, "prompts are made once a run"
@@ -179,7 +180,59 @@ def test_a_finished_run_measures_what_is_asked_newly(place: Path, capsys: pytest
         f"eval.path={place}/other",
     ):
         assert measured(change) and not measured(change), f"{change}: once"
+    assert DenseGap.read(run / "gap-after.json").text == EvalReport.read(run / "eval-after.json").text
     DenseGap(**{**vars(DenseGap.read(run / "gap-after.json")), "step": 1}).write(run / "gap-after.json")
     assert measured(f"eval.path={place}/other"), "the gap is another step's"
     assert train([*command, "--set", "eval.trials=3"]) == 0
     assert "verdict: the base was not asked all that is asked now; `longspan evaluate" in capsys.readouterr().out
+
+
+def test_what_was_found_outlasts_a_rerun(place: Path) -> None:
+    """One question more measures that alone, and what else `longspan evaluate` found stays."""
+    run, command = place / "outlasts", ["--config", str(place / "run.yaml"), "--set", f"output={place}/outlasts"]
+    only_text = [*command, "--set", "eval.tasks=[]"]
+    assert train(only_text) == 0
+    trained = [*command, "--state", "trained"]
+    assert evaluate([*trained, "--lengths", "400", "600", "800"]) == 0
+    assert evaluate([*trained, "--tasks", "passkey", "--lengths", "400", "600", "800", "--trials", "2"]) == 0
+    parts = {kind: run / f"{kind}-after.json" for kind in ("eval", "retrieval", "gap")}
+    inputs = {kind: parts[kind].read_bytes() for kind in ("eval", "retrieval")}
+
+    def files() -> dict[str, bytes]:
+        return {kind: path.read_bytes() for kind, path in parts.items() if path.exists()}
+
+    with (
+        mock.patch("pipeline.evaluation.evaluator.evaluate", side_effect=AssertionError("perplexity was measured")),
+        mock.patch("pipeline.evaluation.evaluator.run_retrieval", side_effect=AssertionError("retrieval was measured")),
+    ):
+        assert train(only_text) == 0
+        assert files() == inputs
+        assert train(command) == 0, "the gap alone is missing"
+    assert files() == {**inputs, "gap": parts["gap"].read_bytes()}
+    before = files()
+
+    def lengths() -> dict[int, int]:
+        return {result.length: result.windows for result in EvalReport.read(parts["eval"]).lengths}
+
+    with mock.patch("pipeline.evaluation.evaluator.run_retrieval", side_effect=AssertionError("it was measured")):
+        assert train([*command, "--set", "eval.lengths=[400, 700]"]) == 0
+    assert lengths() == {400: 2, 600: 2, 700: 2, 800: 2}
+    assert {kind: files()[kind] for kind in ("retrieval", "gap")} == {
+        kind: before[kind] for kind in ("retrieval", "gap")
+    }
+    # Another task, of retrieval: its cells come beside those there.
+    with mock.patch("pipeline.evaluation.evaluator.evaluate", side_effect=AssertionError("it was measured")):
+        assert train([*command, "--set", "eval.tasks=[needle]"]) == 0
+    cells = {cell.place: cell for cell in RetrievalReport.read(parts["retrieval"]).cells}
+    found = [CellResult.from_json(cell) for cell in json.loads(inputs["retrieval"])["cells"]]
+    assert len(found) == 6 and all(cells[cell.place] == cell for cell in found)
+    needles = {(length, depth) for task, length, depth in cells if task.startswith("needle")}
+    assert len(cells) == 6 + 4 and needles == {(length, depth) for length in (400, 800) for depth in (0.0, 1.0)}
+    # Of another text nothing is kept.
+    (place / "third").mkdir()
+    (place / "third/a.txt").write_text((place / "val/a.txt").read_text()[50:])
+    assert train([*command, "--set", f"eval.path={place}/third"]) == 0
+    assert lengths() == {400: 2, 800: 2}
+    assert {cell.length for cell in RetrievalReport.read(parts["retrieval"]).cells} == {400, 800}
+    texts = {EvalReport.read(parts["eval"]).text, RetrievalReport.read(parts["retrieval"]).text}
+    assert texts == {DenseGap.read(parts["gap"]).text}

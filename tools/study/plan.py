@@ -340,7 +340,13 @@ def configure(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
     return config
 
 
-_LATER = (("data", "bos", "auto"), ("data", "eos", "auto"), ("attention", "dilation", 1))
+_LATER = (
+    ("data", "bos", "auto"),
+    ("data", "eos", "auto"),
+    ("attention", "dilation", 1),
+    ("model", "family", "local"),
+    ("model", "fp8_recipe", "none"),
+)
 """Settings that came after studies had been run: section, name, and what is as it was."""
 
 

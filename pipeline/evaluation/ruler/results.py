@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,11 @@ class RulerResult:
     """Of each prompt, the share of its answers that was written."""
     written: tuple[str, ...]
     """After each prompt, until all answers were there."""
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """See `Kept`."""
+        return self.length, self.task
 
     @property
     def score(self) -> float:
@@ -74,6 +80,12 @@ def means(cells: Sequence[RulerResult]) -> dict[int, float]:
     for cell in cells:
         found.setdefault(cell.length, []).append(cell.score)
     return {length: sum(scores) / len(scores) for length, scores in sorted(found.items())}
+
+
+def _judged(cells: Sequence[RulerResult]) -> dict[int, float]:
+    """`means` at the lengths where the most tasks were asked: one over fewer tasks is no measure beside them."""
+    tasks = Counter(cell.length for cell in cells)
+    return means([cell for cell in cells if tasks[cell.length] == max(tasks.values())])
 
 
 def effective_length(scores: Mapping[int, float], threshold: float) -> int:
@@ -126,14 +138,14 @@ class RulerReport(ModelReport[RulerResult]):
     otherwise = "is no RULER report"
 
     def answers(self, asked: RulerSettings, text: str) -> bool:
-        """Whether these prompts are among those it tells of.
+        """Whether it tells of each of these tasks and lengths, by as many prompts or more.
 
         Args:
             text: fingerprint of the held-out tokens.
         """
-        found = {(cell.task, cell.length): len(cell.scores) for cell in self.cells}
+        found = {cell.place: len(cell.scores) for cell in self.cells}
         alike = asked.seed == self.seed and self.text in (None, text)
-        return alike and all(found.get((task, n)) == asked.trials for task in asked.tasks for n in asked.lengths)
+        return alike and all(found.get((n, task), 0) >= asked.trials for task in asked.tasks for n in asked.lengths)
 
     def effective(self, base: RulerReport | None) -> Effective:
         """The effective length: by the base's score at its own length, or without that, by RULER's threshold.
@@ -149,11 +161,11 @@ class RulerReport(ModelReport[RulerResult]):
             shared = tuple(task for task in tasks if task in can)
             if shared:
                 threshold = sum(can[task] for task in shared) / len(shared)
-                mine = means([cell for cell in self.cells if cell.task in shared])
+                mine = _judged([cell for cell in self.cells if cell.task in shared])
                 # A mean of the same scores must reach itself.
                 reached = effective_length(mine, threshold - 1e-9)
                 return Effective(reached, threshold, shared, f"the base's own score at {own} tokens")
-        return Effective(effective_length(means(self.cells), PAPER), PAPER, tasks, PAPER_SAYS)
+        return Effective(effective_length(_judged(self.cells), PAPER), PAPER, tasks, PAPER_SAYS)
 
     def write(self, path: Path, base: RulerReport | None = None) -> None:
         """Write as JSON.
@@ -181,7 +193,7 @@ def fell_short(mine: RulerReport, base: RulerReport, whose: str) -> list[str]:
         return [f"RULER: {whose} does none of its tasks at its own length: nothing to lose or win."]
     if own.tokens >= theirs.tokens:
         return []
-    scores = means([cell for cell in mine.cells if cell.task in own.tasks])
+    scores = _judged([cell for cell in mine.cells if cell.task in own.tasks])
     first = next((length for length in scores if length > own.tokens), None)
     there = "" if first is None else f": at {first} it scores {scores[first]:.0%}"
     return [

@@ -109,16 +109,16 @@ class Evaluations:
     def verdict(self) -> list[str]:
         return ["passkey is lost."]
 
-    def assess(self, label: str, step: int, *, shown: bool = True) -> Any:
+    def assess(self, label: str, step: int, *, shown: bool = True, only: tuple[str, ...] | None = None) -> Any:
         if label == "stop":
             raise Stopped(15)
-        self._log.append((label, shown))
+        self._log.append((label, shown) if only is None else (label, *only))
         # Beyond the run's context a loss is no measure of the run.
         lengths = [SimpleNamespace(length=64, nll=self._nll), SimpleNamespace(length=128, nll=99.0)]
         return SimpleNamespace(lengths=lengths, points={}, sentences=["perplexity, x: 2.00", "passkey, x: 0%"])
 
-    def has(self, label: str, step: int) -> bool:
-        return label in self._made
+    def missing(self, label: str, step: int) -> tuple[str, ...]:
+        return () if label in self._made else ("gap", "ruler")
 
 
 def run_session(
@@ -175,7 +175,7 @@ def test_a_run_from_its_first_evaluation_to_its_last(
     stopped, log, out, watch = run_session(monkeypatch, capsys)
     assert stopped == 0
     during = [1, 2, ("step-000002", False), 3, 4, ("step-000004", False), 5, 6]
-    assert log == ["base", ("untrained", True), *during, ("after", True)]
+    assert log == ["base", ("untrained", True), *during, ("after", "gap", "ruler")]
     assert out.count("passkey, x: 0%") == 4 and out.splitlines()[-1] == "verdict: passkey is lost.", "last, in words"
     warned = ["asked", "passed over", "few windows", "same text", "uneven", "taken"]
     assert [line.removeprefix("warning: ") for line in out.splitlines() if "warning" in line] == warned
@@ -185,10 +185,10 @@ def test_a_run_from_its_first_evaluation_to_its_last(
 @pytest.mark.parametrize(
     ("at", "made", "expected"),
     [
-        (4, (), [("step-000004", True), 5, 6, ("after", True)]),
-        (4, ("step-000004",), [5, 6, ("after", True)]),
-        (3, (), [4, ("step-000004", False), 5, 6, ("after", True)]),
-        (6, (), [("after", True)]),
+        (4, (), [("step-000004", "gap", "ruler"), 5, 6, ("after", "gap", "ruler")]),
+        (4, ("step-000004",), [5, 6, ("after", "gap", "ruler")]),
+        (3, (), [4, ("step-000004", False), 5, 6, ("after", "gap", "ruler")]),
+        (6, (), [("after", "gap", "ruler")]),
         (6, ("after",), []),
     ],
 )
