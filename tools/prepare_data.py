@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,8 @@ from pipeline.data.chat import ChatTemplate
 from pipeline.data.conversations import conversation_files
 from pipeline.data.discovery import matches_of, splits_of
 from pipeline.data.document_ends import Ends, described
-from pipeline.data.folders import all_or_none
 from pipeline.data.held_out import WHOLE, Part
+from pipeline.data.once import together
 from pipeline.data.prepare import left_out, prepare, up_to_date
 from pipeline.data.prepare_chat import Account, chat_up_to_date, prepare_chat, samples
 from pipeline.data.readings import differing_readings
@@ -82,14 +82,21 @@ def _show_card(folder: Path, what: str, fresh: bool) -> None:
     print(f"{summary(card)}; see {folder / PAGE}")
 
 
-def _chat(options: argparse.Namespace, tokenizer: TextTokenizer, template: ChatTemplate, out: Path, part: Part) -> None:
-    manifest, account = prepare_chat(options.input, out, template, options.max_tokens, part)
-    for warning in (*account.sentences(), *_too_many_tokens(options.tokenizer, tokenizer)):
-        print(f"warning: {warning}", file=sys.stderr)
-    skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
-    how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
-    print(f"{out}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
-    _show_card(out, "conversations", bool(account.samples))
+def _chat(
+    options: argparse.Namespace, tokenizer: TextTokenizer, template: ChatTemplate, place: Path, part: Part
+) -> Callable[[Path], None]:
+    """Prepare conversations at a place; returns what tells of it, given the folder where it is then."""
+    manifest, account = prepare_chat(options.input, place, template, options.max_tokens, part)
+
+    def tell(out: Path) -> None:
+        for warning in (*account.sentences(), *_too_many_tokens(options.tokenizer, tokenizer)):
+            print(f"warning: {warning}", file=sys.stderr)
+        skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
+        how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
+        print(f"{out}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+        _show_card(out, "conversations", bool(account.samples))
+
+    return tell
 
 
 def _token_file(options: argparse.Namespace, parser: argparse.ArgumentParser) -> TokenFile | None:
@@ -116,24 +123,31 @@ def _tokens(options: argparse.Namespace, tokenizer: TextTokenizer, source: Token
     return 0
 
 
-def _text(options: argparse.Namespace, tokenizer: TextTokenizer, out: Path, ends: Ends, part: Part) -> None:
+def _text(
+    options: argparse.Namespace, tokenizer: TextTokenizer, ends: Ends, place: Path, part: Part
+) -> Callable[[Path], None]:
+    """As `_chat`, of text."""
     with TokenProgress(console=Console(stderr=True)) as progress:
         manifest = prepare(
-            options.input, out, tokenizer, options.text_field, progress, options.workers, ends=ends, part=part
+            options.input, place, tokenizer, options.text_field, progress, options.workers, ends=ends, part=part
         )
-    card = read_card(out) if progress.calls else None
-    warned = card["warnings"] if card is not None else []
-    for warning in (
-        *warned,
-        *left_out(options.input, options.text_field),
-        *_too_many_tokens(options.tokenizer, tokenizer),
-    ):
-        print(f"warning: {warning}", file=sys.stderr)
-    skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
-    print(f"{out}: every document {described(*manifest.ends, tokenizer.prompt_start)}")
-    how = "written" if progress.calls else "up to date, reused"
-    print(f"{out}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
-    _show_card(out, "documents", bool(progress.calls))
+
+    def tell(out: Path) -> None:
+        card = read_card(out) if progress.calls else None
+        warned = card["warnings"] if card is not None else []
+        for warning in (
+            *warned,
+            *left_out(options.input, options.text_field),
+            *_too_many_tokens(options.tokenizer, tokenizer),
+        ):
+            print(f"warning: {warning}", file=sys.stderr)
+        skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
+        print(f"{out}: every document {described(*manifest.ends, tokenizer.prompt_start)}")
+        how = "written" if progress.calls else "up to date, reused"
+        print(f"{out}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
+        _show_card(out, "documents", bool(progress.calls))
+
+    return tell
 
 
 @command
@@ -212,14 +226,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"warning: {warning}", file=sys.stderr)
         ends = Ends(_CHOICES[options.bos], _CHOICES[options.eos])
         fresh = partial(up_to_date, options.input, tokenizer=tokenizer, text_field=options.text_field, ends=ends)
-    stale = len(parts) > 1 and not all(fresh(out=out, part=part) for out, part in parts.items())
-    ours = [out.resolve() for out in parts if is_prepared(out) or not out.exists()]
-    with all_or_none(ours if stale else []):
-        for out, part in parts.items():
+    told = []
+    with together(list(parts), lambda: all(fresh(out=out, part=part) for out, part in parts.items())) as places:
+        for folder, part in zip(places, parts.values(), strict=True):
             if options.chat:
-                _chat(options, tokenizer, template, out, part)
+                told.append(_chat(options, tokenizer, template, folder, part))
             else:
-                _text(options, tokenizer, out, ends, part)
+                told.append(_text(options, tokenizer, ends, folder, part))
+    for tell, out in zip(told, parts, strict=True):
+        tell(out)
     return 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +20,68 @@ MEND = "prepare the text again with tools.prepare_data"
 """What to do about a damaged folder."""
 
 
-def replace_folder(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older shard folder there is renamed away first, as rename needs an empty target."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        folder.rename(out)
-    sync(out.parent)
+def replace_folders(new: Mapping[Path, Path]) -> None:
+    """Rename each folder `new[out]` to its `out`; the older shard folders there are renamed away first, all of them.
 
-
-def remove_leftovers(out: Path) -> None:
-    """Delete what writers of `out` that were killed left beside it; call with no writer of `out` at work."""
-    for kind in ("writing", "old"):
-        _remove(out, kind)
-
-
-def _remove(out: Path, kind: str) -> None:
-    prefix = f".{out.name}.{kind}-"
-    for name in os.listdir(out.parent):
-        if name.startswith(prefix) and len(name) == len(prefix) + 8:  # as many characters as mkdtemp adds
-            shutil.rmtree(out.parent / name, ignore_errors=True)
-
-
-@contextmanager
-def all_or_none(folders: Sequence[Path]) -> Iterator[None]:
-    """While this lasts shard folders are written that belong together; if it fails, those that were there are back.
-
-    What stood there is put aside, under hidden names that the next success removes if this process is killed.
+    So a killed process leaves old folders, new ones, or one missing, and never an old beside a new one of folders that
+    belong together. What fails, and what the next call finds cut short, is undone.
     """
-    aside: list[tuple[Path, Path]] = []
     try:
-        for folder in folders:
-            if folder.exists():
-                place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.aside-", dir=folder.parent))
-                folder.rename(place)
-                aside.append((folder, place))
-        yield
-    except BaseException:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder, place in aside:
-            place.rename(folder)
-        raise
+        for out in new:
+            if out.exists():
+                out.rename(_beside(out, "old"))
+        for out, folder in new.items():
+            folder.rename(out)
+            sync(out.parent)
+    finally:
+        _settle(list(new))
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Undo a replacement of these folders that was cut short, and delete what killed writers of them left beside them.
+
+    Call with no writer of them at work.
+    """
+    _settle(folders)
     for folder in folders:
-        _remove(folder, "aside")
+        for place in _left(folder, "writing"):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _settle(folders: Sequence[Path]) -> None:
+    """Put older folders back if one is missing; else delete them."""
+    cut_short = not all(folder.exists() for folder in folders)
+    for folder in folders:
+        # "aside": an earlier version put folders there while it wrote. glob passes over what it may not read.
+        replaced = [place for place in _left(folder, "old", "aside") if any(place.glob("*"))]
+        if cut_short and replaced:
+            if folder.exists():
+                _discard(folder, folder)
+            # The first put aside, if there are several, was there when all was well.
+            min(replaced, key=lambda place: place.stat().st_ctime_ns).rename(folder)
+            sync(folder.parent)
+        for place in _left(folder, "old", "aside"):
+            _discard(place, folder)
+
+
+def _discard(place: Path, folder: Path) -> None:
+    """Delete what nobody puts back, half deleted as it may be, as it has another name by then."""
+    with suppress(OSError):
+        place = place.rename(_beside(folder, "writing"))
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.{kind}-", dir=folder.parent))
+
+
+def _left(folder: Path, *kinds: str) -> list[Path]:
+    names = tuple(f".{folder.name}.{kind}-" for kind in kinds)
+    return [
+        folder.parent / name
+        for name in os.listdir(folder.parent)
+        if name[:-8] in names  # mkdtemp adds eight characters
+    ]
 
 
 def read_array(file: Path) -> NDArray[Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from parallel.errors import DataError
 from pipeline.config.patterns import is_pattern, split_pattern
-from pipeline.data.folders import remove_leftovers
+from pipeline.data.folders import remove_leftovers, replace_folders
 from pipeline.data.shards import Manifest, SourceEntry, is_prepared, open_shards
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.storage.digest import sha256_of
@@ -98,6 +99,11 @@ def _locked(out: Path) -> Iterator[None]:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
 
 
+def _refuse_other(out: Path) -> None:
+    if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
+
+
 def once(out: Path, find: Callable[[Path], Manifest | None], write: Callable[[Path], Manifest]) -> Manifest:
     """What is at `out` already, or what is written there now; of several processes at once one writes.
 
@@ -119,6 +125,36 @@ def once(out: Path, find: Callable[[Path], Manifest | None], write: Callable[[Pa
         manifest = find(out)
         if manifest is not None:
             return manifest
-        if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
-            raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
+        _refuse_other(out)
         return write(out)
+
+
+@contextmanager
+def together(folders: Sequence[Path], fresh: Callable[[], bool]) -> Iterator[Sequence[Path]]:
+    """Where to write shard folders that belong together: beside them, and at the end all are replaced, or none.
+
+    Until then the older ones stay, whatever becomes of this process. Of several processes at once one writes.
+
+    Args:
+        folders: links are followed.
+        fresh: whether they will do as they are; then, and if there is only one, they are the places themselves.
+
+    Raises:
+        DataError: one holds something else, or cannot be written.
+    """
+    if len(folders) > 1 and not fresh():
+        real = [folder.resolve() for folder in folders]
+        with ExitStack() as stack:
+            for folder in real:
+                stack.enter_context(_locked(folder))
+            remove_leftovers(*real)
+            if not fresh():
+                places = {}
+                for folder in real:
+                    _refuse_other(folder)
+                    beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.writing-", dir=folder.parent)
+                    places[folder] = Path(stack.enter_context(beside)) / folder.name
+                yield list(places.values())
+                replace_folders(places)
+                return
+    yield folders

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from parallel.errors import DataError
 from pipeline.data.card import Notes, card_of, write_card
 from pipeline.data.document_ends import AUTO, Ends
-from pipeline.data.folders import replace_folder
+from pipeline.data.folders import replace_folders
 from pipeline.data.shards import (
     DOCUMENTS,
     FORMAT,
@@ -176,5 +176,5 @@ class ShardWriter:
             names += write_card(self._folder, card_of(lengths, manifest.ends, [one.size for one in sources], notes))
         for file in [*names, MANIFEST, "."]:
             sync(self._folder / file)
-        replace_folder(self._folder, self._out)
+        replace_folders({self._out: self._folder})
         return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,10 @@ def test_both_halves_are_replaced_or_none(tmp_path: Path, monkeypatch: pytest.Mo
     real = prepare_data._text
 
     def fail() -> None:
-        def interrupted(*args: Any) -> None:
-            if args[2].name == "validation":
+        def interrupted(*args: Any) -> Any:
+            if args[-1].held_out:
                 raise KeyboardInterrupt
-            real(*args)
+            return real(*args)
 
         with monkeypatch.context() as patch:
             if stops:
@@ -165,8 +166,29 @@ def test_both_halves_are_replaced_or_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert {name.partition("/")[0] for name in before} == {"train", "validation"}
     fail()
     assert held() == before
-    (out / ".train.aside-12345678").mkdir()  # as a killed process leaves it
+    for name in ("train", "validation"):  # as a killed process of an earlier version left them
+        (out / name).rename(out / f".{name}.aside-12345678")
+    shutil.copytree(out / ".validation.aside-12345678", out / "train")
+    (out / ".train.aside-abcd1234").mkdir()
+    fail()
+    assert held() == before
     assert prepare_data.main([*call, "0.4"]) == 0
     parts = [open_shards(out / name).manifest.part for name in ("train", "validation")]
     assert parts == ["but for 0.4", "held out 0.4"]
-    assert not [path.name for path in out.iterdir() if "aside" in path.name]
+    (out / "train").rename(out / ".train.aside-12345678")
+    shutil.copytree(out / ".train.aside-12345678", out / "train")
+    assert prepare_data.main([*call, "0.4"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [".train.lock", ".validation.lock", "train", "validation"]
+
+
+def test_what_is_not_ours_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    write_tokenizer(tmp_path / "model")
+    (tmp_path / "out/validation").mkdir(parents=True)
+    (tmp_path / "out/validation/thesis.tex").write_text("years of work")
+    source = write_lines(tmp_path / "a.jsonl", [f"text {number}" for number in range(80)])
+    call = ["--input", str(source), "--output", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]
+    assert prepare_data.main([*call, "--held-out", "0.25"]) == 2
+    assert "out/validation: exists and holds something else than prepared tokens" in capsys.readouterr().err
+    assert (tmp_path / "out/validation/thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "out/train").exists()

@@ -101,6 +101,10 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(folder: Path) 
     (folder.parent / ".shards.writing-abcd1234" / "tokens-00000.bin").write_bytes(b"half")
     remove_leftovers(folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([*keep, "shards"])
+    folder.rename(folder.parent / ".shards.old-abcd1234")  # killed before the new one came
+    remove_leftovers(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([*keep, "shards"])
+    open_shards(folder, verify=True)
 
 
 @pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens-00003.bin", DOCUMENTS])
