@@ -28,6 +28,7 @@ GONE = "/nowhere/at-all"
 MISSING: dict[str, list[str]] = {
     "pipeline.train": ["--config", GONE],
     "tools.bench.data": ["--tokenizer", GONE],
+    "tools.bench.load": ["--model", GONE],
     "tools.doctor": ["--config", GONE],
     "tools.dry_run": ["--config", GONE],
     "tools.evaluate": ["--config", GONE, "--state", "trained"],
