@@ -201,6 +201,7 @@ class RankWatch(Watch):
         try:
             while True:
                 signaled, lost = self._sleep(self._interval), False
+                closing = self._closing  # if only later, the beat that is published now may not say so yet
                 # Another handler is the trainer's, which saves and leaves in good order, unless a peer is dead.
                 terminated = bool(signaled) and signal.getsignal(signaled) is self._handler
                 if terminated and not self._closing:
@@ -218,7 +219,7 @@ class RankWatch(Watch):
                     self._end(verdict, lost)
                 if terminated:
                     self._leave(128 + signaled if signaled else SIGTERM_CODE)
-                if self._closing and self._all_left():
+                if closing and self._all_left():
                     return
         except Exception:  # a fault in here must not end a healthy run; collectives still have their time-out
             self._minder.over.set()

@@ -131,3 +131,44 @@ def test_a_rank_that_leaves_while_its_beat_is_looked_at_has_not_died(ended: bool
         assert verdict is None
     else:
         assert verdict is not None and verdict.text.startswith("rank 1 died at step 2 (its process is gone")
+
+
+def test_who_closes_while_a_beat_is_exchanged_still_takes_leave() -> None:
+    """The main thread may come to its end at any moment of the other; the last beat in the store must say so."""
+
+    class ClosedMeanwhile(HashStore):
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            watch._closing = True
+            texts: list[bytes] = super().multi_get(keys)
+            return texts
+
+    store, watch = ClosedMeanwhile(), object.__new__(RankWatch)
+    peer = Beat(0, 1, 2, "training", host="another machine")
+    peers = Peers(1, 2, time.monotonic(), machine())
+    store.set("beat/0", peer.encode())
+    peers.update(peer, time.monotonic())
+    vars(watch).update(
+        _env=RankEnv(rank=1, world_size=2, agent_store=True),
+        _hosting=False,
+        _timeout_s=60.0,
+        _silence_s=30.0,
+        _interval=0.01,
+        _failure=None,
+        _secondary_since=None,
+        _closing=False,
+        _exchanges=0,
+        _count=0,
+        _step=2,
+        _phase="training",
+        _moved=time.monotonic(),
+        _moves=0,
+        _line=0,
+        _patience=0,
+        _ended_by=0,
+        _main=threading.get_ident(),
+        _store=store,
+        _peers=peers,
+        _sleep=lambda seconds: 0,
+    )
+    watch._run()
+    assert Beat.decode(store.get("beat/1")).ended
