@@ -100,8 +100,12 @@ class HaloExchange:
         arriving = [to_receive(k_LBKD, (message.vectors * dim,), self.shard.group) for message in self.incoming]
         self.shard.meter.sent += _bytes(leaving)
         self.shard.meter.received += _bytes(arriving)
-        return self.post(
-            [message.receiver for message in self.outgoing], leaving, [m.sender for m in self.incoming], arriving
+        return post(
+            self.shard.group,
+            [message.receiver for message in self.outgoing],
+            leaving,
+            [m.sender for m in self.incoming],
+            arriving,
         )
 
     def receive(self, flight: Flight) -> list[torch.Tensor]:
@@ -131,7 +135,9 @@ class HaloExchange:
         ]
         self.shard.meter.sent_back += _bytes(leaving)
         self.shard.meter.received_back += _bytes(arriving)
-        return self.post([m.sender for m in self.incoming], leaving, [m.receiver for m in self.outgoing], arriving)
+        return post(
+            self.shard.group, [m.sender for m in self.incoming], leaving, [m.receiver for m in self.outgoing], arriving
+        )
 
     def receive_back(self, flight: Flight, dk_LBKD: torch.Tensor, dv_LBKD: torch.Tensor) -> None:
         """As `Exchange.receive_back`."""
@@ -173,12 +179,6 @@ class HaloExchange:
     def _boxes(self, buffers: Sequence[torch.Tensor]) -> list[Box]:
         """All incoming pieces, as views of the messages' buffers."""
         return [box for message, buffer in zip(self.incoming, buffers, strict=True) for box in _unpack(message, buffer)]
-
-    def post(
-        self, targets: list[int], leaving: list[torch.Tensor], sources: list[int], arriving: list[torch.Tensor]
-    ) -> Flight:
-        """As the function."""
-        return post(self.shard.group, targets, leaving, sources, arriving)
 
 
 def post(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from parallel.axes.context import Flight, HaloExchange, acquaint
+from parallel.axes.context import Flight, HaloExchange, acquaint, post
 from parallel.axes.halo_plan import ALIGN, HaloPlan, Message, Region
 from parallel.axes.pinned import pin, unpin, whole_pages
 from parallel.errors import LongspanError
@@ -251,7 +251,8 @@ class StreamExchange(HaloExchange):
             arriving.append(packed)
         self.shard.meter.sent += sum(buffer.nbytes for buffer in leaving)
         self.shard.meter.received += sum(buffer.nbytes for _, buffer in remote)
-        flight = self.post(
+        flight = post(
+            self.shard.group,
             self._peers([message.receiver for message in self.outgoing]),
             leaving,
             self._peers([sender for sender, _ in remote]),
@@ -273,7 +274,8 @@ class StreamExchange(HaloExchange):
         ]
         self.shard.meter.sent_back += sum(buffer.nbytes for buffer in leaving)
         self.shard.meter.received_back += sum(buffer.nbytes for buffer in arriving)
-        return self.post(
+        return post(
+            self.shard.group,
             self._peers([sender for sender, _ in remote]),
             leaving,
             self._peers([message.receiver for message in self.outgoing]),

@@ -24,7 +24,13 @@ BASES = ("bf16", "fp8", "nf4")
 """Forms the frozen matrices of the layers may be kept in."""
 FAMILIES = ("local", "megatron", "te")
 FP8_RECIPES = ("none", "tensorwise", "blockwise", "mxfp8")
-BACKENDS = ("auto", "cudnn", "flash", "flash_attn", "flash_attn_2", "flash_attn_4", "math")
+FLASH = {
+    "flash_attn": ("flash-attn-4", "flash-attn"),
+    "flash_attn_2": ("flash-attn",),
+    "flash_attn_4": ("flash-attn-4",),
+}
+"""Value of attention.backend -> packages any of which it may mean, the first where it can run."""
+BACKENDS = ("auto", "cudnn", "flash", *FLASH, "math")
 GATE_UP = ("gpu", "fp8", "host")
 WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "balanced_attention", "kernels")
 OF_ANY_FAMILY = ("balanced_attention",)

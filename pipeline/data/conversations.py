@@ -7,7 +7,7 @@ the caller counts; a file that cannot be read, or that mixes schemas, is a `Data
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,36 +241,38 @@ def _plain(name: str, value: Any) -> Any:
             raise RecordError(f"a message has a part that is no text ({others[0]})")
         return "".join(part["text"] for part in value)
     if name == "tool_calls" and isinstance(value, list):
-        return [_call(call) for call in value]
+        return [_with_arguments(call, _as_object) for call in value]
     return value
 
 
-def _call(call: Any) -> Any:
-    """A tool call with its arguments as an object, which transformers' templates expect; OpenAI's are a string."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict):
-        return {**call, "function": _call(function)}
-    if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-        try:
-            arguments = json.loads(call["arguments"])
-        except (ValueError, RecursionError):
-            return call
-        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
-    return call
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """A tool call, or the function in it, with its arguments changed."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], change)}
+    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _as_object(arguments: Any) -> Any:
+    """As an object, which transformers' templates expect; OpenAI's are a string."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with the arguments of tool calls as JSON text, which a template may put behind other text."""
 
-    def text_of(call: Any) -> Any:
-        if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            return {**call, "function": text_of(call["function"])}
-        if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
-            return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-        return call
+    def as_text(arguments: Any) -> Any:
+        return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
     return [
-        {**message, "tool_calls": [text_of(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [_with_arguments(call, as_text) for call in message["tool_calls"]]}
         if isinstance(message.get("tool_calls"), list)
         else message
         for message in messages

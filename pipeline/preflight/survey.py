@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.run import RunConfig
+from pipeline.config.sections import FLASH
 from pipeline.data.discovery import find_texts
 from pipeline.data.prepare import cache_name
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
@@ -34,6 +34,7 @@ from pipeline.preflight.files import (
     gib,
 )
 from pipeline.preflight.layout import check_layout, faster, settle_layout
+from pipeline.reporting.versions import installed
 
 SHARED_MEMORY = 128 * 2**20
 """/dev/shm bytes a process: NCCL puts its buffers between processes of one machine there."""
@@ -175,19 +176,14 @@ class Space:
 
 def check_packages(config: RunConfig) -> list[Finding]:
     """Packages that settings ask for and that are not always there."""
-    flash = {
-        "flash_attn": ["flash-attn-4", "flash-attn"],
-        "flash_attn_2": ["flash-attn"],
-        "flash_attn_4": ["flash-attn-4"],
-    }
-    asked = []
+    asked: list[tuple[str, tuple[str, ...], str, str]] = []
     if config.model.family == "te":
-        asked.append(("Transformer Engine", ["transformer-engine"], "model.family: te", "model.family: local"))
-    if (backend := config.attention.backend) in flash:
-        asked.append(("flash-attn", flash[backend], f"attention.backend: {backend}", "attention.backend: auto"))
+        asked.append(("Transformer Engine", ("transformer-engine",), "model.family: te", "model.family: local"))
+    if (backend := config.attention.backend) in FLASH:
+        asked.append(("flash-attn", FLASH[backend], f"attention.backend: {backend}", "attention.backend: auto"))
     findings = []
     for name, packages, setting, instead in asked:
-        found, problem = [text for package in packages if (text := _installed(package))], ""
+        found, problem = [text for package in packages if (text := installed(package))], ""
         if not found:
             problem = (
                 f"{name}: {setting} needs it, and it is not installed; install it beside a GPU (docs/LAUNCH.md), or "
@@ -195,14 +191,6 @@ def check_packages(config: RunConfig) -> list[Finding]:
             )
         findings.append(Finding(name, ", ".join(found) or "none", "any", problem))
     return findings
-
-
-def _installed(package: str) -> str:
-    """A package's version; empty: it is not there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def check_disk(spaces: Sequence[Space]) -> list[Finding]:

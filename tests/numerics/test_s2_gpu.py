@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from parallel.errors import ConfigError
+from pipeline.config.sections import FLASH
 from pipeline.model.attention.backends import Backend, select_backend
-from pipeline.model.attention.flash_packages import PACKAGES
 from pipeline.model.attention.local import attend, attend_block
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, Span, head_plan
 from tests.numerics import attention_oracle as oracle
@@ -31,7 +31,7 @@ def backend_or_skip(name: str, dtype: torch.dtype, head_dim: int) -> Backend:
     try:
         return select_backend(name, torch.device("cuda", 0), dtype, head_dim)
     except ConfigError as error:
-        if name in PACKAGES and ("not installed" in str(error) or "compute capability" in str(error)):
+        if name in FLASH and ("not installed" in str(error) or "compute capability" in str(error)):
             pytest.skip(str(error))
         raise
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import LongspanError
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
@@ -94,17 +95,26 @@ def generate(folder: Path, gb: float) -> None:
     export_adapter(model, folder / "adapter")
 
 
-def load_rank(base: Path) -> dict[str, Any]:
-    """Be rank 3 of TP 8 (fake process group) and load its slices; bytes read and bytes held."""
+def load_rank(base: Path, world: int, rank: int, zero3: bool = False) -> dict[str, float]:
+    """Be one of `world` ranks (fake process group) and load what it holds; bytes read and held, seconds of loading.
+
+    Args:
+        zero3: its share of every matrix, in host memory; otherwise its slices under TP `world`.
+    """
     arch = read_arch(base)
-    groups = make_groups(plan_grid(TP, TP, 1, 1), RankEnv(rank=3, world_size=TP, local_rank=0), fake=True)
+    grid = plan_grid(world, 1 if zero3 else world, 1, 1)
+    groups = make_groups(grid, RankEnv(rank=rank, world_size=world, local_rank=0), fake=world > 1)
     try:
+        shards = FrozenShards(groups, True, deepspeed_config(torch.bfloat16, 1, 1, world)) if zero3 else None
         rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-        part = RankModel(arch, rope, LoraConfig(rank=0), groups, torch.bfloat16, "full")
+        part = RankModel(arch, rope, LoraConfig(rank=0), groups, torch.bfloat16, "full", shards=shards)
         held = sum(p.numel() * p.element_size() for p in part.parameters())
         checkpoint = HfCheckpoint(base)
+        began = time.perf_counter()
         load_base(part, checkpoint)
-        return {"read_gib": checkpoint.bytes_read / GIB, "held_gib": held / GIB}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - began, "read": checkpoint.bytes_read, "held": held}
     finally:
         destroy_groups()
 
@@ -116,7 +126,8 @@ def child(what: str, folder: Path) -> None:
     elif what == "idle":
         import transformers  # noqa: F401  the largest import of any step
     elif what == "load":
-        print(json.dumps(load_rank(folder / "imported")))
+        found = load_rank(folder / "imported", TP, 3)
+        print(json.dumps({"read_gib": found["read"] / GIB, "held_gib": found["held"] / GIB}))
     elif what == "verify":
         from pipeline.export.adapter_read import load_adapter
         from pipeline.export.verify import verify

@@ -28,22 +28,12 @@ from typing import Any
 
 import torch
 
-from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import LongspanError
-from parallel.world.grid import plan_grid
-from parallel.world.groups import destroy_groups, make_groups
-from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
-from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
-from pipeline.model.rank_model import RankModel
-from pipeline.model.weights.load import load_base
-from pipeline.planning.arch import read_arch
-from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
 from pipeline.training.run_record import git_commit
-from tools.bench.convert import generate
+from tools.bench.convert import generate, load_rank
 from tools.support.bench_rows import append_rows, print_rows
 
 RANKS = 8
@@ -67,22 +57,8 @@ def timed(work: Callable[[], int]) -> dict[str, float]:
 
 def ours(folder: Path, by: str = "") -> dict[str, float]:
     """A rank's `load_base`; by `tp`: its slices, by `zero3`: its share of every matrix, in host memory."""
-    arch, world, zero3 = read_arch(folder), RANKS if by else 1, by == "zero3"
-    env = RankEnv(rank=RANK if world > 1 else 0, world_size=world, local_rank=0)
-    groups = make_groups(plan_grid(world, world if by == "tp" else 1, 1, 1), env, fake=world > 1)
-    try:
-        shards = FrozenShards(groups, True, deepspeed_config(torch.bfloat16, 1, 1, world)) if zero3 else None
-        rope = plan_rope(arch, RopeSettings(), arch.max_positions)
-        model = RankModel(arch, rope, LoraConfig(rank=0), groups, torch.bfloat16, "full", shards=shards)
-        checkpoint = HfCheckpoint(folder)
-
-        def work() -> int:
-            load_base(model, checkpoint)
-            return checkpoint.bytes_read
-
-        return timed(work)
-    finally:
-        destroy_groups()
+    found = load_rank(folder, *((RANKS, RANK) if by else (1, 0)), zero3=by == "zero3")
+    return {"seconds": found["seconds"], "bytes": found["read"]}
 
 
 def by_safetensors(folder: Path) -> dict[str, float]:

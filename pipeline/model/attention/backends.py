@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from parallel.errors import ConfigError
-from pipeline.config.sections import BACKENDS
-from pipeline.model.attention.flash_packages import PACKAGES, package_backend
+from pipeline.config.sections import BACKENDS, FLASH
+from pipeline.model.attention.flash_packages import package_backend
 from pipeline.model.attention.kernel_types import Backend, Dense, LseKernel
 from pipeline.model.layers.kernel_choice import kernels_for
 
@@ -54,7 +54,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         if name == "auto":
             return Backend("math", _sdpa(SDPBackend.MATH), None)
         raise ConfigError(f"attention.backend: {name} needs bf16 or fp16, but the model runs in {dtype}; use auto.")
-    if name in PACKAGES:
+    if name in FLASH:
         return package_backend(name, device, head_dim)
     return _torch_half(name, device, dtype, head_dim)
 

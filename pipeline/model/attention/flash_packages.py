@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +18,8 @@ import torch
 
 from parallel.errors import ConfigError
 from pipeline.model.attention.kernel_types import Backend, LseKernel
+from pipeline.reporting.versions import installed
 
-PACKAGES = ("flash_attn", "flash_attn_2", "flash_attn_4")
-"""Values of attention.backend; the first is release 4 where it can run, else 2."""
 OLDEST_2 = (2, 1)
 """Since 2.1 causal masks are aligned bottom-right."""
 LSE_2 = (2, 8)
@@ -34,21 +33,14 @@ WIDEST_4 = {9: (256,), 10: (128, 256), 11: (128, 256), 12: (128,)}
 that has kernels of its own."""
 
 
-def _installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def package_backend(name: str, device: torch.device, head_dim: int) -> Backend:
-    """The release that `name`, one of PACKAGES, means on this device.
+    """The release that `name`, one of FLASH, means on this device.
 
     Raises:
         ConfigError: it is not installed, does not load, or cannot run here.
     """
     major = torch.cuda.get_device_capability(device)[0]
-    four, two = _installed("flash-attn-4"), _installed("flash-attn")
+    four, two = installed("flash-attn-4"), installed("flash-attn")
     if name != "flash_attn_2" and four is not None and _runs_4(major, head_dim):
         return _four(f"flash-attn-4 {four}")
     if name == "flash_attn_4":
@@ -146,74 +138,77 @@ def _backend(title: str, module: ModuleType, lse: tuple[LseKernel, ...]) -> Back
 
 
 Tensors = tuple[torch.Tensor, ...]
-Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _turned(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """[B, H, S, D] views as [B, S, H, D] ones."""
+    """[B, H, S, D] views as [B, S, H, D] ones, and back."""
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
-def _aligned(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
-    return q.shape[-1] % ALIGNED == 0
+def _lse(name: str, run: Callable[..., Tensors], back: Callable[..., Sequence[torch.Tensor]]) -> LseKernel:
+    """A kernel of calls whose tensors are [B, S, H, D].
+
+    Args:
+        run: (q, k, v, causal, scale) -> (out, log-sum-exps, rest for the backward...).
+        back: ((dout, q, k, v, out), log-sum-exps, that rest, causal, scale) -> (dq, dk, dv).
+    """
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Tensors:
+        out, *rest = run(*_turned(q, k, v), causal, scale)
+        return out.transpose(1, 2), *rest
+
+    def backward(
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        rest: tuple[Any, ...],
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = _turned(*back(_turned(dout, q, k, v, out), lse, rest, causal, scale))
+        return dq, dk, dv
+
+    return LseKernel(name, lambda q, k, causal: q.shape[-1] % ALIGNED == 0, forward, backward)
 
 
 def _lse_2(title: str, inner: ModuleType) -> LseKernel:
     """Release 2's inner functions: (-1, -1) is no window, 0.0 no dropout and no cap, None no ALiBi."""
     try:
-        run, back = inner._flash_attn_forward, inner._flash_attn_backward
+        forward, backward = inner._flash_attn_forward, inner._flash_attn_backward
     except AttributeError as error:
         raise _broken(title, error) from error
 
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Tensors:
-        out, lse, _, state = run(*_turned(q, k, v), 0.0, scale, causal, -1, -1, 0.0, None, False)
-        return out.transpose(1, 2), lse, state
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Tensors:
+        out, lse, _, state = forward(q, k, v, 0.0, scale, causal, -1, -1, 0.0, None, False)
+        return out, lse, state
 
-    def backward(
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        rest: tuple[Any, ...],
-        causal: bool,
-        scale: float,
-    ) -> Three:
+    def back(tensors: Tensors, lse: torch.Tensor, rest: tuple[Any, ...], causal: bool, scale: float) -> Tensors:
         (state,) = rest
-        dout, q, k, v, out = _turned(dout, q, k, v, out)
         # Contiguous whatever the views are, as the kernel wants what it writes.
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        back(dout, q, k, v, out, lse, dq, dk, dv, 0.0, scale, causal, -1, -1, 0.0, None, False, state)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[1:4])
+        backward(*tensors, lse, *grads, 0.0, scale, causal, -1, -1, 0.0, None, False, state)
+        return grads
 
-    return LseKernel("flash_attn_2", _aligned, forward, backward)
+    return _lse("flash_attn_2", run, back)
 
 
 def _lse_4(title: str, inner: ModuleType) -> LseKernel:
     """Release 4's inner functions; no window is their default, which is None here and not -1."""
     try:
-        run, back = inner._flash_attn_fwd, inner._flash_attn_bwd
+        forward, backward = inner._flash_attn_fwd, inner._flash_attn_bwd
     except AttributeError as error:
         raise _broken(title, error) from error
 
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Tensors:
-        out, lse, *_ = run(*_turned(q, k, v), softmax_scale=scale, causal=causal, return_lse=True)
-        return out.transpose(1, 2), lse
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Tensors:
+        out, lse, *_ = forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+        return out, lse
 
-    def backward(
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        rest: tuple[Any, ...],
-        causal: bool,
-        scale: float,
-    ) -> Three:
-        dout, q, k, v, out = _turned(dout, q, k, v, out)
-        dq, dk, dv = back(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    def back(tensors: Tensors, lse: torch.Tensor, rest: tuple[Any, ...], causal: bool, scale: float) -> Tensors:
+        dout, q, k, v, out = tensors
+        dq, dk, dv = backward(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal)
+        return dq, dk, dv
 
-    return LseKernel("flash_attn_4", _aligned, forward, backward)
+    return _lse("flash_attn_4", run, back)

@@ -85,6 +85,14 @@ def test_a_store_of_torchruns_agent_is_not_rank_0s() -> None:
     assert done == ["ended"]
 
 
+def healthy_watch(env: RankEnv, store: HashStore, peers: Peers) -> RankWatch:
+    """A rank's watch, without its thread, that has noticed nothing yet."""
+    watch = object.__new__(RankWatch)
+    vars(watch).update(_env=env, _store=store, _peers=peers, _timeout_s=60.0, _silence_s=30.0)
+    vars(watch).update(_failure=None, _secondary_since=None, _closing=False, _exchanges=0)
+    return watch
+
+
 class LastWords(HashStore):
     """A store whose second rank takes leave, and ends, just after its beat was read."""
 
@@ -113,19 +121,8 @@ def test_a_rank_that_leaves_while_its_beat_is_looked_at_has_not_died(ended: bool
         store.set(f"beat/{beat.rank}", beat.encode())
         peers.update(beat, time.monotonic())
     assert peers.judge(time.monotonic(), 60.0) is None
-    watch = object.__new__(RankWatch)
-    vars(watch).update(
-        _env=RankEnv(rank=0, world_size=2),
-        _timeout_s=60.0,
-        _silence_s=30.0,
-        _failure=None,
-        _secondary_since=None,
-        _closing=False,
-        _exchanges=0,
-        _store=store,
-        _peers=peers,
-        _publish=lambda ended: None,
-    )
+    watch = healthy_watch(RankEnv(rank=0, world_size=2), store, peers)
+    vars(watch).update(_publish=lambda ended: None)
     verdict = watch._exchange()
     if ended:
         assert verdict is None
@@ -142,21 +139,14 @@ def test_who_closes_while_a_beat_is_exchanged_still_takes_leave() -> None:
             texts: list[bytes] = super().multi_get(keys)
             return texts
 
-    store, watch = ClosedMeanwhile(), object.__new__(RankWatch)
+    store, peers = ClosedMeanwhile(), Peers(1, 2, time.monotonic(), machine())
+    watch = healthy_watch(RankEnv(rank=1, world_size=2, agent_store=True), store, peers)
     peer = Beat(0, 1, 2, "training", host="another machine")
-    peers = Peers(1, 2, time.monotonic(), machine())
     store.set("beat/0", peer.encode())
     peers.update(peer, time.monotonic())
     vars(watch).update(
-        _env=RankEnv(rank=1, world_size=2, agent_store=True),
         _hosting=False,
-        _timeout_s=60.0,
-        _silence_s=30.0,
         _interval=0.01,
-        _failure=None,
-        _secondary_since=None,
-        _closing=False,
-        _exchanges=0,
         _count=0,
         _step=2,
         _phase="training",
@@ -166,8 +156,6 @@ def test_who_closes_while_a_beat_is_exchanged_still_takes_leave() -> None:
         _patience=0,
         _ended_by=0,
         _main=threading.get_ident(),
-        _store=store,
-        _peers=peers,
         _sleep=lambda seconds: 0,
     )
     watch._run()

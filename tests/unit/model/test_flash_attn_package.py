@@ -121,7 +121,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: int, **versions: str) -
     """A GPU of this compute capability, and these releases; version 4 also returns its log-sum-exps."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
     names = {name.replace("_", "-"): version for name, version in versions.items()}
-    monkeypatch.setattr(flash_packages, "_installed", names.get)
+    monkeypatch.setattr(flash_packages, "installed", names.get)
     parts = {
         "flash_attn": {
             "flash_attn_func": (TWO, lambda **k: attention(**k)[0]),

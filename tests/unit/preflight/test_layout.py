@@ -50,7 +50,7 @@ def test_the_survey_settles_auto_for_the_gpus_there_are(tmp_path: Path) -> None:
 def test_packages_that_settings_ask_for_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny_run(tmp_path)[0], parallel=ParallelConfig())
     installed = dict[str, str]()
-    monkeypatch.setattr(survey, "_installed", lambda name: installed.get(name, ""))
+    monkeypatch.setattr(survey, "installed", installed.get)
 
     def found(family: str, backend: str) -> list[survey.Finding]:
         asked = replace(config.attention, backend=backend)
