@@ -15,21 +15,34 @@ from pipeline.model.layers.kernel_choice import kernels_for
 from pipeline.model.layers.recipe import Recipe, give_recipe
 
 WIDEST = 1 << 14
-"""Values of a row that the gradient's kernel holds at once."""
+"""Values of a row that the kernels hold at once."""
 
 
-def _normed(sources: Sequence[torch.Tensor], start: int, stop: int, eps: float) -> torch.Tensor:
+def _rms_norm(hidden_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float, kernels: ModuleType | None) -> torch.Tensor:
+    normed: torch.Tensor
+    if kernels is None:
+        normed = torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
+    else:
+        normed = kernels.norm(hidden_SBH, weight_H, eps)
+    return normed
+
+
+def _normed(
+    sources: Sequence[torch.Tensor], start: int, stop: int, eps: float, kernels: ModuleType | None
+) -> torch.Tensor:
     input_SBH, weight_H = sources
-    return torch.nn.functional.rms_norm(input_SBH[start:stop], weight_H.shape, weight_H, eps)
+    return _rms_norm(input_SBH[start:stop], weight_H, eps, kernels)
 
 
-def norm_recipe(input_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> Recipe:
+def norm_recipe(
+    input_SBH: torch.Tensor, weight_H: torch.Tensor, eps: float, kernels: ModuleType | None = None
+) -> Recipe:
     """How a norm's output is made: this keeps nothing that the norm does not keep."""
-    return Recipe((input_SBH.detach(), weight_H.detach()), partial(_normed, eps=eps))
+    return Recipe((input_SBH.detach(), weight_H.detach()), partial(_normed, eps=eps, kernels=kernels))
 
 
 class _Norm(torch.autograd.Function):
-    """`rms_norm` on a GPU, its gradient in one pass; keeps its input and weight, as torch's does."""
+    """`rms_norm` by kernels, its gradient in one pass; keeps its input and weight, as torch's does."""
 
     @staticmethod
     def forward(
@@ -37,7 +50,7 @@ class _Norm(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_SBH, weight_H)
         ctx.eps, ctx.gradient = eps, kernels.norm_gradient
-        return torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
+        return _rms_norm(hidden_SBH, weight_H, eps, kernels)
 
     @staticmethod
     @once_differentiable
@@ -57,8 +70,7 @@ class _NormBesideStream(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(hidden_SBH, weight_H)
         ctx.eps, ctx.gradient = eps, kernels.norm_gradient
-        normed = torch.nn.functional.rms_norm(hidden_SBH, weight_H.shape, weight_H, eps)
-        return normed, hidden_SBH.view_as(hidden_SBH)
+        return _rms_norm(hidden_SBH, weight_H, eps, kernels), hidden_SBH.view_as(hidden_SBH)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +87,7 @@ class RMSNorm(torch.nn.Module):
         config: megatron's configuration; its `params_dtype` and device rules place the weight.
         hidden_size: width H of the last dimension.
         eps: added to the mean square.
-        fused: use a kernel for the gradient.
+        fused: use kernels.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, fused: bool = True) -> None:
@@ -89,7 +101,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def _kernels(self, hidden_SBH: torch.Tensor) -> ModuleType | None:
-        wanted = self.fused and torch.is_grad_enabled() and self.weight.shape[0] <= WIDEST
+        # With and without gradients: a recomputation must make what the first pass made, to the bit.
+        wanted = self.fused and self.weight.shape[0] <= WIDEST
         return kernels_for(hidden_SBH, hidden_SBH, self.weight) if wanted else None
 
     def forward(self, hidden_SBH: torch.Tensor) -> Any:
@@ -98,8 +111,8 @@ class RMSNorm(torch.nn.Module):
         if kernels is not None:
             output: torch.Tensor = _Norm.apply(hidden_SBH, self.weight, self.eps, kernels)
         else:
-            output = torch.nn.functional.rms_norm(hidden_SBH, self.weight.shape, self.weight, self.eps)
-        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps))
+            output = _rms_norm(hidden_SBH, self.weight, self.eps, None)
+        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps, kernels))
         return output
 
 
@@ -112,5 +125,5 @@ class StreamNorm(RMSNorm):
         if kernels is None or not hidden_SBH.requires_grad:
             return super().forward(hidden_SBH), hidden_SBH
         output, stream = _NormBesideStream.apply(hidden_SBH, self.weight, self.eps, kernels)
-        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps))
+        give_recipe(output, norm_recipe(hidden_SBH, self.weight, self.eps, kernels))
         return output, stream
