@@ -153,8 +153,9 @@ def test_a_step_abandoned_within_a_pass_leaves_nothing(build: Callable[..., Rank
             raise InterruptedError
         return fetch(halos, key)
 
+    # Of other tokens, or the halos left would be the right ones.
     with mock.patch.object(ParkedHalos, "fetch", fails), pytest.raises(InterruptedError):
-        step(model, batch, SPEC)
+        step(model, text(1, 47), SPEC)
     assert parked.coming == 2
     for parameter in model.parameters():
         parameter.grad = None
