@@ -133,6 +133,12 @@ def _stream_joins(device: str) -> None:
         torch.autograd.backward([output, stream], [grad, beside])
         assert leaf.grad is not None and leaf.grad.dtype is dtype
         torch.testing.assert_close(leaf.grad.double(), exact[0].grad, rtol=2 * tolerance, atol=4 * tolerance)
+        # The sum of two, of which both get this gradient. Halves: the interpreter cuts sums off instead of rounding.
+        pair = [(x / 2).requires_grad_(), (x / 2).requires_grad_()]
+        total, normed = norm._NormOfSum.apply(*pair, weight, 1e-5, kernels)
+        assert torch.equal(total, x) and torch.equal(normed, output)
+        torch.autograd.backward([total, normed], [beside, grad])
+        assert all(half.grad is not None and torch.equal(half.grad, leaf.grad) for half in pair)
 
 
 def _qkv_agrees(device: str) -> None:

@@ -80,6 +80,31 @@ class _NormBesideStream(torch.autograd.Function):
         return result, weight_grad if ctx.needs_input_grad[1] else None, None, None
 
 
+class _NormOfSum(torch.autograd.Function):
+    """(x + residual, its `rms_norm`), both in one pass, and their gradients in another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SBH: torch.Tensor,
+        residual_SBH: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kernels: ModuleType,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, normed = kernels.norm_of_sum(x_SBH, residual_SBH, weight_H, eps)
+        ctx.save_for_backward(total, weight_H)
+        ctx.eps, ctx.gradient = eps, kernels.norm_gradient
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        stream, grad = (grad.contiguous() for grad in grads)
+        result, weight_grad = ctx.gradient(*ctx.saved_tensors, grad, ctx.eps, stream)
+        return result, result, weight_grad if ctx.needs_input_grad[2] else None, None, None
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm (arXiv 1910.07467, equation 4), statistics in fp32.
 
@@ -119,8 +144,25 @@ class RMSNorm(torch.nn.Module):
 class StreamNorm(RMSNorm):
     """The norm at the head of a layer's half, beside which the residual stream goes on: megatron's layer takes both."""
 
+    def of_sum(self, x_SBH: torch.Tensor, residual_SBH: torch.Tensor) -> torch.Tensor | None:
+        """x + residual [S, B, H] and, in the same pass, what `forward` will return of it; None: no kernel can.
+
+        megatron's layer calls its sum and its norm apart: what is normed travels with the sum, as an attribute.
+        """
+        kernels = self._kernels(x_SBH)
+        if kernels is None or not residual_SBH.is_contiguous() or residual_SBH.dtype is not x_SBH.dtype:
+            return None
+        total: torch.Tensor
+        total, normed = _NormOfSum.apply(x_SBH, residual_SBH, self.weight, self.eps, kernels)
+        give_recipe(normed, norm_recipe(total, self.weight, self.eps, kernels))
+        total.normed = normed  # type: ignore[attr-defined]
+        return total
+
     def forward(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[S, B, H] -> (normed, the stream); see `RMSNorm.forward`."""
+        normed = vars(hidden_SBH).pop("normed", None)
+        if normed is not None:
+            return normed, hidden_SBH
         kernels = self._kernels(hidden_SBH)
         if kernels is None or not hidden_SBH.requires_grad:
             return super().forward(hidden_SBH), hidden_SBH

@@ -51,7 +51,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
     for part in tl.static_range(PARTS):
         at = part * COLUMNS + column
         x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
-        kept = kept + (x,)
+        kept = kept + (x,)  # type: ignore[assignment]
         x = x.to(tl.float32)
         if FACTORS:
             x = x * tl.load(factor_ptr + at, mask=at < width, other=0.0)
@@ -102,7 +102,7 @@ def _round_swiglu(  # type: ignore[no-untyped-def]
         # To the bit what `triton_kernels.swiglu` makes.
         silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
         product = (silu * up).to(dtype)
-        kept = kept + (product,)
+        kept = kept + (product,)  # type: ignore[assignment]
         largest = tl.maximum(largest, _magnitude(product.to(tl.float32)))
     scale, inverse = _scale(largest)
     for part in tl.static_range(PARTS):

@@ -26,6 +26,7 @@ def probe(device: torch.device) -> None:
     rotate(x.view(1, 1, 2, 16), angles, angles)
     add_update_(x.clone(), half, x.new_ones(16, 8), 1.0)
     norm_gradient(x, x[0], norm(x, x[0], 1e-5), 1e-5)
+    norm_of_sum(x, x, x[0], 1e-5)
 
 
 @triton.jit
@@ -164,11 +165,18 @@ def add_update_(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: f
 
 
 @triton.jit
-def _norm(x_ptr, weight_ptr, out_ptr, width, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps, SUM: tl.constexpr, WIDTH: tl.constexpr
+):
     column = tl.arange(0, WIDTH)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if SUM:
+        total = x + tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, total, mask=inside)
+        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     normed = weight * (x * tl.rsqrt(tl.sum(x * x) / width + eps))
     tl.store(out_ptr + place, normed.to(out_ptr.dtype.element_ty), mask=inside)
@@ -179,12 +187,29 @@ def norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
 
     A row's bits do not depend on other rows.
     """
+    return _normed(x, None, weight_H, eps)[1]
+
+
+def norm_of_sum(
+    x: torch.Tensor, residual: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + residual, rounded; what `norm` makes of it), of contiguous [..., H] of one dtype."""
+    return _normed(x, residual, weight_H, eps)
+
+
+def _normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
     assert x.is_contiguous() and weight_H.shape == (width,), WHY
-    out = torch.empty_like(x)
+    assert residual is None or (residual.shape == x.shape and residual.is_contiguous()), WHY
+    total, out = x if residual is None else torch.empty_like(x), torch.empty_like(x)
     if out.numel():
-        _norm[(x.numel() // width,)](x, weight_H, out, width, eps, WIDTH=triton.next_power_of_2(width), num_warps=16)
-    return out
+        _norm[(out.numel() // width,)](
+            x, total if residual is None else residual, weight_H, total, out, width, eps, SUM=residual is not None,
+            WIDTH=triton.next_power_of_2(width), num_warps=16,
+        )  # fmt: skip
+    return total, out
 
 
 @triton.jit
