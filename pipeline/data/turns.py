@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, Template, TemplateError, nodes
 
-STUMBLES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+STUMBLES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """The ways in which a template stumbles over what it is given."""
 _PLAIN = (
     *(nodes.Output, nodes.TemplateData, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.NSRef),
