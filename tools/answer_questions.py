@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
+from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
 from pipeline.data.conversations import Conversation, RecordError, conversation_of, read_records
 from pipeline.reporting.command import command
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=user_path, help=".json file for every answer and the score")
     parser.add_argument("--show", type=int, default=2, help="print so many answers (default: %(default)s)")
     args = parser.parse_args(argv)
+    model = model_folder("--model", args.model)
     conversations = _conversations(args.questions)
     template = None
     if args.chat_template is not None:
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{args.chat_template}: the chat template cannot be read ({error}).") from error
     right = [str(conversation.messages[-1].get("content")) for conversation in conversations]
-    said = answers(Path(args.model), conversations, template, args.tokens)
+    said = answers(model, conversations, template, args.tokens)
     for given, wanted in list(zip(said, right, strict=True))[: args.show]:
         print(f"right: {wanted!r}  answered: {given!r}")
     score = scored(said, right)

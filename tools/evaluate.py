@@ -20,7 +20,8 @@ from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.evaluation import RULER_TASKS as RULER
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.paths import user_path
+from pipeline.config.hub import model_folder
+from pipeline.config.paths import model_path, user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
@@ -46,9 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=user_path, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--model", type=user_path, help="instead of --config: a Hugging Face folder, e.g. an export")
-    parser.add_argument("--adapter", type=user_path, help="likewise: a PEFT adapter, or LongLoRA's two files")
-    parser.add_argument("--base", type=user_path, help="with --adapter: its base, where the folder does not tell")
+    parser.add_argument("--model", type=model_path, help="instead of --config: a folder, or name of the Hub")
+    parser.add_argument("--adapter", type=model_path, help="likewise: a PEFT adapter, or LongLoRA's two files")
+    parser.add_argument("--base", type=model_path, help="with --adapter: its base, where the folder does not tell")
     parser.add_argument("--context", type=int, help="with --adapter: tokens of the result, likewise")
     parser.add_argument("--text", type=user_path, help="with --model, --adapter: held-out text")
     parser.add_argument("--output", type=user_path, help="with --model, --adapter: where the reports go")
@@ -118,9 +119,7 @@ def configure(args: argparse.Namespace) -> RunConfig:
         arch = read_arch(model)
         context = told_context(note, arch, args.context, args.adapter, must_tell(args.adapter, arch))
     else:
-        model = args.model
-        if not model.is_dir():
-            raise ConfigError(f"--model: {model} is not a folder; point it at a Hugging Face checkpoint.")
+        model = model_folder("--model", args.model)
         arch = read_arch(model)
         context = min(arch.max_positions, arch.sliding_window or arch.max_positions)
     window = arch.sliding_window

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.planning.arch import read_arch
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise DataError(f"{args.prompt_file}: is not UTF-8 text; give a text file.") from None
     cpu = args.device == "cpu"
     if args.model is not None:
-        loaded = load_folder(args.model, cpu)
+        loaded = load_folder(model_folder("--model", args.model), cpu)
     else:
         trained, _ = load_source(args)
         warn_of(trained)

@@ -207,8 +207,9 @@ class DataConfig:
     docs/DATA.md."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
-    tokenizer: PathText | None = None
-    """Folder of a Hugging Face tokenizer or a sentencepiece .model file; None uses the one in model.path."""
+    tokenizer: ModelText | None = None
+    """Folder of a Hugging Face tokenizer, or the Hub's name of one that was downloaded, or a sentencepiece .model file;
+    None uses the one in model.path."""
     text_field: str = "text"
     """Key of the text in JSON records, column of tables."""
     cache: PathText | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.hub import model_folder
 from pipeline.storage.json_file import read_object
 
 ARCHITECTURES = {
@@ -79,6 +80,7 @@ class LlamaArch:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    model_folder("model.path", path.parent)
     if not path.exists():
         hint = (
             "it is a PEFT adapter; give its base model"

@@ -17,6 +17,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import MANIFEST, MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.hub import MODEL, not_there
 from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
@@ -113,8 +114,8 @@ def check_source(path: str) -> None:
     """
     folder = Path(path)
     if not any((folder / name).exists() for name in ("checkpoints", MANIFEST, CONFIG)):
-        what = f"is not {KINDS}" if folder.exists() else "does not exist"
-        raise ConfigError(f"init_from: {path} {what}; name one, or remove init_from to begin with the base.")
+        what, hub = (f"is not {KINDS}", "") if folder.exists() else ("does not exist", not_there(path, MODEL))
+        raise ConfigError(f"init_from: {path} {what}; name one, or remove init_from to begin with the base{hub}.")
 
 
 def find_source(path: str) -> str:

@@ -30,7 +30,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from parallel.errors import DataError
-from pipeline.config.paths import user_path
+from pipeline.config.paths import model_path, user_path
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.conversations import conversation_of
 from pipeline.data.loader import TrainLoader
@@ -217,7 +217,7 @@ def remembering(first: TokenShards, second: TokenShards) -> list[dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=user_path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--tokenizer", type=model_path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--text", type=user_path, default=Path("launch/demo/train"), help="default: %(default)s")
     parser.add_argument("--megabytes", type=float, default=2, help="of text to tokenize (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, and threads of the library (default: 1)")

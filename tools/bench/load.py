@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from parallel.errors import LongspanError
-from pipeline.config.paths import user_path
+from pipeline.config.paths import model_path, user_path
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.reporting.command import command
 from pipeline.training.run_record import git_commit
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Generate unless given, measure, print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=8.0, help="size of the model that is made, 10^9 bytes")
-    parser.add_argument("--model", type=user_path, help="a checkpoint folder; none is made")
+    parser.add_argument("--model", type=model_path, help="a checkpoint folder; none is made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=user_path, help="also append the rows here, one line each")
     parser.add_argument("--child", help=argparse.SUPPRESS)

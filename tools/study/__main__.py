@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.paths import user_path
+from pipeline.config.hub import model_folder
+from pipeline.config.paths import model_path, user_path
 from pipeline.reporting.command import command, program
 from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
@@ -28,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"
     )
-    parser.add_argument("--model", type=user_path, required=True, help="folder of the base")
+    parser.add_argument("--model", type=model_path, required=True, help="folder of the base, or name of the Hub")
     parser.add_argument("--text", type=user_path, required=True, help="folder with train/ and val/")
     parser.add_argument("--output", type=user_path, default=Path("runs/study"), help="results and the table")
     parser.add_argument("--runs", type=user_path, help="checkpoints and tokens (default: OUTPUT/runs)")
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in listing(study, places):
             print(line)
         return 0
+    model_folder("--model", args.model)
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
     from tools.study.table import comparisons, figures
