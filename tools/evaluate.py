@@ -1,9 +1,9 @@
 """Perplexity, retrieval and RULER of a run's model, or of any Hugging Face folder, under full attention.
 
-python -m tools.evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
-python -m tools.evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
-python -m tools.evaluate --adapter DIR --base DIR --text held-out/ --output OUT
-python -m tools.evaluate --compare OUT runs/a runs/b
+longspan evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
+longspan evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
+longspan evaluate --adapter DIR --base DIR --text held-out/ --output OUT
+longspan evaluate --compare OUT runs/a runs/b
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.ruler.tasks import RulerSettings
 from pipeline.export.adapter_notes import read_config, read_note, told_context
 from pipeline.planning.arch import read_arch
-from pipeline.reporting.command import command, program, say
+from pipeline.reporting.command import command, say
+from pipeline.reporting.parser import Parser
 
 TASKS = ("perplexity", "longppl", "passkey", "needle", "ruler")
 """`ruler`: all of RULER's; each has its own name too."""
@@ -38,13 +39,7 @@ PICTURE = "evaluations.png"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=program("tools.evaluate"),
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("tools.evaluate", __doc__, "EVALUATION.md")
     parser.add_argument("--config", type=user_path, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--model", type=model_path, help="instead of --config: a folder, or name of the Hub")

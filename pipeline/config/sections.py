@@ -202,7 +202,7 @@ class DataConfig:
 
     path: tuple[SourceConfig, ...] | DatasetText
     """Folder or file of .txt, .md, JSON lines (.jsonl .ndjson .jsonlines .json), CSV, Parquet or Arrow, or a folder
-    written by tools.prepare_data, of text or (--chat) of conversations; or a pattern of files (books/**/*.txt); or the
+    written by longspan prepare, of text or (--chat) of conversations; or a pattern of files (books/**/*.txt); or the
     Hub's name of such a data set that was downloaded; or a list of several: {path, weight} or {path, epochs} each. See
     docs/DATA.md."""
     sequence: int | None = None

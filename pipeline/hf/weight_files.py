@@ -92,11 +92,11 @@ def choose_weights(folder: Path, pickled: bool = False) -> WeightFiles:
             f"shards with {INDEX} too."
         )
     if list(folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with python -m tools.import_hf.")
+        raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with longspan import.")
     if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
         raise CheckpointError(
-            f"{folder}: holds pickled weights only, which can run code when read; make safetensors of them with python "
-            "-m tools.import_hf, which reads plain tensors and nothing else, or download the safetensors release."
+            f"{folder}: holds pickled weights only, which can run code when read; make safetensors of them with "
+            "longspan import, which reads plain tensors and nothing else, or download the safetensors release."
         )
     raise CheckpointError(f"{folder}: holds no *.safetensors file; give a Hugging Face checkpoint folder.")
 

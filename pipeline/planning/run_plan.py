@@ -197,7 +197,7 @@ class RunPlan:
         """
         if config.parallel.auto:
             raise ConfigError(
-                "parallel.auto: no layout was chosen, which this command does not do; write the one that tools.plan "
+                "parallel.auto: no layout was chosen, which this command does not do; write the one that longspan plan "
                 "--config says."
             )
         grid, batch = plan_ranks(config, world)

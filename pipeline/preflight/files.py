@@ -123,7 +123,7 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
                 file = path / entry.name
                 if not file.is_file() or file.stat().st_size != entry.size:
                     state = "is not whole" if file.is_file() else "is missing"
-                    raise ConfigError(f"{setting}: {file} {state}; prepare the text again with tools.prepare_data.")
+                    raise ConfigError(f"{setting}: {file} {state}; prepare the text again with longspan prepare.")
             found = f"{manifest.tokens} tokens in {manifest.documents} documents"
             if manifest.chat:
                 # Packing decides how many windows there are; at most as many as conversations.

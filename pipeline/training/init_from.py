@@ -154,8 +154,8 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
         model = load_adapter_of(folder, config.model, base_hash)
         if model.foreign is not None:
             raise ConfigError(
-                f"init_from: {folder} has {model.foreign}, which is not trained here; merge it with python -m "
-                "tools.merge_lora and begin with that as model.path."
+                f"init_from: {folder} has {model.foreign}, which is not trained here; merge it with longspan "
+                "merge and begin with that as model.path."
             )
         start = Start(folder, model.step, ())
         yield Source(start, AdapterWeights(model.trained), model.lora, model.rope, model.context, model.form)

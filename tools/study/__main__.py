@@ -1,4 +1,4 @@
-"""Compare recipes of context extension on one model: `python -m tools.study --plan table2 --model DIR --text DIR`
+"""Compare recipes of context extension on one model: `longspan study --plan table2 --model DIR --text DIR`
 
 Each recipe is trained by the product's trainer, in this process, and judged by perplexity, the last tokens of long
 windows and retrieval. Finished runs are kept by a hash of what decides them: the same command goes on.
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
 from tools.study.plan import Places, asked, plan_file, read_study
@@ -22,7 +23,7 @@ from tools.study.workload import listing
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.study"), description=(__doc__ or "").splitlines()[0])
+    parser = Parser("tools.study", __doc__, "RECIPES.md")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", default="recipes", help="table1, table2, table6, groups, or recipes (the default)")
     what.add_argument("--study", type=user_path, help="instead: a YAML of recipes of your own")
