@@ -84,7 +84,8 @@ def test_fp8_is_within_its_tolerance(recipe: str, build: Callable[..., RankModel
             made[recompute] = step(model, batch, SPEC)
         loss, found = made[recompute]
         errors = tensor_errors(found, exact, None)
-        assert abs(loss / exact_loss - 1) < FP8_LOSS and max(errors.values()) < FP8_GRADIENT, (recompute, loss, errors)
+        worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+        assert abs(loss / exact_loss - 1) < FP8_LOSS and worst[0][1] < FP8_GRADIENT, (recompute, loss, worst)
         assert sum(errors.values()) > 2 * sum(plain.values()), "nothing was rounded to FP8"
         # What FP8 refuses is evaluated in bf16.
         odd = batch.tokens[:1, :37]
