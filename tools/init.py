@@ -17,7 +17,7 @@ from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 
 SHIPPED = Path(__file__).parents[1] / "launch"
-PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "skypilot.yaml", "nccl.env")
+PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "kubernetes_trainjob.yaml", "skypilot.yaml", "nccl.env")
 
 
 def write(folder: Path) -> tuple[list[Path], list[Path]]:
