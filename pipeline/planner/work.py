@@ -110,8 +110,8 @@ def _product(plan: RunPlan, parts: Iterable[str], gradient: bool = False) -> Wor
     given, made = (rows, columns) if gradient else (columns, rows)
     form = plan.config.model.base
     if form == "fp8":
-        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU is rounded
-        # as it is made, and so is its gradient, which takes as long as two passes: sigmoids, not bytes, bound it.
+        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU is
+        # rounded as it is made, and so is its gradient, but that takes two passes' time: sigmoids, not bytes, bound it.
         made_so = "down" in parts and not gradient
         rounding = tokens * given * (1 + width * (-1 if made_so else 1)) + 2 * elements * gradient
         return Work(0.0, operations, float(tokens * (given + width * made) + elements), pointwise=float(rounding))
