@@ -124,11 +124,11 @@ def tokenizing(folder: Path, text: Path, megabytes: float, workers: int) -> list
             template = ChatTemplate(tokenizer)
         except DataError:
             return rows  # it has none
-        rows.append(_conversations(template, whole, place))
+        rows.append(_conversations(template, whole, place, workers))
     return rows
 
 
-def _conversations(template: ChatTemplate, whole: str, place: Path) -> dict[str, Any]:
+def _conversations(template: ChatTemplate, whole: str, place: Path, workers: int) -> dict[str, Any]:
     turns = [whole[start : start + TURN].strip() or "-" for start in range(0, len(whole), TURN)]
     roles = itertools.cycle(("user", "assistant"))
     told = [dict(zip(("role", "content"), each, strict=True)) for each in zip(roles, turns, strict=False)]
@@ -144,7 +144,7 @@ def _conversations(template: ChatTemplate, whole: str, place: Path) -> dict[str,
     return compared(
         "conversations",
         sum(map(len, texts)),
-        lambda turn: prepare_chat(source, place / f"chat-{turn}", template, None),
+        lambda turn: prepare_chat(source, place / f"chat-{turn}", template, None, workers=workers),
         library,
     )
 
