@@ -122,8 +122,8 @@ def prompt_ids(loaded: Loaded, text: str, new: int) -> list[int]:
         raise DataError("The prompt is empty; give some text.")
     if len(ids) + new > loaded.context:
         raise DataError(
-            f"The prompt has {counted(len(ids), 'token')}, and with {new} new ones the model's context of {loaded.context} is "
-            "exceeded; shorten it, or lower --max-new."
+            f"The prompt has {counted(len(ids), 'token')}, and with {new} new ones the model's context of "
+            f"{loaded.context} is exceeded; shorten it, or lower --max-new."
         )
     return ids
 
