@@ -44,6 +44,11 @@ def shared_text(train: TokenShards, held_out: TokenShards) -> str:
 
 
 def _passages(shards: TokenShards) -> list[NDArray[np.int64]]:
+    if shards.scored is not None:
+        # The ends of conversations: many begin alike, with one system prompt or the same tools.
+        ends = np.append(shards.starts[1:], len(shards))
+        picked = ends[np.unique(np.linspace(0, ends.size - 1, PASSAGES).astype(int))]
+        return [np.asarray(shards.read(int(end) - PASSAGE, int(end)), np.int64) for end in picked if end >= PASSAGE]
     room = len(shards) - PASSAGE
     starts = sorted({int(start) for start in np.linspace(0, room, PASSAGES)}) if room >= 0 else []
     return [np.asarray(shards.read(start, start + PASSAGE), np.int64) for start in starts]

@@ -109,7 +109,14 @@ def check_tokenizer(path: Path, rows: int | None) -> Finding:
     return Finding("Tokenizer", found, "one that ends documents and fits the model", problem, advice)
 
 
-def check_text(setting: str, path: Path, length: int, text_field: str, batch: int = 0) -> Finding:
+def check_text(
+    setting: str,
+    path: Path,
+    length: int,
+    text_field: str,
+    batch: int = 0,
+    fits: Callable[[Path], None] = lambda folder: None,
+) -> Finding:
     """Text or prepared shards at `path`, not empty; of JSONL files the first record has a text.
 
     Args:
@@ -117,6 +124,7 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
         length: tokens of one window; prepared shards must hold one.
         text_field: key of the text in JSONL records (`data.text_field`).
         batch: windows an optimizer step reads; fewer in all are told.
+        fits: raises LongspanError where the settings do not fit prepared conversations there.
     """
     needed = f"a window of {length} tokens"
     advice: tuple[str, ...]
@@ -132,7 +140,8 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
             if manifest.chat:
                 # Packing decides how many windows there are; at most as many as conversations.
                 windows = manifest.documents
-                found = f"{manifest.tokens} tokens in {windows} conversations"
+                found = f"{manifest.tokens} tokens in {windows} conversation{'' if windows == 1 else 's'}"
+                fits(path)
                 advice = (few_windows(windows, batch),) if windows < batch else ()
                 return Finding(setting, found, needed, advice=advice)
             if manifest.tokens <= length:
