@@ -114,7 +114,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "empty").mkdir()
     assert main(["--compare", str(tmp_path / "empty")]) == 2
     assert (
-        "empty: holds no eval-*.json, no retrieval-*.json and no ruler-*.json; evaluate the run first."
+        "empty: holds no eval-*.json, no answers-*.json, no retrieval-*.json and no ruler-*.json; evaluate the run first."
         in capsys.readouterr().err
     )
     report_path(tmp_path, "after").write_text('{"label": "after"}')
