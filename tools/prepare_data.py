@@ -24,7 +24,7 @@ from pipeline.data.document_ends import Ends, described
 from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.once import together
 from pipeline.data.prepare import left_out, prepare, up_to_date
-from pipeline.data.prepare_chat import Account, chat_up_to_date, prepare_chat, samples
+from pipeline.data.prepare_chat import Account, chat_up_to_date, chosen_records, prepare_chat, samples
 from pipeline.data.readings import differing_readings
 from pipeline.data.shards import is_prepared, open_shards
 from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, megatron_index, prepare_tokens
@@ -86,7 +86,7 @@ def _chat(
     options: argparse.Namespace, tokenizer: TextTokenizer, template: ChatTemplate, place: Path, part: Part
 ) -> Callable[[Path], None]:
     """Prepare conversations at a place; returns what tells of it, given the folder where it is then."""
-    manifest, account = prepare_chat(options.input, place, template, options.max_tokens, part)
+    manifest, account = prepare_chat(options.input, place, template, options.max_tokens, part, options.workers)
 
     def tell(out: Path) -> None:
         for warning in (*account.sentences(), *_too_many_tokens(options.tokenizer, tokenizer)):
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="of the documents: they go to OUTPUT/validation, the others to OUTPUT/train",
     )
-    parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize text (default: 1)")
+    parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize (default: 1)")
     parser.add_argument("--tokens", choices=FLAT, help="input is an array of token ids, as LongLoRA's .bin")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
@@ -215,8 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = {options.output / "train": train, options.output / "validation": validation}
     if options.chat:
         template = ChatTemplate(tokenizer, options.chat_template)
-        shown = islice(samples(options.input, template, options.max_tokens, Account()), options.show or 0)
-        for record, sample in shown:
+        made = (
+            sample
+            for record in chosen_records(options.input)
+            for sample in samples([record], template, options.max_tokens, Account())
+        )
+        for record, sample in islice(made, options.show or 0):
             print_sample(Console(), record.where, sample, template)
         for warning in splits_of(options.input, conversation_files(options.input)):
             print(f"warning: {warning}", file=sys.stderr)

@@ -214,10 +214,10 @@ def conversation_of(record: dict[str, Any]) -> Conversation:
     # Templates print None where they take a missing field well; transformers drops it too.
     messages = [
         {
-            name: _plain(name, value)
+            name: value if type(value) is str else _plain(name, value)
             for name, value in message.items()
-            if value is not None
-            and (name, value) != ("tool_calls", [])  # tables have an empty list where there is none
+            if type(value) is str
+            or (value is not None and (name, value) != ("tool_calls", []))  # as tables have it where there is none
         }
         for message in messages
     ]

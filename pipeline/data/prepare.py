@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from glob import escape
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +26,13 @@ from pipeline.data.shard_writer import MAX_SHARD_TOKENS, ShardWriter
 from pipeline.data.shards import Manifest, TokenShards, is_prepared, open_shards
 from pipeline.data.spelled import Spelled, special_contents
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
+from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
 
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""
 
 SOURCE_A_WORKER = 1 << 26
 """Bytes of source that make one more worker process worth its start."""
-_THREADS = "TOKENIZERS_PARALLELISM"
-_BATCH_CHARACTERS = 1 << 20
-"""Text is sent to a worker process in batches of about so much."""
 _LARGE = 1 << 23
 """Characters tokenized at once that are worth a word on the memory they take."""
 _MEMORY = 150
@@ -58,16 +49,7 @@ _worker: tuple[TextTokenizer, Ends] | None = None
 
 def _start_worker(path: Path, ends: Ends) -> None:
     global _worker
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker = load_tokenizer(path), ends
-
-
-def _leave_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and their queue, of which they hold both ends, never closes."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this runs in a worker"
-    parent.join()
-    os._exit(1)
 
 
 Tokens = tuple[NDArray[np.uint32], NDArray[np.int64], int]
@@ -123,23 +105,6 @@ def _groups(batch: list[Segment]) -> Iterator[list[Segment]]:
     yield group
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Switch the tokenizers library's threads off, here and in worker processes that start meanwhile.
-
-    Given one text at a time they only wait for each other, which takes as much of a processor again.
-    """
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
-
-
 Batches = Iterator[tuple[list[Segment], int]]
 
 
@@ -159,7 +124,7 @@ def _batches(reader: RecordReader, part: Part, tokenizer: TextTokenizer, spelled
         spelled.add(segment.text, segment.ends, reader.file)
         batch.append(segment)
         characters += len(segment.text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS:
             yield batch, reader.done_bytes
             batch, characters = [], 0
     if batch:
@@ -172,26 +137,8 @@ def _tokenized(batches: Batches, tokenizer: TextTokenizer, ends: Ends, workers: 
         for batch, done in batches:
             yield tokenize(batch, tokenizer, ends), done
         return
-    # spawn: forking a process that runs tokenizer threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, ends)) as pool:
-        waiting: deque[tuple[Future[Tokens], int]] = deque()
-        try:
-            ended: Iterator[tuple[list[Segment] | None, int]] = chain(batches, [(None, 0)])
-            for segmented, done in ended:
-                if segmented is not None:
-                    waiting.append((pool.submit(_tokenize_in_worker, segmented), done))
-                # A bounded queue: a corpus must not pile up in memory ahead of the workers.
-                while waiting and (segmented is None or len(waiting) > 2 * workers):
-                    future, bytes_done = waiting.popleft()
-                    yield future.result(), bytes_done
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"{tokenizer.path}: a tokenizing process died, most often for want of memory; use fewer --workers."
-            ) from error
-        finally:
-            for future, _ in waiting:
-                future.cancel()
+    start = (tokenizer.path, ends)
+    yield from in_order(batches, _tokenize_in_worker, workers, _start_worker, start, tokenizer.path)
 
 
 def _sources(source: Path, text_field: str) -> Named:
@@ -253,7 +200,7 @@ def prepare(
         entries = describe(_sources(source, text_field), lambda: progress(0, reader.total_bytes, 0))
         spelled = Spelled(special_contents(tokenizer))
         batches = _batches(reader, part, tokenizer, spelled)
-        with _one_thread(), ShardWriter(out, tokenizer, max_shard_tokens) as writer:
+        with one_thread(), ShardWriter(out, tokenizer, max_shard_tokens) as writer:
             for tokens, done in _tokenized(batches, tokenizer, ends, processes):
                 writer.add(*tokens)
                 progress(done, reader.total_bytes, writer.tokens)

@@ -8,15 +8,28 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from parallel.errors import DataError
 from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate, Sample
-from pipeline.data.conversations import Record, RecordError, conversation_files, conversation_of, read_records
+from pipeline.data.conversations import (
+    Conversation,
+    Record,
+    RecordError,
+    conversation_files,
+    conversation_of,
+    read_records,
+)
 from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.once import describe, intact, named, once, same_files
 from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.shards import Manifest
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
 
 
 @dataclass
@@ -35,6 +48,21 @@ class Account:
     """Place of the first record by reason."""
     spelled: tuple[str, str] | None = None
     """The first special token that a text spells, and its place."""
+
+    def refuse(self, reason: str, place: str) -> None:
+        """Count a record that is left out."""
+        self.refused[reason] += 1
+        self.examples.setdefault(reason, place)
+
+    def add(self, later: Account) -> None:
+        """Count what became of the records behind these as well."""
+        self.samples += later.samples
+        self.scored += later.scored
+        self.truncated += later.truncated
+        self.special += later.special
+        self.refused += later.refused
+        self.examples = later.examples | self.examples
+        self.spelled = self.spelled or later.spelled
 
     def sentences(self) -> list[str]:
         """What to warn of."""
@@ -59,36 +87,114 @@ class Account:
 
 
 def samples(
-    source: Path, template: ChatTemplate, max_tokens: int | None, account: Account, part: Part = WHOLE
+    records: list[Record], template: ChatTemplate, max_tokens: int | None, account: Account
 ) -> Iterator[tuple[Record, Sample]]:
-    """Every record of a part that can be trained on, with its tokens; the others are counted in `account`.
+    """Those of the records that can be trained on, with their tokens; the others are counted in `account`.
 
     Raises:
-        DataError: a file cannot be read, see `read_records`; the template is not prefix-stable, see `ChatTemplate`.
+        DataError: the template is not prefix-stable, see `ChatTemplate`.
+    """
+    told: list[tuple[Record, Conversation | RecordError]] = []
+    for record in records:
+        try:
+            told.append((record, conversation_of(record.value)))
+        except RecordError as error:
+            told.append((record, error))
+    made = template.samples([what for _, what in told if isinstance(what, Conversation)])
+    for record, what in told:
+        found = next(made) if isinstance(what, Conversation) else what
+        try:
+            if isinstance(found, Sample) and max_tokens is not None:
+                found = template.truncated(found, max_tokens)
+        except RecordError as error:
+            found = error
+        if isinstance(found, DataError):
+            raise DataError(f"{record.where}: {found}") from found
+        if isinstance(found, RecordError):
+            account.refuse(str(found), record.where)
+            continue
+        assert isinstance(what, Conversation), "the sample is of one"
+        spelled = template.holds_special(what)
+        if spelled is not None:
+            account.spelled = account.spelled or (spelled, record.where)
+            account.special += 1
+        account.samples += 1
+        account.scored += int(np.count_nonzero(found.scored[1:]))
+        account.truncated += found.cut > 0
+        yield record, found
+
+
+def chosen_records(source: Path, part: Part = WHOLE) -> Iterator[Record]:
+    """The records of a part.
+
+    Raises:
+        DataError: a file cannot be read, see `read_records`.
     """
     for file in conversation_files(source):
         for record in read_records(file):
-            if part.share and not part.takes(json.dumps(record.value, sort_keys=True, default=str)):
-                continue
-            try:
-                conversation = conversation_of(record.value)
-                sample = template.sample(conversation)
-                if max_tokens is not None:
-                    sample = template.truncated(sample, max_tokens)
-            except RecordError as error:
-                account.refused[str(error)] += 1
-                account.examples.setdefault(str(error), record.where)
-                continue
-            except DataError as error:
-                raise DataError(f"{record.where}: {error}") from error
-            spelled = template.holds_special(conversation)
-            if spelled is not None:
-                account.spelled = account.spelled or (spelled, record.where)
-                account.special += 1
-            account.samples += 1
-            account.scored += int(sample.scored[1:].sum())
-            account.truncated += sample.cut > 0
-            yield record, sample
+            if not part.share or part.takes(json.dumps(record.value, sort_keys=True, default=str)):
+                yield record
+
+
+def _characters(value: Any) -> int:
+    """Of all text in a record."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+def _batches(records: Iterator[Record]) -> Iterator[tuple[list[Record], None]]:
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += _characters(record.value)
+        if characters >= BATCH_CHARACTERS:
+            yield batch, None
+            batch, characters = [], 0
+    if batch:
+        yield batch, None
+
+
+Prepared = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.bool_], Account]
+"""Tokens of conversations, lengths of each, masks, see `ShardWriter.add_samples`; and what became of the records."""
+
+
+def _prepared(batch: list[Record], template: ChatTemplate, max_tokens: int | None) -> Prepared:
+    account = Account()
+    made = [sample for _, sample in samples(batch, template, max_tokens, account)]
+    lengths = np.array([sample.tokens.size for sample in made], np.int64)
+    tokens = np.concatenate([np.zeros(0, np.uint32), *(sample.tokens for sample in made)])
+    return tokens, lengths, np.concatenate([np.zeros(0, np.bool_), *(sample.scored for sample in made)]), account
+
+
+# What a worker process prepares with; a template does not travel between processes, its paths do.
+_worker: tuple[ChatTemplate, int | None] | None = None
+
+
+def _start_worker(path: Path, file: Path | None, max_tokens: int | None) -> None:
+    global _worker
+    _worker = ChatTemplate(load_tokenizer(path), file), max_tokens
+
+
+def _prepare_in_worker(batch: list[Record]) -> Prepared:
+    assert _worker is not None  # set by the pool's initializer
+    return _prepared(batch, *_worker)
+
+
+def _all_prepared(
+    records: Iterator[Record], template: ChatTemplate, max_tokens: int | None, workers: int
+) -> Iterator[Prepared]:
+    """Batches in the order of the records, whatever the number of worker processes."""
+    if workers == 1:
+        yield from (_prepared(batch, template, max_tokens) for batch, _ in _batches(records))
+        return
+    path = template.tokenizer.path
+    start = (path, template.file, max_tokens)
+    done = in_order(_batches(records), _prepare_in_worker, workers, _start_worker, start, path)
+    yield from (prepared for prepared, _ in done)
 
 
 def _identity(template: ChatTemplate, max_tokens: int | None) -> str:
@@ -106,23 +212,34 @@ def chat_up_to_date(
 
 
 def prepare_chat(
-    source: Path, out: Path, template: ChatTemplate, max_tokens: int | None, part: Part = WHOLE
+    source: Path,
+    out: Path,
+    template: ChatTemplate,
+    max_tokens: int | None,
+    part: Part = WHOLE,
+    workers: int = 1,
 ) -> tuple[Manifest, Account]:
     """Tokenize the conversations at `source` into the shard folder `out`, with a mark for every token that is scored.
 
     A folder made of the same files by the same template is left as it is; its `Account` is empty then.
 
+    Args:
+        workers: processes that render and tokenize; the result does not depend on it.
+
     Raises:
-        DataError: see `samples`; no record can be trained on; `out` holds something else or cannot be written.
+        DataError: see `chosen_records` and `samples`; no record can be trained on; `out` holds something else or cannot
+            be written.
     """
     account = Account()
     files = named(source, conversation_files(source))
 
     def write(out: Path) -> Manifest:
         entries = describe(files)
-        with ShardWriter(out, template.tokenizer) as writer:
-            for _, sample in samples(source, template, max_tokens, account, part):
-                writer.add_sample(sample.tokens, sample.scored)
+        with one_thread(), ShardWriter(out, template.tokenizer) as writer:
+            records = chosen_records(source, part)
+            for tokens, lengths, scored, became in _all_prepared(records, template, max_tokens, workers):
+                writer.add_samples(tokens, lengths, scored)
+                account.add(became)
             if not account.samples:
                 reasons = " ".join(account.sentences()) or "It holds no record."
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")

@@ -108,11 +108,17 @@ class ShardWriter:
             written += piece.size
             self._room -= piece.size
 
-    def add_sample(self, tokens: NDArray[np.uint32], scored: NDArray[np.bool_]) -> None:
-        """Append one conversation with its mask, as a document; not to be mixed with `add`."""
+    def add_samples(self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], scored: NDArray[np.bool_]) -> None:
+        """Append conversations with their masks, each as a document; not to be mixed with `add`.
+
+        Args:
+            tokens: ids of all of them, [sum(lengths)].
+            lengths: tokens of each, [conversations].
+            scored: whether the loss counts the token, as `tokens`.
+        """
         if self._scored is None:
             self._scored = (self._folder / SCORED).open("wb")
-        self.add(tokens, np.array([tokens.size], np.int64))
+        self.add(tokens, lengths)
         self._scored.write(scored.astype(np.uint8).tobytes())
 
     def _next_shard(self) -> None:

@@ -69,7 +69,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_long_and_short_documents_with_any_number_of_workers(
     pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 1000)
     long = "".join(CORPUS[:1200]) * (900_000 // len("".join(CORPUS[:1200])))
     texts = [long, "short one", "  \n", long[:600_000], "last"]
     folder = tmp_path / "text"

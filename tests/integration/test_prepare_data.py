@@ -196,7 +196,7 @@ def test_another_tokenizer_or_field_is_prepared_anew(
 def test_several_workers_give_the_order_of_one(
     tmp_path: Path, light: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 40)  # many more batches than the queue holds
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 40)  # many more batches than the queue holds
     # Later documents are shorter, so that their workers finish sooner.
     texts = [f"{n} " * (1 + 4000 // (n + 1)) for n in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -215,7 +215,7 @@ def test_several_workers_give_the_order_of_one(
 def test_an_error_while_workers_are_busy_leaves_nothing(
     tmp_path: Path, light: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 4)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 4)
     lines = ['{"text": "fine"}'] * 20 + ["{broken"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match="a.jsonl: line 21 is not JSON"):

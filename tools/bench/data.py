@@ -4,7 +4,7 @@
 
 Tokenizing (reading, cutting, tokenizing, writing, hashing) stands beside the tokenizers library alone on the same
 documents in memory (`encode_batch_fast` in as many threads), turn by turn: records of 200 characters, of 20,000, one
-large text, and, where the tokenizer has a chat template, conversations (in one process), beside the library's
+large text, and, where the tokenizer has a chat template, conversations, beside the library's
 `encode_batch` of the rendered text. Of the rounds' ratios the median stands, with the least and the greatest: other
 work on the machine disturbs both sides. The loader draws batches of text and of a mixture; a bound of what a GPU trains
 stands beside it. Memory is RssAnon: pages of the mapped shards are the kernel's.
@@ -131,11 +131,11 @@ def tokenizing(folder: Path, text: Path, megabytes: float, workers: int) -> list
             template = ChatTemplate(tokenizer)
         except DataError:
             return rows  # it has none
-        rows.append(_conversations(template, whole, place))
+        rows.append(_conversations(template, whole, place, workers))
     return rows
 
 
-def _conversations(template: ChatTemplate, whole: str, place: Path) -> dict[str, Any]:
+def _conversations(template: ChatTemplate, whole: str, place: Path, workers: int) -> dict[str, Any]:
     turns = [whole[start : start + TURN].strip() or "-" for start in range(0, len(whole), TURN)]
     roles = itertools.cycle(("user", "assistant"))
     told = [dict(zip(("role", "content"), each, strict=True)) for each in zip(roles, turns, strict=False)]
@@ -151,7 +151,7 @@ def _conversations(template: ChatTemplate, whole: str, place: Path) -> dict[str,
     return compared(
         "conversations",
         sum(map(len, texts)),
-        lambda turn: prepare_chat(source, place / f"chat-{turn}", template, None),
+        lambda turn: prepare_chat(source, place / f"chat-{turn}", template, None, workers=workers),
         library,
     )
 

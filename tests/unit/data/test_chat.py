@@ -15,6 +15,7 @@ import zstandard
 from transformers import AutoTokenizer
 
 from parallel.errors import ConfigError, DataError
+from pipeline.data import prepare_chat as prepare_chat_module
 from pipeline.data.chat import ChatTemplate, Sample
 from pipeline.data.conversations import RecordError, conversation_of, read_records
 from pipeline.data.mixed import packing_line
@@ -234,6 +235,8 @@ REFUSED = [
     ([*LONG["messages"], {"role": "user", "content": "a"}], "ends with a user message"),
 ]
 
+ANSWER = {"role": "assistant", "content": "In the sea."}
+
 
 @pytest.mark.parametrize(("messages", "reason"), REFUSED)
 def test_records_that_cannot_be_trained_on(messages: list[dict[str, Any]], reason: str) -> None:
@@ -398,3 +401,30 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
     with pytest.raises(DataError, match="cannot be written .No space left on device"):
         prepare_chat(file, tmp_path / "out", template(PUBLISHED["Qwen2"]), None)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
+
+
+def test_several_workers_write_the_bytes_of_one(
+    template: Callable[[str], ChatTemplate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_chat_module, "BATCH_CHARACTERS", 300)  # many more batches than the queue holds
+    rows: list[dict[str, Any]] = [{"messages": said} for said, _ in REFUSED]
+    # Later ones are shorter, so that their workers finish sooner.
+    rows += [{"messages": [{"role": "user", "content": f"{n} " * (1 + 900 // (n + 1))}, ANSWER]} for n in range(40)]
+    rows += [{"messages": [{"role": "user", "content": "What is <|im_end|>?"}, ANSWER]}, *rows[:3]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made, found = template(PUBLISHED["Qwen2"]), []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        _, account = prepare_chat(tmp_path / "rows.jsonl", out, made, 600, workers=workers)
+        found.append((account, {file.name: file.read_bytes() for file in out.iterdir()}))
+    assert found[0] == found[1]
+    account, files = found[0]
+    assert account.samples == 41 and account.refused.total() == len(REFUSED) + 3 and account.truncated
+    assert account.spelled == ("<|im_end|>", f"{tmp_path / 'rows.jsonl'}: line {len(REFUSED) + 41}")
+    assert account.examples["it has no answer"].endswith(": line 1") and MANIFEST in files
+    # One by one they are what the batches are.
+    single = [made.truncated(made.sample(conversation_of(row)), 600) for row in rows[len(REFUSED) : len(REFUSED) + 41]]
+    shards = open_shards(tmp_path / "2", verify=True)
+    assert shards.scored is not None
+    assert shards.read(0, len(shards)).tolist() == [token for sample in single for token in sample.tokens.tolist()]
+    assert shards.scored.tolist() == [flag for sample in single for flag in sample.scored.astype(int).tolist()]
