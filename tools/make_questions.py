@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
+from pipeline.reporting.words import counted
 from pipeline.storage.durable import replace_text
 from tools.support.questions import questions
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(args.output, "".join(json.dumps(each.record(), ensure_ascii=False) + "\n" for each in made))
     longest = max((len(each.passage) for each in made), default=0)
-    print(f"{args.output}: {len(made)} questions, the longest passage {longest} characters")
+    print(f"{args.output}: {counted(len(made), 'question')}, the longest passage {counted(longest, 'character')}")
     return 0
 
 

@@ -32,6 +32,7 @@ from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.progress import TokenProgress
+from pipeline.reporting.words import counted
 from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
 
@@ -93,7 +94,9 @@ def _chat(
             print(f"warning: {warning}", file=sys.stderr)
         skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
         how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
-        print(f"{out}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+        print(
+            f"{out}: {counted(manifest.tokens, 'token')}, {counted(manifest.documents, 'conversation')}{skipped}, {how}"
+        )
         _show_card(out, "conversations", bool(account.samples))
 
     return tell
@@ -118,7 +121,8 @@ def _tokens(options: argparse.Namespace, tokenizer: TextTokenizer, source: Token
     for warning in (card["warnings"] if card is not None else []) + _too_many_tokens(options.tokenizer, tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
     how = "written" if progress.calls else "up to date, reused"
-    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents, {how}")
+    held = f"{counted(manifest.tokens, 'token')}, {counted(manifest.documents, 'document')}"
+    print(f"{options.output}: {held}, {how}")
     _show_card(options.output, "documents", bool(progress.calls))
     return 0
 
@@ -144,7 +148,7 @@ def _text(
         skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
         print(f"{out}: every document {described(*manifest.ends, tokenizer.prompt_start)}")
         how = "written" if progress.calls else "up to date, reused"
-        print(f"{out}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
+        print(f"{out}: {counted(manifest.tokens, 'token')}, {counted(manifest.documents, 'document')}{skipped}, {how}")
         _show_card(out, "documents", bool(progress.calls))
 
     return tell

@@ -23,6 +23,7 @@ from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
 from pipeline.data.schemas import schema_of
 from pipeline.data.shards import is_prepared
 from pipeline.data.tables import ARROW, CSV, PARQUET, TABLE_ENDINGS, table_of
+from pipeline.reporting.words import counted
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
 TEXT, LINES, LIST = ".txt", ".jsonl", "JSON list"
@@ -106,9 +107,7 @@ class TextFiles:
         found = []
         if self.unread:
             count = len(self.unread)
-            found.append(
-                f"{self.root}: {count} {'file is' if count == 1 else 'files are'} not read: {_listed(self.unread)}."
-            )
+            found.append(f"{self.root}: {counted(count, 'file is', 'files are')} not read: {_listed(self.unread)}.")
         return (*found, *splits_of(self.root, [file.path for file in self.files]))
 
 
@@ -179,7 +178,7 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
         found, unread = texts, unread + [(note.parts, note.as_posix()) for note in notes]
     left = tuple(name for _, name in sorted(unread))
     if data:
-        more = f" (as {len(data) - 1} other files there)" if len(data) > 1 else ""
+        more = f" (as {counted(len(data) - 1, 'other file')} there)" if len(data) > 1 else ""
         raise DataError(f"{min(data)[1]}, or move it away{more}.")
     if not found:
         others = f" (there are {_listed(left)})" if left else ""
@@ -224,7 +223,7 @@ def matches_of(path: Path) -> str:
     if files is None:
         return ""
     names = tuple(file.relative_to(split_pattern(path)[0]).as_posix() for file in files)
-    return f"{path} matches {len(files)} {'file' if len(files) == 1 else 'files'}: {_listed(names)}."
+    return f"{path} matches {counted(len(files), 'file')}: {_listed(names)}."
 
 
 def walk(path: Path, pattern: tuple[str, ...] = ()) -> list[Path]:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.held_out import BUT_FOR, HELD_OUT
 from pipeline.data.shards import TokenShards
+from pipeline.reporting.words import counted
 
 PASSAGES = 16
 """Looked for, spread evenly over the evaluation text."""
@@ -29,9 +30,10 @@ def shared_text(train: TokenShards, held_out: TokenShards) -> str:
     trained_on = {} if split else {entry.sha256: entry.name for entry in train.manifest.sources}
     same = [entry.name for entry in held_out.manifest.sources if entry.sha256 in trained_on]
     if same:
+        files = counted(len(held_out.manifest.sources), "file")
         return (
-            f"eval.path: {len(same)} of its {len(held_out.manifest.sources)} files are among the training text by "
-            f"their content ({same[0]}), so perplexity shows what was memorized; hold text out."
+            f"eval.path: {len(same)} of its {files} {'is' if len(same) == 1 else 'are'} among the training text by "
+            f"content ({same[0]}), so perplexity shows what was memorized; hold text out."
         )
     wanted = _passages(held_out)
     found = _found(train, wanted)

@@ -27,6 +27,7 @@ from pipeline.data.samples import SampleDataset
 from pipeline.evaluation.perplexity import exponential
 from pipeline.evaluation.spread import Shards, turns
 from pipeline.reporting.metrics import json_number
+from pipeline.reporting.words import counted
 from pipeline.storage.json_file import replace_json
 
 AnswerScores = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -98,7 +99,8 @@ class AnswersReport:
         """Lines for the display."""
         return [
             f"answers, {self.label}: loss {self.nll:.4f}, perplexity {self.perplexity:.4g}, word for word "
-            f"{self.exact:.0%} ({held(len(self.tokens))}, {self.scored:,} scored tokens)"
+            f"{self.exact:.0%} ({counted(len(self.tokens), 'conversation', grouped=True)}, "
+            f"{counted(self.scored, 'scored token', grouped=True)})"
         ]
 
     def fits(self, conversations: int, text: str) -> bool:
@@ -149,11 +151,6 @@ def answers_path(output: Path, label: str) -> Path:
     return output / f"answers-{label}.json"
 
 
-def held(count: int) -> str:
-    """E.g. `1 conversation`."""
-    return f"{count:,} conversation{'' if count == 1 else 's'}"
-
-
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
     """Mean of values that stand for so many tokens each."""
     return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
@@ -184,8 +181,9 @@ def compared(before: AnswersReport, after: AnswersReport, when: str = "before tr
     verdict = "better" if change < 0 else "worse"
     if error is not None and abs(change) <= 2 * error:
         verdict = f"{verdict}, which may be chance"
+    conversations = counted(len(after.tokens), "held-out conversation", grouped=True)
     return (
-        f"answers of {held(len(after.tokens))} held out: a loss of {before.nll:.4f} {when} and of {after.nll:.4f} now "
+        f"answers of {conversations}: a loss of {before.nll:.4f} {when} and of {after.nll:.4f} now "
         f"({change:+.4f}{doubt} nats a token: {verdict}), perplexity {before.perplexity:.4g} and "
         f"{after.perplexity:.4g}, word for word {before.exact:.0%} and {after.exact:.0%}."
     )

@@ -28,6 +28,7 @@ from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import RopePlan, own_plan, replacement_warning
 from pipeline.planning.run_plan import plan_model
+from pipeline.reporting.words import counted
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ def check_text(
                 if not file.is_file() or file.stat().st_size != entry.size:
                     state = "is not whole" if file.is_file() else "is missing"
                     raise ConfigError(f"{setting}: {file} {state}; prepare the text again with tools.prepare_data.")
-            found = f"{manifest.tokens} tokens in {manifest.documents} documents"
+            found = f"{counted(manifest.tokens, 'token')} in {counted(manifest.documents, 'document')}"
             if manifest.chat:
                 # Packing decides how many windows there are; at most as many as conversations.
                 windows = manifest.documents
-                found = f"{manifest.tokens} tokens in {windows} conversation{'' if windows == 1 else 's'}"
+                found = f"{counted(manifest.tokens, 'token')} in {counted(windows, 'conversation')}"
                 fits(path)
                 advice = (few_windows(windows, batch),) if windows < batch else ()
                 return Finding(setting, found, needed, advice=advice)
@@ -156,7 +157,8 @@ def check_text(
         files = texts.files
         size = sum(file.path.stat().st_size for file in files)
         if not size:
-            raise ConfigError(f"{setting}: the {len(files)} text files at {path} are empty; give other text.")
+            held = counted(len(files), "text file is", "text files are")
+            raise ConfigError(f"{setting}: the {held} empty at {path}; give other text.")
         for text_file in files:
             check_first_record(text_file, text_field)
     except LongspanError as error:
@@ -166,7 +168,7 @@ def check_text(
     # A token takes a byte or more, but where the file is compressed.
     if size // length < batch and not any(file.compressed for file in files):
         advice += (few_windows(size // length, batch),)
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=advice)
+    return Finding(setting, f"{counted(len(files), 'text file')}, {gib(size)}", needed, advice=advice)
 
 
 def existing(path: Path) -> Path:

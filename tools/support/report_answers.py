@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from pipeline.evaluation.answers import AnswersReport, held, verdict_on_answers
+from pipeline.evaluation.answers import AnswersReport, verdict_on_answers
+from pipeline.reporting.words import counted
 from tools.support import report_plots as plots
 from tools.support.report_html import section, table
 from tools.support.report_record import RunRecord
@@ -24,7 +25,8 @@ def answers_section(record: RunRecord) -> str:
         "Answers on held-out conversations",
         f"<ul>{said}</ul>" if said else "",
         table(["", *FIGURES], lines, numbers=True),
-        f"<p><small>Mean over the {some.scored:,} scored tokens of {held(len(some.tokens))}, each seeing itself only "
+        f"<p><small>Mean over the {counted(some.scored, 'scored token', grouped=True)} of "
+        f"{counted(len(some.tokens), 'conversation', grouped=True)}, each seeing itself only "
         "under full attention. ± is one standard error over conversations. Word for word: greedy decoding gives "
         "exactly the answers of the conversation.</small></p>",
     )
