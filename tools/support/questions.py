@@ -25,7 +25,7 @@ FEWEST = 400
 QUESTION = 'Which sentence of the text above begins with "{begin}"? Answer with the whole sentence, as it stands there.'
 _WORD = r"[^\s.!?\"“”()*_]+"
 _SENTENCE = re.compile(rf"(?:^|(?<=[.!?] )|(?<=\n))([A-Z]{_WORD}(?: {_WORD}){{{BEGINS + 1},13}}[.!?])(?=\s|$)")
-"""Seven to fifteen words, without quotes, up to the first mark that may end a sentence."""
+"""Six to fourteen words, without quotes, up to the first mark that may end a sentence."""
 _SHORT = ("Mr.", "Mrs.", "Dr.", "St.", "Capt.", "Col.", "Lady.")
 """Words whose full stop ends no sentence."""
 
