@@ -70,7 +70,7 @@ def test_the_answer_is_the_sentence_that_stands_there_once_and_far_above(book: s
 def test_several_questions_on_one_passage_are_on_other_sentences(book: str, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(book)
     out, common = tmp_path / "q.jsonl", ["--input", str(tmp_path), "--characters", "2000"]
-    assert make([*common, "--output", str(out), "--count", "150", "--each", "3"]) == 0
+    assert make([*common, "--output", str(out), "--count", "60", "--each", "3"]) == 0
     asked = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
     answers: dict[str, list[str]] = {}
     for user, assistant in asked:
