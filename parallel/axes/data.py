@@ -229,16 +229,19 @@ class FlatShards:
         for offset in range(0, self.share, step):
             count = min(step, self.share - offset)
             sent = torch.zeros(count, dtype=dtype, device=device)
+            targets: list[torch.Tensor] = []
+            pieces: list[torch.Tensor] = []
             for piece, values in zip(own, local, strict=True):
                 place = piece.place - base - offset
                 low, high = max(place, 0), min(place + values.numel(), count)
                 if low < high:
-                    sent[low:high].copy_(values[low - place : high - place])
+                    targets.append(sent[low:high])
+                    pieces.append(values[low - place : high - place])
+            _copy_all(targets, pieces)
             got = to_receive(sent, (self.size, count), self.group or dist.group.WORLD)
             # As bytes: no backend then needs to know the dtype.
             dist.all_gather_into_tensor(got.view(-1).view(torch.uint8), sent.view(torch.uint8), group=self.group)
-            targets: list[torch.Tensor] = []
-            pieces: list[torch.Tensor] = []
+            targets, pieces = [], []
             for rank, row in enumerate(got):
                 first = rank * self.share + offset
                 for piece in self._pieces(first, count):
@@ -247,6 +250,10 @@ class FlatShards:
                         place = piece.place - first
                         targets.append(target[piece.start : piece.stop])
                         pieces.append(row[place : place + piece.stop - piece.start])
-            # Hundreds of small tensors in a few launches.
-            if targets:
-                torch._foreach_copy_(targets, pieces)
+            _copy_all(targets, pieces)
+
+
+def _copy_all(targets: list[torch.Tensor], pieces: list[torch.Tensor]) -> None:
+    """Each piece into its target: hundreds of small tensors in a few launches."""
+    if targets:
+        torch._foreach_copy_(targets, pieces)

@@ -6,6 +6,10 @@ within a chunk travels between ranks, as ever. One to a later chunk is parked by
 chunk is at work, its sender brings it back and hands it over, mostly to itself. Backward, chunks come in reverse, and
 the gradients of what was parked wait on the device until the sender's own backward adds them.
 
+Copies to one GPU go one after the other, and engine zero3 sends whole layers that way (`axes.zero3`). So whoever knows
+that a layer will run soon has its messages brought (`ParkedHalos.bring`) before weights of layers beyond are copied; a
+message that nobody had brought is copied when it is asked for, behind all that is under way.
+
 Shape suffixes: L tokens of a shard, B rows, K KV heads, D head dim.
 """
 
@@ -29,6 +33,11 @@ SLAB = 1 << 26
 
 Key = tuple[int, int, int]
 """(layer, sending shard, receiving shard)."""
+
+
+def key_of(layer: int, message: Message) -> Key:
+    """What a layer's message is parked as."""
+    return layer, message.sender, message.receiver
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,11 @@ class Route:
         sender, receiver = message.sender, message.receiver
         return sender % self.size == receiver % self.size
 
+    @property
+    def parked(self) -> tuple[Message, ...]:
+        """What this rank parked for this chunk, for other ranks and for itself."""
+        return *self.lent, *(message for message in self.incoming if self.is_own(message))
+
 
 class ParkedHalos:
     """What one rank parks of the sequence under way: K and V in host memory, their gradients on the device.
@@ -76,19 +90,30 @@ class ParkedHalos:
 
     Args:
         device: of K and V.
+        inbound: stream of copies to the device, on which they come in the order they are asked for among whatever else
+            is copied there; None: that of copies to host memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._pins = device.type == "cuda"
+    def __init__(self, device: torch.device, inbound: torch.cuda.Stream | None = None) -> None:
+        self._device, self._pins = device, device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._pins else None
+        self._inbound = self._stream if inbound is None else inbound
         self._slabs: list[torch.Tensor] = []
         self._slab, self._used = 0, 0
-        self._halos: dict[Key, torch.Tensor] = {}
+        self._halos: dict[Key, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
+        """Host memory, and the end of the copy to it."""
+        self._coming: dict[Key, tuple[torch.Tensor, list[Any]]] = {}
+        """Brought and not yet fetched."""
         self._gradients: dict[Key, torch.Tensor] = {}
 
     def begin(self) -> None:
         """A new sequence: whatever is left of the last one, which may have been abandoned, is forgotten."""
         self._slab = self._used = 0
+        # Copies under way still write to memory that is given back here: it is reused after them.
+        for _, works in self._coming.values():
+            for work in works:
+                work.wait()
+        self._coming.clear()
         self._halos.clear()
         self._gradients.clear()
 
@@ -101,6 +126,11 @@ class ParkedHalos:
     def waiting(self) -> int:
         """Gradients that no backward has fetched yet; 0 once a sequence is done."""
         return len(self._gradients)
+
+    @property
+    def coming(self) -> int:
+        """Messages that were brought and that nobody has fetched yet; 0 once a sequence is done."""
+        return len(self._coming)
 
     def reserve(self, size: int) -> None:
         """Take so much host memory now, in one piece, unless there is as much.
@@ -119,26 +149,39 @@ class ParkedHalos:
             LongspanError: it cannot be page-locked.
         """
         place = self._take(packed.nbytes)[: packed.nbytes].view(packed.dtype)
-        self._halos[key] = place
         if self._stream is None:
             place.copy_(packed)
+            self._halos[key] = place, None
             return
+        # After what computes it; and after whatever was copied from this place for the last sequence, which the
+        # computation has waited for.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             place.copy_(packed, non_blocking=True)
+            self._halos[key] = place, self._stream.record_event()
         packed.record_stream(self._stream)
 
-    def fetch(self, key: Key, like: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-        """A parked message on the device of `like`, and what to wait for before it is read."""
-        place = self._halos[key]
-        if self._stream is None:
+    def bring(self, key: Key) -> None:
+        """Start to copy a parked message to the device, unless it is on its way: before what is enqueued after it."""
+        if key not in self._coming:
+            self._coming[key] = self._copy(key)
+
+    def fetch(self, key: Key) -> tuple[torch.Tensor, list[Any]]:
+        """A parked message on the device, and what to wait for before it is read; copied now if nobody brought it."""
+        return self._coming.pop(key) if key in self._coming else self._copy(key)
+
+    def _copy(self, key: Key) -> tuple[torch.Tensor, list[Any]]:
+        """Enqueue the copy of a parked message to the device."""
+        place, parked = self._halos[key]
+        if self._inbound is None or parked is None:
             return place.clone(), []
-        packed = torch.empty(place.shape, dtype=place.dtype, device=like.device)
+        packed = torch.empty(place.shape, dtype=place.dtype, device=self._device)
         # The memory may have been another tensor's, which kernels under way still read.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self._inbound.wait_stream(torch.cuda.current_stream())
+        self._inbound.wait_event(parked)
+        with torch.cuda.stream(self._inbound):
             packed.copy_(place, non_blocking=True)
-            return packed, [_Copied(self._stream.record_event())]
+            return packed, [_Copied(self._inbound.record_event())]
 
     def keep_gradient(self, key: Key, gradient: torch.Tensor) -> None:
         """Until the sender's backward takes it."""
@@ -221,7 +264,7 @@ class StreamExchange(HaloExchange):
         """Of this pass: what others parked for this chunk is sent again. A pair's messages go by sending shard."""
 
     def _key(self, message: Message) -> Key:
-        return self.layer, message.sender, message.receiver
+        return key_of(self.layer, message)
 
     def _peers(self, numbers: Sequence[int]) -> list[int]:
         return [number % self.shard.size for number in numbers]
@@ -232,7 +275,7 @@ class StreamExchange(HaloExchange):
             acquaint(self.shard.group, k_LBKD.device)
         leaving = []
         for message in self.route.lent:
-            packed, works = self.parked.fetch(self._key(message), k_LBKD)
+            packed, works = self.parked.fetch(self._key(message))
             for work in works:
                 work.wait()
             leaving.append(packed)
@@ -243,7 +286,7 @@ class StreamExchange(HaloExchange):
         arriving, remote, copies = [], [], []
         for message in self.incoming:
             if self.route.is_own(message):
-                packed, works = self.parked.fetch(self._key(message), k_LBKD)
+                packed, works = self.parked.fetch(self._key(message))
                 copies.extend(works)
             else:
                 packed = to_receive(k_LBKD, (message.vectors * k_LBKD.shape[-1],), self.shard.group)

@@ -269,6 +269,12 @@ class FrozenShards:
         return id(parameter) in self._ids
 
     @property
+    def copies(self) -> torch.cuda.Stream | None:
+        """The stream that weights come on from host memory, unit after unit: what else is copied there comes before all
+        that is fetched later. None: a CPU has none."""
+        return None if self._streams is None else self._streams[0]
+
+    @property
     def pinned_bytes(self) -> int:
         """Bytes of page-locked host memory: exactly the shares."""
         return self._pinned

@@ -137,6 +137,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "stream_norm": {"layer_norm": RMSNorm},
     "fused_qkv": {"fused_qkv": False},
     "balanced_attention": {},  # no class: attention's spec says it (`RunPlan.of`)
+    "early_halos": {},  # nor here: copies are in another order (`streaming.fetch_halos_early`)
     "kernels": {
         "fused": False,
         "fused_qkv": False,

@@ -4,13 +4,15 @@ With a fixed group a chunk needs of the tokens before it only K and V of part of
 So: forward, chunk after chunk, without gradients, each layer's halo parked in host memory; then backward, from the last
 chunk to the first: the chunk runs again on its halo, with gradients, and its backward adds to dK and dV what the chunk
 after it sent, and leaves its own halo's for the chunk before. The last chunk runs once. Nothing is approximated.
+
+A layer's halo comes from host memory while the layer before it runs (`fetch_halos_early`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,16 +20,20 @@ from torch.nn import functional
 
 from parallel.axes.context import Exchange
 from parallel.axes.halo_plan import Region
-from parallel.axes.stream import ParkedHalos, Route, StreamExchange
+from parallel.axes.stream import ParkedHalos, Route, StreamExchange, key_of
 from parallel.world.context_shard import ContextShard
 from parallel.world.rng import rng_state, set_rng_state
 from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
-from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
+from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.layers.recomputation import recomputing
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, layer_rule
 from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.stream import StreamPlan, halo_bytes
 
 if TYPE_CHECKING:
+    from pipeline.model.chunk import LlamaChunk
     from pipeline.model.rank_model import RankModel
 
 
@@ -49,13 +55,62 @@ class ChunkPast:
 
     def exchange(self, layer: int, heads: HeadPlan, reads: Sequence[Region]) -> Exchange:
         """As `Past.exchange`."""
+        return StreamExchange(self._shard, self._route(heads), reads, layer, self._parked, self._parks)
+
+    def bring(self, layer: int, heads: HeadPlan) -> None:
+        """Start to copy a layer's parked halos of this chunk to the device, unless they are on their way."""
+        for message in self._route(heads).parked:
+            self._parked.bring(key_of(layer, message))
+
+    def _route(self, heads: HeadPlan) -> Route:
         chunk, rank, size = self._chunk, self._shard.rank, self._shard.size
 
         def make() -> Route:
             return Route.of(halo_plan(self._layout, self._spec, heads, self._stream.edges), chunk, rank, size)
 
-        route = self._layout.remember(("route", self._spec.group, heads.blocks, self._stream, chunk, rank), make)
-        return StreamExchange(self._shard, route, reads, layer, self._parked, self._parks)
+        return self._layout.remember(("route", self._spec.group, heads.blocks, self._stream, chunk, rank), make)
+
+
+def fetch_halos_early(stage: LlamaChunk) -> None:
+    """Have each layer's halo copied to the device while the layer before it runs, forward and in recomputations.
+
+    Copies to one GPU go one after the other. While layer i runs engine zero3 sends the weights of a later one, 16 ms of
+    them for 70B in 8 bits, and a halo asked for in the midst of layer i would come behind these. That of layer i + 1 is
+    enqueued before them (its own layer's weights are under way then, and the layer waits for those anyway), so no halo
+    is waited for. It takes the memory of one layer's halo more.
+    """
+    layers = list(stage.decoder.layers)
+
+    def bring(place: int, context: AttentionContext) -> None:
+        if isinstance(context.past, ChunkPast) and 0 <= place < len(layers):
+            core = layers[place].self_attention.core_attention
+            context.past.bring(core.layer, core.heads(layer_rule(context.spec.shifted_heads, core.layer)))
+
+    def bring_again(place: int, context: AttentionContext) -> None:
+        """In a backward pass only a layer that runs again asks for its halo again."""
+        if place >= 0 and layers[place].recompute is RecomputePolicy.FULL:
+            bring(place, context)
+
+    def hook(place: int, layer: torch.nn.Module) -> None:
+        def before(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            context = kwargs["packed_seq_params"]
+            bring(place, context)  # of the first layer of a pass; others are on their way
+            if recomputing():
+                bring_again(place - 1, context)
+            else:
+                bring(place + 1, context)
+
+        def after(_: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
+            context, hidden = kwargs["packed_seq_params"], output[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: bring_again(place - 1, context))
+
+        # First of all hooks: engine zero3 enqueues weights in its own.
+        layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        layer.register_forward_hook(after, with_kwargs=True, prepend=True)
+
+    for place, layer in enumerate(layers):
+        hook(place, layer)
 
 
 class SequenceStream:
@@ -64,11 +119,16 @@ class SequenceStream:
     Args:
         model: of one stage (no pipelining).
         chunk: tokens at work at once, over all ranks of a replica.
+        early: fetch halos a layer ahead, in order with engine zero3's copies of weights.
     """
 
-    def __init__(self, model: RankModel, chunk: int) -> None:
+    def __init__(self, model: RankModel, chunk: int, early: bool = True) -> None:
         self._model, self.chunk = model, chunk
-        self.parked = ParkedHalos(model.groups.device)
+        inbound = model.shards.copies if early and model.shards is not None else None
+        self.parked = ParkedHalos(model.groups.device, inbound)
+        if early:
+            (stage,) = model.stages
+            fetch_halos_early(stage)
         self._reserved: tuple[int, int, AttentionSpec] | None = None
 
     def close(self) -> None:
@@ -155,6 +215,7 @@ class SequenceStream:
         if after is not None:
             set_rng_state(after)
         assert not self.parked.waiting, "every gradient of a halo has reached the chunk it belongs to"
+        assert not self.parked.coming, "every halo that was brought has been read"
         return total
 
     def _shard(self, stream: StreamPlan, number: int) -> ContextShard:

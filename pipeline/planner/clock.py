@@ -193,19 +193,29 @@ def _layer_seconds(
     # Weights come ahead, beside a layer's pass and for every chunk anew: copied, then gathered. The rest is waited for.
     gather = links.seconds(moved.gather, grid.dp * grid.cp, grid.tp)
     copy = moved.copy / gpu.rate("pcie")
-    # Two ahead or more, one layer's is copied while another's is gathered.
-    fetched = gather + copy if plan.config.parallel.offload.ahead == 1 else max(gather, copy)
-    waits = 0.0
+    # A parked halo comes over the same wires.
+    parked = moved.parked / gpu.rate("pcie") if copy else 0.0
+    early = "early_halos" not in plan.config.train.without
+
+    def fetches(copied: float) -> float:
+        # Two ahead or more, one layer's is copied while another's is gathered.
+        return gather + copied if plan.config.parallel.offload.ahead == 1 else max(gather, copied)
+
+    fetched, waits = fetches(copy), 0.0
     for passes, seconds, halos in (
         (2 * chunks - 1, ahead / chunks, 2 * chunks - 3),
         (chunks, (sum(backward.values()) + again) / chunks, whole * (chunks - 1)),
     ):
         late = max(0.0, fetched - seconds)
         halos = max(0, halos) if copy else 0
-        # A parked halo comes over the same wires, behind the weights that a later layer is sent meanwhile: attention
-        # waits for it in the midst of its layer. Of the heads half have none, and are done first.
-        mid = max(late, copy - (products_before + forward["attention"] / 2) / chunks)
-        waits += (passes - halos) * late + halos * mid
+        if early:
+            # Enqueued before the weights of layers beyond, it is there in time, and these come so much later.
+            with_halo = max(0.0, fetches(copy + parked) - seconds)
+        else:
+            # Behind the weights that a later layer is sent meanwhile: attention waits for it in the midst of its layer.
+            # Of the heads half have none, and are done first.
+            with_halo = max(late, copy - (products_before + forward["attention"] / 2) / chunks)
+        waits += (passes - halos) * late + halos * with_halo
     # A pass begins with what the last one ended with, which its buffers still hold.
     waits *= max(0, plan.arch.layers - plan.config.parallel.offload.ahead) / plan.arch.layers
     gather, copy = chunks * gather, chunks * copy

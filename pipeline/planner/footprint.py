@@ -43,6 +43,7 @@ HELD = {
     "layer inputs": "kept activations",
     "gathered weights": "gather and halo buffers",
     "halos' gradients": "gather and halo buffers",
+    "a halo fetched ahead": "gather and halo buffers",
 }
 """Kind of each entry of `MemoryEstimate.gpu`; others are a layer's or the loss's work."""
 PINNED = ("frozen weights, shard", "gate and up", "parked halos", "evaluation's keys and values")

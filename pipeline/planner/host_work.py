@@ -13,12 +13,12 @@ from pipeline.planning.run_plan import RunPlan
 
 FULL, GATE_UP, HOST, FP8, POINTWISE, NONE = RecomputePolicy
 OPERATIONS: dict[tuple[str, bool], dict[RecomputePolicy, tuple[int, int]]] = {
-    ("bf16", False): {NONE: (343, 0), POINTWISE: (372, 0), GATE_UP: (379, 39), FULL: (527, 39)},
-    ("bf16", True): {NONE: (290, 88), POINTWISE: (302, 88), GATE_UP: (300, 96), FULL: (410, 119)},
-    ("fp8", False): {NONE: (392, 0), POINTWISE: (421, 0), GATE_UP: (445, 59), FULL: (601, 59)},
-    ("fp8", True): {NONE: (354, 156), POINTWISE: (366, 156), GATE_UP: (366, 150), FULL: (484, 189)},
-    ("nf4", False): {NONE: (378, 0), POINTWISE: (407, 0), GATE_UP: (415, 39), FULL: (571, 39)},
-    ("nf4", True): {NONE: (330, 88), POINTWISE: (342, 88), GATE_UP: (340, 96), FULL: (460, 119)},
+    ("bf16", False): {NONE: (332, 0), POINTWISE: (355, 0), GATE_UP: (356, 33), FULL: (494, 33)},
+    ("bf16", True): {NONE: (279, 88), POINTWISE: (285, 88), GATE_UP: (277, 90), FULL: (377, 113)},
+    ("fp8", False): {NONE: (381, 0), POINTWISE: (404, 0), GATE_UP: (420, 51), FULL: (566, 51)},
+    ("fp8", True): {NONE: (339, 160), POINTWISE: (345, 160), GATE_UP: (341, 146), FULL: (448, 186)},
+    ("nf4", False): {NONE: (367, 0), POINTWISE: (390, 0), GATE_UP: (392, 33), FULL: (538, 33)},
+    ("nf4", True): {NONE: (319, 88), POINTWISE: (325, 88), GATE_UP: (317, 90), FULL: (427, 113)},
 }
 """By base and whether tensors are cut: of each policy with products whole, and for every further tile. What keeps gate
 and up elsewhere is counted as POINTWISE."""

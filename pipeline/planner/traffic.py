@@ -9,6 +9,7 @@ from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.context_shards import halo_elements
 from pipeline.planning.memory import GRADIENT, count_parameters
 from pipeline.planning.run_plan import RunPlan
+from pipeline.planning.stream import StreamPlan, halo_bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Traffic:
     """Weights that engine zero3 gathers of other ranks, a layer and pass."""
     copy: float
     """Weights that come from host memory, a layer and pass."""
+    parked: float
+    """Keys and values of earlier chunks that come from host memory, a layer and pass over a streamed chunk."""
     once: float
     """The same two for the output matrix, a micro-batch and pass: gathered."""
     once_copy: float
@@ -60,6 +63,10 @@ def traffic(plan: RunPlan) -> Traffic:
         * config.train.micro_batch
         * width
     )
+    parked = 0
+    if plan.stream is not None:
+        cut = StreamPlan.of(plan.sequence, plan.stream, grid)
+        parked = halo_bytes(cut, arch, plan.attention, grid, config.train.micro_batch, width).fetched
     return Traffic(
         # q k v and gate up gather, o and down sum.
         tensor_forward=4 * hidden,
@@ -71,6 +78,7 @@ def traffic(plan: RunPlan) -> Traffic:
         halo=float(halo),
         gather=gather,
         copy=copy,
+        parked=float(parked),
         once=once,
         once_copy=once_copy,
         gradients=replicas,

@@ -91,8 +91,9 @@ def layer_memory(
     tile = of_tile * (6 * ffn + 4 * arch.hidden)
     # Of a layer that runs again all that POINTWISE keeps, but gate and up; of a frozen MLP wide tensors of one tile.
     mlp = tokens * (3 * hidden + 3 * query + 2 * key_value + heads) + tile
-    # The gradient of the product; that of gate and up lies over them. Sequence parallelism sums whole rows.
-    wide = tokens * (ffn + 3 * hidden + arch.hidden * (tp > 1))
+    # The gradient of the product; that of gate and up lies over them, but over those of family te, which are views.
+    # Sequence parallelism sums whole rows.
+    wide = tokens * (ffn + 2 * ffn * (family == "te") + 3 * hidden + arch.hidden * (tp > 1))
     if adapted:
         mlp = tokens * (base + 2 * ffn + again) + wide
     rest = tokens * max(0, attention - attended)

@@ -134,6 +134,8 @@ def estimate_memory(
         cut = StreamPlan.of(config.sequence, stream, grid)
         halos = halo_bytes(cut, arch, spec, grid, config.train.micro_batch, width)
         host["parked halos"], gpu["halos' gradients"] = halos.parked, halos.carried
+        if "early_halos" not in config.train.without:
+            gpu["a halo fetched ahead"] = halos.fetched
     saved = OPTIMIZER * counts.trained
     return MemoryEstimate(gpu, host, host_once=saved, checkpoint=saved)
 

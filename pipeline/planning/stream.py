@@ -62,12 +62,14 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class HaloBytes:
-    """What the halos of one micro-batch take on the busiest rank, all layers together; bytes."""
+    """What the halos of one micro-batch take on the busiest rank, in bytes: all layers together, and one layer's."""
 
     parked: int
     """Host memory."""
     carried: int
     """The device: gradients that wait for the backward of the chunk they belong to."""
+    fetched: int
+    """One layer's on its way to the device, for the chunk that needs most."""
 
 
 def halo_bytes(
@@ -82,7 +84,7 @@ def halo_bytes(
         width: bytes of an element.
     """
     one = _layers_halos(stream, (arch.heads, arch.kv_heads), spec, grid.tp, rows, arch.head_dim * width)
-    return HaloBytes(arch.layers * one.parked, arch.layers * one.carried)
+    return HaloBytes(arch.layers * one.parked, arch.layers * one.carried, one.fetched)
 
 
 @cache
@@ -97,21 +99,23 @@ def _layers_halos(
         vector: bytes of a head's key or value.
     """
     layout, local = SequenceLayout.dense(rows, stream.padded), heads_of[0] // tensor
-    parked = carried = 0
+    parked = carried = fetched = 0
     for tp in range(tensor):
         heads = head_plan(tp * local, local, *heads_of, spec.shifted_heads)
         messages = halo_plan(layout, spec, heads, stream.edges).messages
         for rank in range(stream.cp):
             kept, waiting = 0, [0] * (len(stream.starts) + 1)
+            wanted = [0] * (len(stream.starts) + 1)
             for message in messages:
                 begin, end = message.sender // stream.cp, message.receiver // stream.cp
                 if message.sender % stream.cp == rank and begin < end:
                     kept += -(-message.vectors * vector // ALIGN) * ALIGN
+                    wanted[end] += message.vectors * vector
                     # From the receiver's backward to the sender's.
                     for chunk in range(begin + 1, end + 1):
                         waiting[chunk] += message.vectors * vector
-            parked, carried = max(parked, kept), max(carried, *waiting)
-    return HaloBytes(parked, carried)
+            parked, carried, fetched = max(parked, kept), max(carried, *waiting), max(fetched, *wanted)
+    return HaloBytes(parked, carried, fetched)
 
 
 def cut_for_greedy(prompt: int, tokens: int, at_once: int | None, grid: GridPlan) -> StreamPlan:

@@ -69,7 +69,7 @@ def test_kernels_on_a_gpu() -> None:
     if torch.cuda.get_device_capability() < fp8.CAPABILITY:
         pytest.skip("this GPU's kernels do not know e4m3")
     _kernels_agree("cuda")
-    with mock.patch.object(fp8, "_kernels", wraps=fp8._kernels) as asked:
+    with mock.patch.object(fp8, "fp8_kernels_for", wraps=fp8.fp8_kernels_for) as asked:
         _gradients_differ_as_stated("cuda", torch.bfloat16)
     assert asked.call_count >= 2
 

@@ -88,7 +88,7 @@ def _update_agrees(device: str) -> None:
                     kernels.add_update_(base, wrong, b, 0.5)
 
 
-def _norm_gradient_agrees(device: str) -> None:
+def _norms_agree(device: str) -> None:
     """Against fp64, rows that do not share out evenly, a width that is no power of two."""
     from pipeline.model.layers import triton_kernels as kernels
 
@@ -99,11 +99,17 @@ def _norm_gradient_agrees(device: str) -> None:
             weight = torch.rand(width, generator=generator).add(0.5).to(device, dtype)
             exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
             functional.rms_norm(exact[0], (width,), exact[1], 1e-5).backward(grad.double())
+            normed = kernels.norm(x, weight, 1e-5)
+            exactly = functional.rms_norm(exact[0], (width,), exact[1], 1e-5)
+            assert normed.dtype is dtype
+            torch.testing.assert_close(normed.double(), exactly, rtol=tolerance, atol=tolerance)
+            assert torch.equal(normed[2:5], kernels.norm(x[2:5], weight, 1e-5)), "rows stand alone"
             found = kernels.norm_gradient(x, weight, grad, 1e-5)
             for tensor, twin in zip(found, exact, strict=True):
                 assert twin.grad is not None and tensor.dtype is dtype
                 torch.testing.assert_close(tensor.double(), twin.grad, rtol=2 * tolerance, atol=4 * tolerance)
     # No tokens, and a weight of another dtype.
+    assert kernels.norm(x[:0], weight, 1e-5).shape == (0, 2, 1000)
     none, total = kernels.norm_gradient(x[:0], weight.float(), x[:0], 1e-5)
     assert none.shape == (0, 2, 1000) and total.dtype is torch.float32 and not total.any()
     _, total = kernels.norm_gradient(x, weight.float(), grad, 1e-5)
@@ -127,6 +133,12 @@ def _stream_joins(device: str) -> None:
         torch.autograd.backward([output, stream], [grad, beside])
         assert leaf.grad is not None and leaf.grad.dtype is dtype
         torch.testing.assert_close(leaf.grad.double(), exact[0].grad, rtol=2 * tolerance, atol=4 * tolerance)
+        # The sum of two, of which both get this gradient. Halves: the interpreter cuts sums off instead of rounding.
+        pair = [(x / 2).requires_grad_(), (x / 2).requires_grad_()]
+        total, normed = norm._NormOfSum.apply(*pair, weight, 1e-5, kernels)
+        assert torch.equal(total, x) and torch.equal(normed, output)
+        torch.autograd.backward([total, normed], [beside, grad])
+        assert all(half.grad is not None and torch.equal(half.grad, leaf.grad) for half in pair)
 
 
 def _qkv_agrees(device: str) -> None:
@@ -190,7 +202,7 @@ CHECKS = (
     "_swiglu_agrees",
     "_rotation_agrees",
     "_update_agrees",
-    "_norm_gradient_agrees",
+    "_norms_agree",
     "_stream_joins",
     "_qkv_agrees",
     "_merge_agrees",
@@ -256,8 +268,8 @@ def test_update_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_norm_gradient_on_a_gpu() -> None:
-    _norm_gradient_agrees("cuda")
+def test_norms_on_a_gpu() -> None:
+    _norms_agree("cuda")
     for rows, width in ((4096, 8192), (5, 16384)):
         x = torch.randn(rows, 1, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weight = torch.rand(width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -311,6 +323,7 @@ def test_a_second_derivative_is_refused() -> None:
     """What kernels and frozen products compute has none, and a wrong one would not be noticed."""
     x, weight = torch.randn(3, 2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
     kernels = mock.Mock()
+    kernels.norm.side_effect = lambda x, weight, eps: functional.rms_norm(x, weight.shape, weight, eps)
     kernels.norm_gradient.side_effect = lambda x, weight, grad, eps: (grad * weight, (grad * x).sum((0, 1)))
     recipe = norm.norm_recipe(x, weight, 1e-5)
     matrices = [DenseWeight(torch.nn.Parameter(torch.randn(shape))) for shape in ((12, 8), (8, 6))]

@@ -31,11 +31,18 @@ POINTWISE = {"swiglu", "swiglu_gradient_"}
 # dtype, recompute, adapted, rank, trained, kernels that must have been used
 CASES: list[tuple[torch.dtype, str, tuple[str, ...], int, tuple[str, ...], set[str]]] = [
     # No update: fp32 factors would be rounded.
-    (torch.float32, "full", ALL, 4, ("lora", "embed", "norm"), POINTWISE | {"norm_gradient"}),
-    (torch.float16, "full", ALL[:4], 4, ("lora", "embed", "norm"), POINTWISE | {"norm_gradient", "add_update_"}),
+    (torch.float32, "full", ALL, 4, ("lora", "embed", "norm"), POINTWISE | {"norm", "norm_of_sum", "norm_gradient"}),
+    (
+        torch.float16,
+        "full",
+        ALL[:4],
+        4,
+        ("lora", "embed", "norm"),
+        POINTWISE | {"norm", "norm_of_sum", "norm_gradient", "add_update_"},
+    ),
     # Fused projections' ranks, two and three times 96, are more than the kernel takes; o's and down's are not.
-    (torch.float16, "none", ALL, 96, ("lora",), POINTWISE | {"norm_gradient", "add_update_"}),
-    (torch.float16, "none", ALL[:3], 96, ("norm",), POINTWISE | {"norm_gradient"}),
+    (torch.float16, "none", ALL, 96, ("lora",), POINTWISE | {"norm", "norm_of_sum", "norm_gradient", "add_update_"}),
+    (torch.float16, "none", ALL[:3], 96, ("norm",), POINTWISE | {"norm", "norm_of_sum", "norm_gradient"}),
 ]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.model.attention import local
 from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from tests.numerics import attention_oracle as oracle
@@ -149,3 +151,33 @@ def test_rows_do_not_influence_each_other(case: Case) -> None:
     )
     single = alone.attend([tensor[:, :1] for tensor in tensors])
     torch.testing.assert_close(case.attend(tensors)[:, :1], single, atol=1e-14, rtol=0)
+
+
+@given(
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    st.tuples(*(st.integers(1, 5) for _ in range(3)), st.sampled_from([1, 2, 4, 8, 9, 16])),
+    st.integers(0, 3),
+    st.integers(0, 2**16),
+)
+def test_a_part_is_put_in_its_place_bit_by_bit(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], offset: int, seed: int
+) -> None:
+    """16 bytes at a time or value by value, NaN's bits included: as indexing does it."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, rows, heads, width = shape
+    size = dtype.itemsize
+
+    def random(*shape: int) -> torch.Tensor:
+        count = offset + int(np.prod(shape))
+        return (
+            torch.randint(0, 256, (count * size,), dtype=torch.uint8, generator=generator)
+            .view(dtype)[offset:]
+            .view(shape)
+        )
+
+    part, whole = random(rows, tokens, heads, width), random(tokens + 1, rows + 1, heads + 1, width)
+    expected = whole.clone()
+    expected[1:, :rows, 1:] = part.transpose(0, 1)
+    with mock.patch.object(local, "_MUCH", 0):
+        local._copy(whole[1:, :rows, 1:].transpose(0, 1), part)
+    assert torch.equal(whole.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))

@@ -255,8 +255,8 @@ def test_a_stale_cache_is_found(uneven: Callable[..., RankModel]) -> None:
 
 def wrong_chunk() -> Any:
     """The parked halo of one layer is another's."""
-    honest = ParkedHalos.fetch
-    return mock.patch.object(ParkedHalos, "fetch", lambda self, key, like: honest(self, (0, *key[1:]), like))
+    honest = ParkedHalos._copy
+    return mock.patch.object(ParkedHalos, "_copy", lambda self, key: honest(self, (0, *key[1:])))
 
 
 def same_positions() -> Any:

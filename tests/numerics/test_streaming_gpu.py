@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from parallel.axes.stream import ParkedHalos
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from tests.numerics.movement import tensor_errors
+from tests.numerics.test_early_halos import OLD, shards
 from tests.numerics.test_streaming import make, step, text
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +38,67 @@ def test_gradients_on_kernels(narrow: Callable[..., RankModel], chunk: int, docu
     assert max(allowed.values()) < 0.2
     for name, error in found.items():
         assert error <= 2 * allowed[name] + 1e-3, (name, error, allowed[name])
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_halos_among_weights_from_host_memory(narrow: Callable[..., RankModel], recompute: str) -> None:
+    """Both come on one stream, or halos on their own: the same loss, and gradients as near to fp32."""
+    spec, batch, losses = AttentionSpec("s2", GROUP), text(2, 4099), []
+    _, expected = step(narrow().float(), batch, spec)
+    allowed = tensor_errors(step(narrow(), batch, spec)[1], expected, None)
+    for without in ((), OLD):
+        model = narrow(recompute, GROUP, shards=shards(), kinds=("lora", "embed", "norm"), without=without)
+        for _ in range(2):
+            loss, streamed = step(model, batch, spec)
+            losses.append(loss)
+            for name, error in tensor_errors(streamed, expected, None).items():
+                assert error <= 2 * allowed[name] + 1e-3, (name, error, allowed[name])
+        model.close()
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
+
+
+SLEEP = 200_000_000
+"""Cycles: a tenth of a second."""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("held_up", ["to the host", "to the GPU"])
+def test_a_halo_is_read_once_it_is_there(shared: bool, held_up: str) -> None:
+    """However late a copy runs, and however soon the memory of what was parked is another tensor's."""
+    parked = ParkedHalos(torch.device("cuda"), torch.cuda.Stream() if shared else None)
+    halo = torch.arange(1 << 20, dtype=torch.float32, device="cuda")
+    with torch.cuda.stream(parked._stream if held_up == "to the host" else torch.cuda.current_stream()):
+        torch.cuda._sleep(SLEEP)
+    parked.park((0, 0, 1), halo)
+    del halo
+    others = [torch.full((1 << 20,), -1.0, device="cuda") for _ in range(4)]
+    with torch.cuda.stream(parked._inbound if held_up == "to the GPU" else torch.cuda.current_stream()):
+        torch.cuda._sleep(SLEEP)
+    parked.bring((0, 0, 1))
+    packed, works = parked.fetch((0, 0, 1))
+    for work in works:
+        work.wait()
+    assert torch.equal(packed, torch.arange(1 << 20, dtype=torch.float32, device="cuda"))
+    assert all(bool((other == -1).all()) for other in others)
+    parked.close()
+
+
+def test_a_copy_that_nobody_waits_for_writes_to_no_other_tensor() -> None:
+    """A step is abandoned while a halo is on its way."""
+    inbound = torch.cuda.Stream()
+    parked = ParkedHalos(torch.device("cuda"), inbound)
+    parked.park((0, 0, 1), torch.zeros(1 << 24, device="cuda"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(inbound):
+        torch.cuda._sleep(SLEEP)
+    parked.bring((0, 0, 1))
+    place = parked._coming[0, 0, 1][0].data_ptr()
+    parked.begin()
+    others = [torch.full((1 << 24,), 7.0, device="cuda") for _ in range(3)]
+    assert place in [other.data_ptr() for other in others], "the case needs the same memory"
+    torch.cuda.synchronize()
+    assert all(bool((other == 7).all()) for other in others)
+    parked.close()
 
 
 def test_chunked_prefill_on_kernels(narrow: Callable[..., RankModel]) -> None:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
-#   bash tools/bench/record.sh one|speed|speed-7b|base|base-two|doctor|ring|survive-megatron|survive-zero3|tensor OUT
-# one, speed, speed-7b, base: any GPU of 80 GB (of base, FP8 needs a Hopper). The others: two GPUs of one host. Numbers also go to OUT/*.json.
+#   bash tools/bench/record.sh one|speed|speed-7b|base|halos|base-two|doctor|ring|survive-megatron|survive-zero3|tensor OUT
+# one, speed, speed-7b, base, halos: any GPU of 80 GB (FP8, of base and halos, needs a Hopper; halos 80 GiB of host memory). The others: two
+# GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
-part=${1:?one, speed, speed-7b, base, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, speed, speed-7b, base, halos, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -71,6 +72,14 @@ case $part in
     whole --base nf4
     whole --base fp8 --engine zero3 --offload
     ;;
+  halos)
+    # 70B whole on one GPU, weights and halos from host memory: halos behind the weights of later layers, and before them.
+    # About a minute of each variant is the making and quantizing of random weights.
+    alone 300 tools.bench.step --base fp8 --engine zero3 --offload --group 8192 --recompute auto --set train.stream=8192 \
+      --set train.gpu_gib=75 --cap-gib 79 --warmup 1 --steps 1 \
+      --variant "train.without=[early_halos]" --variant "train.without=[]" --json "$out/step.json"
+    run 120 python3 -m pytest -q -m gpu -p no:cacheprovider tests/numerics/test_streaming_gpu.py
+    ;;
   base-two)
     share=(tools.bench.step --cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise)
     share+=(--micro-batches 2 --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json")
@@ -93,6 +102,6 @@ case $part in
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, speed, speed-7b, base, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, speed, speed-7b, base, halos, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed

@@ -35,8 +35,8 @@ class Point:
     ranks: int
     context: int
     set: dict[str, Any]
-    """tp cp pp engine recompute gate_up gpu_gib attention group micro_batch base stream; micro_batches: of a rank and
-    step (default: as many as stages); of parallel.offload what is not the default."""
+    """tp cp pp engine recompute gate_up gpu_gib attention group micro_batch base stream without; micro_batches: of a
+    rank and step (default: as many as stages); of parallel.offload what is not the default."""
     use: str
     """fit (the constants know its time) | held (they do not) | open (nor do they, and the time is far off)."""
     layers: int | None = None
@@ -69,6 +69,7 @@ class Point:
             gate_up=chosen.get("gate_up", "gpu"),
             gpu_gib=chosen.get("gpu_gib"),
             stream=chosen.get("stream"),
+            without=tuple(chosen.get("without", ())),
         )
         found = find_model(self.model)
         arch = found.arch if self.layers is None else replace(found.arch, layers=self.layers)

@@ -8,6 +8,8 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from pipeline.model.layers.norm import StreamNorm
+from pipeline.model.layers.residual import add_before
 from pipeline.planning.recompute import RecomputePolicy
 
 
@@ -20,6 +22,8 @@ class LlamaLayer(TransformerLayer):
     def __init__(self, *args: Any, recompute: RecomputePolicy, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recompute = recompute
+        if isinstance(self.pre_mlp_layernorm, StreamNorm):
+            self.self_attn_bda = add_before(self.pre_mlp_layernorm)
 
     def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, H] -> ([S, B, H], None).

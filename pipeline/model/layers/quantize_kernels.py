@@ -1,5 +1,5 @@
-"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 in two readings, SwiGLU's as they are made; bytes
-transposed and NF4 dequantized in one.
+"""Frozen matrices in 8 and 4 bits, in Triton: rows rounded to e4m3 as they are read, SwiGLU's as they are made; bytes
+transposed and NF4 dequantized in one pass.
 
 See `layers.fp8` and `layers.quantized_weight`, whose torch operations make the same in many passes with float32 copies
 of everything.
@@ -20,11 +20,16 @@ _TILE = 128
 
 
 @triton.jit
-def _scale(largest, odd):  # type: ignore[no-untyped-def]
-    # Of a row's magnitudes, and whether some are NaN: its scale, and one over it.
-    scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
-    # Maxima here leave NaN out, where torch's keep it: a row that holds one must not come out finite.
-    scale = tl.where(tl.max(odd) > 0, float("nan"), scale)
+def _magnitude(x):  # type: ignore[no-untyped-def]
+    # As an integer: magnitudes order alike, and NaN beyond all, which a maximum of floats here would leave out.
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale(largest):  # type: ignore[no-untyped-def]
+    # Of a row's magnitudes: its scale, and one over it; both NaN if one of them is, or the row would come out finite.
+    amax = tl.max(largest).to(tl.float32, bitcast=True)
+    scale = tl.where(amax == amax, tl.maximum(amax / 448.0, 1.1754943508222875e-38), amax)
     # One division a row: of every value, they would bound the kernel.
     return scale, 1.0 / scale
 
@@ -40,26 +45,32 @@ def _round_rows(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    largest = tl.zeros((COLUMNS,), dtype=tl.float32)
-    odd = tl.zeros((COLUMNS,), dtype=tl.int32)
-    for part in range(PARTS):
-        start = part * COLUMNS
-        inside = start + column < width
-        x = tl.load(x_ptr + row * width + start + column, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.zeros((COLUMNS,), dtype=tl.int32)
+    # A row stays in registers between its two uses.
+    kept = ()
+    for part in tl.static_range(PARTS):
+        at = part * COLUMNS + column
+        x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
+        kept = kept + (x,)  # type: ignore[assignment]
+        x = x.to(tl.float32)
         if FACTORS:
-            x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
-        largest = tl.maximum(largest, tl.abs(x))
-        odd = odd | (x != x).to(tl.int32)
-    scale, inverse = _scale(largest, odd)
-    # The second reading finds a row in the cache.
-    for part in range(PARTS):
-        start = part * COLUMNS
-        inside = start + column < width
-        x = tl.load(x_ptr + row * width + start + column, mask=inside, other=0.0).to(tl.float32)
+            x = x * tl.load(factor_ptr + at, mask=at < width, other=0.0)
+        largest = tl.maximum(largest, _magnitude(x))
+    scale, inverse = _scale(largest)
+    for part in tl.static_range(PARTS):
+        at = part * COLUMNS + column
+        x = kept[part].to(tl.float32)
         if FACTORS:
-            x = x * tl.load(factor_ptr + start + column, mask=inside, other=0.0)
-        tl.store(out_ptr + row * width + start + column, _e4m3(x * inverse), mask=inside)
+            x = x * tl.load(factor_ptr + at, mask=at < width, other=0.0)
+        tl.store(out_ptr + row * width + at, _e4m3(x * inverse), mask=at < width)
     tl.store(scale_ptr + row, scale)
+
+
+def _parts(width: int) -> dict[str, int]:
+    """In how many parts a row is read, and by how many threads: of rows to 32k each keeps up to 32 values."""
+    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    parts = triton.cdiv(width, columns)
+    return {"COLUMNS": columns, "PARTS": parts, "num_warps": 8 if parts <= 2 else 16 if parts <= 4 else 32}
 
 
 def round_rows(rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,21 +81,8 @@ def round_rows(rows_NK: torch.Tensor, factors_K: torch.Tensor | None = None) -> 
     scales = rows_NK.new_empty((count, 1), dtype=torch.float32)
     if out.numel():
         factors = scales if factors_K is None else factors_K.contiguous()
-        columns = min(_COLUMNS, triton.next_power_of_2(width))
-        _round_rows[(count,)](
-            rows_NK, factors, out, scales, width, FACTORS=factors_K is not None,
-            COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8,
-        )  # fmt: skip
+        _round_rows[(count,)](rows_NK, factors, out, scales, width, FACTORS=factors_K is not None, **_parts(width))
     return out, scales
-
-
-@triton.jit
-def _product(gate_up_ptr, place, width, inside, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    # To the bit what `triton_kernels.swiglu` makes.
-    gate = tl.load(gate_up_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + place + width, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
-    return (silu * up).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -94,18 +92,22 @@ def _round_swiglu(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     dtype = gate_up_ptr.dtype.element_ty
-    largest = tl.zeros((COLUMNS,), dtype=tl.float32)
-    odd = tl.zeros((COLUMNS,), dtype=tl.int32)
-    for part in range(PARTS):
+    largest = tl.zeros((COLUMNS,), dtype=tl.int32)
+    kept = ()
+    for part in tl.static_range(PARTS):
         at = part * COLUMNS + column
-        x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
-        largest = tl.maximum(largest, tl.abs(x))
-        odd = odd | (x != x).to(tl.int32)
-    scale, inverse = _scale(largest, odd)
-    for part in range(PARTS):
+        place = gate_up_ptr + row * 2 * width + at
+        gate = tl.load(place, mask=at < width, other=0.0).to(tl.float32)
+        up = tl.load(place + width, mask=at < width, other=0.0).to(tl.float32)
+        # To the bit what `triton_kernels.swiglu` makes.
+        silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        product = (silu * up).to(dtype)
+        kept = kept + (product,)  # type: ignore[assignment]
+        largest = tl.maximum(largest, _magnitude(product.to(tl.float32)))
+    scale, inverse = _scale(largest)
+    for part in tl.static_range(PARTS):
         at = part * COLUMNS + column
-        x = _product(gate_up_ptr, row * 2 * width + at, width, at < width, dtype)
-        tl.store(out_ptr + row * width + at, _e4m3(x * inverse), mask=at < width)
+        tl.store(out_ptr + row * width + at, _e4m3(kept[part].to(tl.float32) * inverse), mask=at < width)
     tl.store(scale_ptr + row, scale)
 
 
@@ -116,10 +118,7 @@ def round_swiglu(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out = gate_up.new_empty((count, width), dtype=torch.float8_e4m3fn)
     scales = gate_up.new_empty((count, 1), dtype=torch.float32)
     if out.numel():
-        columns = min(_COLUMNS, triton.next_power_of_2(width))
-        _round_swiglu[(count,)](
-            gate_up, out, scales, width, COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8
-        )
+        _round_swiglu[(count,)](gate_up, out, scales, width, **_parts(width))
     return out, scales
 
 
@@ -148,14 +147,13 @@ def _round_swiglu_gradient(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     dtype = gate_up_ptr.dtype.element_ty
-    largest = tl.zeros((COLUMNS,), dtype=tl.float32)
-    odd = tl.zeros((COLUMNS,), dtype=tl.int32)
+    largest = tl.zeros((COLUMNS,), dtype=tl.int32)
     for part in range(PARTS):
         at = part * COLUMNS + column
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
-        largest = tl.maximum(largest, tl.maximum(tl.abs(grad_gate), tl.abs(grad_up)))
-        odd = odd | (grad_gate != grad_gate).to(tl.int32) | (grad_up != grad_up).to(tl.int32)
-    scale, inverse = _scale(largest, odd)
+        largest = tl.maximum(largest, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
+    scale, inverse = _scale(largest)
+    # Made again from what the cache holds: both halves of a row do not fit in registers (slower by a third to a half).
     for part in range(PARTS):
         at = part * COLUMNS + column
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
@@ -180,10 +178,10 @@ def round_swiglu_gradient(
     out = torch.empty_like(gate_up, dtype=torch.float8_e4m3fn)
     scales = gate_up.new_empty((count, 1), dtype=torch.float32)
     if out.numel():
-        columns = min(_COLUMNS // 2, triton.next_power_of_2(width))
+        columns = min(_COLUMNS, triton.next_power_of_2(width))
         _round_swiglu_gradient[(count,)](
             gate_up, grad, factors, out, scales, width,
-            COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=8,
+            COLUMNS=columns, PARTS=triton.cdiv(width, columns), num_warps=16,
         )  # fmt: skip
     return out, scales
 

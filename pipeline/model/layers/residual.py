@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.model.layers.norm import StreamNorm
 from pipeline.model.layers.recomputation import placeholder, recomputing
 
 Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
@@ -47,6 +48,19 @@ def _add_last(
         return _add(x_and_bias, residual, dropout)
     skipped: torch.Tensor = _Skipped.apply(x_and_bias[0], residual)
     return skipped
+
+
+def add_before(norm: StreamNorm) -> Callable[[bool, bool], Add]:
+    """`residual_add` that also norms the sum where one kernel makes both."""
+
+    def add(
+        x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        x, bias = x_and_bias
+        total = norm.of_sum(x, residual) if bias is None and not dropout else None
+        return _add(x_and_bias, residual, dropout) if total is None else total
+
+    return lambda training, fused: add
 
 
 def residual_add(training: bool, fused: bool) -> Add:

@@ -1,4 +1,4 @@
-"""Work of a layer that memory bounds in one pass over it, in Triton: SwiGLU, RoPE, LoRA's update, a norm's gradient.
+"""Work of a layer that memory bounds in one pass over it, in Triton: SwiGLU, RoPE, LoRA's update, norms.
 
 Eager operations read and write the same tensors several times: on an H100 SwiGLU's took a tenth of a Llama layer's
 time, RoPE's a twenty-fifth. `kernel_choice.kernels_for` says where these can serve.
@@ -25,7 +25,8 @@ def probe(device: torch.device) -> None:
     angles = torch.ones(1, 8, device=device)
     rotate(x.view(1, 1, 2, 16), angles, angles)
     add_update_(x.clone(), half, x.new_ones(16, 8), 1.0)
-    norm_gradient(x, x[0], x, 1e-5)
+    norm_gradient(x, x[0], norm(x, x[0], 1e-5), 1e-5)
+    norm_of_sum(x, x, x[0], 1e-5)
 
 
 @triton.jit
@@ -164,6 +165,54 @@ def add_update_(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: f
 
 
 @triton.jit
+def _norm(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps, SUM: tl.constexpr, WIDTH: tl.constexpr
+):
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    place = tl.program_id(0).to(tl.int64) * width + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if SUM:
+        total = x + tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, total, mask=inside)
+        x = total.to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    normed = weight * (x * tl.rsqrt(tl.sum(x * x) / width + eps))
+    tl.store(out_ptr + place, normed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm [..., H] of the last dimension, computed in fp32 and rounded once; contiguous, in the dtype of `x`.
+
+    A row's bits do not depend on other rows.
+    """
+    return _normed(x, None, weight_H, eps)[1]
+
+
+def norm_of_sum(
+    x: torch.Tensor, residual: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + residual, rounded; what `norm` makes of it), of contiguous [..., H] of one dtype."""
+    return _normed(x, residual, weight_H, eps)
+
+
+def _normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[-1]
+    assert x.is_contiguous() and weight_H.shape == (width,), WHY
+    assert residual is None or (residual.shape == x.shape and residual.is_contiguous()), WHY
+    total, out = x if residual is None else torch.empty_like(x), torch.empty_like(x)
+    if out.numel():
+        _norm[(out.numel() // width,)](
+            x, total if residual is None else residual, weight_H, total, out, width, eps, SUM=residual is not None,
+            WIDTH=triton.next_power_of_2(width), num_warps=16,
+        )  # fmt: skip
+    return total, out
+
+
+@triton.jit
 def _norm_gradient(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, grad_ptr, stream_ptr, result_ptr, sums_ptr, rows, width, eps, STREAM: tl.constexpr,
     EACH: tl.constexpr, WIDTH: tl.constexpr,
@@ -172,20 +221,28 @@ def _norm_gradient(  # type: ignore[no-untyped-def]
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
+    first = tl.program_id(0) * EACH
+    place = first.to(tl.int64) * width + column
+    here = inside & (first < rows)
+    x_next = tl.load(x_ptr + place, mask=here, other=0.0)
+    grad_next = tl.load(grad_ptr + place, mask=here, other=0.0)
+    stream_next = tl.load(stream_ptr + place, mask=here, other=0.0) if STREAM else x_next
     for number in range(EACH):
-        row = tl.program_id(0) * EACH + number
-        place = row.to(tl.int64) * width + column
-        here = inside & (row < rows)
-        x = tl.load(x_ptr + place, mask=here, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + place, mask=here, other=0.0).to(tl.float32)
+        x, grad, stream = x_next.to(tl.float32), grad_next.to(tl.float32), stream_next.to(tl.float32)
+        # The next row is on its way while this one is summed.
+        follows = inside & (first + number + 1 < rows) & (number + 1 < EACH)
+        x_next = tl.load(x_ptr + place + width, mask=follows, other=0.0)
+        grad_next = tl.load(grad_ptr + place + width, mask=follows, other=0.0)
+        stream_next = tl.load(stream_ptr + place + width, mask=follows, other=0.0) if STREAM else x_next
         scale = tl.rsqrt(tl.sum(x * x) / width + eps)
         x = x * scale
         total += grad * x
         grad = grad * weight
         result = scale * (grad - x * (tl.sum(grad * x) / width))
         if STREAM:
-            result += tl.load(stream_ptr + place, mask=here, other=0.0).to(tl.float32)
-        tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=here)
+            result += stream
+        tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=inside & (first + number < rows))
+        place += width
     tl.store(sums_ptr + tl.program_id(0) * width + column, total, mask=inside)
 
 

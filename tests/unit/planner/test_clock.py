@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
+from pipeline.planner import clock
 from pipeline.planner.clock import FITTED, StepTime, step_time
 from pipeline.planner.gpus import Gpu, find_gpu
 from pipeline.planner.host_work import OPERATIONS, operations, tiles
@@ -49,9 +51,12 @@ def test_a_copy_and_a_gather_overlap_where_two_layers_are_fetched_ahead() -> Non
     assert gathers < waits[0] - waits[1] < gathers + 2 * moved.copy / SLOW.rate("pcie")
 
 
-def test_a_parked_halo_waits_for_the_weights_that_are_copied_before_it() -> None:
+OLD = ["early_halos"]
+
+
+def test_without_early_halos_one_waits_for_the_weights_that_are_copied_before_it() -> None:
     """A chunk's copy is shorter than a layer's pass, and would be hidden but for halos: none of one chunk."""
-    plan = plan_of(context=32768, base="fp8", stream=16384, group=8192)
+    plan = plan_of(context=32768, base="fp8", stream=16384, group=8192, without=OLD)
     whole = replace(plan, stream=None)
     assert timed(whole).parts.get("copies", 0.0) == 0.0
     copies = timed(plan).parts["copies"]
@@ -60,7 +65,30 @@ def test_a_parked_halo_waits_for_the_weights_that_are_copied_before_it() -> None
     assert 0.3 * 80 * layer < copies < 80 * layer
     again = timed(replace(plan, recompute=(RecomputePolicy.FULL,) * 80)).parts["copies"]
     assert again == pytest.approx(2 * copies), "a layer that runs again asks for its halo again"
-    assert "copies" not in timed(plan_of(context=32768, base="nf4", params="none", stream=8192, group=8192)).parts
+    on_gpu = {"base": "nf4", "params": "none", "stream": 8192, "group": 8192}
+    assert "copies" not in timed(plan_of(context=32768, without=OLD, **on_gpu)).parts
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_an_early_halo_is_never_waited_for_where_copies_are_hidden(recompute: str) -> None:
+    streamed = {"context": 32768, "base": "fp8", "stream": 16384, "group": 8192, "recompute": recompute}
+    early, late = (timed(plan_of(**streamed, without=without)) for without in ([], OLD))
+    assert early.parts.get("copies", 0.0) == 0.0 < late.parts["copies"]
+    assert early.total == pytest.approx(late.total - late.parts["copies"])
+
+
+@pytest.mark.parametrize(("recompute", "halos"), [("none", 5), ("full", 5 + 3)])
+def test_an_early_halo_makes_the_weights_after_it_later_by_its_own_copy(recompute: str, halos: int) -> None:
+    """Four chunks, of which three have a halo and the last runs forward once; a layer that runs again asks again.
+
+    Keys and values of half the 8 heads, 4096 tokens, 128 wide, bf16: 8 MiB. Two of 80 layers are at hand.
+    """
+    plan = plan_of(context=32768, base="fp8", stream=8192, group=8192, recompute=recompute)
+    assert traffic(plan).parked == 2 * 4 * 4096 * 128 * 2
+    copies = timed(plan, SLOW).parts["copies"]
+    with mock.patch.object(clock, "traffic", lambda plan: replace(traffic(plan), parked=0.0)):
+        bare = timed(plan, SLOW).parts["copies"]
+    assert copies - bare == pytest.approx(78 * halos * 2**23 / SLOW.rate("pcie"))
 
 
 def test_no_layer_takes_less_than_the_host() -> None:

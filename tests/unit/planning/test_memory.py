@@ -90,6 +90,23 @@ def test_near_the_peaks_without_recompute(name: str, settings: list[str], ranks:
     assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "layers", "measured"), [("none", 4, 41.69), ("none", 8, 72.64), ("tensorwise", 8, 87.39)]
+)
+def test_near_the_peaks_of_transformer_engine(recipe: str, layers: int, measured: float) -> None:
+    """docs/RESULTS.md, Llama-2-70B at 32k on one GPU, keeping `pointwise`."""
+    settings = [
+        *MEGATRON,
+        "parallel.cp=1",
+        "model.family=te",
+        f"model.fp8_recipe={recipe}",
+        "train.recompute=pointwise",
+    ]
+    config = load_config(CONFIG, [*settings, "attention.full_last_steps=0", "train.global_batch=1"])
+    estimate = estimate_of(config, llama2("70b", layers), 1)
+    assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.03)
+
+
 def test_sizes_follow_the_models_rules() -> None:
     # Llama-2-70B's MLP: gate, up and two hidden states, over 1, 2 and 8 tensor ranks.
     widths = [2 * 28672 // ranks + 2 * 8192 for ranks in (1, 2, 8)]

@@ -44,6 +44,7 @@ def test_a_boundary_costs_half_a_group_of_the_shifted_heads(arch: LlamaArch, bou
         found = halo_bytes(StreamPlan.of(sequence, chunk, ONE), arch, spec, ONE, 1, 2)
         assert found.parked == (sequence // chunk - 1) * boundary * MIB
         assert found.carried == boundary * MIB, "one boundary's gradients wait at a time, however long the sequence"
+        assert found.fetched * arch.layers == boundary * MIB, "of one layer, 8 MiB for both"
     # Off the group's multiples unshifted heads reach back as well: more, and still no more than a group of all heads.
     off = halo_bytes(StreamPlan.of(65536, 10240, ONE), arch, spec, ONE, 1, 2)
     assert boundary * MIB < off.carried <= 4 * boundary * MIB
@@ -54,6 +55,7 @@ def test_context_ranks_share_what_is_parked() -> None:
     grid, spec = GridPlan(tp=1, cp=4, dp=1, pp=1), AttentionSpec("s2", 8192)
     found = halo_bytes(StreamPlan.of(131072, 32768, grid), llama3_8b(), spec, grid, 2, 2)
     assert found.parked == 3 * 2 * 256 * MIB
+    assert found.fetched == 2 * 8 * MIB, "the last one's, which sends it"
 
 
 def test_auto_is_the_largest_chunk_that_fits() -> None:
@@ -90,3 +92,6 @@ def test_memory_does_not_depend_on_the_length_but_for_the_host() -> None:
     assert [estimate.host["parked halos"] // MIB for estimate in found] == [3 * 256, 15 * 256, 63 * 256, 255 * 256]
     whole = plan_of("train.stream=null", "data.sequence=65536").memory()
     assert whole.gpu["activations"] == 4 * found[0].gpu["activations"] and "parked halos" not in whole.host
+    # A layer's halo comes ahead.
+    late = plan_of(*settings, "data.sequence=65536", "train.without=[early_halos]").memory()
+    assert found[0].gpu_total - late.gpu_total == 8 * MIB

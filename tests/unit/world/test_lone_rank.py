@@ -21,6 +21,7 @@ def _group() -> dist.ProcessGroup:
 
 def test_a_gather_has_memory_of_its_own_and_numbers_that_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lone_rank, "_numbers", {})
+    monkeypatch.setattr(lone_rank, "_periods", {})
     group = _group()
     assert lone_rank.numbers_bytes() == 0
     (small, _), (large, _) = (lone_rank.all_gather(torch.zeros(rows, 3), group) for rows in (2, 5))
@@ -56,8 +57,11 @@ def test_a_real_gather_gets_a_plain_buffer() -> None:
     assert torch.equal(whole, torch.ones(2, 3)) and not hasattr(whole, "buffer") and lone_rank.numbers_bytes() == before
 
 
-def test_bytes_of_several_dtypes_are_gathered_as_numbers_of_each() -> None:
+@pytest.mark.parametrize("period", [100, 1 << 22])
+def test_bytes_of_several_dtypes_are_gathered_as_numbers_of_each(monkeypatch: pytest.MonkeyPatch, period: int) -> None:
     """torch's fake group would repeat a rank's own bytes, whatever lies there: NaN."""
+    monkeypatch.setattr(lone_rank, "_PERIOD", period)
+    monkeypatch.setattr(lone_rank, "_periods", {})
     group = _group()
     whole = torch.full((4 * 1024,), 0xFF, dtype=torch.uint8)  # e4m3's, bf16's and fp32's NaN
     mine = whole[1024:2048]
