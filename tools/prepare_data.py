@@ -18,7 +18,7 @@ from pipeline.config.paths import dataset_path, model_path, user_path
 from pipeline.config.patterns import is_pattern
 from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
-from pipeline.data.conversations import conversation_files
+from pipeline.data.conversations import conversation_files, passed_over
 from pipeline.data.discovery import matches_of, splits_of
 from pipeline.data.document_ends import Ends, described
 from pipeline.data.held_out import WHOLE, Part
@@ -226,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for record, sample in islice(made, options.show or 0):
             print_sample(Console(), record.where, sample, template)
-        for warning in splits_of(options.input, conversation_files(options.input)):
+        files = conversation_files(options.input)
+        for warning in (*passed_over(options.input), *splits_of(options.input, files)):
             print(f"warning: {warning}", file=sys.stderr)
         fresh = partial(chat_up_to_date, options.input, template=template, max_tokens=options.max_tokens)
     else:
