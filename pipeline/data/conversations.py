@@ -17,7 +17,7 @@ from pipeline.data.discovery import listed, matched, walk
 from pipeline.data.json_list import read_objects
 from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records
 from pipeline.data.packed import opened, packing_of
-from pipeline.data.schemas import COLUMNS, schema_of
+from pipeline.data.schemas import COLUMNS, LISTS, schema_of
 from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
 from pipeline.reporting.words import counted
 from pipeline.storage.lfs import refuse_pointer
@@ -222,6 +222,9 @@ def conversation_of(record: dict[str, Any]) -> Conversation:
         RecordError: it has no answer, its roles are out of order, or a field is not what the schema says.
     """
     schema = schema_of(record)
+    key = next((name for name, of in LISTS.items() if of == schema), None)
+    if key is not None and not isinstance(record[key], list):
+        raise RecordError(f"its {key} are no list")
     if schema == "Alpaca":
         messages = _alpaca(record)
     elif schema == "ShareGPT":

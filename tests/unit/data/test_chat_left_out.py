@@ -1,4 +1,4 @@
-"""Templates that do not know tools: what they leave out is not trained on, or told, and never in silence."""
+"""What is left out of conversations, or of what their template shows, is counted and told, and never in silence."""
 
 from __future__ import annotations
 
@@ -92,3 +92,12 @@ def test_the_command_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str
     err = capsys.readouterr().err
     assert "warning: 2 records are left out: the chat template does not show its tool calls" in err
     assert "warning: 1 conversation offers tools whose definitions the chat template does not show" in err
+
+
+@pytest.mark.parametrize("value", [None, "hello", 3, {}])
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_first_record_without_its_list_is_counted_as_others_are(key: str, value: Any, tmp_path: Path) -> None:
+    turns = [ASKS, ANSWER] if key == "messages" else [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    manifest, account, file = prepared(tmp_path, ROLES, [{key: value}, {key: turns}, {key: value}])
+    assert manifest.documents == 1
+    assert account.sentences() == [f"2 records are left out: its {key} are no list (first: {file}: line 1)."]
