@@ -19,7 +19,8 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -30,7 +31,7 @@ PROFILED = 3
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the trainer."""
-    parser = argparse.ArgumentParser(prog=program("pipeline.train"), description=__doc__.splitlines()[0])
+    parser = Parser("pipeline.train", __doc__)
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(

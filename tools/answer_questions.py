@@ -1,4 +1,4 @@
-"""Exact match of a model's answers: `python -m tools.answer_questions --model DIR --questions FILE`.
+"""Exact match of a model's answers: `longspan answer-questions --model DIR --questions FILE`.
 
 transformers renders the chat template and generates greedily. The last message of every conversation is the right
 answer, and the others are what the model is given.
@@ -6,7 +6,6 @@ answer, and the others are what the model is given.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
+from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
 from pipeline.data.conversations import Conversation, RecordError, conversation_of, read_records
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.storage.durable import replace_text
 from tools.generate import load_folder
 from tools.support.questions import scored
@@ -30,7 +31,7 @@ def _conversations(file: Path) -> list[Conversation]:
         except RecordError as error:
             raise DataError(f"{record.where}: {error}; mend or remove it.") from error
     if not found:
-        raise DataError(f"{file}: holds no question; make some with tools.make_questions.")
+        raise DataError(f"{file}: holds no question; make some with longspan make-questions.")
     return found
 
 
@@ -72,11 +73,10 @@ def answers(folder: Path, conversations: Sequence[Conversation], template: str |
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m tools.answer_questions", description=description)
+    parser = Parser("tools.answer_questions", __doc__)
     parser.add_argument("--model", type=model_path, required=True, help="Hugging Face folder, such as a merged export")
     parser.add_argument(
-        "--questions", type=user_path, required=True, help="conversations, as tools.make_questions makes"
+        "--questions", type=user_path, required=True, help="conversations, as longspan make-questions makes"
     )
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the folder's own template)")
     parser.add_argument("--first", type=int, metavar="N", help="only so many, the first ones (default: all)")
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=user_path, help=".json file for every answer and the score")
     parser.add_argument("--show", type=int, default=2, help="print so many answers (default: %(default)s)")
     args = parser.parse_args(argv)
+    model = model_folder("--model", args.model)
     conversations = _conversations(args.questions)[: args.first]
     template = None
     if args.chat_template is not None:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{args.chat_template}: the chat template cannot be read ({error}).") from error
     right = [str(conversation.messages[-1].get("content")) for conversation in conversations]
-    said = answers(Path(args.model), conversations, template, args.tokens)
+    said = answers(model, conversations, template, args.tokens)
     for given, wanted in list(zip(said, right, strict=True))[: args.show]:
         print(f"right: {wanted!r}  answered: {given!r}")
     score = scored(said, right)

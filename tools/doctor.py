@@ -1,4 +1,4 @@
-"""Does this configuration compute on its grid what one process computes? `python -m tools.doctor --config run.yaml`
+"""Does this configuration compute on its grid what one process computes? `longspan doctor --config run.yaml`
 
 The configuration is shrunk (`support.shrink`: same axes, same options, tiny sizes), run on local CPU processes and on
 one, and compared: losses, gradients, weights after three steps, a one-token probe for leaks of the future, and the
@@ -24,7 +24,8 @@ from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.local_ranks import RankFailed, run_local
 from tools.support.shrink import Shrunk, shrink
 
@@ -155,7 +156,7 @@ def show(report: Report, console: Console, seconds: float) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.doctor"), description=__doc__.splitlines()[0])
+    parser = Parser("tools.doctor", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(

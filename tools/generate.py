@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.planning.arch import read_arch
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.sources import add_model_arguments, load_source, warn_of
 
 if TYPE_CHECKING:  # it imports torch
@@ -174,9 +176,7 @@ def continue_prompt(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog=program("tools.generate"), description="Continue a prompt with a model or with what was trained."
-    )
+    parser = Parser("tools.generate", __doc__, "HUGGING_FACE.md")
     source = add_model_arguments(parser)
     source.add_argument("--model", type=model_path, help="Hugging Face folder, or name of the Hub")
     text = parser.add_mutually_exclusive_group(required=True)
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise DataError(f"{args.prompt_file}: is not UTF-8 text; give a text file.") from None
     cpu = args.device == "cpu"
     if args.model is not None:
-        loaded = load_folder(args.model, cpu)
+        loaded = load_folder(model_folder("--model", args.model), cpu)
     else:
         trained, _ = load_source(args)
         warn_of(trained)

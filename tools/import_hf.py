@@ -1,4 +1,4 @@
-"""Make a clean Hugging Face folder from another one or a GGUF file: `python -m tools.import_hf SOURCE OUTPUT`.
+"""Make a clean Hugging Face folder from another one or a GGUF file: `longspan import SOURCE OUTPUT`.
 
 Not needed to train: a Hugging Face folder is read directly, each rank its slices. An import checks every tensor,
 records hashes that later damage is found by, casts, and adds rows for a padding token. Phi-3's fused projections
@@ -8,7 +8,6 @@ transformers, whole.
 
 from __future__ import annotations
 
-import argparse
 import json
 import struct
 import sys
@@ -39,6 +38,7 @@ from pipeline.planning.arch import parse_arch, read_arch, read_config
 from pipeline.planning.rope import ROPE_KEYS, hf_rope_fields, plan_rope
 from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.reporting.progress import ByteProgress
 from pipeline.storage.json_file import read_object, write_json
 from pipeline.storage.lfs import refuse_pointer
@@ -296,7 +296,7 @@ def _drop_invented_tokens(folder: Path, rows: int) -> None:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Make a clean Hugging Face folder from another one or a GGUF file.")
+    parser = Parser("tools.import_hf", __doc__, "HUGGING_FACE.md")
     parser.add_argument("source", type=model_path, help="Hugging Face folder, name of the Hub, or .gguf file")
     parser.add_argument("output", type=user_path, help="folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="keep")

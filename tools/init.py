@@ -6,7 +6,6 @@ are kept.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,11 @@ from pathlib import Path
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 SHIPPED = Path(__file__).parents[1] / "launch"
-PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "skypilot.yaml", "nccl.env")
+PARTS = ("configs", "demo", "slurm.sbatch", "kubernetes.yaml", "kubernetes_trainjob.yaml", "skypilot.yaml", "nccl.env")
 
 
 def write(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -47,7 +47,7 @@ def write(folder: Path) -> tuple[list[Path], list[Path]]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence."""
-    parser = argparse.ArgumentParser(prog=program("tools.init"), description=__doc__)
+    parser = Parser("tools.init", __doc__)
     parser.add_argument("folder", type=user_path, nargs="?", default=Path("."), help="default: where you stand")
     folder = parser.parse_args(argv).folder
     written, kept = write(folder)

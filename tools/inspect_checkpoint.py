@@ -1,15 +1,14 @@
 """What a checkpoint holds, where, and whether it is whole; or how two differ. No GPU, no torch: fit for a laptop.
 
-    python -m tools.inspect_checkpoint runs/7b-32k                       # newest whole checkpoint of a run, all listed
-    python -m tools.inspect_checkpoint runs/7b-32k/checkpoints/step-000120 --tensors
-    python -m tools.inspect_checkpoint A --diff B
+    longspan inspect runs/7b-32k                       # newest whole checkpoint of a run, all listed
+    longspan inspect runs/7b-32k/checkpoints/step-000120 --tensors
+    longspan inspect A --diff B
 
 Exit code 0; 1 if a checkpoint is damaged, or with --diff if the two differ; 2 if there is none.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -28,7 +27,8 @@ from pipeline.checkpoint.compatibility import flatten
 from pipeline.checkpoint.manifest import FIELDS, MANIFEST, Manifest, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.paths import user_path
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 
 def find(path: Path) -> Path:
@@ -132,11 +132,7 @@ def difference(one: CheckpointReader, other: CheckpointReader) -> list[str]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program("tools.inspect_checkpoint"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("tools.inspect_checkpoint", __doc__, "STATE.md")
     parser.add_argument("path", type=user_path, help="output folder of a run, or a step folder")
     parser.add_argument("--diff", type=user_path, metavar="OTHER", help="compare with this one, values included")
     parser.add_argument("--tensors", action="store_true", help="list every tensor and where its pieces lie")

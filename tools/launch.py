@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 PORT = 29500
 """Where machines meet unless MASTER_PORT says otherwise; torchrun's default."""
@@ -115,9 +116,7 @@ def prepare_environment(processes: int, cpu: bool) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog=program("tools.launch"), description="\n".join(__doc__.splitlines()[2:]).strip()
-    )
+    parser = Parser("tools.launch", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps")

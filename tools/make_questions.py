@@ -1,17 +1,17 @@
-"""Make questions from prose, their passage far above: `python -m tools.make_questions --input BOOKS --output FILE`.
+"""Make questions from prose, their passage far above: `longspan make-questions --input BOOKS --output FILE`.
 
 Writes conversations that `tools.prepare_data --chat` takes; `tools.answer_questions` judges a model by them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.reporting.words import counted
 from pipeline.storage.durable import replace_text
 from tools.support.questions import questions
@@ -20,8 +20,7 @@ from tools.support.questions import questions
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m tools.make_questions", description=description)
+    parser = Parser("tools.make_questions", __doc__)
     parser.add_argument("--input", type=user_path, required=True, help="text, as data.path takes it")
     parser.add_argument("--output", type=user_path, required=True, help=".jsonl file to write")
     parser.add_argument("--count", type=int, default=200, help="questions (default: %(default)s)")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from parallel.errors import ConfigError
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.import_graph import graph_section
 from tools.support.pictures import PICTURES
 from tools.support.settings_page import settings_page
@@ -48,7 +48,7 @@ def stale(root: Path) -> list[Path]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 with --check when a page is not what the code says."""
-    parser = argparse.ArgumentParser(prog=program("tools.pages"), description=__doc__.splitlines()[0])
+    parser = Parser("tools.pages", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     args = parser.parse_args(argv)
     found = stale(ROOT)

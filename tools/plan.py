@@ -1,4 +1,4 @@
-"""Will it fit, how fast, which layout: `python -m tools.plan --model llama2-70b --context 32k --gpus 8 --gpu h100-80gb`
+"""Will it fit, how fast, which layout: `longspan plan --model llama2-70b --context 32k --gpus 8 --gpu h100-80gb`
 
 Nothing is downloaded, opened or allocated: the answer follows from the model's config.json, the settings and a
 description of the GPU (pipeline/planner/gpus.yaml). `--config run.yaml` plans a run that is written already. Several
@@ -26,6 +26,7 @@ from pipeline.planner.run_file import run_yaml
 from pipeline.planner.scaling import scale
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.command_line import console_of
 from tools.support.plan_view import show_layouts, show_plan, show_scaling
 from tools.support.quantities import counts, quantity
@@ -38,14 +39,14 @@ STEPS = 1000
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__.splitlines()[0])
+    parser = Parser("tools.plan", __doc__, "PLANNER.md")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="llama2-70b and the like, a hub's config.json, or a checkpoint folder")
     what.add_argument("--config", type=user_path, help="YAML of a run, of which the layout is planned anew")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of --config")
     parser.add_argument("--context", help="tokens of a sequence, such as 32k (with --model)")
     parser.add_argument("--gpus", default="8", help="GPUs of the run (default 8)")
-    parser.add_argument("--gpu", default="h100-80gb", help="kind of GPU, or a file of tools.bench.calibrate")
+    parser.add_argument("--gpu", default="h100-80gb", help="kind of GPU, or a file of longspan bench calibrate")
     parser.add_argument("--host-memory", help="host memory of one machine, GiB (default: what such a machine has)")
     parser.add_argument("--tokens", help="tokens to train on, such as 2.1B (default: 1000 steps, or the YAML's)")
     parser.add_argument("--batch", type=int, help="sequences an optimizer step (default 64, or the YAML's)")

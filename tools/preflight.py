@@ -1,4 +1,4 @@
-"""Is everything there that a run needs? `python -m tools.preflight --config run.yaml --nproc 8` on each machine.
+"""Is everything there that a run needs? `longspan preflight --config run.yaml --nproc 8` on each machine.
 
 GPUs, memory, disk, weight files (their headers), settings, tokenizer, text (its first records), batch and the run that
 the output holds are checked in seconds; no weight is read. Exit code 0: all there; 2: something is missing, one
@@ -21,7 +21,8 @@ from pipeline.config.paths import user_path
 from pipeline.config.yaml_file import load_config
 from pipeline.preflight.files import Finding
 from pipeline.preflight.survey import Launch, survey
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.machine import read_machine
 
 
@@ -54,7 +55,7 @@ def show(findings: Sequence[Finding], console: Console) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.preflight"), description=__doc__.splitlines()[0])
+    parser = Parser("tools.preflight", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, default=8, metavar="N", help="processes on this machine (default 8)")

@@ -31,6 +31,7 @@ from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, m
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser, whole_number
 from pipeline.reporting.progress import TokenProgress
 from pipeline.reporting.words import counted
 from tools.support.card_plot import plot_lengths
@@ -39,24 +40,14 @@ from tools.support.show_chat import print_sample
 _CHOICES: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-_at_least_one.__name__ = "number of processes"  # argparse puts it into its message
-
-
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, such as 0.01, got {text!r}")
     return value
-
-
-_share.__name__ = "share between 0 and 1"
 
 
 def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
@@ -157,7 +148,7 @@ def _text(
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Tokenize text into shards that training maps into memory.")
+    parser = Parser("tools.prepare_data", "Tokenize text into shards that training maps into memory.", "DATA.md")
     parser.add_argument(
         "--input",
         type=dataset_path,
@@ -186,12 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="of the documents: they go to OUTPUT/validation, the others to OUTPUT/train",
     )
-    parser.add_argument("--workers", type=_at_least_one, default=1, help="processes that tokenize (default: 1)")
+    parser.add_argument("--workers", type=whole_number(), default=1, help="processes that tokenize (default: 1)")
     parser.add_argument("--tokens", choices=FLAT, help="input is an array of token ids, as LongLoRA's .bin")
     parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
-    parser.add_argument("--max-tokens", type=_at_least_one, help="truncate longer conversations (default: never)")
-    parser.add_argument("--show", type=_at_least_one, help="print so many conversations with what the loss counts")
+    parser.add_argument("--max-tokens", type=whole_number(), help="truncate longer conversations (default: never)")
+    parser.add_argument("--show", type=whole_number(), help="print so many conversations with what the loss counts")
     options = parser.parse_args(arguments)
     if not (options.input.exists() or is_pattern(options.input)):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Write a run's report: `python -m tools.report --run runs/tiny`. PNG plots, and one HTML page with them inside.
+"""Write a run's report: `longspan report --run runs/tiny`. PNG plots, and one HTML page with them inside.
 
 `--compare runs/b runs/c` sets other runs beside it: settings that differ, results, and their curves in one picture.
 
@@ -13,7 +13,6 @@ settings changed on resume).
 
 from __future__ import annotations
 
-import argparse
 import base64
 import statistics
 import sys
@@ -24,8 +23,9 @@ from pathlib import Path
 from pipeline.config.paths import user_path
 from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.results import begun_by_length, by_length, by_task
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE
+from pipeline.reporting.parser import Parser
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
 from tools.support.report_answers import answers_section
@@ -263,7 +263,7 @@ def write_report(run: Path, output: Path, others: Sequence[Path] = ()) -> Path:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on standard error."""
-    parser = argparse.ArgumentParser(prog=program("tools.report"), description="Write a run's report.")
+    parser = Parser("tools.report", __doc__, "LAUNCH.md")
     parser.add_argument("--run", type=user_path, required=True, help="output folder of a run")
     parser.add_argument("--output", type=user_path, help="where the report goes; <run>/report if not given")
     parser.add_argument(

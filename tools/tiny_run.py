@@ -1,4 +1,4 @@
-"""A run's settings, shrunk, through the real trainer on CPU processes: `python -m tools.tiny_run --config run.yaml`
+"""A run's settings, shrunk, through the real trainer on CPU processes: `longspan tiny-run --config run.yaml`
 
 The grid, engine, offload, attention and recompute stay (`support.shrink`). `pipeline.train` is started by torchrun as
 on GPUs, stops half-way, goes on by the same command, and must give the losses that one process of engine megatron gives
@@ -27,7 +27,8 @@ from pipeline.config.parallel import OffloadConfig, ParallelConfig
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.local_ranks import ROOT, RankFailed
 from tools.support.shrink import Shrunk, shrink
 
@@ -163,7 +164,7 @@ def run_tiny(config: RunConfig, folder: Path, processes: int | None, timeout_s: 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.tiny_run"), description=__doc__.splitlines()[0])
+    parser = Parser("tools.tiny_run", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument("--nproc", type=int, metavar="N", help=f"CPU processes (default: at most {PROCESSES})")

@@ -108,7 +108,7 @@ class Replicas:
         return (
             f"Step {step}, rank {odd[0]}: {chosen[rows[0]].name} is not bit-equal to its copy on rank {kept[0]} "
             f"({axis} ranks; {len(rows)} such parameters); rerun to resume from the last checkpoint, and run "
-            "tools.doctor on this configuration if it comes again."
+            "longspan doctor on this configuration if it comes again."
         )
 
 

@@ -59,6 +59,23 @@ def local_folder(text: str, kind: str) -> str:
         return text
 
 
+def model_folder(name: str, folder: Path) -> Path:
+    """`folder`, refused where it is none.
+
+    Args:
+        name: setting or option that gave it.
+
+    Raises:
+        ConfigError: with the command that downloads it, if it may be a name of the Hub.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{name}: {folder} is not a folder; point it at a Hugging Face checkpoint, or import a GGUF file with "
+            f"longspan import{not_there(str(folder), MODEL)}."
+        )
+    return folder
+
+
 def not_there(text: str, kind: str) -> str:
     """The end of a sentence about a path that is not there, if it may be a name of the Hub; otherwise empty."""
     found = download_command(text, kind)

@@ -8,7 +8,7 @@ from parallel.errors import ConfigError
 from pipeline.config.checks import not_empty, one_of
 from pipeline.config.evaluation import RULER_TASKS, EvalConfig
 from pipeline.config.parallel import ParallelConfig
-from pipeline.config.paths import PathText
+from pipeline.config.paths import ModelText, PathText
 from pipeline.config.resume import ResumeConfig
 from pipeline.config.sections import (
     OF_ANY_FAMILY,
@@ -39,7 +39,7 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    init_from: PathText | None = None
+    init_from: ModelText | None = None
     """A run's output, a checkpoint or an adapter folder whose trained weights a new run begins with, at step 0; None:
     the base's. Not looked at once the run has a checkpoint of its own."""
     report_to: tuple[str, ...] = ()

@@ -202,13 +202,14 @@ class DataConfig:
 
     path: tuple[SourceConfig, ...] | DatasetText
     """Folder or file of .txt, .md, JSON lines (.jsonl .ndjson .jsonlines .json), CSV, Parquet or Arrow, or a folder
-    written by tools.prepare_data, of text or (--chat) of conversations; or a pattern of files (books/**/*.txt); or the
+    written by longspan prepare, of text or (--chat) of conversations; or a pattern of files (books/**/*.txt); or the
     Hub's name of such a data set that was downloaded; or a list of several: {path, weight} or {path, epochs} each. See
     docs/DATA.md."""
     sequence: int | None = None
     """Training sequence length, tokens; None uses model.context."""
-    tokenizer: PathText | None = None
-    """Folder of a Hugging Face tokenizer or a sentencepiece .model file; None uses the one in model.path."""
+    tokenizer: ModelText | None = None
+    """Folder of a Hugging Face tokenizer, or the Hub's name of one that was downloaded, or a sentencepiece .model file;
+    None uses the one in model.path."""
     text_field: str = "text"
     """Key of the text in JSON records, column of tables."""
     cache: PathText | None = None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from parallel.errors import ConfigError, DataError
+from pipeline.config.hub import MODEL, not_there
 from pipeline.data.cuts import FastRule, PieceRule, Rule
 from pipeline.data.token_identity import fast_identity, piece_identity
 from pipeline.data.tokenizer_files import SpecialTokens, read_bytes, read_json
@@ -327,7 +328,8 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         )
     if not path.is_dir():
         raise DataError(
-            f"{path}: no tokenizer there; give the model's folder (with tokenizer.json) or a sentencepiece .model file."
+            f"{path}: no tokenizer there; give the model's folder (with tokenizer.json) or a sentencepiece .model file"
+            f"{not_there(str(path), MODEL)}."
         )
     if (path / "tokenizer.json").is_file():
         return HfTokenizer(path)

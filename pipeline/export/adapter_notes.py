@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.hub import MODEL, not_there
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import BASES
 from pipeline.export.adapter_kinds import (
@@ -62,7 +63,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; give a PEFT or LongLoRA adapter folder.")
+        hub = "" if folder.exists() else not_there(str(folder), MODEL)
+        raise CheckpointError(f"{path}: is missing; give a PEFT or LongLoRA adapter folder{hub}.")
     config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: is not a LoRA adapter; only peft_type LORA is supported.")

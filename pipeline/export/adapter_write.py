@@ -46,7 +46,7 @@ and norms are in {saved}.{form}
 LONGLORA_README = """# LongLoRA's two files, context {context}
 
 `{trainable}.safetensors` and `.bin` (the same tensors; LongLoRA's scripts read the `.bin`) hold embedding and norms,
-`{adapter}.safetensors` the LoRA factors. Merge with `python -m tools.merge_lora --adapter THIS --base BASE --context
+`{adapter}.safetensors` the LoRA factors. Merge with `longspan merge --adapter THIS --base BASE --context
 {context}`, or with LongLoRA's `merge_lora_weights_and_save_hf_model.py`. RoPE: {rope}.
 Base hash `{base_hash}`, step {step}.{form}
 """

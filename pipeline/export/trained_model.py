@@ -12,6 +12,7 @@ import torch
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.tensors import whole_trained
+from pipeline.config.hub import MODEL, local_folder, not_there
 from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.sections import BASES, LoraConfig
 from pipeline.export.adapter_kinds import (
@@ -212,9 +213,11 @@ def find_base(recorded: str, given: Path | None) -> Path:
     Raises:
         CheckpointError: it is not there.
     """
-    folder = Path(given) if given is not None else Path(recorded)
+    # An adapter of others names its base as the Hub does.
+    folder = Path(given) if given is not None else Path(local_folder(recorded, MODEL))
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: the base model is not there; say where it lies with --base.")
+        hub = not_there(str(folder), MODEL)
+        raise CheckpointError(f"{folder}: the base model is not there; say where it lies with --base{hub}.")
     return folder
 
 

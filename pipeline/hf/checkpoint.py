@@ -166,7 +166,7 @@ class HfCheckpoint:
             if self.facts[name].dtype is not self.dtype:
                 raise CheckpointError(
                     f"{self.folder / self._file[name]}: {name} is {_short(self.facts[name].dtype)} where most weights "
-                    f"are {_short(self.dtype)}; make them one with python -m tools.import_hf --dtype bf16."
+                    f"are {_short(self.dtype)}; make them one with longspan import --dtype bf16."
                 )
         for name in self.names:
             if name in shapes or ignore(name):

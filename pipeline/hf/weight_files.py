@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import CheckpointError
+from pipeline.config.hub import MODEL, not_there
 from pipeline.storage.json_file import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,7 +57,8 @@ def choose_weights(folder: Path, pickled: bool = False) -> WeightFiles:
             model (transformers prefers the single file, whatever the index says).
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder; give a Hugging Face checkpoint folder.")
+        hub = not_there(str(folder), MODEL)
+        raise CheckpointError(f"{folder}: is not a folder; give a Hugging Face checkpoint folder{hub}.")
     if pickled:
         return _choose_pickled(folder)
     index, single = folder / INDEX, (folder / SINGLE).is_file()
@@ -90,11 +92,11 @@ def choose_weights(folder: Path, pickled: bool = False) -> WeightFiles:
             f"shards with {INDEX} too."
         )
     if list(folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with python -m tools.import_hf.")
+        raise CheckpointError(f"{folder}: holds a GGUF file only; convert it first with longspan import.")
     if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
         raise CheckpointError(
-            f"{folder}: holds pickled weights only, which can run code when read; make safetensors of them with python "
-            "-m tools.import_hf, which reads plain tensors and nothing else, or download the safetensors release."
+            f"{folder}: holds pickled weights only, which can run code when read; make safetensors of them with "
+            "longspan import, which reads plain tensors and nothing else, or download the safetensors release."
         )
     raise CheckpointError(f"{folder}: holds no *.safetensors file; give a Hugging Face checkpoint folder.")
 

@@ -22,23 +22,23 @@ from pipeline.planning.run_plan import RunPlan
 class Fitted:
     """The constants that no count gives."""
 
-    products: float = 0.985
+    products: float = 0.982
     """Rate of products within a step over their rate alone (`Gpu.rate("bf16")`)."""
     attention: float = 0.630
     """Rate of attention's forward on endless segments over what the GPU is sold with."""
     segment: float = 2890.0
     """Tokens of a segment at which attention runs at half that rate."""
-    memory: float = 0.83
+    memory: float = 0.78
     """Bytes a second of pointwise work over what the GPU's memory is sold with."""
-    layer_s: float = 1.15e-3
+    layer_s: float = 6.0e-4
     """Seconds of a layer's forward and backward in which the GPU waits, between kernels and for the host."""
-    host_op_s: float = 22.8e-6
+    host_op_s: float = 23.3e-6
     """Seconds in which the host hands PyTorch one operation: no layer takes less than its operations."""
-    links: float = 0.405
+    links: float = 0.427
     """Bytes a second that a collective gets beside the computation, over what the link is sold with."""
-    host_elements: float = 98e6
+    host_elements: float = 89.2e6
     """Elements a second that the CPU updates for one rank with the threads that `longspan train --nproc` gives it."""
-    thread_elements: float = 76.5e6
+    thread_elements: float = 78.7e6
     """The same with one thread, which is what torchrun alone leaves a rank."""
     step_s: float = 0.01
     """Seconds of a step that are neither a layer's nor the loss's."""

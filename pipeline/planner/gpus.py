@@ -1,4 +1,4 @@
-"""What a GPU can do, as sold and as measured: `gpus.yaml`, or a file that `tools.bench.calibrate` wrote."""
+"""What a GPU can do, as sold and as measured: `gpus.yaml`, or a file that `longspan bench calibrate` wrote."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def find_gpu(text: str) -> Gpu:
     near = starts or difflib.get_close_matches(name, listed, n=3, cutoff=0.4) or list(listed)
     raise ConfigError(
         f"--gpu: {text} is not known (nearest: {', '.join(near)}); name one of {', '.join(listed)}, or give a "
-        "file that tools.bench.calibrate wrote."
+        "file that longspan bench calibrate wrote."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.hub import MODEL, local_folder, not_there
 from pipeline.planning.arch import LlamaArch, parse_arch, read_arch
 from pipeline.storage.json_file import read_object
 
@@ -49,7 +50,8 @@ def find_model(text: str) -> Model:
     """The model that `--model` names.
 
     Args:
-        text: one of models.yaml, in any case; a hub's id of one; a config.json; or a folder that has one.
+        text: one of models.yaml, in any case; a hub's id of one, or of what was downloaded; a config.json; or a folder
+            that has one.
 
     Raises:
         ConfigError: it is none of these, or the model is not supported.
@@ -61,9 +63,12 @@ def find_model(text: str) -> Model:
     if name in listed:
         hub = str(listed[name]["hub"])
         return Model(name, f"models/{hub.rsplit('/', 1)[-1]}", parse_arch(listed[name], Path(hub) / "config.json"))
-    path = Path(text).expanduser()
+    place = local_folder(text, MODEL)
+    path = Path(place).expanduser()
     if path.is_dir():
-        return Model(path.resolve().name, str(path), read_arch(path))
+        # A name of the Hub stays one: in its cache the folder is called by a hash.
+        named = path if place == text else Path(text)
+        return Model(named.resolve().name, str(path) if place == text else text, read_arch(path))
     if path.is_file():
         try:
             values = read_object(path)
@@ -75,7 +80,8 @@ def find_model(text: str) -> Model:
     if by_folder is not None:
         return replace(find_model(by_folder), path=text)
     near = difflib.get_close_matches(name, listed, n=3, cutoff=0.5) or list(listed)
+    hub = not_there(text, MODEL)
     raise ConfigError(
         f"--model: {text} is neither a file or folder nor a model known by name (nearest: {', '.join(near)}); give the "
-        "config.json of its checkpoint."
+        f"config.json of its checkpoint{hub}."
     )

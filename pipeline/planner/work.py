@@ -110,9 +110,10 @@ def _product(plan: RunPlan, parts: Iterable[str], gradient: bool = False) -> Wor
     given, made = (rows, columns) if gradient else (columns, rows)
     form = plan.config.model.base
     if form == "fp8":
-        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU and its
-        # gradient are rounded as they are made, but take as long as two passes: their sigmoids, not bytes, bound them.
-        rounding = tokens * given * (width + 1) + 2 * elements * gradient
+        # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU is
+        # rounded as it is made, and so is its gradient, but that takes two passes' time: sigmoids, not bytes, bound it.
+        made_so = "down" in parts and not gradient
+        rounding = tokens * given * (1 + width * (-1 if made_so else 1)) + 2 * elements * gradient
         return Work(0.0, operations, float(tokens * (given + width * made) + elements), pointwise=float(rounding))
     stored = sum(matrix_bytes(form, shape[0], shape[1], shape[2], width) for shape in shapes)
     # NF4: dequantized before each.
@@ -171,7 +172,8 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     # Two norms (read, write), two residual sums (read twice, write), RoPE (read, write), SwiGLU (read two, write one),
     # adapters (read the input, read and write the output).
     norms, sums = 4 * hidden, 6 * hidden
-    forward = norms + sums + 2 * rotated + 3 * ffn + inputs + 2 * outputs
+    # The sum before the second norm is made with it.
+    forward = norms + sums - hidden + 2 * rotated + 3 * ffn + inputs + 2 * outputs
     # Norms' gradients (read input and gradient, write) and sums; RoPE; SwiGLU's (read three, write two); adapters'
     # (read the gradient twice and the input once, add to the input's gradient).
     backward = 6 * hidden + sums + 2 * rotated + 5 * ffn + 2 * outputs + 3 * inputs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError, ConfigError
+from pipeline.config.hub import model_folder
 from pipeline.storage.json_file import read_object
 
 ARCHITECTURES = {
@@ -79,11 +80,12 @@ class LlamaArch:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    model_folder("model.path", path.parent)
     if not path.exists():
         hint = (
             "it is a PEFT adapter; give its base model"
             if (path.parent / "adapter_config.json").exists()
-            else ("give a Hugging Face checkpoint folder, or import a GGUF file with tools.import_hf")
+            else ("give a Hugging Face checkpoint folder, or import a GGUF file with longspan import")
         )
         raise ConfigError(f"model.path: {path} does not exist; {hint}.")
     try:
@@ -138,8 +140,8 @@ def _model_type(read: _Reader) -> str:
         return str(model_type)
     if name in CONVERTED:
         raise read.fail(
-            f"architecture {name!r} keeps projections fused; make the same model of class Llama or Mistral with python "
-            "-m tools.import_hf, and use that"
+            f"architecture {name!r} keeps projections fused; make the same model of class Llama or Mistral with "
+            "longspan import, and use that"
         )
     if name not in ARCHITECTURES:
         raise read.fail(

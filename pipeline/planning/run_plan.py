@@ -22,7 +22,7 @@ from parallel.world.grid import (
     plan_stages,
 )
 from pipeline.config.evaluation import RETRIEVAL_TASKS
-from pipeline.config.hub import DATASET, MODEL, not_there
+from pipeline.config.hub import DATASET, model_folder, not_there
 from pipeline.config.patterns import is_pattern
 from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
@@ -197,7 +197,7 @@ class RunPlan:
         """
         if config.parallel.auto:
             raise ConfigError(
-                "parallel.auto: no layout was chosen, which this command does not do; write the one that tools.plan "
+                "parallel.auto: no layout was chosen, which this command does not do; write the one that longspan plan "
                 "--config says."
             )
         grid, batch = plan_ranks(config, world)
@@ -312,12 +312,7 @@ def plan_run(config: RunConfig, world: int, gpu: int | None = None) -> RunPlan:
         ConfigError, CheckpointError, DataError: one sentence each, of grid, batch, files, architecture or RoPE.
     """
     plan_ranks(config, world)  # what needs no file is told first
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path: {folder} is not a folder; point it at a Hugging Face checkpoint (tools.import_hf makes "
-            f"one from a GGUF file){not_there(config.model.path, MODEL)}."
-        )
+    folder = model_folder("model.path", Path(config.model.path))
     for setting, source in config.data.named_sources.items():
         if not (Path(source).exists() or is_pattern(source)):
             hub = not_there(source, DATASET)

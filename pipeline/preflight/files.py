@@ -13,7 +13,8 @@ from pathlib import Path
 
 from parallel.errors import ConfigError, LongspanError
 from pipeline.checkpoint.compatibility import check_output
-from pipeline.config.hub import MODEL, not_there
+from pipeline.config.hub import DATASET, not_there
+from pipeline.config.patterns import is_pattern
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.data.discovery import find_texts
@@ -59,11 +60,6 @@ def check_model(folder: Path, verify: Callable[[Path], int]) -> tuple[Finding, L
     advice: tuple[str, ...] = ()
     problem = ""
     try:
-        if not folder.is_dir():
-            raise ConfigError(
-                f"model.path: {folder} is not a folder; download the checkpoint there, or point model.path at it"
-                f"{not_there(str(folder), MODEL)}."
-            )
         arch = read_arch(folder)
         found = f"{folder}, {gib(verify(folder))}"
         advice = choose_weights(folder).warnings
@@ -136,7 +132,7 @@ def check_text(
                 file = path / entry.name
                 if not file.is_file() or file.stat().st_size != entry.size:
                     state = "is not whole" if file.is_file() else "is missing"
-                    raise ConfigError(f"{setting}: {file} {state}; prepare the text again with tools.prepare_data.")
+                    raise ConfigError(f"{setting}: {file} {state}; prepare the text again with longspan prepare.")
             found = f"{counted(manifest.tokens, 'token')} in {counted(manifest.documents, 'document')}"
             if manifest.chat:
                 # Packing decides how many windows there are; at most as many as conversations.
@@ -153,6 +149,10 @@ def check_text(
             windows = (manifest.tokens - 1) // length
             advice = (few_windows(windows, batch),) if windows < batch else ()
             return Finding(setting, found, needed, advice=advice)
+        if not (path.exists() or is_pattern(str(path))):
+            raise ConfigError(
+                f"{setting}: {path} does not exist; point it at text or prepared shards{not_there(str(path), DATASET)}."
+            )
         texts = find_texts(path, text_field)
         files = texts.files
         size = sum(file.path.stat().st_size for file in files)

@@ -66,4 +66,4 @@ def faster(plan: RunPlan, stored: LlamaArch, device: Device, chosen: Finding | N
     saved = 1 - best.time.total / step_time(plan, site.gpu).total
     if saved < WORTH:
         return ()
-    return (f"parallel: by the planner {setting_of(best)} takes {saved:.0%} less time a step; tools.plan says why.",)
+    return (f"parallel: by the planner {setting_of(best)} takes {saved:.0%} less time a step; longspan plan says why.",)

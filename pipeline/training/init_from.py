@@ -17,6 +17,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import choose
 from pipeline.checkpoint.manifest import MANIFEST, MASTER, Cut, cut_shape
 from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.hub import MODEL, not_there
 from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
@@ -113,8 +114,8 @@ def check_source(path: str) -> None:
     """
     folder = Path(path)
     if not any((folder / name).exists() for name in ("checkpoints", MANIFEST, CONFIG)):
-        what = f"is not {KINDS}" if folder.exists() else "does not exist"
-        raise ConfigError(f"init_from: {path} {what}; name one, or remove init_from to begin with the base.")
+        what, hub = (f"is not {KINDS}", "") if folder.exists() else ("does not exist", not_there(path, MODEL))
+        raise ConfigError(f"init_from: {path} {what}; name one, or remove init_from to begin with the base{hub}.")
 
 
 def find_source(path: str) -> str:
@@ -153,8 +154,8 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
         model = load_adapter_of(folder, config.model, base_hash)
         if model.foreign is not None:
             raise ConfigError(
-                f"init_from: {folder} has {model.foreign}, which is not trained here; merge it with python -m "
-                "tools.merge_lora and begin with that as model.path."
+                f"init_from: {folder} has {model.foreign}, which is not trained here; merge it with longspan "
+                "merge and begin with that as model.path."
             )
         start = Start(folder, model.step, ())
         yield Source(start, AdapterWeights(model.trained), model.lora, model.rope, model.context, model.form)

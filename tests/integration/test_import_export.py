@@ -364,7 +364,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     refuse("holds pickled weights only")
     (base / "pytorch_model.bin").unlink()
     (base / "model.gguf").touch()
-    refuse("convert it first with python -m tools.import_hf")
+    refuse("convert it first with longspan import")
     save_file({"q": torch.zeros(2, dtype=torch.int8)}, base / "model.safetensors")
     refuse("q has dtype I8, which is not a plain float")
     (base / "model.safetensors").rename(base / "adapter_model.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -241,6 +242,10 @@ def test_a_tiny_run_that_cannot_work_is_told(tmp_path: Path, capsys: pytest.Capt
 
 SRUN = """#!{bash}
 # Starts what it is told to, in place.
+while [[ $1 == --* ]]; do
+  echo "srun $1" >> {log}
+  shift
+done
 exec "$@"
 """
 RANKS = """#!{bash}
@@ -274,7 +279,17 @@ def test_the_batch_script_requeues_a_run_that_was_stopped(
     words = ["bash", str(ROOT / "launch/slurm.sbatch"), "my run.yaml", "--set", "train.lr=1e-5"]
     assert subprocess.run(words, env=environment | {"LEAVE": str(code)}).returncode == code
     called = "longspan train --config my run.yaml --nproc 4 --set save.signal_exit_code=75 --set train.lr=1e-5"
-    assert log.read_text().splitlines() == [called] + ["scontrol requeue 7"] * again
+    started = ["srun --nodes=1", "srun --ntasks-per-node=1", called]
+    assert log.read_text().splitlines() == started + ["scontrol requeue 7"] * again
+
+
+def test_the_batch_script_starts_on_the_machines_that_the_job_was_given(slurm: tuple[dict[str, str], Path]) -> None:
+    """Of `sbatch --nodes=2-4` Slurm says how many they are, each time it starts the job."""
+    environment, log = slurm
+    for given in ("4", "3"):
+        words = ["bash", str(ROOT / "launch/slurm.sbatch"), "run.yaml"]
+        assert subprocess.run(words, env=environment | {"SLURM_JOB_NUM_NODES": given, "LEAVE": "0"}).returncode == 0
+    assert [line for line in log.read_text().splitlines() if "--nodes" in line] == ["srun --nodes=4", "srun --nodes=3"]
 
 
 def test_preemption_of_the_batch_script_waits_for_the_ranks(slurm: tuple[dict[str, str], Path]) -> None:
@@ -311,6 +326,29 @@ def test_the_manifests_start_what_the_command_takes() -> None:
     assert job["spec"]["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
     places = {mount["name"] for mount in container["volumeMounts"]}
     assert places == {volume["name"] for volume in pod["volumes"]}
+
+    runtime, train = yaml.safe_load_all((ROOT / "launch/kubernetes_trainjob.yaml").read_text())
+    assert train["spec"]["runtimeRef"]["kind"] == runtime["kind"]
+    assert train["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    trainer, inner = train["spec"]["trainer"], replicated["template"]["spec"]["template"]["spec"]
+    assert trainer["command"] == container["command"], "as of the Indexed Job"
+    # Kubernetes' own rule for $(NAME), with what Kubeflow Trainer gives the second machine.
+    given = {
+        "PET_NNODES": f"{trainer['numNodes']}",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "a",
+        "PET_MASTER_PORT": "29500",
+    }
+    told = [re.sub(r"\$\((\w+)\)", lambda match: given[match[1]], word) for word in trainer["args"]]
+    args = launcher_parse([*words, *told])
+    assert f"{args.nproc}" == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert (args.nnodes, args.node_rank, args.master_addr, args.master_port) == ("2", "1", "a", "29500")
+    assert inner["volumes"] == pod["volumes"] and inner["restartPolicy"] == "Never"
+    assert (
+        inner["containers"][0]["volumeMounts"] == container["volumeMounts"] and inner["containers"][0]["name"] == "node"
+    )
+    assert inner["terminationGracePeriodSeconds"] == pod["terminationGracePeriodSeconds"]
 
     sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
     program, name, *words = shlex.split(sky["run"])

@@ -382,7 +382,8 @@ def test_a_bad_number_of_workers(
     with pytest.raises(SystemExit) as caught:
         run(corpus, tmp_path / "out", model, "--workers", workers)
     assert caught.value.code == 2
-    assert f"argument --workers: invalid number of processes value: '{workers}'" in capsys.readouterr().err
+    said = f"error: --workers: must be a whole number, 1 or more, got '{workers}'; see "
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> None:

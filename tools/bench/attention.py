@@ -1,9 +1,6 @@
 """Time attention on one GPU: full, S² as published, and ours, for every backend the device offers, in one run.
 
-    python -m tools.bench.attention --heads 64 --kv-heads 8 --dim 128 --length 32768 --group 8192 [--json FILE]
-
-Milliseconds are medians by CUDA events on random bf16 data; "published" repeats K and V, rolls half the heads and
-reshapes, as the paper's code does (legacy: it leaks the future), then calls the same kernels.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from pipeline.model.attention.backends import Backend, select_backend
 from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.command_line import add_integers, console_of
 
 BACKENDS = ("cudnn", "flash", "flash_attn_2", "flash_attn_4")
@@ -134,7 +132,7 @@ def run_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the shape, measure, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.attention", __doc__, "BENCHES.md")
     add_integers(
         parser,
         ("--heads", 64, "query heads"),

@@ -1,13 +1,10 @@
-"""Measure the GPU at hand for the planner: `python -m tools.bench.calibrate --output mine.yaml`, under two minutes.
+"""Measure the GPU at hand for the planner: `longspan bench calibrate --output mine.yaml`, under two minutes.
 
-Products in bf16 and 8 bits, copies within its memory, from pinned host memory, and to a second GPU if there is one.
-What its maker sells it with is taken from pipeline/planner/gpus.yaml where it is known there; otherwise it is put so
-that the usual shares of it give what was measured. `python -m tools.plan --gpu mine.yaml` plans with the file.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,6 +22,7 @@ from pipeline.planner.gpus import RATES, SHARES, Gpu, named_by
 from pipeline.planner.host_memory import host_limit
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 SHAPES = ((57344, 8192), (8192, 28672))
 """(O, I) of 70B's frozen matrices that nearly all products are made with, for TOKENS rows."""
@@ -121,11 +119,11 @@ def description(found: dict[str, float], device: str, memory: int, gpus: int, ho
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.calibrate", description=__doc__.splitlines()[0])
+    parser = Parser("tools.bench.calibrate", __doc__, "BENCHES.md")
     parser.add_argument("--output", type=user_path, default=Path("gpu.yaml"), help="file to write (default gpu.yaml)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise ConfigError("tools.bench.calibrate: PyTorch sees no GPU to measure; run it on the machine to plan for.")
+        raise ConfigError("PyTorch sees no GPU to measure; run longspan bench calibrate on the machine to plan for.")
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     entry = description(measure(), device, memory, torch.cuda.device_count(), host_limit())
     known = named_by(device)

@@ -1,18 +1,6 @@
 """Time one attention layer under context parallelism over all ranks that torchrun started, ours against torch's ring.
 
-    torchrun --standalone --nproc-per-node 2 -m tools.bench.context [--lengths 32768 131072] [--json FILE]
-
-Variants: S² with our halo; full attention with our all-gather, each rank its own queries, and balanced, queries moved
-to ranks with less work; and full causal attention by torch's own ring (`torch.distributed.tensor.experimental`, the
-loops beneath its `context_parallel`) with its head-tail load balancer, in both its ways of rotating K and V. All run
-the kernels of one backend on the same local shapes; the ring is called without DTensor's dispatch and with K and V of
-all their few heads, unrepeated, which is its best case. Before timing, every variant's output and gradients are
-compared with one process at a small length; a wrong one is not timed, and the exit code is 1. Times are medians over
-repetitions of the slowest rank's time, by CUDA events between barriers.
-
-A variant whose memory, extrapolated from the last length, exceeds what is free on any rank is reported as out of
-memory. At the first length it is tried: running out on some ranks only, amid a collective, ends in the time-out.
-Without CUDA all runs in fp32 on gloo, for testing: the times then mean nothing.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -44,6 +32,7 @@ from pipeline.model.attention.sharded import context_attend
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import ring_bytes
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.bench.torch_ring import SEQUENCE_DIM, WAYS, Attention, refuses, ring_attention, ring_tokens
 from tools.support.command_line import add_integers, console_of
 
@@ -332,7 +321,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the shape, check, measure, print a table on rank 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.context", __doc__, "BENCHES.md")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 262144], help="tokens a sequence")
     parser.add_argument("--group", type=int, help="S² group, tokens (default: a quarter of each length)")
     parser.add_argument("--backend", default="auto", help="attention backend of all variants (default auto)")

@@ -1,10 +1,6 @@
 """Import, merge, verify and load a generated model of 10 GB or more; peak memory and time of each, under a limit.
 
-    python -m tools.bench.convert [--gb 10] [--folder DIR] [--json FILE]
-
-Every step is a process of its own. RssAnon is what the process holds and cannot give back (polled); peak RSS is the
-kernel's high-water mark and counts mapped pages of libraries and files too. Conversions run under RLIMIT_DATA of two
-shards plus 1 GiB: had they needed more private memory, the kernel would have refused it. The folder is deleted.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -45,6 +41,7 @@ from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_rope
 from pipeline.planning.tensors import adapter_shapes, hf_tensor_shapes
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.storage.json_file import write_json
 from pipeline.storage.safetensors import TensorFact
 from pipeline.training.run_record import git_commit
@@ -224,7 +221,7 @@ def run(folder: Path, gb: float) -> list[dict[str, Any]]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate, run, print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.convert", __doc__, "BENCHES.md")
     parser.add_argument(
         "--gb", type=float, default=10.0, help="size of the base, 10^9 bytes (default 10); needs 3 times"
     )

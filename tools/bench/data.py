@@ -1,18 +1,10 @@
 """How fast text becomes tokens and tokens become batches, and what a million samples do to the memory.
 
-    python -m tools.bench.data --tokenizer DIR [--text launch/demo/train] [--megabytes 2] [--workers 1] [--json FILE]
-
-Tokenizing (reading, cutting, tokenizing, writing, hashing) stands beside the tokenizers library alone on the same
-documents in memory (`encode_batch_fast` in as many threads), turn by turn: records of 200 characters, of 20,000, one
-large text, and, where the tokenizer has a chat template, conversations, beside the library's
-`encode_batch` of the rendered text. Of the rounds' ratios the median stands, with the least and the greatest: other
-work on the machine disturbs both sides. The loader draws batches of text and of a mixture; a bound of what a GPU trains
-stands beside it. Memory is RssAnon: pages of the mapped shards are the kernel's.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -30,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from parallel.errors import DataError
-from pipeline.config.paths import user_path
+from pipeline.config.paths import model_path, user_path
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.conversations import conversation_of
 from pipeline.data.loader import TrainLoader
@@ -43,6 +35,7 @@ from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.shards import TokenShards, open_shards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.training.run_record import git_commit
 from tools.support.bench_rows import append_rows, print_rows
 
@@ -216,8 +209,8 @@ def remembering(first: TokenShards, second: TokenShards) -> list[dict[str, Any]]
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=user_path, required=True, help="folder with tokenizer.json")
+    parser = Parser("tools.bench.data", __doc__, "BENCHES.md")
+    parser.add_argument("--tokenizer", type=model_path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--text", type=user_path, default=Path("launch/demo/train"), help="default: %(default)s")
     parser.add_argument("--megabytes", type=float, default=2, help="of text to tokenize (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, and threads of the library (default: 1)")

@@ -1,11 +1,6 @@
 """How long weights take from disk into the model: ours, and what libraries take for the same bytes, cold and warm.
 
-    python -m tools.bench.load [--gb 8 | --model DIR] [--rounds 3] [--json FILE]
-
-Each way is a process of its own, and its seconds are of reading alone: imports and the making of an empty model come
-before. `cold` has the files' pages dropped from the page cache first (posix_fadvise), `warm` has just read them.
-Without --model a Llama-2-7B shape of random weights is written first, with as many layers as fill --gb. The GPU is
-loaded if there is one. fastsafetensors and runai-model-streamer are measured where they are installed.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -29,9 +24,10 @@ from typing import Any
 import torch
 
 from parallel.errors import LongspanError
-from pipeline.config.paths import user_path
+from pipeline.config.paths import model_path, user_path
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.training.run_record import git_commit
 from tools.bench.convert import generate, load_rank
 from tools.support.bench_rows import append_rows, print_rows
@@ -177,9 +173,9 @@ def run(folder: Path, rounds: int) -> list[dict[str, Any]]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate unless given, measure, print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.load", __doc__, "BENCHES.md")
     parser.add_argument("--gb", type=float, default=8.0, help="size of the model that is made, 10^9 bytes")
-    parser.add_argument("--model", type=user_path, help="a checkpoint folder; none is made")
+    parser.add_argument("--model", type=model_path, help="a checkpoint folder; none is made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=user_path, help="also append the rows here, one line each")
     parser.add_argument("--child", help=argparse.SUPPRESS)

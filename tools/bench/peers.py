@@ -1,12 +1,6 @@
 """One GPU, one job: transformers + PEFT (+ Liger) as LongLoRA's users run them, and this product, in turn.
 
-    python -m tools.bench.peers [--model llama2-7b] [--sequence 32768] [--peers sdpa s2 s2-liger] [--json FILE]
-
-Random weights in bf16, LoRA r 8 on q, k, v, o, embedding and norms trained, AdamW on them, one sequence a step. The
-peers checkpoint every layer, as their scripts do; S² as published is LongLoRA's own: K and V repeated, the upper half
-of the heads rolled by half a group, groups as a batch. Ours takes what `train.recompute: auto` fits, and what
-`--recompute` names. Each starts in a process of its own, so that no allocator remembers another's model. A peer whose
-package is not installed is said to be missing. "ratio" is ours, `auto`, over the row.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -29,6 +23,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.sections import RECOMPUTE
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
 from tools.support.shapes import SIZES, config_json, llama2
@@ -153,7 +148,7 @@ def apart(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.peers", __doc__, "BENCHES.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-7b", help="shape (default llama2-7b)")
     parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="which (default: all)")

@@ -1,11 +1,6 @@
-"""Hold the planner against measured steps: `python -m tools.bench.plan --json FILE` on a GPU, `--check` anywhere.
+"""Hold the planner against measured steps: `longspan bench plan --json FILE` on a GPU, `--check` anywhere.
 
-On one GPU the process is the busiest rank of each point's many (tools/bench/plan_grid.yaml): the real loader, trainer
-and kernels, nothing sent. A point is measured with two small numbers of layers, and its time and memory extended to the
-model's: both grow by the same with every layer. Under torchrun the points of as many real ranks are measured.
-With `--json FILE` what FILE has is not measured again: a grid can be measured in parts (`--estimate`: how long).
-`--check FILE` shows what the planner says beside what a file of points says (default: tools/bench/points.yaml), and
-`--fit` what constants would suit the points that are marked for it.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -35,6 +30,7 @@ from pipeline.planning.arch import LlamaArch
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.command_line import console_of
 from tools.support.plan_fit import fit, left_out
 from tools.support.plan_points import MEASURED, POINTS, Point, misses, read_points, summary
@@ -134,10 +130,10 @@ def measure_all(args: argparse.Namespace, env: RankEnv) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("tools.bench.plan: PyTorch sees no GPU to measure on; --check compares what was measured.")
+        raise ConfigError("longspan bench plan: PyTorch sees no GPU to measure on; --check compares what was measured.")
     known = named_by(torch.cuda.get_device_name())
     if known is None:
-        raise ConfigError(f"tools.bench.plan: {torch.cuda.get_device_name()} is not in pipeline/planner/gpus.yaml.")
+        raise ConfigError(f"longspan bench plan: {torch.cuda.get_device_name()} is not in pipeline/planner/gpus.yaml.")
     began, left = time.monotonic(), []
     for point, layers in wanted(args, env.world_size if env.launched else None):
         # Ranks have clocks of their own, and would part company.
@@ -218,7 +214,7 @@ def check(file: Path) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.plan", description=__doc__.splitlines()[0])
+    parser = Parser("tools.bench.plan", __doc__, "BENCHES.md")
     parser.add_argument("--check", type=user_path, nargs="?", const=POINTS, help="a file of points (default: shipped)")
     parser.add_argument("--fit", type=user_path, nargs="?", const=POINTS, help="the constants that suit a file best")
     parser.add_argument("--leave-out", action="store_true", help="with --fit: each fitted point by the others alone")

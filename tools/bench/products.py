@@ -1,15 +1,10 @@
 """Time the two products of a frozen matrix in every form, with their error and the memory beside them.
 
-    python -m tools.bench.products --rows 57344 --columns 8192 --tokens 8192        # one GPU, 70B's gate and up
-    python -m tools.bench.products --rows 128 --columns 256 --tokens 64             # a CPU
-
-Random normal data, bf16. `error` is relative to the product of the bf16 matrix (Frobenius norm); `beside` is the peak
-of what a product takes above its input, its output and the matrix.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,6 +16,7 @@ from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight
 from pipeline.model.layers.quantized_weight import empty
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 FORMS = ("dense", "fp8", "nf4")
 
@@ -58,7 +54,7 @@ def made(form: str, matrix: torch.Tensor) -> FrozenWeight:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser("tools.bench.products", __doc__, "BENCHES.md")
     parser.add_argument("--rows", type=int, default=57344, help="output width")
     parser.add_argument("--columns", type=int, default=8192, help="input width")
     parser.add_argument("--tokens", type=int, default=8192)

@@ -1,15 +1,10 @@
 """How long a save stops training: state of a Llama-2-7B LongLoRA run on one device, saved beside a busy loop.
 
-    python -m tools.bench.save --output /scratch/save-bench            # one GPU: 140M trained parameters, 1.7 GB
-    python -m tools.bench.save --output /tmp/x --scale 0.01            # a CPU
-
-LoRA r 8 on q, k, v, o, embedding and norms, fp32 masters and both moments, as `TrainableAdamW` keeps them. Prints the
-pause (until training may go on), the seconds until the checkpoint is whole, and the same with training waiting.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +20,7 @@ from pipeline.checkpoint.manifest import FIELDS
 from pipeline.checkpoint.saver import CheckpointSaver, StatePiece
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 
 HIDDEN, LAYERS, VOCABULARY, RANK = 4096, 32, 32000, 8
 
@@ -76,7 +72,7 @@ def measure(
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.save", __doc__, "BENCHES.md")
     parser.add_argument("--output", type=user_path, required=True, help="an empty folder on the disk to measure")
     parser.add_argument("--scale", type=float, default=1.0, help="of hidden size and vocabulary (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="saves (default 3)")

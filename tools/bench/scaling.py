@@ -1,13 +1,6 @@
 """Count what one rank computes and sends, from the graph that really runs, against tokens and ranks. Needs no GPU.
 
-    python -m tools.bench.scaling [--model llama2-70b] [--group 8192] [--json FILE]
-    python -m tools.bench.scaling --tokens 131072 --cp 1 2 8 64 512
-
-A rank of tp x cp runs forward and backward of a model of one layer and of one of two, under torch's fake process group
-and on tensors that have shapes and no memory; operations are counted as they are dispatched, and so is what is handed
-to the process group. The difference is a layer; the rest is embedding and loss. "grows" is the exponent with which a
-figure grew since the row before: 1 is linear in the tokens, 0 is constant. S² attention computes N G, full attention
-N^2; a halo is the same whatever N is.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -42,6 +35,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import busiest_rank
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.shapes import SIZES, llama2
 
@@ -163,7 +157,7 @@ def _exponent(before: dict[str, Any], after: dict[str, Any], name: str) -> float
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, print a table a layer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.scaling", __doc__, "BENCHES.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-70b", help="shape (default llama2-70b)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1 << n for n in range(15, 21)], help="of a sequence")
     parser.add_argument("--tp", type=int, nargs="+", default=[1])

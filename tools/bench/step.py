@@ -1,21 +1,6 @@
 """Time whole optimizer steps of one rank on one GPU, with random weights and tokens made in place.
 
-    python -m tools.bench.step --model llama2-70b --sequence 32768 --tp 8 [--rank N] [--json FILE]
-    torchrun --nproc-per-node 8 -m tools.bench.step --model llama2-70b --sequence 32768 --cp 8
-    python -m tools.bench.step --cp 8 --engine zero3 --offload --layers 20 \
-        --variant train.recompute=full --variant "train.recompute=auto train.gpu_gib=30"
-
-Started alone, the process is one rank of tp x cp, by default the one with the most work, under torch's fake process
-group: memory and compute are real, communication takes no time, and the losses mean nothing. Started by torchrun, all
-is real. Tokens/s are per GPU: sequence tokens over the step's time over the ranks that share a sequence.
-
-Variants are measured in turn, in one process, each a model of its own: settings of a run's YAML that differ
-(`--variant`, repeatable, all against one command line), families of layers (`--family local te` puts Transformer
-Engine's beside ours) and, of one model, sizes of tensor parallelism's tiles (`--tile-scale`). "formula" is
-what `planning.memory` says of the peak, CUDA's context left out, and "off" what the measured one differs by.
-
-Alone, neither family pays for what is sent (`parallel.world.lone_rank`). Ratios of real runs, over NCCL, say what a
-user gets.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -49,6 +34,7 @@ from pipeline.planning import tile_size
 from pipeline.planning.memory import CUDA_CONTEXT, GIB
 from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.reporting.profile import print_profile
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
@@ -117,7 +103,7 @@ def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
         path.write_text(yaml.safe_dump(tree))
         config = load_config(path, [*settings_of(args), f"model.family={variant.family}", *variant.settings])
     if config.parallel.pp > 1:
-        raise ConfigError("parallel.pp: one rank of a pipeline waits for others; measure it with tools.dry_run.")
+        raise ConfigError("parallel.pp: one rank of a pipeline waits for others; measure it with longspan dry-run.")
     shared = config.parallel.tp * config.parallel.cp
     batch = config.train.micro_batch * args.micro_batches * max(1, world // shared)
     config = replace(config, train=replace(config.train, global_batch=batch))
@@ -204,7 +190,7 @@ def measure_all(args: argparse.Namespace, env: RankEnv, world: int) -> list[dict
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.step", __doc__, "BENCHES.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-70b", help="shape (default llama2-70b)")
     parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
     parser.add_argument("--sequence", type=int, default=32768, help="tokens a sequence (default 32768)")

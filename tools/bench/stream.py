@@ -1,12 +1,6 @@
 """Time optimizer steps of streamed sequences of several lengths on one GPU, beside the unstreamed step, in one call.
 
-    python -m tools.bench.stream --model llama3-8b --chunk 16384 --lengths 65536 262144 1048576 [--json FILE]
-
-Random weights made in place, LoRA r 8 on q, k, v, o, embedding and norms train, AdamW included. The unstreamed step (of
-`--reference` tokens, full recompute, the same group) is measured first, in the same process; `--reference 0` leaves it
-out. Every length is then run with the same model: peaks of GPU memory are to be alike, and tokens/s no less than the
-unstreamed step's. `--offload` keeps the frozen weights in host memory (engine zero3). Alone, the process may be one
-rank of tp x cp under torch's fake process group, as in `tools.bench.step`: nothing is sent, and losses mean nothing.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -35,6 +29,7 @@ from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.reporting.profile import print_profile
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
@@ -151,7 +146,7 @@ def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools.bench.stream", __doc__, "BENCHES.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b", help="shape (default llama3-8b)")
     parser.add_argument("--layers", type=int, help="layers, to fit a smaller card (default: the model's)")
     parser.add_argument(

@@ -1,12 +1,6 @@
 """Kill one rank mid-step and mid-save, go on on half the ranks: the losses must continue.
 
-    python -m tools.bench.survive --processes 8 --output /scratch/survive            # 8 GPUs, then 4
-    python -m tools.bench.survive --processes 2 --cpu --hidden 64 --layers 2 --sequence 64 --vocab 128 --output /tmp/x
-
-A random base model and random tokens are made; `pipeline.train` runs under torchrun: once undisturbed, which gives the
-losses to compare with, and for each case once with a SIGKILL to a rank and then, from what that left, on half the ranks
-(dp halved, or cp). Exit code 0: every job ended in time and left no process, the newest whole checkpoint was taken, and
-every loss agrees; 1: not so; 2: wrong arguments.
+docs/BENCHES.md says how to read it.
 """
 
 from __future__ import annotations
@@ -40,8 +34,9 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, ModelConfig, SaveConfig, TrainConfig
 from pipeline.config.yaml_file import dump_config
-from pipeline.reporting.command import command, program
+from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE, read_metrics
+from pipeline.reporting.parser import Parser
 from tools.support.command_line import add_integers, console_of
 from tools.support.local_ranks import ROOT, RankFailed
 from tools.support.shapes import config_json, llama2
@@ -315,7 +310,7 @@ def plan(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, tuple[str, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.bench.survive"), description=__doc__.splitlines()[0])
+    parser = Parser("tools.bench.survive", __doc__, "BENCHES.md")
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="ranks, a GPU each; even")
     parser.add_argument("--output", type=user_path, required=True, help="a new folder for everything")
     parser.add_argument("--cpu", action="store_true", help="CPU processes, fp32")

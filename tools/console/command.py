@@ -98,5 +98,16 @@ def _whole(
 
 
 def main() -> None:
-    """The console script."""
-    application()()
+    """The console script; a word that is no command is one line, as a mistake is everywhere."""
+    try:
+        code = application()(standalone_mode=False)
+    except Exception as error:
+        # Every mistake of a command line has it; the classes' names are typer's own affair.
+        text = getattr(error, "format_message", str)()
+        if not text:
+            raise
+        if not text.startswith("Usage: "):  # the help, where no command was given
+            text = f"error: {' '.join(text.split())}"
+        print(text, file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .home import HOME
-
-_ASKS = ("add_model_arguments", "add_source_arguments")
-"""Functions of tools/support/sources.py that add options; the second calls the first."""
+from .options import options_of
 
 
 @dataclass(frozen=True)
@@ -32,17 +28,7 @@ class Program:
     @property
     def options(self) -> list[str]:
         """Its long options, read from its source, so that a shell need not wait for its imports."""
-        own = ast.parse(self.file.read_text())
-        called = {
-            node.func.id for node in ast.walk(own) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        }
-        shared = ast.parse((HOME / "tools" / "support" / "sources.py").read_text()).body
-        # Where tensors come from is asked alike by several programs; what is written, by those that write.
-        takes = _ASKS if "add_source_arguments" in called else _ASKS[:1] if _ASKS[0] in called else ()
-        parts = [own, *(part for part in shared if isinstance(part, ast.FunctionDef) and part.name in takes)]
-        texts = (node.value for part in parts for node in ast.walk(part) if isinstance(node, ast.Constant))
-        options = {text for text in texts if isinstance(text, str) and re.fullmatch("--[a-z][a-z-]+", text)}
-        return sorted(options | {"--help"})
+        return options_of(self.file, HOME)
 
 
 _ALL = (
@@ -74,6 +60,8 @@ BENCHES = tuple(
         ("context", "Context parallelism: the halo against a ring."),
         ("calibrate", "Describe the GPU at hand for the planner."),
         ("convert", "Import and export of a large model."),
+        ("data", "Text to tokens, tokens to batches."),
+        ("load", "Weights from disk into the model."),
         ("peers", "transformers and PEFT beside this program."),
         ("plan", "The planner held against this GPU."),
         ("products", "Frozen products in 16, 8 and 4 bits."),

@@ -1,4 +1,4 @@
-"""Compare recipes of context extension on one model: `python -m tools.study --plan table2 --model DIR --text DIR`
+"""Compare recipes of context extension on one model: `longspan study --plan table2 --model DIR --text DIR`
 
 Each recipe is trained by the product's trainer, in this process, and judged by perplexity, the last tokens of long
 windows and retrieval. Finished runs are kept by a hash of what decides them: the same command goes on.
@@ -11,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.paths import user_path
-from pipeline.reporting.command import command, program
+from pipeline.config.hub import model_folder
+from pipeline.config.paths import model_path, user_path
+from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser
 from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
 from tools.study.plan import Places, asked, plan_file, read_study
@@ -21,14 +23,14 @@ from tools.study.workload import listing
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=program("tools.study"), description=(__doc__ or "").splitlines()[0])
+    parser = Parser("tools.study", __doc__, "RECIPES.md")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", default="recipes", help="table1, table2, table6, groups, or recipes (the default)")
     what.add_argument("--study", type=user_path, help="instead: a YAML of recipes of your own")
     parser.add_argument(
         "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"
     )
-    parser.add_argument("--model", type=user_path, required=True, help="folder of the base")
+    parser.add_argument("--model", type=model_path, required=True, help="folder of the base, or name of the Hub")
     parser.add_argument("--text", type=user_path, required=True, help="folder with train/ and val/")
     parser.add_argument("--output", type=user_path, default=Path("runs/study"), help="results and the table")
     parser.add_argument("--runs", type=user_path, help="checkpoints and tokens (default: OUTPUT/runs)")
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in listing(study, places):
             print(line)
         return 0
+    model_folder("--model", args.model)
     # Both import torch, which a wrong study need not wait for.
     from tools.study.run import Outcome, Workshop
     from tools.study.table import comparisons, figures

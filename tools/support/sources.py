@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.choose import newest
-from pipeline.config.paths import user_path
+from pipeline.config.paths import model_path, user_path
 from pipeline.config.rope import ROPE_TYPES, RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
@@ -51,8 +51,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyEx
         "--run", type=user_path, help="output folder of a run, which may go on; its newest checkpoint is taken"
     )
     source.add_argument("--checkpoint", type=user_path, help="one checkpoint folder")
-    source.add_argument("--adapter", type=user_path, help="a PEFT adapter, or LongLoRA's two files")
-    parser.add_argument("--base", type=user_path, help="where the base model lies, if it moved since training")
+    source.add_argument("--adapter", type=model_path, help="a PEFT adapter, LongLoRA's two files, or a name of the Hub")
+    parser.add_argument("--base", type=model_path, help="where the base model lies, if it moved since training")
     parser.add_argument("--context", type=int, help="tokens of the result, where the --adapter's files do not tell")
     parser.add_argument("--rope", choices=ROPE_TYPES, help="stretching, likewise; auto is the base's own or linear")
     parser.add_argument("--factor", type=float, help="stretch over the original context, likewise")

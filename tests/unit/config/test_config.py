@@ -321,7 +321,7 @@ def test_every_yaml_is_shipped_here() -> None:
         "llama3_8b_1m",
         "llama2_70b_one_gpu",
     } <= names
-    jobs = {ROOT / "launch" / name for name in ("kubernetes.yaml", "skypilot.yaml")}
+    jobs = {ROOT / "launch" / name for name in ("kubernetes.yaml", "kubernetes_trainjob.yaml", "skypilot.yaml")}
     assert {path.parent for path in {*(ROOT / "launch").rglob("*.y*ml")} - jobs} == {ROOT / "launch" / "configs"}
 
 

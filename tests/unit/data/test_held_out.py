@@ -115,7 +115,7 @@ def test_the_command_writes_two_folders(tmp_path: Path, capsys: pytest.CaptureFi
     for wrong in ("0", "1", "x"):
         with pytest.raises(SystemExit):
             prepare_data.main([*call, "--held-out", wrong])
-        assert "invalid share between 0 and 1 value" in capsys.readouterr().err
+        assert "--held-out: must be a share between 0 and 1" in capsys.readouterr().err
 
 
 def test_conversations_are_split_too(tmp_path: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from parallel.health import stacks
 from parallel.health.stacks import StackWriter, pending, with_stacks
 from parallel.health.verdict import Verdict
 
@@ -60,6 +65,52 @@ def test_every_thread_is_written(tmp_path: Path) -> None:
     text = (tmp_path / "run/hang/rank-3.txt").read_text()
     assert " in stands_here\n" in text and " in test_every_thread_is_written\n" in text
     assert told.endswith(f"the Python stacks and last collectives of every rank are in {tmp_path / 'run/hang'}")
+
+
+def spy(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A py-spy on PATH, before any other."""
+    (folder / "bin").mkdir()
+    (folder / "bin/py-spy").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin/py-spy").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def test_py_spy_writes_native_stacks_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy(tmp_path, 'echo "called $*"', monkeypatch)
+    assert str(tmp_path / "hang") in StackWriter(tmp_path / "hang", 2).write()
+    assert (tmp_path / "hang/rank-2-native.txt").read_text() == f"called dump --native --pid {os.getpid()}\n"
+    assert " in test_py_spy_writes" in (tmp_path / "hang/rank-2.txt").read_text(), "faulthandler's too"
+
+
+def test_a_py_spy_that_cannot_or_hangs_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy(tmp_path, 'echo nothing; echo "Permission denied" >&2; exit 1', monkeypatch)
+    StackWriter(tmp_path / "hang", 0).write()
+    assert (tmp_path / "hang/rank-0-native.txt").read_text() == "Permission denied\n"
+    (tmp_path / "bin/py-spy").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(stacks, "NATIVE_S", 0.5)
+    began = time.monotonic()
+    assert str(tmp_path / "hang") in StackWriter(tmp_path / "hang", 1).write()
+    assert time.monotonic() - began < 20
+    assert "timed out" in (tmp_path / "hang/rank-1-native.txt").read_text()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert StackWriter(tmp_path / "without", 0).write()
+    assert not (tmp_path / "without/rank-0-native.txt").exists() and (tmp_path / "without/rank-0.txt").exists()
+
+
+def test_py_spy_itself(tmp_path: Path) -> None:
+    if shutil.which("py-spy") is None:
+        pytest.skip("py-spy is not installed: pip install 'longspan[hang]'")
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, args=(120,), name="stands here")
+    thread.start()
+    try:
+        StackWriter(tmp_path, 0).write()
+    finally:
+        over.set()
+        thread.join()
+    text = (tmp_path / "rank-0-native.txt").read_text()
+    assert f"Process {os.getpid()}:" in text and '"stands here"' in text and "test_py_spy_itself" in text
+    assert re.search(r" \(.*(libc|libpthread|ld-linux)\S*\.so", text), "frames of compiled code"
 
 
 def test_a_folder_that_cannot_be_made_changes_nothing(tmp_path: Path) -> None:

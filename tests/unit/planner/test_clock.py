@@ -105,7 +105,7 @@ def test_operations_grow_with_tiles() -> None:
     short, long = (plan_of(ranks=8, context=context, tp=8, base="fp8") for context in (2048, 65536))
     none = RecomputePolicy.NONE
     assert operations(short, none) == OPERATIONS["fp8", True][none][0] and tiles(short, none) == 1
-    assert operations(long, none) == OPERATIONS["fp8", True][none][0] + (tiles(long, none) - 1) * 156
+    assert operations(long, none) == OPERATIONS["fp8", True][none][0] + (tiles(long, none) - 1) * 160
     assert operations(short, RecomputePolicy.HOST) == operations(short, RecomputePolicy.POINTWISE)
 
 

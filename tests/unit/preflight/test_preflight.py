@@ -171,7 +171,7 @@ def test_text_is_there_and_not_empty(tmp_path: Path) -> None:
     def check(path: Path, field: str = "text") -> str:
         return files.check_text("data.path", path, 8, field).problem
 
-    assert "no such file or folder" in check(tmp_path / "none")
+    assert "does not exist; point it at text" in check(tmp_path / "none")
     assert "holds no file ending in" in check(tmp_path)
     (tmp_path / "a.txt").write_text("")
     assert f"data.path: the 1 text file is empty at {tmp_path}; give" in check(tmp_path)

@@ -19,6 +19,7 @@ import pytest
 from parallel.errors import DataError
 from pipeline.reporting import command as module
 from pipeline.reporting.command import command
+from pipeline.reporting.parser import Parser, whole_number
 
 ROOT = Path(__file__).parents[3]
 RANKS = {"tools/support/doctor_rank.py"}
@@ -89,6 +90,35 @@ def test_a_missing_path_is_one_sentence(name: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as wrong:
         main(["--no-such-option"])
     assert wrong.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith(" --help.\n"), "no usage before it"
+
+
+def test_a_wrong_argument_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["longspan x"])
+    parser = Parser("tools.x", "Do it: `longspan x --count 3`.\n\nNot shown.")
+    parser.add_argument("--count", type=whole_number())
+    parser.add_argument("--gb", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--kind", choices=("a", "b"), required=True)
+    assert "Do it.\n" in parser.format_help() and "Not shown" not in parser.format_help()
+    end = "; see longspan x --help.\n"
+    for words, said in {
+        "--count 0": "--count: must be a whole number, 1 or more, got '0'",
+        "--count two": "--count: must be a whole number, 1 or more, got 'two'",
+        "--gb much": "--gb: must be a number, got 'much'",
+        "--seed 1.5": "--seed: must be a whole number, got '1.5'",
+        "--seed": "--seed: expected one argument",
+        "--kind": "--kind: expected one argument",
+        "": "the following arguments are required: --kind",
+    }.items():
+        with pytest.raises(SystemExit) as wrong:
+            parser.parse_args(words.split())
+        assert wrong.value.code == 2 and capsys.readouterr().err == f"error: {said}{end}"
+    with pytest.raises(SystemExit):
+        parser.error("--gb: is not this one's; leave it out.")
+    assert capsys.readouterr().err == "error: --gb: is not this one's; leave it out.\n"
+    assert parser.parse_args(["--kind", "a", "--count", "3"]).count == 3
 
 
 def test_ctrl_c_is_one_line_from_every_command(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from typer.testing import CliRunner
@@ -78,8 +81,17 @@ def test_words_reach_the_program_as_they_are_and_its_code_comes_back(monkeypatch
 
 
 def test_a_wrong_command_is_code_2() -> None:
-    done = CliRunner().invoke(application(), ["evalute"])
-    assert done.exit_code == 2 and "evaluate" in done.output, "it suggests the nearest"
+    done = longspan(ROOT, "evalute")
+    assert done.returncode == 2 and done.stderr.startswith("error: No such command 'evalute'") and not done.stdout
+    assert "evaluate" in done.stderr and done.stderr.count("\n") == 1, "it suggests the nearest"
+    for words, said in ((["bench", "stepp"], "'stepp'"), (["--vers"], "--version"), (["--vers=1"], "--version")):
+        done = longspan(ROOT, *words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+        assert done.stderr.count("\n") == 1
+    done = longspan(ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("Usage: longspan ") and "  train " in done.stderr
+    done = longspan(ROOT, "--version")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("longspan ")
 
 
 def test_a_folder_of_the_user_with_our_names_hides_nothing(tmp_path: Path) -> None:
@@ -125,6 +137,11 @@ def test_without_it_the_folder_of_the_user_would_hide_ours(tmp_path: Path, monke
         ("longspan bench s", ["scaling", "save", "step", "stream", "survive"]),
         ("longspan evaluate --len", ["--lengths"]),
         ("longspan train --nn", ["--nnodes"]),
+        ("longspan train --s", ["--set", "--stop-after"]),
+        ("longspan train --nproc", ["--nproc"]),
+        ("longspan bench da", ["data"]),
+        ("longspan bench step --micro", ["--micro-batch", "--micro-batches"]),
+        ("longspan merge --no", ["--no-verify"]),
         ("longspan merge --orig", ["--original-context"]),
         ("longspan export --fo", ["--force", "--format"]),
         ("longspan generate --th", ["--theta"]),
@@ -140,6 +157,50 @@ def test_completion(typed: str, offered: list[str]) -> None:
     assert done.output.split() == offered
 
 
+class Made(BaseException):
+    """A command's parser, at the moment it was to read a command line."""
+
+
+def parser_of(program: Program, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser that a command really makes."""
+
+    def parse_args(self: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        raise Made(self)
+
+    name = f"{program.module}.__main__" if program.file.name == "__main__.py" else program.module
+    module = importlib.import_module(name)
+    bench = "bench " if program in BENCHES else ""
+    monkeypatch.setattr(sys, "argv", [f"longspan {bench}{program.name}"])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Made) as made:
+        module.main([])
+    parser: argparse.ArgumentParser = made.value.args[0]
+    return parser
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.module)
+def test_a_help_fits_a_screen_and_a_shell_completes_what_it_lists(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = parser_of(program, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = parser.format_help().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80, "\n".join(lines)
+    assert lines[0].startswith(f"usage: {sys.argv[0]} ") and [line for line in lines if line != line.rstrip()] == []
+    either = [group for group in parser._mutually_exclusive_groups if group.required]
+    inside = [action for group in either for action in group._group_actions]
+    needed = [action for action in parser._actions if action.required or action in inside]
+    usage = parser.format_usage()
+    assert [action for action in needed if (action.option_strings or [action.dest])[0] not in usage] == []
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    assert program.options == sorted(word for action in shown for word in action.option_strings if word[:2] == "--")
+
+
+def test_the_list_of_benches_fits_a_screen() -> None:
+    lines = CliRunner().invoke(application(), ["bench", "--help"]).output.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+
+
 def starts(path: Path) -> bool:
     """Whether a file or a package of tools/ is a program."""
     source = path / "__main__.py" if path.is_dir() else path
@@ -152,4 +213,5 @@ def test_the_table_names_all_commands_of_tools() -> None:
     named = {program.module for program in (*table._ALL, *BENCHES)}
     paths = [path for path in (ROOT / "tools").iterdir() if path.suffix == ".py" or (path / "__main__.py").is_file()]
     modules = {f"tools.{path.stem}" for path in paths if starts(path)}
-    assert modules - named - others == set()
+    modules |= {f"tools.bench.{path.stem}" for path in (ROOT / "tools/bench").glob("*.py") if starts(path)}
+    assert modules - others == named

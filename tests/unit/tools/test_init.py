@@ -16,7 +16,8 @@ def test_it_writes_what_a_first_run_needs(tmp_path: Path, capsys: pytest.Capture
     listed = capsys.readouterr().out.splitlines()
     written = sorted(str(path) for path in tmp_path.rglob("*") if path.is_file())
     assert sorted(listed) == written
-    for name in ("configs/tiny_cpu.yaml", "demo/val/moby-dick.txt.xz", "slurm.sbatch", "kubernetes.yaml", "nccl.env"):
+    jobs = ("slurm.sbatch", "kubernetes.yaml", "kubernetes_trainjob.yaml", "skypilot.yaml")
+    for name in ("configs/tiny_cpu.yaml", "demo/val/moby-dick.txt.xz", *jobs, "nccl.env"):
         assert (tmp_path / "launch" / name).read_bytes() == (ROOT / "launch" / name).read_bytes()
     assert not (tmp_path / "launch/setup.sh").exists(), "which is of the repository"
 
