@@ -5,7 +5,7 @@ set -euo pipefail
 start=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-usage="usage: launch/$name.sh [--output DIR] [--text DIR]     DIR of --text holds train/ and val/ folders of text"
+usage="usage: launch/$name.sh [--output DIR] [--text DIR]${options:-}     DIR of --text holds train/ and val/ folders of text"
 text=launch/demo
 while (($#)); do
   case $1 in

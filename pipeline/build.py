@@ -22,6 +22,7 @@ from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
+from pipeline.data.chat_settings import check_prepared
 from pipeline.data.document_ends import Ends
 from pipeline.data.loader import TrainLoader
 from pipeline.data.mixed import open_windows
@@ -231,6 +232,7 @@ def build(
     # `resume` looks again, at the base's hash and the data too
     if check_output(config) is None and config.init_from is not None:
         check_source(config.init_from)
+    check_prepared(config)
     base = base or open_base(config, arch)
     groups = connect(plan, env, base, fake)
     check_shared(groups, Path(config.output))

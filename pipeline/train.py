@@ -77,7 +77,8 @@ def train(
     from parallel.world.groups import destroy_groups
     from pipeline.build import build
     from pipeline.data.overlap import shared_text
-    from pipeline.evaluation.evaluator import Evaluator, forget_later
+    from pipeline.evaluation.entry import open_evaluator
+    from pipeline.evaluation.forget import forget_later
     from pipeline.reporting.profile import FOLDER as FOLDER_OF_PROFILES
     from pipeline.reporting.profile import StepProfile
     from pipeline.reporting.trackers import check_installed
@@ -115,7 +116,7 @@ def train(
         evaluator, shared = None, ""
         if config.eval.path is not None:
             with watch.patient("reading the evaluation text"):
-                evaluator = Evaluator(
+                evaluator = open_evaluator(
                     plan, parts.model, run.groups, run.tokenizer, watch, before_round=run.trainer.heed
                 )
                 if run.groups.is_main:

@@ -79,12 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--questions", type=user_path, required=True, help="conversations, as longspan make-questions makes"
     )
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the folder's own template)")
-    parser.add_argument("--tokens", type=int, default=24, help="longest answer (default: %(default)s)")
+    parser.add_argument("--first", type=int, metavar="N", help="only so many, the first ones (default: all)")
+    parser.add_argument("--tokens", type=int, default=32, help="longest answer (default: %(default)s)")
     parser.add_argument("--output", type=user_path, help=".json file for every answer and the score")
     parser.add_argument("--show", type=int, default=2, help="print so many answers (default: %(default)s)")
     args = parser.parse_args(argv)
     model = model_folder("--model", args.model)
-    conversations = _conversations(args.questions)
+    conversations = _conversations(args.questions)[: args.first]
     template = None
     if args.chat_template is not None:
         try:

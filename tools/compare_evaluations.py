@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from parallel.errors import DataError
+from pipeline.evaluation.answers import BEGUN, AnswersReport, compared
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.results import Found, RetrievalReport, by_length, by_task, relative, standard_error
 from pipeline.evaluation.ruler.results import RulerReport, fell_short, means
@@ -26,6 +27,8 @@ class Evaluated:
     perplexity: EvalReport | None
     retrieval: RetrievalReport | None
     ruler: RulerReport | None = None
+    answers: AnswersReport | None = None
+    """On held-out conversations."""
 
     @property
     def found(self) -> Found:
@@ -46,7 +49,8 @@ class Evaluated:
 
 
 def read_evaluated(folders: Sequence[Path]) -> list[Evaluated]:
-    """Every state in `eval-*.json`, `retrieval-*.json` and `ruler-*.json` of the folders: as shipped, then by steps.
+    """Every state in `eval-*.json`, `answers-*.json`, `retrieval-*.json` and `ruler-*.json` of the folders: as shipped,
+    then by steps.
 
     Raises:
         DataError: a folder was never evaluated, or a report is damaged.
@@ -58,16 +62,18 @@ def read_evaluated(folders: Sequence[Path]) -> list[Evaluated]:
             report.label: report for report in map(RetrievalReport.read, sorted(folder.glob("retrieval-*.json")))
         }
         ruler = {report.label: report for report in map(RulerReport.read, sorted(folder.glob("ruler-*.json")))}
-        if not perplexity and not retrieval and not ruler:
+        answers = {report.label: report for report in map(AnswersReport.read, sorted(folder.glob("answers-*.json")))}
+        if not perplexity and not retrieval and not ruler and not answers:
             raise DataError(
-                f"{folder}: holds no eval-*.json, no retrieval-*.json and no ruler-*.json; evaluate the run first."
+                f"{folder}: holds no eval-*.json, no answers-*.json, no retrieval-*.json and no ruler-*.json; evaluate "
+                "the run first."
             )
         order = list(SHOWN)
         states = [
             Evaluated(folder, label, next(report.step for report in reports if report is not None), *reports)
             for label, reports in {
-                label: (perplexity.get(label), retrieval.get(label), ruler.get(label))
-                for label in [*perplexity, *retrieval, *ruler]
+                label: (perplexity.get(label), retrieval.get(label), ruler.get(label), answers.get(label))
+                for label in [*perplexity, *retrieval, *ruler, *answers]
             }.items()
         ]
         found += sorted(states, key=lambda e: (order.index(e.label) if e.label in order else 1.5, e.step))
@@ -90,7 +96,7 @@ def base_of(one: Evaluated, everything: Sequence[Evaluated]) -> Evaluated | None
 
 
 def tables(everything: Sequence[Evaluated]) -> Iterator[Table]:
-    """Perplexity, then retrieval a task, then RULER."""
+    """Perplexity, answers, then retrieval a task, then RULER."""
     several = len({one.folder for one in everything}) > 1
     names = {id(one): f"{one.folder.name}: {one.name}" if several else one.name for one in everything}
     lengths = sorted({length for one in everything if one.perplexity for length in one.perplexity.perplexity})
@@ -111,6 +117,16 @@ def tables(everything: Sequence[Evaluated]) -> Iterator[Table]:
                         cell += f"\n{difference}"
                 cells.append(cell)
             table.add_row(names[id(one)], *cells)
+        yield table
+    answered = [(one, one.answers) for one in everything if one.answers is not None]
+    if answered:
+        table = Table(title="Answers on held-out conversations (full attention)")
+        for column in ("model", "conversations", "loss, nats", "perplexity", "% word for word"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for one, answers in answered:
+            reach = "" if answers.nll_stderr is None else f" ± {answers.nll_stderr:.4f}"
+            counts = str(len(answers.tokens)), f"{answers.nll:.4f}{reach}"
+            table.add_row(names[id(one)], *counts, f"{answers.perplexity:.4g}", f"{100 * answers.exact:.0f}")
         yield table
     for task in dict.fromkeys(c.task for one in everything if one.retrieval for c in one.retrieval.cells):
         asked = [one for one in everything if one.retrieval and any(c.task == task for c in one.retrieval.cells)]
@@ -156,9 +172,14 @@ def ruler_table(everything: Sequence[Evaluated], names: Mapping[int, str]) -> It
 
 
 def sentences(everything: Sequence[Evaluated]) -> list[str]:
-    """What was lost against the base within its own context, in words."""
+    """What was lost against the base within its own context, and what became of answers, in words."""
     said = []
     for one in everything:
+        begun = {other.label: other.answers for other in everything if other.folder == one.folder and other.answers}
+        first = next((label for label in BEGUN if label in begun), None)
+        if one.answers is not None and first is not None and one.label not in BEGUN:
+            change = compared(begun[first], one.answers, BEGUN[first])
+            said += [f"{one.folder.name}, {one.name}: {change}"] if change else []
         base = base_of(one, everything)
         if base is None or base is one:
             continue

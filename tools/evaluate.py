@@ -150,8 +150,8 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
         raise ConfigError(f"--short: {args.short} tokens are no less than the windows' {longest}; give fewer.")
     # Torch and megatron load only once the configuration is known to be good.
     from pipeline.evaluation.assessment import retrieval_grids
-    from pipeline.evaluation.evaluator import LongPplAsked, evaluate_state
-    from pipeline.evaluation.long_ppl import LongPpl
+    from pipeline.evaluation.entry import evaluate_state
+    from pipeline.evaluation.long_ppl import LongPpl, LongPplAsked
 
     lengths = tuple(args.lengths or config.retrieval_lengths)
     grids = retrieval_grids(

@@ -18,7 +18,7 @@ from pipeline.config.paths import dataset_path, model_path, user_path
 from pipeline.config.patterns import is_pattern
 from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
-from pipeline.data.conversations import conversation_files
+from pipeline.data.conversations import conversation_files, passed_over
 from pipeline.data.discovery import matches_of, splits_of
 from pipeline.data.document_ends import Ends, described
 from pipeline.data.held_out import WHOLE, Part
@@ -33,6 +33,7 @@ from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser, whole_number
 from pipeline.reporting.progress import TokenProgress
+from pipeline.reporting.words import counted
 from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
 
@@ -84,7 +85,9 @@ def _chat(
             print(f"warning: {warning}", file=sys.stderr)
         skipped = f" ({manifest.skipped} left out)" if manifest.skipped else ""
         how = f"{account.scored} scored, written" if account.samples else "up to date, reused"
-        print(f"{out}: {manifest.tokens} tokens, {manifest.documents} conversations{skipped}, {how}")
+        print(
+            f"{out}: {counted(manifest.tokens, 'token')}, {counted(manifest.documents, 'conversation')}{skipped}, {how}"
+        )
         _show_card(out, "conversations", bool(account.samples))
 
     return tell
@@ -109,7 +112,8 @@ def _tokens(options: argparse.Namespace, tokenizer: TextTokenizer, source: Token
     for warning in (card["warnings"] if card is not None else []) + _too_many_tokens(options.tokenizer, tokenizer):
         print(f"warning: {warning}", file=sys.stderr)
     how = "written" if progress.calls else "up to date, reused"
-    print(f"{options.output}: {manifest.tokens} tokens, {manifest.documents} documents, {how}")
+    held = f"{counted(manifest.tokens, 'token')}, {counted(manifest.documents, 'document')}"
+    print(f"{options.output}: {held}, {how}")
     _show_card(options.output, "documents", bool(progress.calls))
     return 0
 
@@ -135,7 +139,7 @@ def _text(
         skipped = f" ({manifest.skipped} empty skipped)" if manifest.skipped else ""
         print(f"{out}: every document {described(*manifest.ends, tokenizer.prompt_start)}")
         how = "written" if progress.calls else "up to date, reused"
-        print(f"{out}: {manifest.tokens} tokens, {manifest.documents} documents{skipped}, {how}")
+        print(f"{out}: {counted(manifest.tokens, 'token')}, {counted(manifest.documents, 'document')}{skipped}, {how}")
         _show_card(out, "documents", bool(progress.calls))
 
     return tell
@@ -213,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for record, sample in islice(made, options.show or 0):
             print_sample(Console(), record.where, sample, template)
-        for warning in splits_of(options.input, conversation_files(options.input)):
+        files = conversation_files(options.input)
+        for warning in (*passed_over(options.input), *splits_of(options.input, files)):
             print(f"warning: {warning}", file=sys.stderr)
         fresh = partial(chat_up_to_date, options.input, template=template, max_tokens=options.max_tokens)
     else:

@@ -2,13 +2,13 @@
 
 `--compare runs/b runs/c` sets other runs beside it: settings that differ, results, and their curves in one picture.
 
-Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, retrieval-<key>.json,
-ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after). Each is optional;
-what is missing is named on the page. Of run.json these keys are used where present: title, device, dtype, world_size,
-commit, versions, parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name -> seconds),
-original_context and base_context (tokens: of the rotary positions; what the base declares), notes (what the run shows
-and does not), init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]: settings
-changed on resume).
+Reads what a run leaves in its folder: metrics.jsonl, config.yaml, run.json, eval-<key>.json, answers-<key>.json,
+retrieval-<key>.json, ruler-<key>.json and gap-<key>.json (key: shipped or before, untrained or initial, step-*, after).
+Each is optional; what is missing is named on the page. Of run.json these keys are used where present: title, device,
+dtype, world_size, commit, versions, parameters (counts by kind), sessions ([{to_step, seconds}]), timings (name ->
+seconds), original_context and base_context (tokens: of the rotary positions; what the base declares), notes (what the
+run shows and does not), init_from ({path, step}: the weights it began with), changes ([{step, setting, old, new}]:
+settings changed on resume).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pipeline.reporting.parser import Parser
 from pipeline.reporting.progress import duration
 from pipeline.reporting.words import counted
 from tools.support import report_plots as plots
+from tools.support.report_answers import answers_section
 from tools.support.report_compare import compared_section, draw_compared, named
 from tools.support.report_html import CSS, missing, section, show, table
 from tools.support.report_plan import planned_lines
@@ -40,6 +41,8 @@ PAGE = "index.html"
 
 def perplexity_section(record: RunRecord, images: Mapping[str, str]) -> str:
     """Perplexities as a table and two plots."""
+    if record.answers and not record.evaluations:
+        return ""
     if not record.evaluations:
         return section("Perplexity", missing("No eval-*.json: this run was not evaluated (eval.path is not set)."))
     lengths = sorted({length for report in record.evaluations.values() for length in report.perplexity})
@@ -157,6 +160,7 @@ def facts_section(record: RunRecord) -> str:
     timings = {f"session to step {s['to_step']} (loading, training, evaluations)": s["seconds"] for s in sessions}
     timings |= facts.get("timings", {})
     timings |= {f"evaluation, {key}": report.seconds for key, report in record.evaluations.items()}
+    timings |= {f"evaluation of answers, {key}": report.seconds for key, report in record.answers.items()}
     if timings:
         lines = [[name, duration(seconds)] for name, seconds in timings.items()]
         parts += ["<h3>Timings</h3>", table(["part", "time"], lines, numbers=True)]
@@ -207,6 +211,7 @@ def page(
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
         + ("" if compared is None else compared_section(compared, images))
         + verdict_section(record)
+        + answers_section(record)
         + perplexity_section(record, images)
         + retrieval_section(record)
         + ruler_section(record.ruler)

@@ -23,13 +23,16 @@ class EvalConfig:
     """Perplexity and retrieval with full attention, before, during and after training."""
 
     path: DatasetText | None = None
-    """Held-out text (same forms as data.path); None switches evaluation off."""
+    """Held-out text (same forms as data.path), or prepared conversations, of which the loss of their answers is
+    measured in place of perplexity; None switches evaluation off."""
     every: int = 0
     """Optimizer steps between evaluations; 0: only before and after training."""
     lengths: tuple[int, ...] = ()
     """Context lengths, tokens; empty uses model.context."""
     windows: int = 4
     """Windows a length."""
+    conversations: int | None = None
+    """Of held-out conversations only so many are read, the first ones; None: all."""
     stride: int | None = None
     """Sliding window: only the last `stride` tokens of each window are scored; None scores whole windows."""
     tasks: tuple[str, ...] = ()
@@ -56,6 +59,8 @@ class EvalConfig:
         at_least("eval.windows", self.windows, 1)
         for length in self.lengths:
             at_least("eval.lengths", length, 2)
+        if self.conversations is not None:
+            at_least("eval.conversations", self.conversations, 1)
         if self.stride is not None:
             at_least("eval.stride", self.stride, 1)
         for task in self.tasks:

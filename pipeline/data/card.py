@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.document_ends import described
+from pipeline.reporting.words import counted
 
 CARD, PAGE = "card.json", "card.md"
 MIXTURE_PAGE = "mixture.md"
@@ -68,15 +69,16 @@ def page_of(card: Mapping[str, Any]) -> str:
     """The card in Markdown."""
     scored = f", {card['scored_tokens']:,} of them scored" if "scored_tokens" in card else ""
     sources = card["sources"]
-    what = "documents" if card["kind"] == "text" else "conversations"
+    what = "document" if card["kind"] == "text" else "conversation"
     ends = "They begin and end as the chat template says."
     if card["kind"] == "text":
         ends = f"A document {described(card['bos_id'], card['eos_id'])}."
     lines = [
         "# Data card",
         "",
-        f"{card['documents']:,} {what}, {card['tokens']:,} tokens{scored}, out of {sources['files']:,} files of "
-        f"{sources['bytes']:,} bytes. {ends}",
+        f"{counted(card['documents'], what, grouped=True)}, {counted(card['tokens'], 'token', grouped=True)}{scored}, "
+        f"out of {counted(sources['files'], 'file', grouped=True)} of "
+        f"{counted(sources['bytes'], 'byte', grouped=True)}. {ends}",
         "",
         "| share of them no longer than | tokens |",
         "|---|---|",
@@ -119,14 +121,15 @@ def mixture_page(rows: Sequence[Mapping[str, Any]]) -> str:
 def mixture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The same for the screen, a line a source."""
     return [
-        f"{row['share']:.1%} from {row['path']}: {_held(row)}, {row['tokens']:,} tokens, {row['windows']:,} windows, "
+        f"{row['share']:.1%} from {row['path']}: {_held(row)}, {counted(row['tokens'], 'token', grouped=True)}, "
+        f"{counted(row['windows'], 'window', grouped=True)}, "
         f"each read {row['times_read']:.2g} times"
         for row in rows
     ]
 
 
 def _held(row: Mapping[str, Any]) -> str:
-    return f"{row['documents']:,} {'conversations' if row['chat'] else 'documents'}"
+    return counted(row["documents"], "conversation" if row["chat"] else "document", grouped=True)
 
 
 def _cell(text: str) -> str:

@@ -84,7 +84,9 @@ class ChatTemplate:
             self._renderer = Renderer(self.source, self._names, tokenizer.path)
         except TemplateError as error:
             raise DataError(f"{file or tokenizer.path}: its chat template is no valid Jinja ({error}).") from error
-        settings = json.dumps(["chat 1", self.source, self._names, sorted(self.special.items())])
+        # What an earlier release made of hidden calls is made anew.
+        strict = [] if self._renderer.reads_calls else ["calls are shown"]
+        settings = json.dumps(["chat 1", self.source, self._names, sorted(self.special.items()), *strict])
         self.identity = hashlib.sha256(settings.encode()).hexdigest()
 
     def holds_special(self, conversation: Conversation) -> str | None:
@@ -99,11 +101,16 @@ class ChatTemplate:
                         return content
         return None
 
+    def hides_tools(self, conversation: Conversation) -> bool:
+        """Whether the conversation offers tools whose definitions the template does not show."""
+        return conversation.tools is not None and not self._renderer.reads_tools
+
     def sample(self, conversation: Conversation) -> Sample:
         """Tokens and mask of a whole conversation.
 
         Raises:
-            RecordError: the template refuses the conversation, or nothing of it would be scored.
+            RecordError: the template refuses the conversation or leaves out its tool calls, or nothing of it would be
+                scored.
             DataError: the template has no marks, and renders the beginning of a conversation otherwise than the whole.
         """
         (found,) = self.samples([conversation])
@@ -130,6 +137,10 @@ class ChatTemplate:
     def _rendered(self, conversation: Conversation) -> Rendered | RecordError | DataError:
         try:
             text, spans = self._renderer.rendered(conversation)
+            if self._renderer.hides_calls(conversation, text):
+                raise RecordError(
+                    "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
+                )
             text.encode("utf-8")
         except (RecordError, DataError) as error:
             return error

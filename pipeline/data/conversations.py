@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
-from pipeline.data.discovery import BOM, HEAD, ending_of, matched, walk
+from pipeline.data.discovery import listed, matched, walk
 from pipeline.data.json_list import read_objects
+from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records
 from pipeline.data.packed import opened, packing_of
-from pipeline.data.schemas import COLUMNS, schema_of
+from pipeline.data.schemas import COLUMNS, LISTS, schema_of
 from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
+from pipeline.reporting.words import counted
 from pipeline.storage.lfs import refuse_pointer
 
-_KINDS = (".json", ".jsonl", ".ndjson", ".jsonlines", *TABLE_ENDINGS)
-"""Endings of files, before that of a packing."""
+_READ = accepted(LINES)
+"""What messages name."""
 _NOTES = ("dataset_info.json", "dataset_infos.json", "state.json")
 """What `datasets` writes beside its tables."""
 _SPEAKERS = {
@@ -84,20 +86,38 @@ def conversation_files(path: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
+    return _divided(path)[0]
+
+
+def passed_over(path: Path) -> tuple[str, ...]:
+    """One sentence that names the files at a path that are not read as conversations, or none.
+
+    Raises:
+        DataError: see `conversation_files`.
+    """
+    others = _divided(path)[1]
+    return (f"{path}: {counted(len(others), 'file is', 'files are')} not read: {listed(others)}.",) if others else ()
+
+
+def _divided(path: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """`conversation_files`, and the names of the other files there; of `datasets`' own notes nothing is said."""
     if path.is_file():
-        return [path]
+        return [path], ()
     walked = matched(path)
     if walked is None and not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; point it at conversations ({', '.join(_KINDS)}).")
-    # Not a folder of prepared tokens, which may lie inside.
-    found = [
-        file
-        for file in (walk(path) if walked is None else walked)
-        if ending_of(file.name)[0] in _KINDS and file.name not in _NOTES and file.is_file()
-    ]
+        raise DataError(f"{path}: no such file or folder; point it at conversations ({_READ}).")
+    found: list[Path] = []
+    others: list[str] = []
+    for file in sorted(walk(path)) if walked is None else walked:
+        # A folder of prepared tokens may lie inside.
+        if holds_records(file.name) and file.name not in _NOTES and file.is_file():
+            found.append(file)
+        elif file.name not in _NOTES:
+            others.append(file.name if walked is not None else file.relative_to(path).as_posix())
     if not found:
-        raise DataError(f"{path}: holds no conversations (no file ending in {', '.join(_KINDS)}).")
-    return found if walked is not None else sorted(found, key=lambda file: file.relative_to(path).parts)
+        there = f" (there are {listed(tuple(others))})" if others else ""
+        raise DataError(f"{path}: holds no conversations (no file ending in {_READ}){there}.")
+    return found, tuple(others)
 
 
 def read_records(file: Path) -> Iterator[Record]:
@@ -202,6 +222,9 @@ def conversation_of(record: dict[str, Any]) -> Conversation:
         RecordError: it has no answer, its roles are out of order, or a field is not what the schema says.
     """
     schema = schema_of(record)
+    key = next((name for name, of in LISTS.items() if of == schema), None)
+    if key is not None and not isinstance(record[key], list):
+        raise RecordError(f"its {key} are no list")
     if schema == "Alpaca":
         messages = _alpaca(record)
     elif schema == "ShareGPT":

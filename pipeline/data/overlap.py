@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.held_out import BUT_FOR, HELD_OUT
 from pipeline.data.shards import TokenShards
+from pipeline.reporting.words import counted
 
 PASSAGES = 16
 """Looked for, spread evenly over the evaluation text."""
@@ -29,9 +30,10 @@ def shared_text(train: TokenShards, held_out: TokenShards) -> str:
     trained_on = {} if split else {entry.sha256: entry.name for entry in train.manifest.sources}
     same = [entry.name for entry in held_out.manifest.sources if entry.sha256 in trained_on]
     if same:
+        files = counted(len(held_out.manifest.sources), "file")
         return (
-            f"eval.path: {len(same)} of its {len(held_out.manifest.sources)} files are among the training text by "
-            f"their content ({same[0]}), so perplexity shows what was memorized; hold text out."
+            f"eval.path: {len(same)} of its {files} {'is' if len(same) == 1 else 'are'} among the training text by "
+            f"content ({same[0]}), so perplexity shows what was memorized; hold text out."
         )
     wanted = _passages(held_out)
     found = _found(train, wanted)
@@ -44,6 +46,11 @@ def shared_text(train: TokenShards, held_out: TokenShards) -> str:
 
 
 def _passages(shards: TokenShards) -> list[NDArray[np.int64]]:
+    if shards.scored is not None:
+        # The ends of conversations: many begin alike, with one system prompt or the same tools.
+        ends = np.append(shards.starts[1:], len(shards))
+        picked = ends[np.unique(np.linspace(0, ends.size - 1, PASSAGES).astype(int))]
+        return [np.asarray(shards.read(int(end) - PASSAGE, int(end)), np.int64) for end in picked if end >= PASSAGE]
     room = len(shards) - PASSAGE
     starts = sorted({int(start) for start in np.linspace(0, room, PASSAGES)}) if room >= 0 else []
     return [np.asarray(shards.read(start, start + PASSAGE), np.int64) for start in starts]

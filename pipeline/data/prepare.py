@@ -27,6 +27,7 @@ from pipeline.data.shards import Manifest, TokenShards, is_prepared, open_shards
 from pipeline.data.spelled import Spelled, special_contents
 from pipeline.data.tokenizer import TextTokenizer, encode_after, load_tokenizer
 from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
+from pipeline.reporting.words import counted
 
 Progress = Callable[[int, int, int], None]
 """Called as (bytes of source done, bytes of source in all, tokens written)."""
@@ -207,7 +208,7 @@ def prepare(
             if not writer.documents and part.share and reader.documents:
                 side = "the held-out part" if part.held_out else "the other part"
                 raise DataError(
-                    f"{source}: of its {reader.documents} documents none falls to {side} with a share of "
+                    f"{source}: of its {counted(reader.documents, 'document')} none falls to {side} with a share of "
                     f"{part.share:g}; change --held-out, or hold files out by hand."
                 )
             if not writer.documents:

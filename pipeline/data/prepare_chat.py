@@ -30,6 +30,7 @@ from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.shards import Manifest
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
+from pipeline.reporting.words import counted
 
 
 @dataclass
@@ -48,6 +49,10 @@ class Account:
     """Place of the first record by reason."""
     spelled: tuple[str, str] | None = None
     """The first special token that a text spells, and its place."""
+    without_tools: int = 0
+    """Conversations whose tools the template does not show."""
+    first_without: str = ""
+    """Place of the first of them."""
 
     def refuse(self, reason: str, place: str) -> None:
         """Count a record that is left out."""
@@ -63,12 +68,13 @@ class Account:
         self.refused += later.refused
         self.examples = later.examples | self.examples
         self.spelled = self.spelled or later.spelled
+        self.without_tools += later.without_tools
+        self.first_without = self.first_without or later.first_without
 
     def sentences(self) -> list[str]:
         """What to warn of."""
         return [
-            f"{count} {'record is' if count == 1 else 'records are'} left out: {reason} (first: "
-            f"{self.examples[reason]})."
+            f"{counted(count, 'record is', 'records are')} left out: {reason} (first: {self.examples[reason]})."
             for reason, count in sorted(self.refused.items())
         ] + self.remarks()
 
@@ -77,12 +83,22 @@ class Account:
         lines = []
         if self.spelled is not None:
             token, place = self.spelled
+            text = "its text" if self.special == 1 else "their text"
             lines.append(
-                f"{self.special} conversations spell a special token in their text, which becomes that token (first: "
-                f"{token!r} at {place})."
+                f"{counted(self.special, 'conversation spells', 'conversations spell')} a special token in {text}, "
+                f"which becomes that token (first: {token!r} at {place})."
+            )
+        if self.without_tools:
+            lines.append(
+                f"{counted(self.without_tools, 'conversation offers', 'conversations offer')} tools whose definitions "
+                f"the chat template does not show (first: {self.first_without}); give one that knows tools with "
+                "--chat-template."
             )
         if self.truncated:
-            lines.append(f"{self.truncated} conversations are truncated: the middle of their longest part is left out.")
+            lines.append(
+                f"{counted(self.truncated, 'conversation is', 'conversations are')} truncated: the middle of "
+                f"{'its' if self.truncated == 1 else 'their'} longest part is left out."
+            )
         return lines
 
 
@@ -118,6 +134,9 @@ def samples(
         if spelled is not None:
             account.spelled = account.spelled or (spelled, record.where)
             account.special += 1
+        if template.hides_tools(what):
+            account.without_tools += 1
+            account.first_without = account.first_without or record.where
         account.samples += 1
         account.scored += int(np.count_nonzero(found.scored[1:]))
         account.truncated += found.cut > 0

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from parallel.errors import DataError
-from pipeline.data.discovery import BOM, LINES, LIST, TEXT, TextFile, find_texts
+from pipeline.data.discovery import find_texts
 from pipeline.data.json_list import read_objects
+from pipeline.data.kinds import BOM, LINES, LIST, TEXT, TextFile
 from pipeline.data.packed import opened
 from pipeline.data.schemas import schema_of
 from pipeline.data.tables import TABLES, Table, open_table

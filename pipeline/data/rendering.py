@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, meta, nodes
 
 from parallel.errors import DataError
 from pipeline.data.conversations import Conversation, RecordError, with_text_arguments
@@ -50,6 +50,10 @@ class Renderer:
         names: content of the special tokens by the names that templates know them by.
         place: where the template is from, for messages.
 
+    Attributes:
+        reads_tools: it reads the definitions of tools; one that does not cannot show them.
+        reads_calls: it names the field of tool calls.
+
     Raises:
         jinja2.TemplateError: it is no valid Jinja.
     """
@@ -63,6 +67,9 @@ class Renderer:
         self._marked = bool(_MARKS.search(source))
         self._given = {**self._compiled.globals, "documents": None, **names}
         environment = self._compiled.environment
+        tree = environment.parse(source)
+        self.reads_tools = "tools" in meta.find_undeclared_variables(tree)
+        self.reads_calls = _names(tree, "tool_calls")
         self._turns = None if self._marked else turns_of(environment, source, self._given, frozenset(names))
 
     def rendered(self, conversation: Conversation) -> Rendered:
@@ -79,6 +86,17 @@ class Renderer:
             if messages == conversation.messages:
                 raise
             return self._rendered(messages, conversation)
+
+    def hides_calls(self, conversation: Conversation, text: str) -> bool:
+        """Whether the conversation, which became `text`, reads alike without its tool calls.
+
+        Of an answer that is a call nothing but its end would then be trained on.
+        """
+        messages = conversation.messages
+        if self.reads_calls or not any(message.get("tool_calls") for message in messages):
+            return False
+        silent = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+        return self._rendered(silent, conversation)[0] == text
 
     def _rendered(self, messages: list[dict[str, Any]], conversation: Conversation) -> Rendered:
         tools, trained = conversation.tools, conversation.trained
@@ -160,6 +178,12 @@ class Renderer:
         except STUMBLES as error:
             raise _refusal(error) from error
         return "".join(pieces)
+
+
+def _names(tree: nodes.Template, field: str) -> bool:
+    """Whether a template names a field of a message."""
+    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
+    return field in attributes or any(node.value == field for node in tree.find_all(nodes.Const))
 
 
 def _refusal(error: Exception) -> RecordError:

@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel.errors import ConfigError, DataError
+from pipeline.data.chat_settings import check_trained, lengths_of
 from pipeline.data.packing import IGNORE, OneStore, PackedDataset, Window, Windows
 from pipeline.data.shards import TokenShards
 
@@ -60,29 +60,36 @@ class SampleDataset(OneStore):
     Args:
         shards: prepared conversations.
         sequence: S, tokens.
+        first: only so many of them, the first ones; None: all.
 
     Raises:
         DataError: a conversation is longer than a window.
     """
 
-    def __init__(self, shards: TokenShards, sequence: int) -> None:
+    def __init__(self, shards: TokenShards, sequence: int, first: int | None = None) -> None:
         if shards.scored is None:
             raise ValueError("these shards hold text, not conversations")
         self.sequence = sequence
         self._scored = shards.scored
-        self._lengths = np.diff(np.append(shards.starts, len(shards)))
-        if int(self._lengths.max()) > sequence:
-            raise DataError(
-                f"{shards.folder}: holds a conversation of {int(self._lengths.max())} tokens, but a window has "
-                f"{sequence}; prepare it again with --max-tokens {sequence}, or raise data.sequence."
-            )
+        self._lengths = lengths_of(shards.starts, len(shards))[:first]
+        check_trained(shards.folder, self.longest, sequence, True)
         self._bins = best_fit(self._lengths, sequence)
         super().__init__(shards, len(self._bins))
 
     @property
+    def conversations(self) -> int:
+        """How many there are."""
+        return int(self._lengths.size)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return int(self._lengths.max())
+
+    @property
     def fill(self) -> float:
         """Share of the windows' tokens that are of conversations; the others are padding."""
-        return len(self.shards) / (len(self) * self.sequence)
+        return int(self._lengths.sum()) / (len(self) * self.sequence)
 
     @property
     def fingerprint(self) -> str:
@@ -133,9 +140,5 @@ def training_windows(shards: TokenShards, sequence: int, mask_documents: bool) -
     """
     if shards.scored is None:
         return PackedDataset(shards, sequence)
-    if not mask_documents:
-        raise ConfigError(
-            f"data.mask_documents: {shards.folder} holds conversations, which must not attend to each other; set it to "
-            "true."
-        )
+    check_trained(shards.folder, None, sequence, mask_documents)
     return SampleDataset(shards, sequence)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.tokenizer import HfTokenizer, SentencePieceTokenizer, TextTokenizer
+from pipeline.reporting.words import counted
 
 
 def special_contents(tokenizer: TextTokenizer) -> list[str]:
@@ -63,6 +64,6 @@ class Spelled:
             return []
         count, (token, file) = self.documents, self.first
         return [
-            f"{count} {'document spells' if count == 1 else 'documents spell'} a special token, which stays the "
+            f"{counted(count, 'document spells', 'documents spell')} a special token, which stays the "
             f"characters it is (first: {token!r} in {file})."
         ]

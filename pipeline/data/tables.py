@@ -28,7 +28,7 @@ _MAGIC = {b"PAR1": PARQUET, b"ARROW1\0\0": ARROW, b"\xff\xff\xff\xff": ARROW}
 _FILE = b"ARROW1"
 _ROWS = 64
 """Rows in memory at once; one may hold a book."""
-_SEPARATORS = ",\t;|"
+SEPARATORS = ",\t;|"
 _LONGEST_FIELD = 1 << 28
 """Characters of one CSV field: a quote that is never closed must not take the rest of a large file into memory."""
 
@@ -214,7 +214,7 @@ class _Csv:
         with self._failures():
             first = self._text.readline(_LONGEST_FIELD)
         # What the header is separated by, the others too.
-        separator = max(_SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+        separator = max(SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
         self._reader = csv.reader(chain([first], self._text), delimiter=separator, strict=True)
         with self._failures():
             self.columns = tuple(next(self._reader, []))

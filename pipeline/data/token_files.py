@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from parallel.errors import DataError
 from pipeline.data.card import Notes
-from pipeline.data.discovery import INDEX_MAGIC
 from pipeline.data.document_ends import Ends
+from pipeline.data.kinds import INDEX_MAGIC
 from pipeline.data.once import describe, intact, named, once, same_files
 from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.shards import Manifest

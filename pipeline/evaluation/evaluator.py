@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parallel.errors import ConfigError, DataError
-from parallel.health.watch import Watch
+from parallel.errors import DataError
 from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups
-from parallel.world.rank_env import RankEnv
-from pipeline.build import open_tokens
-from pipeline.config.run import RunConfig
+from pipeline.data.shards import TokenShards
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.assessment import (
     Assessment,
@@ -39,7 +36,6 @@ from pipeline.evaluation.ruler.tasks import RulerCell, RulerSettings, ruler_cell
 from pipeline.evaluation.run_retrieval import run_retrieval
 from pipeline.evaluation.run_ruler import run_ruler
 from pipeline.evaluation.spread import Shards
-from pipeline.evaluation.states import LoadedState, load_state_of
 from pipeline.evaluation.tasks import TASKS, Cell, RetrievalSettings, cells
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
@@ -54,7 +50,13 @@ TEXT_TOKENS = 1 << 24
 
 
 class Evaluator:
-    """Evaluates a model on the run's held-out text under full attention; windows spread over data-parallel ranks."""
+    """Evaluates a model on the run's held-out text under full attention; windows spread over data-parallel ranks.
+
+    Args:
+        plan, model, groups, tokenizer: of the run.
+        shards: tokens of the text.
+        before_round: see `Shards`.
+    """
 
     def __init__(
         self,
@@ -62,21 +64,17 @@ class Evaluator:
         model: RankModel,
         groups: Groups,
         tokenizer: TextTokenizer,
-        watch: Watch | None = None,
+        shards: TokenShards,
         before_round: Callable[[], None] = lambda: None,
     ) -> None:
         config = plan.config
-        if config.eval.path is None:
-            raise ConfigError("eval.path: is not set; point it at held-out text.")
         self.config, self.plan, self.spec = config, plan, plan.full_attention
         self._costs = plan.prefill_costs(model.dtype.itemsize)
         self._prompts: dict[RetrievalSettings, tuple[Cell, ...]] = {}
         self._riddles: dict[RulerSettings, list[RulerCell]] = {}
         self.model, self.groups, self.before_round = model, groups, before_round
         self.tokenizer = tokenizer
-        self.shards = open_tokens(config, config.eval.path, tokenizer, groups, watch)
-        if self.shards.scored is not None:
-            raise ConfigError("eval.path: holds conversations; perplexity is measured on text, so point it at text.")
+        self.shards = shards
         self.text_T = self.shards.read(0, min(len(self.shards), TEXT_TOKENS)).astype("int64")
         self.tokens_T = torch.from_numpy(self.text_T).to(groups.device)
 
@@ -315,72 +313,3 @@ class Evaluator:
 
     def _path(self, label: str) -> Path:
         return eval_path(Path(self.config.output), label)
-
-
-@dataclass(frozen=True)
-class LongPplAsked:
-    """How LongPPL is to be measured."""
-
-    short: int
-    """Tokens of the short context."""
-    keys: LongPpl | None
-    """Whose key tokens are taken; None: the model's own."""
-
-
-def forget_later(output: Path, step: int) -> None:
-    """Remove evaluations of a model trained for more than `step` steps: it is gone, and another takes its place."""
-    readers: dict[str, Callable[[Path], EvalReport | RetrievalReport | RulerReport | DenseGap | LongPpl]] = {
-        "eval": EvalReport.read,
-        "retrieval": RetrievalReport.read,
-        "ruler": RulerReport.read,
-        "gap": DenseGap.read,
-        "longppl": LongPpl.read,
-    }
-    for kind, read in readers.items():
-        for path in output.glob(f"{kind}-*.json"):
-            with optional_file(path), contextlib.suppress(DataError):
-                if read(path).step > step:
-                    path.unlink()
-
-
-def evaluate_state(
-    config: RunConfig,
-    env: RankEnv,
-    state: str,
-    checkpoint: Path | None = None,
-    perplexity: bool = True,
-    retrieval: Sequence[RetrievalSettings] = (),
-    long_ppl: LongPplAsked | None = None,
-    ruler: RulerSettings | None = None,
-) -> LoadedState:
-    """Load the model in one of STATES, evaluate, write the reports; see `load_state_of`.
-
-    Args:
-        perplexity: measure perplexity, as `config.eval` says.
-        retrieval: grids to measure.
-        long_ppl: None: not measured.
-        ruler: tasks and lengths; None: none.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: one sentence each.
-    """
-    with load_state_of(config, env, state, checkpoint) as loaded:
-        evaluator = Evaluator(loaded.plan, loaded.model, loaded.groups, loaded.tokenizer)
-        asked: list[Cell] = []
-        if retrieval:
-            # Before perplexity: what is wrong with them is told at once.
-            asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, evaluator.text_T)]
-        riddles, cost = ([], "") if ruler is None else evaluator.riddles(ruler)
-        if perplexity:
-            evaluator.run(loaded.label, loaded.step)
-        if long_ppl is not None:
-            evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, long_ppl.keys)
-        run_on = loaded.model, loaded.groups, loaded.plan.full_attention
-        facts: Any = {name: getattr(loaded, name) for name in ("label", "step", "context", "base_context")}
-        facts["text"] = evaluator.shards.fingerprint
-        if asked:
-            run_retrieval(*run_on, asked, loaded.identity, Path(config.output), **facts, seed=retrieval[0].seed)
-        if ruler is not None:
-            facts |= {"seed": ruler.seed, "cost": cost}
-            run_ruler(*run_on, riddles, loaded.identity, Path(config.output), loaded.tokenizer, **facts)
-    return loaded

@@ -87,6 +87,16 @@ class LongPpl:
             raise DataError(f"{path}: is no LongPPL report ({type(error).__name__}: {error}); measure again.") from None
 
 
+@dataclass(frozen=True)
+class LongPplAsked:
+    """How LongPPL is to be measured."""
+
+    short: int
+    """Tokens of the short context."""
+    keys: LongPpl | None
+    """Whose key tokens are taken; None: the model's own."""
+
+
 def long_ppl_path(output: Path, label: str) -> Path:
     """Where the LongPPL of a label lies."""
     return output / f"longppl-{label}.json"

@@ -296,7 +296,11 @@ class RankModel(torch.nn.Module):
 
     @torch.no_grad()
     def token_scores(
-        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, spec: AttentionSpec
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        spec: AttentionSpec,
+        documents_BS: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What greedy decoding would make of given continuations, by one teacher-forced forward; alike on every rank.
 
@@ -305,12 +309,14 @@ class RankModel(torch.nn.Module):
         Args:
             tokens_BS: int64 [B, S].
             labels_BS: int64 [B, S], the next token where it is scored, IGNORE elsewhere.
+            documents_BS: int32 [B, S], document of every token (see `Batch`), each of which attends to itself only;
+                None: all is one.
 
         Returns:
             fp32 [B, S - 1] negative log-likelihoods in nats, 0 where nothing is scored; bool [B, S - 1] whether the
             label is the arg max over the vocabulary (the smallest id among equals), as greedy `generate` picks.
         """
-        nll, hits, _ = self._score(tokens_BS, labels_BS, spec, 3, LlamaChunk.scores_of)
+        nll, hits, _ = self._score(tokens_BS, labels_BS, spec, 3, LlamaChunk.scores_of, documents_BS)
         return nll, hits > 0.5
 
     def _score(
@@ -320,9 +326,10 @@ class RankModel(torch.nn.Module):
         spec: AttentionSpec,
         kinds: int,
         of: ScoresOf,
+        documents_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """fp32 [kinds, B, S - 1], from the [kinds, B, L] that `of` makes of last stage, hidden states and labels."""
-        batch = Batch(tokens_BS.cpu(), labels_BS.cpu(), None)
+        batch = Batch(tokens_BS.cpu(), labels_BS.cpu(), None if documents_BS is None else documents_BS.cpu())
         plan = self.groups.plan
         rows, tokens = tokens_BS.shape
         at_once = self.prefill if self.prefill is not None and spec.kind == "full" else tokens

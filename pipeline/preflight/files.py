@@ -29,6 +29,7 @@ from pipeline.planning.balance import few_windows
 from pipeline.planning.memory import GIB
 from pipeline.planning.rope import RopePlan, own_plan, replacement_warning
 from pipeline.planning.run_plan import plan_model
+from pipeline.reporting.words import counted
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,14 @@ def check_tokenizer(path: Path, rows: int | None) -> Finding:
     return Finding("Tokenizer", found, "one that ends documents and fits the model", problem, advice)
 
 
-def check_text(setting: str, path: Path, length: int, text_field: str, batch: int = 0) -> Finding:
+def check_text(
+    setting: str,
+    path: Path,
+    length: int,
+    text_field: str,
+    batch: int = 0,
+    fits: Callable[[Path], None] = lambda folder: None,
+) -> Finding:
     """Text or prepared shards at `path`, not empty; of JSONL files the first record has a text.
 
     Args:
@@ -113,6 +121,7 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
         length: tokens of one window; prepared shards must hold one.
         text_field: key of the text in JSONL records (`data.text_field`).
         batch: windows an optimizer step reads; fewer in all are told.
+        fits: raises LongspanError where the settings do not fit prepared conversations there.
     """
     needed = f"a window of {length} tokens"
     advice: tuple[str, ...]
@@ -124,11 +133,12 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
                 if not file.is_file() or file.stat().st_size != entry.size:
                     state = "is not whole" if file.is_file() else "is missing"
                     raise ConfigError(f"{setting}: {file} {state}; prepare the text again with longspan prepare.")
-            found = f"{manifest.tokens} tokens in {manifest.documents} documents"
+            found = f"{counted(manifest.tokens, 'token')} in {counted(manifest.documents, 'document')}"
             if manifest.chat:
                 # Packing decides how many windows there are; at most as many as conversations.
                 windows = manifest.documents
-                found = f"{manifest.tokens} tokens in {windows} conversations"
+                found = f"{counted(manifest.tokens, 'token')} in {counted(windows, 'conversation')}"
+                fits(path)
                 advice = (few_windows(windows, batch),) if windows < batch else ()
                 return Finding(setting, found, needed, advice=advice)
             if manifest.tokens <= length:
@@ -147,7 +157,8 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
         files = texts.files
         size = sum(file.path.stat().st_size for file in files)
         if not size:
-            raise ConfigError(f"{setting}: the {len(files)} text files at {path} are empty; give other text.")
+            held = counted(len(files), "text file is", "text files are")
+            raise ConfigError(f"{setting}: the {held} empty at {path}; give other text.")
         for text_file in files:
             check_first_record(text_file, text_field)
     except LongspanError as error:
@@ -157,7 +168,7 @@ def check_text(setting: str, path: Path, length: int, text_field: str, batch: in
     # A token takes a byte or more, but where the file is compressed.
     if size // length < batch and not any(file.compressed for file in files):
         advice += (few_windows(size // length, batch),)
-    return Finding(setting, f"{len(files)} text files, {gib(size)}", needed, advice=advice)
+    return Finding(setting, f"{counted(len(files), 'text file')}, {gib(size)}", needed, advice=advice)
 
 
 def existing(path: Path) -> Path:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 
+from parallel.errors import ConfigError
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import FLASH
+from pipeline.data.chat_settings import check_evaluated, check_source
 from pipeline.data.discovery import find_texts
 from pipeline.data.prepare import cache_name
 from pipeline.data.shards import MANIFEST as SHARDS_MANIFEST
@@ -34,6 +37,7 @@ from pipeline.preflight.files import (
     gib,
 )
 from pipeline.preflight.layout import check_layout, faster, settle_layout
+from pipeline.reporting.trackers import check_installed
 from pipeline.reporting.versions import installed
 
 SHARED_MEMORY = 128 * 2**20
@@ -190,6 +194,13 @@ def check_packages(config: RunConfig) -> list[Finding]:
                 f"set {instead}."
             )
         findings.append(Finding(name, ", ".join(found) or "none", "any", problem))
+    if config.report_to:
+        problem = ""
+        try:
+            check_installed(config.report_to)
+        except ConfigError as error:
+            problem = str(error)
+        findings.append(Finding("Trackers", ", ".join(config.report_to), "installed", problem))
     return findings
 
 
@@ -261,10 +272,14 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     sources = config.data.named_sources
     # How many windows a step draws from one of several depends on their sizes.
     drawn = batch if len(sources) == 1 else 0
-    texts = [check_text(name, Path(path), config.sequence, field, drawn) for name, path in sources.items()]
+    texts = [
+        check_text(name, Path(path), config.sequence, field, drawn, partial(check_source, config))
+        for name, path in sources.items()
+    ]
     if config.eval.path is not None:
         longest = max(config.eval_lengths)
-        texts.append(check_text("eval.path", Path(config.eval.path), longest, field))
+        held_out = partial(check_evaluated, config, tasks=config.eval.tasks)
+        texts.append(check_text("eval.path", Path(config.eval.path), longest, field, fits=held_out))
     findings = [check_gpus(machine.gpus, launch.processes), *check_packages(config), layout]
     if plan is not None:
         estimate = plan.memory()

@@ -54,7 +54,7 @@ class Report(Protocol):
 
 
 class Assessor(Protocol):
-    """What a session asks of an evaluator (`pipeline.evaluation.evaluator.Evaluator`)."""
+    """What a session asks of an evaluator (`pipeline.evaluation.entry.open_evaluator`)."""
 
     def assess(self, label: str, step: int, *, shown: bool = True, only: Sequence[str] | None = None) -> Report:
         """Evaluate the model as it is, in all or in what is `missing`; collective."""

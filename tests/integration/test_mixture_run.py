@@ -41,14 +41,14 @@ def test_a_mixture_is_trained_shown_and_resumed(tmp_path: Path, capsys: pytest.C
     told = capsys.readouterr().out
     assert f"data.path[0]: {tmp_path}/dig*.txt matches 1 file: digits.txt." in told
     for name, share in (("dig*", "75.0%"), ("letters", "25.0%")):
-        assert f"{share} from {tmp_path}/{name}.txt: 1 documents, " in told
+        assert f"{share} from {tmp_path}/{name}.txt: 1 document, " in told
     rows: list[dict[str, Any]] = json.loads((run / "run.json").read_text())["sources"]
     assert [(row["share"], row["documents"], row["chat"]) for row in rows] == [(0.75, 1, False), (0.25, 1, False)]
     assert rows[0]["tokens"] == len("7 digits " * 900) + 1, "a token a letter, and EOS"
     config = load_config(path, [setting])
     drawn = config.train.steps * config.train.global_batch
     assert rows[1]["times_read"] == pytest.approx(drawn / 4 / rows[1]["windows"])
-    assert f"| {tmp_path}/letters.txt | 1 documents |" in (run / "mixture.md").read_text()
+    assert f"| {tmp_path}/letters.txt | 1 document |" in (run / "mixture.md").read_text()
 
     step, alone = next_windows(0, 1, str(path), setting)
     assert step == 2 and len(alone) == config.train.global_batch == 4

@@ -26,7 +26,7 @@ def tell(done, *_):
         sys.stdin.read()
 
 if __name__ == "__main__":
-    module._BATCH_CHARACTERS = 100
+    module.BATCH_CHARACTERS = 100
     prepare(Path(sys.argv[1]), Path(sys.argv[2]), load_tokenizer(Path(sys.argv[3])), progress=tell, workers=2)
 """
 

@@ -145,7 +145,7 @@ def test_tokenizing_for_hours_is_no_hang(tmp_path: Path, monkeypatch: pytest.Mon
         def touch(self) -> None:
             self.touched += 1
 
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 10)
     config = load_config(write_run(tmp_path, "run"), [])
     groups, watch = connect(plan_run(config, 1), RankEnv()), Counting()
     tokenizer = load_tokenizer(Path(config.model.path))

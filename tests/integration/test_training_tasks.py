@@ -88,7 +88,7 @@ def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pyt
     assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--keys", str(keys)]) == 2
     assert "--keys: are of other text or windows than these 2 of 800" in capsys.readouterr().err
 
-    with mock.patch("pipeline.evaluation.evaluator.evaluate_state", side_effect=AssertionError("it was loaded")):
+    with mock.patch("pipeline.evaluation.entry.evaluate_state", side_effect=AssertionError("it was loaded")):
         assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--keys", str(place / "no.json")]) == 2
     assert "no.json: is no LongPPL report" in capsys.readouterr().err
     assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--short", "800"]) == 2

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.yaml_file import load_config
-from pipeline.evaluation.evaluator import evaluate_state
+from pipeline.evaluation.entry import evaluate_state
 from pipeline.export.formats import export
 from pipeline.export.trained_model import load_trained_model
 from pipeline.export.verify import verify

@@ -15,7 +15,7 @@ from parallel.world.groups import destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import open_base, read_arch
 from pipeline.config.yaml_file import load_config
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.entry import open_evaluator
 from pipeline.training.gradients import ALIGN_ELEMENTS
 from pipeline.training.schedule import learning_rate
 from tests.numerics.test_parallel_parity import OFFLOAD, Grid, write_config
@@ -59,7 +59,7 @@ def _look(rank: int, world: int, path: str) -> dict[str, Any]:
         "rates": [],
         "losses": [],
     }
-    evaluator = Evaluator(run.plan, parts.model, run.groups, run.tokenizer)
+    evaluator = open_evaluator(run.plan, parts.model, run.groups, run.tokenizer)
     found["perplexity"] = []
     for step in range(STEPS):
         row = run.trainer.gradients(step)

@@ -11,7 +11,7 @@ for _name in (
     "deepspeed",
     "peft",
     "pipeline.build",
-    "pipeline.evaluation.evaluator",
+    "pipeline.evaluation.entry",
     "pipeline.export.formats",
     "pipeline.training.session",
     "pytest",

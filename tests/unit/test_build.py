@@ -21,7 +21,7 @@ from pipeline import build as composition
 from pipeline.checkpoint.compatibility import check_output
 from pipeline.config.parallel import ParallelConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.evaluation import evaluator
+from pipeline.evaluation.entry import evaluate_state
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.layers import transformer_engine
 from pipeline.planning.arch import read_arch
@@ -65,7 +65,7 @@ def test_a_base_that_does_not_fit_is_refused_before_allocation(
     monkeypatch.setattr(composition, "RankModel", never)
     for work in (
         lambda: build_run(config, RankEnv()),
-        lambda: evaluator.evaluate_state(config, RankEnv(), "untrained"),
+        lambda: evaluate_state(config, RankEnv(), "untrained"),
     ):
         with pytest.raises(CheckpointError) as refused:
             work()

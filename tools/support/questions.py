@@ -1,6 +1,6 @@
-"""Questions that a long text answers, made from any prose: which words follow these, that stand far above?
+"""Questions that a long text answers, made from any prose: which sentence, far above, begins with these words?
 
-The answer is words of the text itself, so it can be checked by comparing strings, and nobody has to know the book.
+The answer is a sentence of the text itself, so it can be checked by comparing strings, and nobody has to know the book.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any
 from parallel.errors import ConfigError, DataError
 from pipeline.data.records import RecordReader
 
-BEGINS, ANSWERS = 6, 4
-"""Words that the question quotes, and that answer it; no mark stands between them."""
+BEGINS = 4
+"""Words of the sentence that the question quotes, and the answer begins with: a small model copies them, and then goes
+on as it has read."""
 FAR = 0.4
-"""Share of the passage, from its beginning, in which the words stand: the question comes after the rest."""
+"""Share of the passage, from its beginning, in which the sentence stands: the question comes after the rest."""
 FEWEST = 400
 """Characters of a passage; a shorter one has no distance in it."""
-QUESTION = (
-    'In the text above, which {answers} words follow "{begin}"? Answer with these {answers} words, as they stand there.'
-)
-_WORDS = re.compile(rf"(?<![\w’'-])(?=([^\W_]+(?: [^\W_]+){{{BEGINS + ANSWERS - 1}}})[ .,;:!?])")
+QUESTION = 'Which sentence of the text above begins with "{begin}"? Answer with the whole sentence, as it stands there.'
+_WORD = r"[^\s.!?\"“”()*_]+"
+_SENTENCE = re.compile(rf"(?:^|(?<=[.!?] )|(?<=\n))([A-Z]{_WORD}(?: {_WORD}){{{BEGINS + 1},13}}[.!?])(?=\s|$)")
+"""Six to fourteen words, without quotes, up to the first mark that may end a sentence."""
+_SHORT = ("Mr.", "Mrs.", "Dr.", "St.", "Capt.", "Col.", "Lady.")
+"""Words whose full stop ends no sentence."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,27 @@ def passages(paragraphs: Iterable[str], characters: int) -> Iterator[str]:
             held, length = [], 0
 
 
-def question_about(passage: str, rng: random.Random) -> Question | None:
-    """A question on words near the beginning of the passage; None: none there are fit for one."""
-    found = [match.group(1) for match in _WORDS.finditer(passage) if match.end(1) < len(passage) * FAR]
+def questions_about(passage: str, rng: random.Random, most: int = 1) -> list[Question]:
+    """No more than so many questions, each on a sentence near the beginning of the passage."""
+    found = [match.group(1) for match in _SENTENCE.finditer(passage) if match.end(1) < len(passage) * FAR]
     rng.shuffle(found)
-    for run in found:
-        words = run.split(" ")
-        begin, answer = " ".join(words[:BEGINS]), " ".join(words[BEGINS:])
+    made: list[Question] = []
+    for sentence in found:
+        begin = " ".join(sentence.split(" ")[:BEGINS])
         # A beginning that comes twice has two answers.
-        if passage.count(begin) == 1:
-            return Question(passage, QUESTION.format(answers=ANSWERS, begin=begin), answer)
-    return None
+        if len(made) < most and passage.count(begin) == 1 and not sentence.endswith(_SHORT):
+            made.append(Question(passage, QUESTION.format(begin=begin), sentence))
+    return made
 
 
-def questions(texts: Path, count: int, characters: int, seed: int) -> list[Question]:
-    """So many questions, each on a passage of its own, drawn from all of the text.
+def questions(texts: Path, count: int, characters: int, seed: int, each: int = 1) -> list[Question]:
+    """So many questions, drawn from all of the text.
 
     Args:
         texts: what `data.path` takes.
         characters: of a passage, at least; the paragraph that reaches them is taken whole.
+        seed: of what is drawn.
+        each: questions on one passage, at most.
 
     Raises:
         ConfigError: a passage would be too short.
@@ -87,12 +92,12 @@ def questions(texts: Path, count: int, characters: int, seed: int) -> list[Quest
     for document in RecordReader(texts):
         # A paragraph longer than half as much again would make one passage far longer than the others.
         whole = [part for part in re.split(r"\n\s*\n", document.text) if len(part) <= characters // 2]
-        asked = (question_about(passage, rng) for passage in passages(whole, characters))
-        made += [question for question in asked if question is not None]
+        for passage in passages(whole, characters):
+            made += questions_about(passage, rng, each)
     if len(made) < count:
         raise DataError(
             f"{texts}: gives {len(made)} questions on passages of {characters} characters and {count} are wanted; give "
-            "more text, or lower --count or --characters."
+            "more text, raise --each, or lower --count or --characters."
         )
     return rng.sample(made, count)
 

@@ -13,6 +13,7 @@ from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.results import by_length, by_task
 from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
+from tools.support.report_answers import FIGURES, figures
 from tools.support.report_html import missing, section, show, table
 from tools.support.report_record import FIRST, RunRecord, flatten, perplexity_cell
 
@@ -89,6 +90,19 @@ def _perplexities(records: Mapping[str, RunRecord]) -> list[list[str]]:
     return lines
 
 
+def _answers(records: Mapping[str, RunRecord]) -> list[list[str]]:
+    """Of each run's last evaluation on held-out conversations, a line a figure; none where no run has one."""
+    found: list[list[str] | None] = []
+    for record in records.values():
+        trained = [report for key, report in record.answers.items() if key not in FIRST]
+        found.append(figures(trained[-1]) if trained else None)
+    lines = [
+        [f"answers, {name}", *(GONE if cells is None else cells[row] for cells in found)]
+        for row, name in enumerate(FIGURES)
+    ]
+    return lines if any(found) else []
+
+
 def _retrieval(records: Mapping[str, RunRecord]) -> list[list[str]]:
     """Exact answers of each run's last retrieval, a line a task and length."""
     found: list[dict[tuple[str, int], float]] = []
@@ -117,7 +131,7 @@ def compared_section(records: Mapping[str, RunRecord], images: Mapping[str, str]
     configs = [flatten(record.config) for record in records.values()]
     apart = [name for name in SAME_TEXT if len({show(config.get(name)) for config in configs}) > 1]
     note = missing(f"Perplexities were not measured alike; what differs: {', '.join(apart)}.") if apart else ""
-    figures = [*_results(records), *_perplexities(records), *_retrieval(records)]
+    figures = [*_results(records), *_perplexities(records), *_answers(records), *_retrieval(records)]
     return section(
         f"{len(records)} runs side by side",
         settings,

@@ -13,6 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pipeline.evaluation.answers import AnswersReport
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 
 LOG_RATIO = 4.0
@@ -64,7 +65,7 @@ def style_of(key: str, step: int, others: Sequence[str]) -> Style:
     return Style(title, base.color, base.marker, base.line)
 
 
-def styles(evaluations: Mapping[str, EvalReport]) -> dict[str, Style]:
+def styles(evaluations: Mapping[str, EvalReport] | Mapping[str, AnswersReport]) -> dict[str, Style]:
     """Style of every evaluation."""
     others = [key for key in evaluations if key not in KNOWN]
     return {key: style_of(key, report.step, others) for key, report in evaluations.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import DataError
+from pipeline.evaluation.answers import AnswersReport
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.evaluation.results import RetrievalReport
@@ -30,6 +31,8 @@ class RunRecord:
     """Metrics, a step each; empty without metrics.jsonl."""
     evaluations: dict[str, EvalReport]
     """By file key, in the order they are told."""
+    answers: dict[str, AnswersReport]
+    """Of held-out conversations, by file key, in the order they are told."""
     retrieval: dict[str, RetrievalReport]
     """By file key, in the order they are told."""
     ruler: dict[str, RulerReport]
@@ -81,13 +84,14 @@ def read_run(folder: Path) -> RunRecord:
         folder=folder,
         rows=read_metrics(metrics) if metrics.is_file() else [],
         evaluations=_by_key(folder, "eval", EvalReport.read),
+        answers=_by_key(folder, "answers", AnswersReport.read),
         retrieval=_by_key(folder, "retrieval", RetrievalReport.read),
         ruler=_by_key(folder, "ruler", RulerReport.read),
         gaps=_by_key(folder, "gap", DenseGap.read),
         config=config,
         facts=facts,
     )
-    if not record.rows and not record.evaluations and not record.retrieval and not record.ruler:
+    if not any((record.rows, record.evaluations, record.answers, record.retrieval, record.ruler)):
         raise DataError(f"--run: {folder} holds neither {METRICS_FILE} nor eval-*.json; name a run that has begun.")
     return record
 

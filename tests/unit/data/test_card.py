@@ -46,7 +46,7 @@ def test_a_card_of_text(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
     assert card["sources"] == {"files": 1, "bytes": (tmp_path / "in/a.jsonl").stat().st_size}
     assert (card["lengths"]["0%"], card["lengths"]["50%"], card["lengths"]["100%"]) == (2, lengths[2], 501)
     page = (out / PAGE).read_text()
-    assert "6 documents, 558 tokens, out of 1 files" in page and "| it is empty | 2 |" in page
+    assert "6 documents, 558 tokens, out of 1 file of" in page and "| it is empty | 2 |" in page
     assert "A document begins without a token of its own and ends with token 2." in page
     told = capsys.readouterr().out
     assert f"median {lengths[2]}, 90% 501, longest 501, mean 93.0; see {out / PAGE}" in told
@@ -84,7 +84,7 @@ def test_a_card_of_conversations(tmp_path: Path, model: Path) -> None:
         "an answer is empty": {"count": 1, "first": f"{where}: line 3"},
         "a user message is empty": {"count": 1, "first": f"{where}: line 4"},
     }
-    assert len(card["warnings"]) == 1 and "spell a special token" in card["warnings"][0]
+    assert len(card["warnings"]) == 1 and "spells a special token" in card["warnings"][0]
 
 
 def test_quantiles_are_lengths_that_are_there_and_cells_stay_cells() -> None:

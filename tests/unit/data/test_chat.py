@@ -100,7 +100,7 @@ def test_special_tokens_are_tokens_and_their_spelling_in_text_is_told(
     file.write_text(json.dumps([spelled]))
     _, account = prepare_chat(file, tmp_path / "out", made, None)
     assert account.sentences() == [
-        "1 conversations spell a special token in their text, which becomes that token (first: '<|im_end|>' at "
+        "1 conversation spells a special token in its text, which becomes that token (first: '<|im_end|>' at "
         f"{file}: record 1)."
     ]
 
@@ -358,7 +358,7 @@ def test_the_command_shows_writes_and_reuses(
     call += ["--chat", "--chat-template", str(tmp_path / "t.jinja"), "--show", "3"]
     assert prepare_data.main(call) == 0
     out = capsys.readouterr().out
-    assert "record 1: " in out and "<|im_start|>user" in out and "1 conversations" in out and "written" in out
+    assert "record 1: " in out and "<|im_start|>user" in out and "1 conversation, " in out and "written" in out
     before = (tmp_path / "out" / MANIFEST).stat().st_mtime_ns
     assert prepare_data.main(call) == 0
     assert "up to date, reused" in capsys.readouterr().out
@@ -375,7 +375,7 @@ def test_the_command_shows_writes_and_reuses(
     for word in ("written", "up to date, reused"):
         assert prepare_data.main(inside) == 0
         out = capsys.readouterr().out
-        assert "1 conversations, " in out and word in out
+        assert "1 conversation, " in out and word in out
     # Text that turns out to be conversations is refused with the way to go.
     assert prepare_data.main(call[:6]) == 2
     assert "tools.prepare_data --chat" in capsys.readouterr().err

@@ -20,7 +20,8 @@ import pytest
 import zstandard
 
 from parallel.errors import DataError
-from pipeline.data.discovery import LINES, LIST, TEXT, find_texts, matched, matches_of
+from pipeline.data.discovery import find_texts, matched, matches_of
+from pipeline.data.kinds import LINES, LIST, TEXT
 from pipeline.data.records import RecordReader
 from tests.support.data_helpers import write_shards
 from tools.prepare_data import main as prepare_main

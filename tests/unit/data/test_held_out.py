@@ -69,7 +69,7 @@ def test_two_sides_of_a_split_share_nothing_but_files(tmp_path: Path) -> None:
         prepare(source, tmp_path / part.name, BYTES, part=part)
         sides[part.name] = open_shards(tmp_path / part.name, BYTES)
     assert shared_text(sides["but for 0.2"], sides["held out 0.2"]) == ""
-    assert "1 of its 1 files are among the training text" in shared_text(sides["but for 0.2"], sides["held out 0.5"])
+    assert "1 of its 1 file is among the training text" in shared_text(sides["but for 0.2"], sides["held out 0.5"])
 
 
 def test_a_side_does_not_depend_on_the_form(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_windows_of_several_stores(tmp_path: Path) -> None:
     assert not isinstance(plain, MixedWindows) and shares_of([SourceConfig("a")], plain) == []
 
     rows = [{**vars(share), "times_read": 2.0} for share in shares_of(sources, data)]
-    assert mixture_lines(rows)[0] == "75.0% from a: 1 documents, 41 tokens, 10 windows, each read 2 times"
+    assert mixture_lines(rows)[0] == "75.0% from a: 1 document, 41 tokens, 10 windows, each read 2 times"
     assert "| b | 2 documents | 33 | 8 | 25.00% | 2 times |" in mixture_page(rows)
 
 

@@ -175,10 +175,10 @@ def test_damaged_archives(tmp_path: Path, packing: str, kind: str) -> None:
 
 
 def test_wrong_places(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
     cases = {
         "nowhere": "nowhere: no such file or folder; point it at text",
-        "a.pdf": r"a.pdf: is not one of \.txt, \.txt\.xz, .*; rename or convert it",
+        "a.pdf": r"a.pdf: is not one of \.txt, \.md, .*; convert it",
         ".": r"holds no file ending in \.txt, .* \(there are a.pdf\); add text or point somewhere else",
     }
     for name, words in cases.items():

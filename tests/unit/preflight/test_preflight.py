@@ -174,7 +174,7 @@ def test_text_is_there_and_not_empty(tmp_path: Path) -> None:
     assert "does not exist; point it at text" in check(tmp_path / "none")
     assert "holds no file ending in" in check(tmp_path)
     (tmp_path / "a.txt").write_text("")
-    assert f"data.path: the 1 text files at {tmp_path} are empty" in check(tmp_path)
+    assert f"data.path: the 1 text file is empty at {tmp_path}; give" in check(tmp_path)
     (tmp_path / "a.txt").write_text("words")
     assert not check(tmp_path, "body")
     # Of every JSONL file the first record is read and no other.

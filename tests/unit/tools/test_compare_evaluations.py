@@ -113,10 +113,8 @@ def test_folders_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.Captu
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["--compare", str(tmp_path / "empty")]) == 2
-    assert (
-        "empty: holds no eval-*.json, no retrieval-*.json and no ruler-*.json; evaluate the run first."
-        in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "empty: holds no eval-*.json, no answers-*.json, no retrieval-*.json and no ruler-*.json; evaluate" in told
     report_path(tmp_path, "after").write_text('{"label": "after"}')
     with pytest.raises(DataError, match="retrieval-after.json: is not a retrieval report.*evaluate again"):
         read_evaluated([tmp_path])

@@ -1,4 +1,4 @@
-"""Questions have one answer, words that follow far above in the passage; answers are judged by comparing strings."""
+"""Questions have one answer, a sentence far above in the passage; answers are judged by comparing strings."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from tools.answer_questions import main as answer
 from tools.make_questions import main as make
 from tools.support.questions import FAR, scored
 
-ASKED = re.compile(r'In the text above, which 4 words follow "(.+)"\? Answer with these 4 words, as they stand there\.')
+ASKED = re.compile(
+    r'Which sentence of the text above begins with "(.+)"\? Answer with the whole sentence, as it stands there\.'
+)
 
 
 @pytest.fixture(scope="module")
 def book() -> str:
-    """Prose with marks, apostrophes, wrapped lines, a refrain that comes again and again, and one endless paragraph."""
+    """Sentences with marks, quotes, titles and wrapped lines, a refrain that comes again and again, and one endless
+    paragraph."""
     rng = random.Random(1)
-    words = "whale sea ship’s captain, stood; and the don't harbour. When night fell over every lonely water".split()
+    words = "whale sea ship’s captain, stood; and the don't harbour when night fell over every lonely water".split()
     paragraphs = []
     for number in range(400):
-        line = " ".join(
-            rng.choice(words) + (f" w{rng.randrange(10**6)}" if rng.random() < 0.3 else "") for _ in range(40)
-        )
-        refrain = " and so they sailed away over every lonely water at night"
-        paragraphs.append((line + refrain * (number % 3 == 0)).replace(" sea ", " sea\n"))
-    paragraphs[7] = "endless " * 2000
+        sentences = []
+        for _ in range(4):
+            said = [f"W{rng.randrange(10**6)}", *rng.choices(words, k=rng.randrange(2, 14))]
+            sentences.append(" ".join(said) + rng.choice([".", "!", "?", ' "no".', " of Mr. Starbuck."]))
+        sentences.insert(2, "And so they sailed away over the water. " * (number % 3 == 0))
+        paragraphs.append(" ".join(filter(None, sentences)).replace(" sea ", " sea\n"))
+    paragraphs[7] = "Endless " * 2000
     return "\n\n".join(paragraphs)
 
 
-def test_the_answer_is_what_stands_there_once_and_far_above(book: str, tmp_path: Path) -> None:
+def test_the_answer_is_the_sentence_that_stands_there_once_and_far_above(book: str, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(book)
     outs = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     for out, seed in zip(outs, "112", strict=True):
@@ -49,23 +53,40 @@ def test_the_answer_is_what_stands_there_once_and_far_above(book: str, tmp_path:
     for record in records:
         user, assistant = record["messages"]
         passage, _, question = user["content"].rpartition("\n\n")
-        begin = ASKED.fullmatch(question)
+        begin, answer = ASKED.fullmatch(question), assistant["content"]
         assert begin is not None and (user["role"], assistant["role"]) == ("user", "assistant")
-        whole = f"{begin[1]} {assistant['content']}"
-        assert len(whole.split(" ")) == 10 and passage.count(begin[1]) == 1
-        assert passage.index(whole) + len(whole) < FAR * len(passage)
-        after = passage[passage.index(whole) + len(whole)]
-        assert after in " .,;:!?" and passage.replace("\n\n", " ") in plain.replace("endless " * 2000, "")
-        assert 1000 <= len(passage) + 2 < 1600
+        assert answer.split(" ")[:4] == begin[1].split(" ") and passage.count(begin[1]) == 1
+        assert 6 <= len(answer.split(" ")) <= 14 and not answer.endswith("Mr.")
+        assert answer[-1] in ".!?" and not set(answer[:-1]) & set('.!?"') and passage.count(answer) == 1
+        at = passage.index(answer)
+        assert at == 0 or passage[at - 2 : at].strip(" ") in (*".!?", "\n\n"), "a sentence begins there"
+        assert at + len(answer) < FAR * len(passage)
+        assert passage.replace("\n\n", " ") in plain.replace("Endless " * 2000, "")
+        assert 1000 <= len(passage) + 2 < 1700
         seen.add(passage)
     assert len(seen) == 30
+
+
+def test_several_questions_on_one_passage_are_on_other_sentences(book: str, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(book)
+    out, common = tmp_path / "q.jsonl", ["--input", str(tmp_path), "--characters", "2000"]
+    assert make([*common, "--output", str(out), "--count", "60", "--each", "3"]) == 0
+    asked = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    answers: dict[str, list[str]] = {}
+    for user, assistant in asked:
+        answers.setdefault(user["content"].rpartition("\n\n")[0], []).append(assistant["content"])
+    assert max(map(len, answers.values())) == 3
+    assert all(len(set(found)) == len(found) for found in answers.values())
 
 
 def test_too_little_text_is_one_sentence(book: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "book.txt").write_text(book)
     arguments = ["--input", str(tmp_path), "--output", str(tmp_path / "q.jsonl")]
     assert make([*arguments, "--count", "5000"]) == 2
-    assert "and 5000 are wanted; give more text, or lower --count or --characters." in capsys.readouterr().err
+    assert (
+        "and 5000 are wanted; give more text, raise --each, or lower --count or --characters."
+        in capsys.readouterr().err
+    )
     assert make([*arguments, "--characters", "100"]) == 2
     assert "--characters: 100 leaves no distance to the question" in capsys.readouterr().err
     assert not (tmp_path / "q.jsonl").exists()
@@ -84,9 +105,9 @@ def test_answers_are_what_the_model_says_greedily(tmp_path: Path, capsys: pytest
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
-    (tmp_path / "q.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "q.jsonl").write_text((json.dumps(record) + "\n") * 2)
     arguments = ["--model", folder, "--questions", tmp_path / "q.jsonl", "--chat-template", tmp_path / "t.jinja"]
-    arguments += ["--tokens", 5, "--output", tmp_path / "out.json"]
+    arguments += ["--tokens", 5, "--first", 1, "--output", tmp_path / "out.json"]
     assert answer([str(argument) for argument in arguments]) == 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -110,6 +110,6 @@ def test_evaluation_text_that_was_trained_on(tmp_path: Path) -> None:
 
     assert told(other) == ""
     assert told(train).startswith("eval.path: holds the very tokens of data.path")
-    assert "1 of its 2 files are among the training text by their content (another name.txt)" in told(copy)
+    assert "1 of its 2 files is among the training text by content (another name.txt)" in told(copy)
     assert "of 16 passages of 64 tokens" in told(inside)
     assert told(quoting) == "", "a quotation is no leak"
