@@ -23,6 +23,7 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
+from pipeline.reporting.words import counted
 from tools.support.sources import add_model_arguments, load_source, warn_of
 
 if TYPE_CHECKING:  # it imports torch
@@ -121,8 +122,8 @@ def prompt_ids(loaded: Loaded, text: str, new: int) -> list[int]:
         raise DataError("The prompt is empty; give some text.")
     if len(ids) + new > loaded.context:
         raise DataError(
-            f"The prompt has {len(ids)} tokens, and with {new} new ones the model's context of {loaded.context} is "
-            "exceeded; shorten it, or lower --max-new."
+            f"The prompt has {counted(len(ids), 'token')}, and with {new} new ones the model's context of "
+            f"{loaded.context} is exceeded; shorten it, or lower --max-new."
         )
     return ids
 
@@ -215,7 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(loaded.tokenizer.decode(done.tokens))
     others = len(done.tokens) - 1
     rate = f", then {others / done.decode_s:.1f} tokens/s" if others > 0 and done.decode_s > 0 else ""
-    print(f"{len(prompt)} tokens read in {done.prefill_s:.2f} s, {len(done.tokens)} written{rate}.", file=sys.stderr)
+    print(
+        f"{counted(len(prompt), 'token')} read in {done.prefill_s:.2f} s, {len(done.tokens)} written{rate}.",
+        file=sys.stderr,
+    )
     return 0
 
 

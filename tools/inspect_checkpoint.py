@@ -29,6 +29,7 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
+from pipeline.reporting.words import counted
 
 
 def find(path: Path) -> Path:
@@ -70,7 +71,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "data": f"fingerprint {str(raw.get('data_fingerprint'))[:16]}, cursor {raw.get('cursor')}",
         "guard": str(raw.get("guard")),
         "versions": ", ".join(f"{name} {version}" for name, version in raw.get("versions", {}).items()) or "not told",
-        "trained": f"{elements:,} parameters in {len(manifest.tensors)} tensors: "
+        "trained": f"{elements:,} parameters in {counted(len(manifest.tensors), 'tensor')}: "
         + ", ".join(f"{kind} {count:,}" for kind, count in sorted(kinds.items())),
         "files": f"{len(manifest.files)}, {sum(file.bytes for file in manifest.files.values()):,} bytes",
     }
@@ -98,7 +99,9 @@ def verify(reader: CheckpointReader, console: Console) -> None:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checksums", total=total)
         reader.verify(lambda count: progress.advance(task, count))
-    console.print(f"whole: {len(reader.manifest.files)} files, {total:,} bytes match their checksums", highlight=False)
+    console.print(
+        f"whole: {counted(len(reader.manifest.files), 'file')}, {total:,} bytes match their checksums", highlight=False
+    )
 
 
 def difference(one: CheckpointReader, other: CheckpointReader) -> list[str]:

@@ -27,6 +27,7 @@ from pipeline.reporting.command import command
 from pipeline.reporting.metrics import METRICS_FILE
 from pipeline.reporting.parser import Parser
 from pipeline.reporting.progress import duration
+from pipeline.reporting.words import counted
 from tools.support import report_plots as plots
 from tools.support.report_answers import answers_section
 from tools.support.report_compare import compared_section, draw_compared, named
@@ -55,7 +56,7 @@ def perplexity_section(record: RunRecord, images: Mapping[str, str]) -> str:
         lines.append([plots.tokens_label(length), *found])
     some = next(iter(record.evaluations.values()))
     scored = ", ".join(
-        f"{plots.tokens_label(r.length)}: {r.windows} windows, {r.tokens:,} tokens" for r in some.lengths
+        f"{plots.tokens_label(r.length)}: {counted(r.windows, 'window')}, {r.tokens:,} tokens" for r in some.lengths
     )
     how = "whole windows" if some.stride is None else f"a sliding window, stride {some.stride:,} tokens"
     return section(

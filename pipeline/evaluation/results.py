@@ -16,6 +16,7 @@ from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_re
 from pipeline.evaluation.perplexity import EvalReport, exponential
 from pipeline.evaluation.tasks import Cell, RetrievalSettings
 from pipeline.reporting.metrics import json_number
+from pipeline.reporting.words import counted
 
 
 class Scored(Protocol):
@@ -158,8 +159,8 @@ def lost_and_won(cells: Sequence[Scored], base: Sequence[Scored], base_context: 
                 said.append(f"{task} at {length} tokens: the base scores 0 here: nothing to lose or win.")
             elif mine < before:
                 said.append(
-                    f"{task} at {length} tokens: {mine:.0%} where the base has {before:.0%} ({count} prompts): "
-                    "retrieval that the base had is lost."
+                    f"{task} at {length} tokens: {mine:.0%} where the base has {before:.0%} "
+                    f"({counted(count, 'prompt')}): retrieval that the base had is lost."
                 )
     return said
 

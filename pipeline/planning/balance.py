@@ -11,6 +11,7 @@ from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import SHIFT_RULES, AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import least_saved, query_key_pairs
+from pipeline.reporting.words import counted
 
 EVEN = 1.1
 """Work of the busiest rank over the mean up to which nothing is said."""
@@ -119,6 +120,6 @@ def _advise_full(config: RunConfig, arch: LlamaArch, plan: GridPlan) -> Iterator
 def few_windows(windows: int, batch: int) -> str:
     """The training text is so short that one step repeats it: a sentence."""
     return (
-        f"data.path: holds {windows} windows and train.global_batch is {batch}, so one optimizer step reads the same "
-        "text more than once; give more text, or lower train.global_batch or data.sequence."
+        f"data.path: holds {counted(windows, 'window')} and train.global_batch is {batch}, so one optimizer step reads "
+        "the same text more than once; give more text, or lower train.global_batch or data.sequence."
     )

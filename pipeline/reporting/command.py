@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import pwd
 import select
@@ -119,6 +120,8 @@ def starting() -> None:
 def begin() -> None:
     """What every command needs before it imports anything heavy."""
     sys.excepthook = _quiet
+    # "No CUDA runtime is found, using CUDA_HOME", said by torch on a CPU before a sentence of ours.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

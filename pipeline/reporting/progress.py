@@ -22,6 +22,7 @@ from rich.progress import Progress as RichProgress
 
 from pipeline.reporting.lasting import lasting_console
 from pipeline.reporting.phases import waits
+from pipeline.reporting.words import counted
 
 
 def duration(seconds: float) -> str:
@@ -206,20 +207,35 @@ class EvalProgress(_Display):
     ) -> None:
         super().__exit__(kind, error, trace)
         if self.enabled and error is None:
-            _say(self._console, f"{self.label}: {self.done} windows in {duration(self._clock() - self._began)}")
+            _say(
+                self._console,
+                f"{self.label}: {counted(self.done, 'window')} in {duration(self._clock() - self._began)}",
+            )
 
 
 class ByteProgress(_Display):
-    """Shows a conversion by bytes: a bar with rate and time left on a terminal, a line a file elsewhere.
+    """Shows a conversion by bytes: a bar with rate and time left on a terminal, at most a line a minute elsewhere.
 
     Args:
         total: bytes to be written.
         label: what is done, e.g. "import".
-        enabled, console: as for `TrainProgress`.
+        enabled, console, clock: as for `TrainProgress`.
     """
 
-    def __init__(self, total: int, label: str, *, enabled: bool = True, console: Console | None = None) -> None:
+    EVERY_S = 60.0
+    """Seconds between lines: a short conversion has none in a log, where its result says all."""
+
+    def __init__(
+        self,
+        total: int,
+        label: str,
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.total, self.label, self.enabled, self.done = total, label, enabled, 0
+        self._clock, self._shown_at = clock, clock()
         self._console = console or lasting_console()
         self._live: RichProgress | None = None
         if enabled and self._console.is_terminal:
@@ -240,10 +256,16 @@ class ByteProgress(_Display):
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=self.done)
         if note is not None:
-            self.say(note)
+            self._line(note)
 
     def say(self, text: str) -> None:
-        """Print a line, with how far it is where there is no bar."""
+        """Print a line where there is no bar, unless there was one just now."""
+        if self._clock() - self._shown_at >= self.EVERY_S:
+            self._shown_at = self._clock()
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        """With how far it is."""
         if self.enabled and self._live is None:
             _say(self._console, f"{self.label}: {text} ({self.done / 2**30:.2f} of {self.total / 2**30:.2f} GiB)")
 

@@ -122,7 +122,7 @@ def test_what_is_lost_is_told(place: Path, tmp_path: Path) -> None:
     write("shipped", 3.0, 1.0)
     write("after", 3.1, 0.0)
     lost, worse = verdict(tmp_path, 400)
-    assert lost.endswith("0% where the base has 100% (1 prompts): retrieval that the base had is lost.")
+    assert lost.endswith("0% where the base has 100% (1 prompt): retrieval that the base had is lost.")
     assert worse == "reads 400 tokens 10.5% worse than the base does."
     (nothing,) = verdict(tmp_path, 100)
     assert nothing == "nothing that the base can do at its own lengths was lost, of what was measured."

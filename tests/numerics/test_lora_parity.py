@@ -31,7 +31,11 @@ def randomize_b(stage: LlamaChunk) -> None:
 
 def peft_twin(folder: Path, stage: LlamaChunk, lora: LoraConfig) -> torch.nn.Module:
     """transformers + PEFT with the stage's adapters, embedding and norms trainable."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return with_adapters(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), stage, lora)
+
+
+def with_adapters(base: torch.nn.Module, stage: LlamaChunk, lora: LoraConfig) -> torch.nn.Module:
+    """PEFT's model of `base` with the stage's adapters; they, embedding and norms train."""
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -45,7 +49,8 @@ def peft_twin(folder: Path, stage: LlamaChunk, lora: LoraConfig) -> torch.nn.Mod
             if kind == "lora":
                 theirs[peft_name(name)].copy_(parameter)
     for name, parameter in theirs.items():
-        parameter.requires_grad_("lora" in name or "embed" in name or "norm" in name)
+        if parameter.is_floating_point():  # not so codes of 4 bits
+            parameter.requires_grad_("lora" in name or "embed" in name or "norm" in name)
     return twin
 
 

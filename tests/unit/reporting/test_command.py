@@ -182,6 +182,19 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == "interrupted.\n" and done.returncode == -2, "by the signal: a shell's 130"
 
 
+def test_nothing_is_said_before_the_sentence() -> None:
+    """torch's word on CUDA_HOME, which it says on a CPU where there is a toolkit."""
+    cpu = os.environ | {"CUDA_HOME": "/usr/local", "CUDA_VISIBLE_DEVICES": ""}
+
+    def said(*words: str) -> str:
+        whole = [sys.executable, "-W", "ignore", *words]
+        return subprocess.run(whole, cwd=ROOT, env=cpu, capture_output=True, text=True, timeout=120).stderr
+
+    told = said("-m", "tools.dry_run", "--config", "nowhere.yaml")
+    assert told.startswith("error: nowhere.yaml: ") and told.count("\n") == 1
+    assert "CUDA_HOME" in said("-c", "import torch.utils.cpp_extension"), "which is said otherwise"
+
+
 def test_a_user_without_an_entry_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of `docker run --user 12345`: torch asks getpass for a name to call its caches by."""
 

@@ -172,7 +172,7 @@ def test_effective_length_is_judged_by_what_the_base_can_do(folder: Path) -> Non
     assert "trained: effective length 400 tokens: 70.0% or more over 2 tasks (the base's own score at 200" in reads
     told = sentences(read_evaluated([folder]))
     assert "run, trained: fwe at 200 tokens: the base scores 0 here: nothing to lose or win." in told
-    assert any("cwe at 200 tokens: 70% where the base has 80% (1 prompts)" in sentence for sentence in told)
+    assert any("cwe at 200 tokens: 70% where the base has 80% (1 prompt)" in sentence for sentence in told)
     assert main(["--compare", str(folder)]) == 0
     assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
     ruler_path(folder, "after").write_text("{}")
