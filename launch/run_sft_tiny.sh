@@ -34,7 +34,7 @@ config=launch/configs/sft_$device.yaml
 # Characters of a passage, questions to train on (some on one passage) and to judge by, and how many of these transformers
 # answers too, one token after the other.
 if [[ $device == gpu ]]; then characters=${characters:-14000} train=${train:-480} held_out=${held_out:-64} each=6 answered=16
-else characters=${characters:-600} train=${train:-80} held_out=${held_out:-8} each=1 answered=8; fi
+else characters=${characters:-600} train=${train:-32} held_out=${held_out:-8} each=1 answered=4; fi
 [[ -z $given ]] || model=$given
 settings+=(--set "model.path=$model" --set "data.path=$output/data" --set "eval.path=$output/held_out" --set "output=$output/run")
 template=launch/demo/chatml.jinja

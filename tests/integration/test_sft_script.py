@@ -65,10 +65,11 @@ def serve(queue: Path, over: threading.Event) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_its_six_steps(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
-    make_tiny(base, "smollm2", max_position_embeddings=1024, num_hidden_layers=1)
+    make_tiny(base, "llama2", max_position_embeddings=1024, num_hidden_layers=1)  # untied: a loss near that of a guess
     write_tokenizer(base)  # a token a character
     prose(tmp_path / "text/train", 100)
     prose(tmp_path / "text/val", 500)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import json
-import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
 from transformers import AutoTokenizer
 
 from parallel.errors import ConfigError, DataError
 from pipeline.data import prepare_chat as prepare_chat_module
 from pipeline.data.chat import ChatTemplate, Sample
-from pipeline.data.conversations import RecordError, conversation_of, read_records
+from pipeline.data.conversations import RecordError, conversation_of
 from pipeline.data.mixed import packing_line
 from pipeline.data.packing import IGNORE
 from pipeline.data.prepare_chat import prepare_chat
@@ -188,24 +185,6 @@ def test_arguments_of_calls_may_be_text_or_an_object(
         assert with_list("[1]").endswith('assistant:"[1]"'), "no object, so it stays text"
 
 
-def test_content_in_parts_of_text_is_one_text() -> None:
-    def parts(*texts: str) -> list[dict[str, str]]:
-        return [{"type": "text", "text": text} for text in texts]
-
-    said = conversation_of(
-        {
-            "messages": [
-                {"role": "user", "content": parts("Where", "?")},
-                {"role": "assistant", "content": parts("There.")},
-            ]
-        }
-    )
-    assert [message["content"] for message in said.messages] == ["Where?", "There."]
-    picture = [*parts("What is it?"), {"type": "image_url", "image_url": {"url": "a.png"}}]
-    with pytest.raises(RecordError, match=r"a message has a part that is no text \(image_url\)"):
-        conversation_of({"messages": [{"role": "user", "content": picture}, {"role": "assistant", "content": "b"}]})
-
-
 def test_a_template_that_is_not_prefix_stable_is_refused(template: Callable[[str], ChatTemplate]) -> None:
     # As Qwen3's drops earlier reasoning: what is rendered of a turn depends on whether it is the last.
     made = template("{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}")
@@ -264,30 +243,6 @@ def test_refused_records_are_counted_with_their_place(template: Callable[[str], 
     with pytest.raises(DataError, match="nothing in it can be trained on"):
         prepare_chat(file, tmp_path / "none", template(PUBLISHED["Qwen2"]), None)
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (
-            b'{"instruction": "a", "output": "b"}\n{"messages": []}\n',
-            "line 2 is of the schema messages, line 1 of Alpaca",
-        ),
-        (b'{"instruction": "a", "output": "b"}\n{"instruc\n', "line 2 is not JSON"),
-        (b'[{"instruction": "a", "output": "b"}, 3]', "record 2 is not a JSON object"),
-        (b'[{"instruction": "a", ', "is not JSON"),
-        (b'{"question": "a"}\n', "line 1 is no conversation"),
-        (b"\xff\xfe\n", "line 1 is not JSON in UTF-8"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
-        (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 99, mtime=0)[:-9], "truncated or corrupt"),
-    ],
-)
-def test_files_that_are_refused(data: bytes, words: str, tmp_path: Path) -> None:
-    file = tmp_path / "bad.json"
-    file.write_bytes(data)
-    with pytest.raises(DataError, match=words) as caught:
-        list(read_records(file))
-    assert str(file) in str(caught.value)
 
 
 def test_truncation_keeps_question_and_answer(template: Callable[[str], ChatTemplate]) -> None:
@@ -379,13 +334,6 @@ def test_the_command_shows_writes_and_reuses(
     # Text that turns out to be conversations is refused with the way to go.
     assert prepare_data.main(call[:6]) == 2
     assert "tools.prepare_data --chat" in capsys.readouterr().err
-
-
-def test_packed_lists_are_read(tmp_path: Path) -> None:
-    for number, pack in enumerate((gzip.compress, lzma.compress, zstandard.compress, bytes)):
-        file = tmp_path / f"{number}.json"
-        file.write_bytes(pack(json.dumps([LONG, SYSTEM], indent=1).encode()))
-        assert [record.value for record in read_records(file)] == [LONG, SYSTEM]
 
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(

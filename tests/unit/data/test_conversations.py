@@ -1,0 +1,73 @@
+"""Records of conversations: what is read of them, and which records and files are refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from parallel.errors import DataError
+from pipeline.data.conversations import RecordError, conversation_of, read_records
+
+LONG = {
+    "messages": [
+        {"role": "user", "content": "  Where does the whale swim? "},
+        {"role": "assistant", "content": "In the sea — naïve 😀"},
+        {"role": "user", "content": "And then?\n"},
+        {"role": "assistant", "content": " Far from any land. "},
+    ]
+}
+SYSTEM = {"messages": [{"role": "system", "content": "Answer in a word."}, *LONG["messages"]]}
+
+
+def test_content_in_parts_of_text_is_one_text() -> None:
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    said = conversation_of(
+        {
+            "messages": [
+                {"role": "user", "content": parts("Where", "?")},
+                {"role": "assistant", "content": parts("There.")},
+            ]
+        }
+    )
+    assert [message["content"] for message in said.messages] == ["Where?", "There."]
+    picture = [*parts("What is it?"), {"type": "image_url", "image_url": {"url": "a.png"}}]
+    with pytest.raises(RecordError, match=r"a message has a part that is no text \(image_url\)"):
+        conversation_of({"messages": [{"role": "user", "content": picture}, {"role": "assistant", "content": "b"}]})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            b'{"instruction": "a", "output": "b"}\n{"messages": []}\n',
+            "line 2 is of the schema messages, line 1 of Alpaca",
+        ),
+        (b'{"instruction": "a", "output": "b"}\n{"instruc\n', "line 2 is not JSON"),
+        (b'[{"instruction": "a", "output": "b"}, 3]', "record 2 is not a JSON object"),
+        (b'[{"instruction": "a", ', "is not JSON"),
+        (b'{"question": "a"}\n', "line 1 is no conversation"),
+        (b"\xff\xfe\n", "line 1 is not JSON in UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
+        (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 99, mtime=0)[:-9], "truncated or corrupt"),
+    ],
+)
+def test_files_that_are_refused(data: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=words) as caught:
+        list(read_records(file))
+    assert str(file) in str(caught.value)
+
+
+def test_packed_lists_are_read(tmp_path: Path) -> None:
+    for number, pack in enumerate((gzip.compress, lzma.compress, zstandard.compress, bytes)):
+        file = tmp_path / f"{number}.json"
+        file.write_bytes(pack(json.dumps([LONG, SYSTEM], indent=1).encode()))
+        assert [record.value for record in read_records(file)] == [LONG, SYSTEM]
