@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from parallel.errors import DataError
 from pipeline.storage.durable import sync
 
-MEND = "prepare the text again with tools.prepare_data"
+MEND = "prepare the text again with longspan prepare"
 """What to do about a damaged folder."""
 
 

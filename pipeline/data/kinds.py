@@ -174,7 +174,7 @@ def _json_or_text(file: Path, kind: str, packing: str, head: bytes, text_field: 
     has_text = bool(records) and isinstance(records[0].get(text_field), str)
     if (kind == TEXT or len(records) == 1) and records and not has_text and schema_of(records[0]) is not None:
         held = "a conversation" if len(records) == 1 and kind == LINES else "conversations"
-        raise Unread(f"holds {held}; prepare {'it' if held[0] == 'a' else 'them'} with tools.prepare_data --chat")
+        raise Unread(f"holds {held}; prepare {'it' if held[0] == 'a' else 'them'} with longspan prepare --chat")
     if kind == TEXT:
         # A text may begin with a brace, or with one line of JSON. JSON of an unknown name is read, or refused, as such.
         if has_text or (len(records) > 1 and ending not in _KINDS):
@@ -189,14 +189,14 @@ def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None
     """Raise for what is not UTF-8 text by its first bytes, or data by its ending."""
     found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
     if head.startswith(INDEX_MAGIC):
-        raise Unread("is a Megatron index, which is not read among text; prepare it alone, with tools.prepare_data")
+        raise Unread("is a Megatron index, which is not read among text; prepare it alone, with longspan prepare")
     if head[257:262] == b"ustar":
         found = "a tar archive"
     if found is None and kind is None:
         found = _DATA_ENDINGS.get(ending)
     if found is not None:
         how = "unpack it" if "archive" in found or "packed" in found else f"convert it to {LINES} or {TEXT}"
-        how += " (token ids: tools.prepare_data --tokens)" if ending == ".bin" else ""
+        how += " (token ids: longspan prepare --tokens)" if ending == ".bin" else ""
         raise Unread(f"is {found}, which is not read; {how}")
     if kind is None and ending in TABLE_ENDINGS:
         raise Unread(f"is not the {TABLE_ENDINGS[ending]} that its name says (it does not begin so); copy it again")

@@ -231,7 +231,7 @@ def _no_field(where: str, text_field: str, record: dict[str, Any]) -> DataError:
     keys = ", ".join(sorted(record)) or "nothing"
     how = "set the text field to one of its own"
     if schema_of(record) is not None:
-        how = "prepare conversations with tools.prepare_data --chat"
+        how = "prepare conversations with longspan prepare --chat"
     return DataError(f"{where} has no field {text_field!r} (it has {keys}); {how}.")
 
 

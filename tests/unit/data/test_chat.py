@@ -333,7 +333,7 @@ def test_the_command_shows_writes_and_reuses(
         assert "1 conversation, " in out and word in out
     # Text that turns out to be conversations is refused with the way to go.
     assert prepare_data.main(call[:6]) == 2
-    assert "tools.prepare_data --chat" in capsys.readouterr().err
+    assert "longspan prepare --chat" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(

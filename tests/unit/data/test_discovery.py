@@ -82,7 +82,7 @@ def test_data_of_unread_kinds_is_refused_wherever_it_is_named(
         file.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
         said = refused(tmp_path)
         assert said.startswith(f"{file}: ") and "which is not read" in said and "or move it away" in said, said
-        mends = ("unpack it", "convert it to .jsonl or .txt", "prepare it alone, with tools.prepare_data")
+        mends = ("unpack it", "convert it to .jsonl or .txt", "prepare it alone, with longspan prepare")
         assert any(mend in said for mend in mends)
         assert refused(file).startswith(f"{file}: ")
         arguments = ["--input", tmp_path, "--output", tmp_path.with_name("out"), "--tokenizer", tmp_path]

@@ -73,7 +73,7 @@ def test_named_conversations_are_known_by_their_content(tmp_path: Path) -> None:
         # As text they are refused, whatever their name.
         for other in (name, "y.txt"):
             (tmp_path / other).write_text(text)
-            with pytest.raises(DataError, match=r"holds conversations; prepare them with tools\.prepare_data --chat"):
+            with pytest.raises(DataError, match=r"holds conversations; prepare them with longspan prepare --chat"):
                 find_texts(tmp_path / other)
 
 

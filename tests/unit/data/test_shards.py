@@ -123,7 +123,7 @@ def test_a_file_of_the_wrong_size(folder: Path, name: str, change: Callable[[byt
         file.unlink()
     else:
         file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(DataError, match=rf"{name}: {words}.*; prepare the text again with tools.prepare_data\.$"):
+    with pytest.raises(DataError, match=rf"{name}: {words}.*; prepare the text again with longspan prepare\.$"):
         open_shards(folder)
 
 

@@ -110,7 +110,7 @@ def test_columns_that_are_missing_or_no_strings(tmp_path: Path, how: str) -> Non
     if WRITERS[how][0] != CSV:  # where everything is a string
         assert "row 1 holds int in field 'id', not a string" in refused(tmp_path / "a.csv", "id")
     write(tmp_path / "a.csv", pa.table({"messages": ["[]"], "id": [1]}))
-    assert "prepare conversations with tools.prepare_data --chat" in refused(tmp_path / "a.csv")
+    assert "prepare conversations with longspan prepare --chat" in refused(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("how", BINARY)
