@@ -153,7 +153,7 @@ def _round_swiglu_gradient(  # type: ignore[no-untyped-def]
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)
         largest = tl.maximum(largest, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
     scale, inverse = _scale(largest)
-    # Made again from what the cache holds: both halves of a row do not fit in registers (slower by a third to a half).
+    # Made again from what the cache holds: both halves of a row do not fit in registers (docs/LOG.md).
     for part in range(PARTS):
         at = part * COLUMNS + column
         grad_gate, grad_up = _gradient(gate_up_ptr, grad_ptr, factor_ptr, row, at, width, dtype)

@@ -23,17 +23,8 @@ from pipeline.data.shards import MANIFEST, SCORED, open_shards
 from pipeline.data.tokenizer import load_tokenizer
 from tests.support.chat_templates import MARKED, PUBLISHED
 from tests.support.chat_tokenizers import SPECIAL, byte_level, pieces, save
+from tests.support.conversations import LONG, SYSTEM
 from tools import prepare_data
-
-LONG = {
-    "messages": [
-        {"role": "user", "content": "  Where does the whale swim? "},
-        {"role": "assistant", "content": "In the sea — naïve 😀"},
-        {"role": "user", "content": "And then?\n"},
-        {"role": "assistant", "content": " Far from any land. "},
-    ]
-}
-SYSTEM = {"messages": [{"role": "system", "content": "Answer in a word."}, *LONG["messages"]]}
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,7 @@ import zstandard
 
 from parallel.errors import DataError
 from pipeline.data.conversations import RecordError, conversation_of, read_records
-
-LONG = {
-    "messages": [
-        {"role": "user", "content": "  Where does the whale swim? "},
-        {"role": "assistant", "content": "In the sea — naïve 😀"},
-        {"role": "user", "content": "And then?\n"},
-        {"role": "assistant", "content": " Far from any land. "},
-    ]
-}
-SYSTEM = {"messages": [{"role": "system", "content": "Answer in a word."}, *LONG["messages"]]}
+from tests.support.conversations import LONG, SYSTEM
 
 
 def test_content_in_parts_of_text_is_one_text() -> None:
