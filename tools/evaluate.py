@@ -31,6 +31,7 @@ from pipeline.export.adapter_notes import read_config, read_note, told_context
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, say
 from pipeline.reporting.parser import Parser
+from tools.support.strength import add_strength
 
 TASKS = ("perplexity", "longppl", "passkey", "needle", "ruler")
 """`ruler`: all of RULER's; each has its own name too."""
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="only compare what was evaluated so far",
     )
     parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
+    add_strength(parser, "of --state trained and --adapter: ")
     parser.add_argument(
         "--tasks",
         default="perplexity",
@@ -85,6 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model and --adapter are evaluated as they are; --state is for a run.")
     if args.config is None and folder is None and not args.compare:
         parser.error("--config is needed, or --model, or --adapter.")
+    if args.strength != 1 and args.state != "trained" and args.adapter is None:
+        parser.error("--strength is for --state trained and --adapter.")
     if args.checkpoint is not None and args.state != "trained":
         parser.error("--checkpoint is for --state trained.")
     return args
@@ -181,7 +185,7 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
     long_ppl = LongPplAsked(args.short, keys) if "longppl" in tasks else None
     state = "adapter" if args.adapter is not None else args.state or "shipped"
     folder = args.adapter or args.checkpoint
-    evaluate_state(config, env, state, folder, "perplexity" in tasks, grids, long_ppl, ruler)
+    evaluate_state(config, env, state, folder, "perplexity" in tasks, grids, long_ppl, ruler, args.strength)
 
 
 def beyond_own_context(args: argparse.Namespace, config: RunConfig, lengths: Sequence[int]) -> tuple[str, ...]:

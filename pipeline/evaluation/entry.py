@@ -61,6 +61,7 @@ def evaluate_state(
     retrieval: Sequence[RetrievalSettings] = (),
     long_ppl: LongPplAsked | None = None,
     ruler: RulerSettings | None = None,
+    strength: float = 1.0,
 ) -> LoadedState:
     """Load the model in one of STATES, evaluate, write the reports; see `load_state_of`.
 
@@ -69,6 +70,7 @@ def evaluate_state(
         retrieval: grids to measure.
         long_ppl: None: not measured.
         ruler: tasks and lengths; None: none.
+        strength: see `load_state_of`.
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
@@ -77,7 +79,7 @@ def evaluate_state(
         asked_more = ["longppl"] * (long_ppl is not None) + [grid.task for grid in retrieval]
         check_evaluated(config, Path(config.eval.path), [*asked_more, *(ruler.tasks if ruler is not None else ())])
         config = replace(config, eval=replace(config.eval, tasks=()))  # those are of the run
-    with load_state_of(config, env, state, checkpoint) as loaded:
+    with load_state_of(config, env, state, checkpoint, strength) as loaded:
         evaluator = open_evaluator(loaded.plan, loaded.model, loaded.groups, loaded.tokenizer)
         if isinstance(evaluator, AnswersEvaluator):
             evaluator.run(loaded.label, loaded.step)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel.errors import CheckpointError
 from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups, destroy_groups
@@ -26,8 +28,10 @@ from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
 from pipeline.export.adapter_read import load_adapter_of
+from pipeline.export.part_way import PartWay
 from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.companions import has_tokenizer
+from pipeline.hf.weight_source import WeightSource
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.planning.run_plan import RunPlan, plan_run
@@ -70,7 +74,9 @@ def _as_evaluated(config: dict[str, Any], recorded: Mapping[str, Any]) -> dict[s
 
 
 @contextlib.contextmanager
-def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None) -> Iterator[LoadedState]:
+def load_state_of(
+    config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None, strength: float = 1.0
+) -> Iterator[LoadedState]:
     """A model in one of STATES, ready to be evaluated; collective.
 
     `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest; `adapter` reads a folder of
@@ -78,6 +84,7 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
 
     Args:
         checkpoint: with `trained` and `adapter`.
+        strength: likewise; of the way from the base's weights to the trained ones (`PartWay`).
 
     Raises:
         ConfigError, CheckpointError, DataError: one sentence each.
@@ -124,19 +131,21 @@ def load_state_of(config: RunConfig, env: RankEnv, state: str, checkpoint: Path 
                 check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
                 mark_trainable(model, config.train.trainable)
                 check_trained(model, config.train.trainable, reader)
-            load_trained(model, whole_trained(folder))
+            load_trained(model, _part(whole_trained(folder), base, plan.arch.vocab, strength))
             step = saved.step
             identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
         if adapter is not None:
             held = parameters_of(adapter)
             for name, parameter in model.canonical_parameters():
                 parameter.requires_grad_(name in held)
-            load_trained(model, adapter.trained)
+            load_trained(model, _part(adapter.trained, base, plan.arch.vocab, strength))
             step = adapter.step
             assert checkpoint is not None
             identity["trained"] = hash_files(checkpoint)
         model.requires_grad_(False)
         label = "after" if state in ("trained", "adapter") else state
+        if strength != 1:
+            label = identity["strength"] = f"strength-{strength:g}"
         own_context = plan.arch.max_positions
         context = own_context if state == "shipped" else config.model.context
         yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan)
@@ -156,6 +165,12 @@ def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedMode
     if "base" in map(kind_of, parameters_of(adapter)):
         raise CheckpointError(f"{folder}: holds whole projections; {mend} with --model.")
     return adapter
+
+
+def _part(
+    trained: Mapping[str, torch.Tensor], base: WeightSource, vocab: int, strength: float
+) -> Mapping[str, torch.Tensor]:
+    return trained if strength == 1 else PartWay(trained, base, vocab, strength)
 
 
 def parameters_of(trained: TrainedModel) -> set[str]:

@@ -32,7 +32,15 @@ from pipeline.export.adapter_notes import (
     saved_whole,
     stretch,
 )
-from pipeline.export.trained_model import LazyTensors, TrainedModel, check_tokenizer, find_base, grown_arch, wrong_base
+from pipeline.export.trained_model import (
+    LazyTensors,
+    ShapedTensors,
+    TrainedModel,
+    check_tokenizer,
+    find_base,
+    grown_arch,
+    wrong_base,
+)
 from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.planning.arch import LlamaArch, read_arch
@@ -68,7 +76,7 @@ def _tensors(folder: Path, stem: str) -> Mapping[str, torch.Tensor] | None:
     if found is None:
         return None
     for name in found:
-        shape = found.shape(name) if isinstance(found, LazyTensors) else found[name].shape
+        shape = found.shape(name) if isinstance(found, ShapedTensors) else found[name].shape
         if 0 in shape:
             raise CheckpointError(f"{folder}: {stem}'s {name} {UNGATHERED}.")
     return found

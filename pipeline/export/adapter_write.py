@@ -58,6 +58,13 @@ FORM_NOTES = {"bf16": ""} | {
 """What a README says of the base in training, by model.base."""
 
 
+def strength_note(strength: float) -> str:
+    """What a README says of weights part of the way from the base's to the trained ones; of all the way nothing."""
+    if strength == 1:
+        return ""
+    return f"\n\n`--strength {strength:g}`: weights {strength:.0%} of the way from the base's to the trained ones."
+
+
 def _changed_rows(model: TrainedModel, base: HfCheckpoint) -> list[int] | None:
     """Embedding rows that training changed; None where PEFT's single rows cannot hold what was trained."""
     if EMBEDDING not in model.trained or model.grown:
@@ -246,6 +253,8 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     note = {"format": 1, "base": str(model.base), "base_hash": model.base_hash, "step": model.step}
     # Counted, so that a reader notices a file or tensor that was lost on the way.
     note |= {"context": model.context, "tensors": tensors, "trained_on": model.form}
+    if model.strength != 1:
+        note["strength"] = model.strength
     rope = {"type": model.rope.type, "theta": model.rope.theta, "factor": model.rope.factor}
     write_json(folder / NOTE, {**note, "rope": rope, "rope_plan": plan, "peft": f">={PEFT_MINIMUM}"})
     rows = model.arch.vocab
@@ -265,6 +274,6 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
         mismatch=", ignore_mismatched_sizes=True" if model.grown else "",
         adapter=ADAPTER,
         trainable=TRAINABLE,
-        form=FORM_NOTES[model.form],
+        form=FORM_NOTES[model.form] + strength_note(model.strength),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -37,7 +37,13 @@ def _job(model: TrainedModel, base: HfCheckpoint, shard_bytes: int) -> dict[str,
     trained = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.glob("*")) if p.is_file()]
     where = str(source.resolve()) if model.source else os.getpid()
     origin = {"base": source_files(base), "source": where, "trained": trained, "shard_bytes": shard_bytes}
-    return {**origin, "config": extended_config(model), "lora": str(model.lora), "step": model.step}
+    return {
+        **origin,
+        "config": extended_config(model),
+        "lora": str(model.lora),
+        "step": model.step,
+        "strength": model.strength,
+    }
 
 
 def export_merged(

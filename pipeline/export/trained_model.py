@@ -47,7 +47,15 @@ MERGE_ELEMENTS = 1 << 25
 """Weights merged at a time: bounds the fp32 copies of a large matrix to a few times 128 MiB."""
 
 
-class LazyTensors(Mapping[str, torch.Tensor]):
+class ShapedTensors(Mapping[str, torch.Tensor]):
+    """Tensors whose shapes are known without making or reading them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them."""
+        raise NotImplementedError
+
+
+class LazyTensors(ShapedTensors):
     """Tensors of safetensors files, read when asked for; the files may be deleted meanwhile (a running run does).
 
     Args:
@@ -82,7 +90,6 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return len(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading it."""
         file, stored = self._where[name]
         return file.facts[stored].shape
 
@@ -114,6 +121,8 @@ class TrainedModel:
     form: str = "bf16"
     """How the base's matrices were kept in training (model.base). A merge is into those of the checkpoint all the same:
     what was trained is added to them, not to what they were rounded to."""
+    strength: float = 1.0
+    """How much of the training is left in `trained`; see `part_way`."""
     own: Mapping[str, Own] = field(default_factory=dict)
     """Module -> rank and scale of its adapter, where they are not `lora`'s; adapters of others have such."""
 
@@ -135,7 +144,7 @@ class TrainedModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a trained tensor, without reading it where it lies in a file."""
-        if isinstance(self.trained, LazyTensors):
+        if isinstance(self.trained, ShapedTensors):
             return self.trained.shape(name)
         return tuple(self.trained[name].shape)
 

@@ -26,7 +26,8 @@ from pipeline.training.trainer import Trainer
 from tests.support.places import study_place
 from tools.evaluate import main as evaluate
 from tools.study.__main__ import main
-from tools.study.plan import Places, Recipe, configure, read_study, train_key
+from tools.study.plan import Places, Recipe, configure, train_key
+from tools.study.recipe_file import read_study
 from tools.study.run import Outcome
 from tools.study.table import markdown
 

@@ -11,7 +11,8 @@ import pytest
 from parallel.errors import ConfigError
 from tests.support.places import study_place
 from tools.study.__main__ import main
-from tools.study.plan import PLANS, Places, Recipe, configure, plan_file, read_study
+from tools.study.plan import Places, Recipe, configure
+from tools.study.recipe_file import PLANS, plan_file, read_study
 
 TABLES = ("table1", "table2", "table6", "groups")
 SHRUNK = ["--set", "train.steps=2", "--set", "train.warmup_steps=1", "--seeds", "5"]

@@ -17,7 +17,8 @@ from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
-from tools.study.plan import Places, asked, plan_file, read_study
+from tools.study.plan import Places
+from tools.study.recipe_file import asked, plan_file, read_study
 from tools.study.workload import listing
 
 

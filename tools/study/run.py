@@ -162,6 +162,10 @@ class Workshop:
         """Of the run's weights."""
         return train_key(recipe, config, self.base_hash, self.texts[recipe.mix].fingerprint)
 
+    def _trained(self, recipe: Recipe) -> Recipe:
+        """The recipe whose training it is."""
+        return recipe if recipe.of is None else next(one for one in self.study.every if one.name == recipe.of)
+
     def _pacer(self, recipe: Recipe) -> Recipe:
         """The recipe whose seconds this one may take."""
         return next(other for other in self.study.every if other.name == recipe.seconds_of)
@@ -182,7 +186,7 @@ class Workshop:
         """Where a recipe's pace lies: of what it trains, whatever it is called and however long."""
         # Nothing of a step's time follows from these.
         config = replace(self._plain(recipe), train=replace(self._plain(recipe).train, seed=0))
-        return self.results / "paces" / f"{self.key(recipe, config)[:12]}.json"
+        return self.results / "paces" / f"{self.key(self._trained(recipe), config)[:12]}.json"
 
     def _timed(self, recipe: Recipe) -> None:
         """Time a recipe, unless that was done."""
@@ -324,14 +328,14 @@ class Workshop:
         try:
             with contextlib.ExitStack() as cleanup:
                 training: dict[str, Any] = {}
-                folder = self.places.runs / stem
+                folder = self.places.runs / self.stem(self._trained(recipe), seed, config)
                 if recipe.untrained:
                     model = cleanup.enter_context(self.training.untrained(config))
                 elif recipe.whole:
                     training, _ = self.training.whole(config, self.texts[recipe.mix], folder)
                     model = cleanup.enter_context(self.training.untrained(as_base(config, folder)))
                 else:
-                    ready = self.training.trained(replace(config, output=str(folder)))
+                    ready = self.training.trained(replace(config, output=str(folder)), recipe.strength)
                     model, training, _ = cleanup.enter_context(ready)
                 if recipe.budgeted:
                     pace = Pace.read(self._pace_file(recipe))

@@ -14,10 +14,14 @@ import torch
 from parallel.health.signals import StopSignals
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build, build_model, connect, open_base
+from pipeline.checkpoint.choose import newest
+from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.data.shards import TokenShards
+from pipeline.export.part_way import PartWay
 from pipeline.model.rank_model import RankModel
+from pipeline.model.weights.load import load_trained
 from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.metrics import peak_memory_gib
 from pipeline.reporting.progress import TrainProgress
@@ -97,9 +101,14 @@ class Training:
         return training_facts(len(progress.losses), progress, 0, folder), progress
 
     @contextlib.contextmanager
-    def trained(self, config: RunConfig) -> Iterator[tuple[RankModel, dict[str, Any], Recorder]]:
-        """The model after training, which goes on from what an earlier process saved."""
-        run = build(plan_run(config, self.env.world_size), self.env)
+    def trained(self, config: RunConfig, strength: float = 1.0) -> Iterator[tuple[RankModel, dict[str, Any], Recorder]]:
+        """The model after training, which goes on from what an earlier process saved.
+
+        Args:
+            strength: of the way from the base's weights to the trained ones.
+        """
+        plan = plan_run(config, self.env.world_size)
+        run = build(plan, self.env)
         parts, trainer = run.trainer.parts, run.trainer
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(parts.model.close)
@@ -119,6 +128,11 @@ class Training:
                 raise OutOfTime(f"the time given is over; step {trainer.step} of {config.train.steps} is saved")
             if stopped:
                 raise Stopped(stopped)
+            if strength != 1:
+                saved = newest(Path(config.output) / "checkpoints")
+                assert saved is not None, "a run that ends is saved"
+                base = open_base(config, plan.arch)
+                load_trained(parts.model, PartWay(whole_trained(saved), base, plan.arch.vocab, strength))
             yield parts.model, training, progress
 
 

@@ -20,7 +20,7 @@ def tokens_of(study: Study, recipe: Recipe, seed: int, places: Places, own_conte
     """
     config, judge = configure(study, recipe, seed, places, own_context), study.judge
     trained = 0
-    if not recipe.untrained and not recipe.budgeted:
+    if not (recipe.untrained or recipe.budgeted or recipe.of):
         trained = config.train.steps * config.train.global_batch * config.sequence
     prompts = len(judge.tasks) * len(judge.depths) * judge.trials
     shares = judge.windows * sum(judge.lengths) + prompts * sum(judge.retrieval_lengths)
@@ -38,7 +38,7 @@ def listing(study: Study, places: Places) -> Iterator[str]:
         train, read = tokens_of(study, recipe, seed, places, own)
         total = [total[0] + train, total[1] + read]
         steps = "steps as a time allows" if recipe.budgeted else f"trains {train / 1e6:.2f}M tokens"
-        what = "is not trained" if recipe.untrained else steps
+        what = "is not trained" if recipe.untrained else steps if recipe.of is None else f"is {recipe.of}, weaker"
         yield f"{number:3d}  {recipe.name}, seed {seed}: {what}, is judged on {read / 1e6:.2f}M"
     trained, judged = (f"{count / 1e6:.1f}M" for count in total)
     yield f"all: {trained} tokens trained, {judged} read to judge (RULER and tails not counted)"

@@ -13,11 +13,13 @@ from pipeline.config.paths import model_path, user_path
 from pipeline.config.rope import ROPE_TYPES, RopeSettings
 from pipeline.export.adapter_read import load_adapter
 from pipeline.export.formats import export
+from pipeline.export.part_way import part_way
 from pipeline.export.trained_model import TrainedModel, load_trained_model
 from pipeline.hf.writer import REPORT
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import replacement_warning
 from tools.support.push import Destination
+from tools.support.strength import add_strength
 
 SETTINGS = {
     "model.rope.original_context": "--original-context",
@@ -60,6 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyEx
     parser.add_argument(
         "--original-context", type=int, help="tokens before any stretching, where neither the base nor the run tells"
     )
+    add_strength(parser)
     return source
 
 
@@ -84,7 +87,8 @@ def load_source(options: argparse.Namespace) -> tuple[TrainedModel, str]:
         CheckpointError, ConfigError: see `load_trained_model` and `load_adapter`.
     """
     try:
-        return _load(options)
+        model, name = _load(options)
+        return part_way(model, options.strength), name if options.strength == 1 else f"{options.strength:g} of {name}"
     except ConfigError as error:
         raise ConfigError(in_options(str(error))) from None
 
