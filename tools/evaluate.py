@@ -31,7 +31,7 @@ from pipeline.export.adapter_notes import read_config, read_note, told_context
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command, say
 from pipeline.reporting.parser import Parser
-from tools.support.strength import add_strength
+from tools.support.strength import STRENGTH, strength
 
 TASKS = ("perplexity", "longppl", "passkey", "needle", "ruler")
 """`ruler`: all of RULER's; each has its own name too."""
@@ -60,7 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="only compare what was evaluated so far",
     )
     parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
-    add_strength(parser, "of --state trained and --adapter: ")
+    said = f"of --state trained and --adapter: {STRENGTH}"
+    parser.add_argument("--strength", type=strength, default=1.0, metavar="S", help=said)
     parser.add_argument(
         "--tasks",
         default="perplexity",

@@ -19,7 +19,7 @@ from pipeline.hf.writer import REPORT
 from pipeline.planning.arch import read_arch
 from pipeline.planning.rope import replacement_warning
 from tools.support.push import Destination
-from tools.support.strength import add_strength
+from tools.support.strength import STRENGTH, strength
 
 SETTINGS = {
     "model.rope.original_context": "--original-context",
@@ -62,7 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyEx
     parser.add_argument(
         "--original-context", type=int, help="tokens before any stretching, where neither the base nor the run tells"
     )
-    add_strength(parser)
+    parser.add_argument("--strength", type=strength, default=1.0, metavar="S", help=STRENGTH)
     return source
 
 

@@ -16,12 +16,5 @@ def strength(text: str) -> float:
     return value
 
 
-def add_strength(parser: argparse.ArgumentParser, when: str = "") -> None:
-    """Args: when: where the option counts, before what it is."""
-    parser.add_argument(
-        "--strength",
-        type=strength,
-        default=1.0,
-        metavar="S",
-        help=f"{when}weights S of the way from the base's (0) to the trained ones (1, the default)",
-    )
+STRENGTH = "weights S of the way from the base's (0) to the trained ones (1, the default)"
+"""What a help says of it."""
