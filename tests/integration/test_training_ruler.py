@@ -74,10 +74,10 @@ def test_a_run_measures_what_tools_evaluate_does(place: Path, capsys: pytest.Cap
     assert train(common) == 0
     assert "RULER, after: 8 windows" in capsys.readouterr().out and ruler_path(run, "after").exists()
     # And so is what is asked newly, once.
-    for change in ("eval.ruler_lengths=[1300]", "eval.ruler_trials=3", "eval.tasks=[niah_single_1]"):
-        for told in (True, False):
-            assert train([*common, "--set", change]) == 0
-            assert ("RULER, after: effective length" in capsys.readouterr().out) is told, change
+    changes = "eval.ruler_lengths=[1300]", "eval.ruler_trials=3", "eval.tasks=[niah_single_1]"
+    for change, told in ((changes[0], True), (changes[0], False), *((change, True) for change in changes[1:])):
+        assert train([*common, "--set", change]) == 0
+        assert ("RULER, after: effective length" in capsys.readouterr().out) is told, change
     assert train([*common, "--set", "eval.ruler_trials=1"]) == 0
     assert "RULER, after" not in capsys.readouterr().out, "more prompts answer too"
     # What was not asked again is still told of, and a mean over fewer tasks is no measure beside the others.
