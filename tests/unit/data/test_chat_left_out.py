@@ -55,7 +55,7 @@ def test_calls_that_are_not_shown_are_left_out_and_counted(tmp_path: Path, templ
     manifest, account, file = prepared(tmp_path, template, ROWS)
     assert manifest.documents == account.samples == 2
     reason = "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
-    assert account.refused == {reason: 2} and account.examples == {reason: f"{file}: line 2"}
+    assert account.refused == {reason: 2} and account.examples[reason] == f"{file}: line 2"
     left_out, offered = account.sentences()
     assert left_out == f"2 records are left out: {reason} (first: {file}: line 2)."
     assert offered == (
@@ -82,7 +82,7 @@ def test_a_template_that_knows_tools_shows_them_as_in_transformers(tmp_path: Pat
 def test_a_template_that_writes_all_of_a_message_shows_its_calls(tmp_path: Path) -> None:
     manifest, account, _ = prepared(tmp_path, WHOLE, [ROWS[0], ROWS[3]])
     assert manifest.documents == 2 and not account.refused
-    assert account.without_tools == 1
+    assert account.remarked["without tools"] == 1
 
 
 def test_the_command_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
