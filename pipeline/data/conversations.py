@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.schemas import FLAT, LISTS, MEDIA, PLAIN, SPOKEN, SYSTEMS, Flat, schema_of
+from pipeline.data.schemas import FLAT, LISTS, NOT_READ, PLAIN, SPOKEN, SYSTEMS, Flat, schema_of
 
 _ROLES = {
     "human": "user",
@@ -83,9 +83,9 @@ def conversation_of(record: dict[str, Any], schema: str | None = None) -> Conver
         NoSchema: see `schema_of`.
     """
     schema = schema or schema_of(record)
-    held = next((name for name in MEDIA if record.get(name)), None)
+    held = next((name for name in NOT_READ if record.get(name)), None)
     if held is not None:
-        raise RecordError(f"it holds {held}, which a model of text does not read")
+        raise RecordError(f"it has {held}, which is not read here")
     if schema == PLAIN:
         return _completion(record)
     messages = _flat(record, FLAT[schema]) if schema in FLAT else _listed(record, schema)

@@ -23,6 +23,7 @@ Rendered = tuple[str, list[tuple[int, int]]]
 """The text, and from where to where its trained answers stand, in characters."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_NO_CALLS = "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
 _GIVE = "give one that does with --chat-template"
 _NO_DEVELOPER = f"the chat template knows no role developer (name it system, or {_GIVE})"
 _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
@@ -99,6 +100,8 @@ class Renderer:
         try:
             return self._in_either_form(conversation)
         except RecordError:
+            if self._may_hide_calls(conversation):
+                raise RecordError(_NO_CALLS) from None
             as_system = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
                 for message in conversation.messages
@@ -120,12 +123,10 @@ class Renderer:
         """
         conversation = self._as_taken(conversation)
         messages = conversation.messages
-        if not self._reads_calls and any(message.get("tool_calls") for message in messages):
+        if self._may_hide_calls(conversation):
             silent = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
             if self._rendered(silent, conversation)[0] == text:
-                raise RecordError(
-                    "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
-                )
+                raise RecordError(_NO_CALLS)
         for place, message in enumerate(messages):
             said = text_in(message.get("content")).strip()
             # Nearly all text stands there as it is; some is written down as JSON, say.
@@ -134,14 +135,18 @@ class Renderer:
                     raise RecordError(_NO_DEVELOPER)
                 raise RecordError(f"the chat template does not show its {message['role']} message ({_GIVE})")
 
+    def _may_hide_calls(self, conversation: Conversation) -> bool:
+        """Whether there are tool calls, and the template does not name their field; it may write whole messages."""
+        return not self._reads_calls and any(message.get("tool_calls") for message in conversation.messages)
+
     def _hides(self, conversation: Conversation, place: int, text: str) -> bool:
         """Whether the text is the same if a message says something else."""
         messages = list(conversation.messages)
         messages[place] = {**messages[place], "content": secrets.token_hex(16)}
         try:
             return self._in_either_form(replace(conversation, messages=messages))[0] == text
-        except RecordError:
-            return False
+        except (RecordError, DataError):
+            return False  # what is said there matters
 
     def _as_taken(self, conversation: Conversation) -> Conversation:
         """The conversation with content in parts only for a template that takes such."""

@@ -13,8 +13,8 @@ PLAIN, SPOKEN = "prompt and completion as text", "prompt and completion as messa
 CONTEXTS = ("input", "context")
 """What may stand behind an instruction, one of them."""
 SYSTEMS = ("system", "system_prompt")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""What records for models of more than text have."""
+NOT_READ = ("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
+"""What records cannot be read without."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ FLAT = {
 _FIELDS = {name for flat in FLAT.values() for name in flat.names}
 READ = (*LISTS, *PAIR, *sorted(_FIELDS), *SYSTEMS, "tools", "history")
 """Every key of a record that is read, at its top."""
-COLUMNS = (*READ, "chosen", "rejected", "label", "kto_tag", *MEDIA)
+COLUMNS = (*READ, "chosen", "rejected", "label", "kto_tag", *NOT_READ)
 """These, and those that tell that a record is of another kind."""
 
 
@@ -104,8 +104,7 @@ def _refuse_preferences(record: dict[str, Any], filled: set[str]) -> None:
         raise NoSchema(
             f"is a pair of preferences (chosen and rejected), which supervised fine-tuning does not take; {how}"
         )
-    label = record.get("label")
-    labelled = isinstance(label, bool) or (label is not None and "completion" in record)
+    labelled = isinstance(record.get("label"), bool) or ("label" in filled and "completion" in record)
     if labelled or "kto_tag" in filled:
         name = "label" if labelled else "kto_tag"
         raise NoSchema(
