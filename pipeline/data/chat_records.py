@@ -6,6 +6,7 @@ A file that cannot be read, or that mixes schemas, is a `DataError`; what a reco
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.data.discovery import listed, matched, walk
 from pipeline.data.json_list import read_objects
 from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records
 from pipeline.data.packed import opened, packing_of
-from pipeline.data.schemas import COLUMNS, LISTS, NoSchema, schema_of
+from pipeline.data.schemas import COLUMNS, LISTS, PAIR, NoSchema, schema_of
 from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
 from pipeline.reporting.words import counted
 from pipeline.storage.lfs import refuse_pointer
@@ -25,6 +26,8 @@ _READ = accepted(LINES)
 """What messages name."""
 _NOTES = ("dataset_info.json", "dataset_infos.json", "state.json")
 """What `datasets` writes beside its tables."""
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
+"""How a list of messages begins, as JSON or as Python prints it."""
 Columns = Mapping[str, str]
 """The record's own key by the known one that it is read as; empty: the known ones are read."""
 AS_NAMED: Columns = {}
@@ -161,14 +164,16 @@ def _objects(file: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _rows(file: Path, kind: str, packing: str, columns: Columns) -> Iterator[Record]:
-    lists = {columns.get(name, name) for name in LISTS}
+    lists, pair = ({columns.get(name, name) for name in names} for names in ((*LISTS, "history"), PAIR))
     with open_table(file, kind, packing) as table:
         nothing = dict.fromkeys(table.columns)
         for number, row in table.rows(tuple(columns.values()) or COLUMNS):
-            for name in lists & row.keys():
-                if isinstance(row[name], str) and row[name]:  # as CSV holds lists
+            for name in sorted((lists | pair) & row.keys()):
+                text = row[name]
+                # As CSV holds lists; a prompt or completion may be text as well.
+                if isinstance(text, str) and text and (name in lists or _MESSAGES.match(text)):
                     row[name] = _parsed(
-                        row[name].encode("utf-8", "surrogatepass"), f"{file}: {table.unit} {number}, {name},"
+                        text.encode("utf-8", "surrogatepass"), f"{file}: {table.unit} {number}, {name},"
                     )
             yield Record({**nothing, **row}, file, number, table.unit)
 

@@ -139,8 +139,8 @@ def _turn(turn: Any) -> dict[str, Any]:
     message["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
     if role == "function_call":
         message["tool_calls"] = _calls(turn.get("value"))
-    elif "value" in turn:
-        message.setdefault("content", turn["value"])
+    elif message.get("content") is None and "value" in turn:
+        message["content"] = turn["value"]
     return message
 
 

@@ -15,7 +15,7 @@ from parallel.errors import DataError
 from pipeline.data import prepare_chat as prepare_chat_module
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.chat_records import read_records
-from pipeline.data.conversations import conversation_of
+from pipeline.data.conversations import Conversation, conversation_of
 from pipeline.data.packing import IGNORE
 from pipeline.data.prepare_chat import JOINED, prepare_chat
 from pipeline.data.samples import training_windows
@@ -94,6 +94,24 @@ def test_columns_that_are_refused(
     except SystemExit as ended:  # of the parser
         assert ended.code == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_lists_in_csv(tmp_path: Path) -> None:
+    """What prints a list in another way than JSON is not taken for the text of a prompt."""
+    file, rows = tmp_path / "a.csv", [([ASKS], [ANSWER]), ("[1] Where?", "There.")]
+    for prompt, completion in rows:
+        cells = [json.dumps(cell) if isinstance(cell, list) else cell for cell in (prompt, completion)]
+        file.write_text("prompt\tcompletion\n" + "\t".join('"' + cell.replace('"', '""') + '"' for cell in cells))
+        (record,) = read_records(file)
+        assert record.value == {"prompt": prompt, "completion": completion}
+    file.write_text(f'prompt\tcompletion\n"{[ASKS]}"\t"{[ANSWER]}"\n')
+    with pytest.raises(DataError, match=r"a\.csv: line 2, (prompt|completion), is not JSON"):
+        list(read_records(file))
+    file.write_text('instruction,output,history\nWhy?,So.,"[[""How?"", ""Thus.""]]"\nWhy?,So.,\n')
+    longer, plain = (conversation_of(record.value) for record in read_records(file))
+    assert isinstance(longer, Conversation) and isinstance(plain, Conversation)
+    assert [message["content"] for message in longer.messages] == ["How?", "Thus.", "Why?", "So."]
+    assert len(plain.messages) == 2
 
 
 def test_columns_are_for_conversations(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,10 @@ READ: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"messages": [ASKS, ANSWER], "system": "S"}, SAID),
     ({"messages": SAID, "system": "another"}, SAID),
     ({"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, [ASKS, ANSWER]),
-    ({"conversations": [{"role": "human", "content": "Q"}, {"role": "gpt", "value": "A"}]}, [ASKS, ANSWER]),
+    (
+        {"conversations": [{"role": "human", "content": "Q"}, {"role": "gpt", "content": None, "value": "A"}]},
+        [ASKS, ANSWER],
+    ),
     ({"conversations": [ASKS, ANSWER], "instruction": "I", "response": "R"}, [ASKS, ANSWER]),
     ({"messages": None, "prompt": None, "completion": None, "question": "Q", "answer": "A"}, [ASKS, ANSWER]),
     ({"prompt": SAID[:2], "completion": [ANSWER]}, SAID),
