@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from parallel.errors import DataError
 from pipeline.data import prepare_chat as prepare_chat_module
@@ -160,6 +162,17 @@ def test_an_end_of_text_that_tokenizer_json_does_not_have(model: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps({**config, **added}))
     with pytest.raises(DataError, match=r"tokenizer\.json has no token 9000, which ends a text by the other files"):
         ChatTemplate(load_tokenizer(model)).sample(conversation_of({"prompt": "a", "completion": "b"}))
+
+
+def test_an_end_of_text_that_is_not_among_the_added_tokens(tmp_path: Path) -> None:
+    """As transformers, which adds what tokenizer_config.json names."""
+    settings = json.loads(byte_level().to_str())
+    settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] != "</s>"]
+    folder = save(tmp_path / "model", Tokenizer.from_str(json.dumps(settings)))
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    sample = ChatTemplate(load_tokenizer(folder)).sample(conversation_of({"prompt": "Where?", "completion": " Far."}))
+    assert sample.tokens.tolist() == theirs("Where? Far.</s>")["input_ids"]
+    assert sample.tokens[-1] == theirs.eos_token_id
 
 
 def test_a_long_prompt_is_cut_and_its_completion_kept(model: Path) -> None:
