@@ -14,7 +14,7 @@ CONTEXTS = ("input", "context")
 """What may stand behind an instruction, one of them."""
 SYSTEMS = ("system", "system_prompt")
 NOT_READ = ("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
-"""What records cannot be read without."""
+"""Keys that are not read, and without which a record says something else."""
 
 
 @dataclass(frozen=True)
