@@ -9,13 +9,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import DataError
 from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
-from pipeline.data.conversations import Conversation, RecordError, conversation_of, read_records
+from pipeline.data.chat_records import read_records
+from pipeline.data.conversations import (
+    Completion,
+    Conversation,
+    RecordError,
+    conversation_of,
+    text_in,
+    with_joined_parts,
+)
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from pipeline.storage.durable import replace_text
@@ -27,9 +36,12 @@ def _conversations(file: Path) -> list[Conversation]:
     found = []
     for record in read_records(file):
         try:
-            found.append(conversation_of(record.value))
+            said = conversation_of(record.value, record.schema)
         except RecordError as error:
             raise DataError(f"{record.where}: {error}; mend or remove it.") from error
+        if isinstance(said, Completion):
+            raise DataError(f"{record.where} is plain text to be gone on with, not a conversation; give it messages.")
+        found.append(replace(said, messages=with_joined_parts(said.messages)))
     if not found:
         raise DataError(f"{file}: holds no question; make some with longspan make-questions.")
     return found
@@ -92,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             template = args.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{args.chat_template}: the chat template cannot be read ({error}).") from error
-    right = [str(conversation.messages[-1].get("content")) for conversation in conversations]
+    right = [text_in(conversation.messages[-1].get("content")) for conversation in conversations]
     said = answers(model, conversations, template, args.tokens)
     for given, wanted in list(zip(said, right, strict=True))[: args.show]:
         print(f"right: {wanted!r}  answered: {given!r}")

@@ -18,7 +18,7 @@ from pipeline.config.paths import dataset_path, model_path, user_path
 from pipeline.config.patterns import is_pattern
 from pipeline.data.card import PAGE, read_card, summary
 from pipeline.data.chat import ChatTemplate
-from pipeline.data.conversations import conversation_files, passed_over
+from pipeline.data.chat_records import AS_NAMED, conversation_files, passed_over
 from pipeline.data.discovery import matches_of, splits_of
 from pipeline.data.document_ends import Ends, described
 from pipeline.data.held_out import WHOLE, Part
@@ -26,6 +26,7 @@ from pipeline.data.once import together
 from pipeline.data.prepare import left_out, prepare, up_to_date
 from pipeline.data.prepare_chat import Account, chat_up_to_date, chosen_records, prepare_chat, samples
 from pipeline.data.readings import differing_readings
+from pipeline.data.schemas import READ
 from pipeline.data.shards import is_prepared, open_shards
 from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, megatron_index, prepare_tokens
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
@@ -48,6 +49,19 @@ def _share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, such as 0.01, got {text!r}")
     return value
+
+
+def _columns(text: str) -> dict[str, str]:
+    """What `--columns` says: keys of the records by what they are read as."""
+    found: dict[str, str] = {}
+    for pair in text.split(","):
+        known, is_there, own = pair.partition("=")
+        if not (is_there and own) or known in found:
+            raise argparse.ArgumentTypeError(f"must be like instruction=question,output=answer, got {text!r}")
+        if known not in READ:
+            raise argparse.ArgumentTypeError(f"knows no {known!r}; a record is read as {', '.join(READ)}")
+        found[known] = own
+    return found
 
 
 def _too_many_tokens(place: Path, tokenizer: TextTokenizer) -> list[str]:
@@ -78,7 +92,9 @@ def _chat(
     options: argparse.Namespace, tokenizer: TextTokenizer, template: ChatTemplate, place: Path, part: Part
 ) -> Callable[[Path], None]:
     """Prepare conversations at a place; returns what tells of it, given the folder where it is then."""
-    manifest, account = prepare_chat(options.input, place, template, options.max_tokens, part, options.workers)
+    manifest, account = prepare_chat(
+        options.input, place, template, options.max_tokens, part, options.workers, options.columns
+    )
 
     def tell(out: Path) -> None:
         for warning in (*account.sentences(), *_too_many_tokens(options.tokenizer, tokenizer)):
@@ -179,7 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=whole_number(), default=1, help="processes that tokenize (default: 1)")
     parser.add_argument("--tokens", choices=FLAT, help="input is an array of token ids, as LongLoRA's .bin")
-    parser.add_argument("--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca)")
+    parser.add_argument(
+        "--chat", action="store_true", help="input is conversations (messages, ShareGPT, Alpaca, prompt and completion)"
+    )
+    parser.add_argument(
+        "--columns",
+        type=_columns,
+        default=AS_NAMED,
+        metavar="KNOWN=OWN,...",
+        help="keys or columns of other names, by what they are read as: instruction=question,output=answer",
+    )
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the tokenizer's own template)")
     parser.add_argument("--max-tokens", type=whole_number(), help="truncate longer conversations (default: never)")
     parser.add_argument("--show", type=whole_number(), help="print so many conversations with what the loss counts")
@@ -198,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _tokens(options, tokenizer, tokens)
     if matches:
         print(matches)
-    if not options.chat and (options.chat_template or options.max_tokens or options.show):
-        parser.error("--chat-template, --max-tokens and --show are for --chat")
+    if not options.chat and (options.chat_template or options.max_tokens or options.show or options.columns):
+        parser.error("--chat-template, --columns, --max-tokens and --show are for --chat")
     parts = {options.output: WHOLE}
     if options.held_out:
         if is_prepared(options.output):
@@ -212,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         template = ChatTemplate(tokenizer, options.chat_template)
         made = (
             sample
-            for record in chosen_records(options.input)
+            for record in chosen_records(options.input, columns=options.columns)
             for sample in samples([record], template, options.max_tokens, Account())
         )
         for record, sample in islice(made, options.show or 0):
@@ -220,7 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = conversation_files(options.input)
         for warning in (*passed_over(options.input), *splits_of(options.input, files)):
             print(f"warning: {warning}", file=sys.stderr)
-        fresh = partial(chat_up_to_date, options.input, template=template, max_tokens=options.max_tokens)
+        fresh = partial(
+            chat_up_to_date,
+            options.input,
+            template=template,
+            max_tokens=options.max_tokens,
+            columns=options.columns,
+        )
     else:
         for warning in differing_readings(tokenizer):
             print(f"warning: {warning}", file=sys.stderr)

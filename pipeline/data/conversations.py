@@ -1,50 +1,40 @@
-"""Records of conversations: messages, ShareGPT and Alpaca (LongAlpaca's too), as JSON lines, one JSON list or a table.
+"""What a record of a known schema says: a conversation as chat templates take it, or a plain text and how it goes on.
 
-All become lists of messages as chat templates take them. A record that cannot be trained on is a `RecordError`, which
-the caller counts; a file that cannot be read, or that mixes schemas, is a `DataError`.
+A record that cannot be trained on is a `RecordError`, which the caller counts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from parallel.errors import DataError
-from pipeline.data.discovery import listed, matched, walk
-from pipeline.data.json_list import read_objects
-from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records
-from pipeline.data.packed import opened, packing_of
-from pipeline.data.schemas import COLUMNS, LISTS, schema_of
-from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
-from pipeline.reporting.words import counted
-from pipeline.storage.lfs import refuse_pointer
+from pipeline.data.schemas import FLAT, LISTS, NOT_READ, PLAIN, SPOKEN, SYSTEMS, Flat, schema_of
 
-_READ = accepted(LINES)
-"""What messages name."""
-_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json")
-"""What `datasets` writes beside its tables."""
-_SPEAKERS = {
-    "system": "system",
+_ROLES = {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
 """ShareGPT's names of who speaks, as roles."""
 _MAY_FOLLOW = {
-    "": ("system", "user"),
-    "system": ("user",),
+    "": ("system", "developer", "user"),
+    "system": ("developer", "user"),
+    "developer": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant", "user"),
 }
 """Roles that may follow a role; "" stands for the beginning."""
+_FLAGS = ("weight", "train", "training", "loss")
+"""Names under which a message says whether the loss counts it: OpenAI's, two that Axolotl is told of, ms-swift's."""
+_FINER = ("train_detail", "training_detail", "loss_scale")
+"""Names under which one says it of parts of itself, or of how much."""
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Types of the parts of a message's content that are text."""
 
 
 class RecordError(Exception):
@@ -56,7 +46,8 @@ class Conversation:
     """What one record says."""
 
     messages: list[dict[str, Any]]
-    """As chat templates take them: role, content, and whatever else the record gives."""
+    """As chat templates take them: role, content, and whatever else the record gives. Content is text, or a list of
+    parts of text: some templates treat those otherwise than one text (see `rendering`)."""
     tools: list[Any] | None
     """JSON schemas of the tools offered."""
     trained: tuple[bool, ...]
@@ -64,176 +55,43 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A JSON object or a row, and its place."""
+class Completion:
+    """A text and how it goes on, which no template renders."""
 
-    value: dict[str, Any]
-    file: Path
-    number: int
-    """1-based line of JSON lines and CSV, position in a list, or row."""
-    unit: str
-    """`line`, `record` or `row`."""
-
-    @property
-    def where(self) -> str:
-        """Place, for messages."""
-        return f"{self.file}: {self.unit} {self.number}"
+    prompt: str
+    completion: str
+    """What the loss counts, with the end of text behind it."""
 
 
-def conversation_files(path: Path) -> list[Path]:
-    """The file, or the JSON files and tables of a folder or pattern (not hidden ones), sorted by relative path.
-
-    Raises:
-        DataError: there is none.
-    """
-    return _divided(path)[0]
+def text_in(content: Any) -> str:
+    """The text of a message's content."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
 
 
-def passed_over(path: Path) -> tuple[str, ...]:
-    """One sentence that names the files at a path that are not read as conversations, or none.
+def conversation_of(record: dict[str, Any], schema: str | None = None) -> Conversation | Completion:
+    """What a record says.
 
-    Raises:
-        DataError: see `conversation_files`.
-    """
-    others = _divided(path)[1]
-    return (f"{path}: {counted(len(others), 'file is', 'files are')} not read: {listed(others)}.",) if others else ()
+    An assistant message with `weight: 0`, `train: false` or the like (`_FLAGS`) is shown to the model, not trained on.
 
-
-def _divided(path: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """`conversation_files`, and the names of the other files there; of `datasets`' own notes nothing is said."""
-    if path.is_file():
-        return [path], ()
-    walked = matched(path)
-    if walked is None and not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; point it at conversations ({_READ}).")
-    found: list[Path] = []
-    others: list[str] = []
-    for file in sorted(walk(path)) if walked is None else walked:
-        # A folder of prepared tokens may lie inside.
-        if holds_records(file.name) and file.name not in _NOTES and file.is_file():
-            found.append(file)
-        elif file.name not in _NOTES:
-            others.append(file.name if walked is not None else file.relative_to(path).as_posix())
-    if not found:
-        there = f" (there are {listed(tuple(others))})" if others else ""
-        raise DataError(f"{path}: holds no conversations (no file ending in {_READ}){there}.")
-    return found, tuple(others)
-
-
-def read_records(file: Path) -> Iterator[Record]:
-    """The records of one file, all of one schema.
-
-    Raises:
-        DataError: it cannot be read, is not JSON, or its records are of several schemas or of none; the message names
-            the line.
-    """
-    first: tuple[str, Record] | None = None
-    for record in _objects(file):
-        schema = schema_of(record.value)
-        if schema is None:
-            keys = ", ".join(sorted(record.value)) or "nothing"
-            raise DataError(
-                f"{record.where} is no conversation (it has {keys}); give it messages, conversations, or instruction "
-                "and output."
-            )
-        if first is None:
-            first = schema, record
-        elif schema != first[0]:
-            raise DataError(
-                f"{record.where} is of the schema {schema}, {first[1].unit} {first[1].number} of {first[0]}; split the "
-                "file."
-            )
-        yield record
-
-
-def _objects(file: Path) -> Iterator[Record]:
-    refuse_pointer(file, DataError)
-    try:
-        with file.open("rb") as raw:
-            head = raw.read(HEAD)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error}); mend or remove it.") from error
-    packing = packing_of(head)
-    if packing:
-        with opened(file, packing) as (_, stream):
-            head = stream.read(HEAD)
-    table = table_of(head, ending_of(file.name)[0])
-    if table:
-        if packing and table != CSV:
-            raise DataError(f"{file}: is {table} packed as {packing}; unpack it.")
-        yield from _rows(file, table, packing)
-        return
-    if TABLE_ENDINGS.get(ending_of(file.name)[0], CSV) != CSV:
-        raise DataError(
-            f"{file}: does not begin as the {TABLE_ENDINGS[ending_of(file.name)[0]]} of its name; copy it again."
-        )
-    with opened(file, packing) as (_, stream):
-        if head.removeprefix(BOM).lstrip().startswith(b"["):
-            for place, value in read_objects(stream, file):
-                yield Record(value, file, place, "record")
-            return
-        for number, line in enumerate(stream, 1):
-            if line.removeprefix(BOM).strip():
-                yield _record(_parsed(line, f"{file}: line {number}"), file, number)
-
-
-def _rows(file: Path, kind: str, packing: str) -> Iterator[Record]:
-    with open_table(file, kind, packing) as table:
-        if not set(COLUMNS) & set(table.columns):
-            raise DataError(
-                f"{file}: the table has no column of conversations (it has {', '.join(table.columns)}); give it "
-                "messages, conversations, or instruction and output."
-            )
-        key = next((name for name in ("messages", "conversations", "instruction") if name in table.columns), None)
-        for number, row in table.rows(COLUMNS):
-            # All rows of a table have all of its columns, so what is missing is empty.
-            value = {name: member for name, member in row.items() if member is not None and member != ""}
-            for name in ("messages", "conversations"):
-                if isinstance(value.get(name), str):  # as CSV holds lists
-                    value[name] = _parsed(
-                        value[name].encode("utf-8", "surrogatepass"), f"{file}: {table.unit} {number}, {name},"
-                    )
-            if key is not None and key not in value and schema_of(value) is None:
-                # What tells the kind is empty: counted as a record of JSON lines is, in which it is empty too.
-                value[key] = "" if key == "instruction" else []
-            yield Record(value, file, number, table.unit)
-
-
-def _record(value: Any, file: Path, number: int) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(f"{file}: line {number} is not a JSON object; mend or remove it.")
-    return Record(value, file, number, "line")
-
-
-def _parsed(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where} is not JSON in UTF-8 ({reason}); mend or remove it.") from error
-
-
-def conversation_of(record: dict[str, Any]) -> Conversation:
-    """The conversation that a record of any known schema holds.
-
-    An assistant message with `train: false` or `weight: 0` is shown to the model and not trained on.
+    Args:
+        schema: see `schema_of`; None: that of the record alone.
 
     Raises:
         RecordError: it has no answer, its roles are out of order, or a field is not what the schema says.
+        NoSchema: see `schema_of`.
     """
-    schema = schema_of(record)
-    key = next((name for name, of in LISTS.items() if of == schema), None)
-    if key is not None and not isinstance(record[key], list):
-        raise RecordError(f"its {key} are no list")
-    if schema == "Alpaca":
-        messages = _alpaca(record)
-    elif schema == "ShareGPT":
-        messages = [_spoken(turn) for turn in record["conversations"]]
-        system = record.get("system")
-        if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-    else:
-        messages = [dict(message) if isinstance(message, dict) else {} for message in record["messages"]]
+    schema = schema or schema_of(record)
+    held = next((name for name in NOT_READ if record.get(name)), None)
+    if held is not None:
+        raise RecordError(f"it has {held}, which is not read here")
+    if schema == PLAIN:
+        return _completion(record)
+    messages = _flat(record, FLAT[schema]) if schema in FLAT else _listed(record, schema)
+    system = _system(record)
+    if system and not (messages and messages[0].get("role") in ("system", "developer")):
+        messages.insert(0, {"role": "system", "content": system})
     # Templates print None where they take a missing field well; transformers drops it too.
     messages = [
         {
@@ -244,25 +102,102 @@ def conversation_of(record: dict[str, Any]) -> Conversation:
         }
         for message in messages
     ]
-    tools = record.get("tools")
+    return Conversation(messages, _tools(record), _checked(messages))
+
+
+def _completion(record: dict[str, Any]) -> Completion:
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if not isinstance(prompt, str):
+        raise RecordError("its prompt is missing")
+    if not isinstance(completion, str) or not completion.strip():
+        raise RecordError("an answer is empty")
+    beside = next((name for name in (*SYSTEMS, "tools", "history") if record.get(name)), None)
+    if beside is not None:
+        raise RecordError(f"it has {beside} beside a prompt of plain text; write that into the prompt")
+    return Completion(prompt, completion)
+
+
+def _listed(record: dict[str, Any], schema: str) -> list[dict[str, Any]]:
+    """Messages of a schema that has them as lists."""
+    if schema == SPOKEN:
+        prompt, completion = record.get("prompt"), record.get("completion")
+        if not (isinstance(prompt, list) and isinstance(completion, list) and completion):
+            raise RecordError("its prompt or completion is missing")
+        return [{**_turn(turn), "train": False} for turn in prompt] + [_turn(turn) for turn in completion]
+    key = next(name for name, of in LISTS.items() if of == schema)
+    if not isinstance(record.get(key), list):
+        raise RecordError(f"its {key} are no list")
+    return [_turn(turn) for turn in record[key]]
+
+
+def _turn(turn: Any) -> dict[str, Any]:
+    """A turn as a message, ShareGPT's names of its fields and of who speaks as roles."""
+    if not isinstance(turn, dict):
+        return {}
+    message = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    role = message.get("role", turn.get("from"))
+    message["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
+    if role == "function_call":
+        message["tool_calls"] = _calls(turn.get("value"))
+    elif message.get("content") is None and "value" in turn:
+        message["content"] = turn["value"]
+    return message
+
+
+def _calls(text: Any) -> list[dict[str, Any]]:
+    """The tool calls that a turn of LLaMA-Factory's ShareGPT is: the JSON of one, or of a list of them."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RecordError("a function_call is not JSON") from error
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise RecordError("a function_call names no function")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _flat(record: dict[str, Any], flat: Flat) -> list[dict[str, Any]]:
+    texts = {name: record.get(name) or "" for name in (flat.question, *flat.contexts, flat.answer)}
+    strange = next((name for name, text in texts.items() if not isinstance(text, str)), None)
+    if strange is not None:
+        raise RecordError(f"its {strange} is not a string")
+    pairs = record.get("history") or []
+    if not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
+        raise RecordError("its history is no list of questions with their answers")
+    *question, answer = texts.values()
+    return [
+        {"role": role, "content": content}
+        for pair in (*pairs, ("\n\n".join(filter(None, question)), answer))
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _system(record: dict[str, Any]) -> str | None:
+    given = [record[name] for name in SYSTEMS if record.get(name)]
+    if len(given) > 1 or not all(isinstance(text, str) for text in given):
+        raise RecordError(f"its {' or '.join(SYSTEMS)} is not one string")
+    return given[0] if given else None
+
+
+def _tools(record: dict[str, Any]) -> list[Any] | None:
+    tools = record.get("tools") or None
     if isinstance(tools, str):  # as tables hold them
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError("its tools are not JSON") from error
     if tools is not None and not isinstance(tools, list):
         raise RecordError("its tools are not a list")
-    return Conversation(messages, tools or None, _checked(messages))
+    return tools or None
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A field of a message as templates of text models take it: content in parts is one string."""
+    """A field of a message as templates of text models take it."""
     if name == "content" and isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        # As the templates that take parts write them: one behind the other.
-        others = [part.get("type") for part in value if not isinstance(part.get("text"), str)]
-        if others:
-            raise RecordError(f"a message has a part that is no text ({others[0]})")
-        return "".join(part["text"] for part in value)
+        for part in value:
+            if part.get("type") not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+                raise RecordError(f"a message has a part that is no text ({part.get('type')})")
+        return [{"type": "text", "text": part["text"]} for part in value]
     if name == "tool_calls" and isinstance(value, list):
         return [_with_arguments(call, _as_object) for call in value]
     return value
@@ -288,6 +223,14 @@ def _as_object(arguments: Any) -> Any:
     return found if isinstance(found, dict) else arguments
 
 
+def with_joined_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with content in parts as one text."""
+    return [
+        {**message, "content": text_in(message["content"])} if isinstance(message.get("content"), list) else message
+        for message in messages
+    ]
+
+
 def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with the arguments of tool calls as JSON text, which a template may put behind other text."""
 
@@ -302,48 +245,30 @@ def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
-    parts = [record.get(name) or "" for name in ("instruction", "input", "output")]
-    if not all(isinstance(part, str) for part in parts):
-        raise RecordError("its instruction, input or output is not a string")
-    instruction, context, output = parts
-    question = f"{instruction}\n\n{context}" if context else instruction
-    system = record.get("system")
-    before = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-    return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
-
-
-def _spoken(turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        return {}
-    if "role" in turn:
-        return dict(turn)
-    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
-    return {**rest, "role": _SPEAKERS.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
-
-
 def _checked(messages: list[dict[str, Any]]) -> tuple[bool, ...]:
     """Check order and content, take the flags out; whether each assistant message is trained on."""
     trained = []
     before = ""
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        if role not in _MAY_FOLLOW or role == "":
+        if role is None:
+            raise RecordError("a message does not say whose it is (role, or from)")
+        if not isinstance(role, str) or role not in _MAY_FOLLOW or role == "":
             raise RecordError(f"a message has the unknown role {role!r}")
         if role not in _MAY_FOLLOW[before]:
             raise RecordError(f"its roles are out of order ({role} {'after ' + before if before else 'first'})")
-        if content is not None and not isinstance(content, str):
+        if not (content is None or isinstance(content, str) or _is_parts(content)):
             raise RecordError("the content of a message is not a string")
-        wanted, weight = message.pop("train", True), message.pop("weight", 1)
+        counted = _flag(message)
         if role == "assistant":
-            if not (content or "").strip() and not message.get("tool_calls"):
+            if not text_in(content).strip() and not message.get("tool_calls"):
                 raise RecordError("an answer is empty")
-            if not isinstance(wanted, bool) or weight not in (0, 1):
-                raise RecordError("a message's train is not true or false, or its weight not 0 or 1")
-            trained.append(wanted and bool(weight))
-        elif not isinstance(content, str) or (role == "user" and not content.strip()):
+            trained.append(counted is not False)
+        elif counted:
+            raise RecordError(f"a {role} message is to be trained on, and the loss counts only what the assistant says")
+        elif content is None or (role == "user" and not text_in(content).strip()):
             raise RecordError(f"a {role} message is empty")
-        before = str(role)
+        before = role
     if not trained:
         raise RecordError("it has no answer")
     if not any(trained):
@@ -351,3 +276,20 @@ def _checked(messages: list[dict[str, Any]]) -> tuple[bool, ...]:
     if before != "assistant":
         raise RecordError(f"it ends with a {before} message, not with an answer")
     return tuple(trained)
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether content is what `_plain` makes of parts."""
+    return isinstance(content, list) and all(isinstance(part, dict) for part in content)
+
+
+def _flag(message: dict[str, Any]) -> bool | None:
+    """Take out what a message says of the loss: whether it is counted; None: nothing."""
+    finer = next((name for name in _FINER if name in message), None)
+    if finer is not None:
+        raise RecordError(f"a message has {finer}, and the loss counts whole answers or none of them")
+    flags = {name: message.pop(name) for name in _FLAGS if name in message}
+    strange = next((name for name, flag in flags.items() if flag not in (0, 1)), None)
+    if strange is not None:
+        raise RecordError(f"a message's {strange} is not true or false, 0 or 1")
+    return all(flags.values()) if flags else None

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from parallel.errors import DataError
 from pipeline.data.packed import PACKINGS, begins_packed, opened, packing_of
-from pipeline.data.schemas import schema_of
+from pipeline.data.schemas import is_conversation
 from pipeline.data.tables import ARROW, CSV, PARQUET, SEPARATORS, TABLE_ENDINGS, table_of
 from pipeline.storage.lfs import MAX_POINTER, is_pointer, pointer_sentence
 
@@ -172,7 +172,7 @@ def _json_or_text(file: Path, kind: str, packing: str, head: bytes, text_field: 
         # A .jsonl is read line by line, whatever they hold.
         records = _first_records(file, packing, head) if kind == TEXT or ending == ".json" else []
     has_text = bool(records) and isinstance(records[0].get(text_field), str)
-    if (kind == TEXT or len(records) == 1) and records and not has_text and schema_of(records[0]) is not None:
+    if (kind == TEXT or len(records) == 1) and records and not has_text and is_conversation(records[0]):
         held = "a conversation" if len(records) == 1 and kind == LINES else "conversations"
         raise Unread(f"holds {held}; prepare {'it' if held[0] == 'a' else 'them'} with longspan prepare --chat")
     if kind == TEXT:

@@ -15,22 +15,40 @@ from numpy.typing import NDArray
 
 from parallel.errors import DataError
 from pipeline.data.card import Notes
-from pipeline.data.chat import ChatTemplate, Sample
-from pipeline.data.conversations import (
-    Conversation,
-    Record,
-    RecordError,
-    conversation_files,
-    conversation_of,
-    read_records,
-)
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.chat_records import AS_NAMED, Columns, Record, conversation_files, read_records
+from pipeline.data.conversations import Completion, Conversation, RecordError, conversation_of
 from pipeline.data.held_out import WHOLE, Part
+from pipeline.data.masks import Sample
 from pipeline.data.once import describe, intact, named, once, same_files
 from pipeline.data.shard_writer import ShardWriter
 from pipeline.data.shards import Manifest
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
 from pipeline.reporting.words import counted
+
+SPELLED, WITHOUT_TOOLS, JOINED, TRUNCATED = "spelled", "without tools", "joined", "truncated"
+_REMARKS = {
+    SPELLED: (
+        ("{} conversation spells a special token in its text", "{} conversations spell a special token in their text"),
+        ", which becomes that token (first: {first}).",
+    ),
+    WITHOUT_TOOLS: (
+        ("{} conversation offers tools", "{} conversations offer tools"),
+        " whose definitions the chat template does not show (first: {first}); give one that knows tools with "
+        "--chat-template.",
+    ),
+    JOINED: (
+        ("{} prompt ends", "{} prompts end"),
+        " inside a token that the completion goes on with (first: {first}), so the model is trained on other tokens "
+        "than it is asked with; move what they share, such as a space, to the completion.",
+    ),
+    TRUNCATED: (
+        ("{} conversation is truncated: the middle of its", "{} conversations are truncated: the middle of their"),
+        " longest part is left out.",
+    ),
+}
+"""What is told of records that are kept: of one, of several, and how the sentence goes on."""
 
 
 @dataclass
@@ -40,36 +58,30 @@ class Account:
     samples: int = 0
     scored: int = 0
     """Tokens the loss counts."""
-    truncated: int = 0
-    special: int = 0
-    """Conversations whose text spells a special token."""
     refused: Counter[str] = field(default_factory=Counter)
     """Records left out, by reason."""
+    remarked: Counter[str] = field(default_factory=Counter)
+    """Records kept that something is told of, by what (`_REMARKS`)."""
     examples: dict[str, str] = field(default_factory=dict)
-    """Place of the first record by reason."""
-    spelled: tuple[str, str] | None = None
-    """The first special token that a text spells, and its place."""
-    without_tools: int = 0
-    """Conversations whose tools the template does not show."""
-    first_without: str = ""
-    """Place of the first of them."""
+    """Place of the first record by reason or remark."""
 
     def refuse(self, reason: str, place: str) -> None:
         """Count a record that is left out."""
         self.refused[reason] += 1
         self.examples.setdefault(reason, place)
 
+    def remark(self, what: str, place: str) -> None:
+        """Count a record that something is told of."""
+        self.remarked[what] += 1
+        self.examples.setdefault(what, place)
+
     def add(self, later: Account) -> None:
         """Count what became of the records behind these as well."""
         self.samples += later.samples
         self.scored += later.scored
-        self.truncated += later.truncated
-        self.special += later.special
         self.refused += later.refused
+        self.remarked += later.remarked
         self.examples = later.examples | self.examples
-        self.spelled = self.spelled or later.spelled
-        self.without_tools += later.without_tools
-        self.first_without = self.first_without or later.first_without
 
     def sentences(self) -> list[str]:
         """What to warn of."""
@@ -80,26 +92,12 @@ class Account:
 
     def remarks(self) -> list[str]:
         """What to warn of in those that are kept."""
-        lines = []
-        if self.spelled is not None:
-            token, place = self.spelled
-            text = "its text" if self.special == 1 else "their text"
-            lines.append(
-                f"{counted(self.special, 'conversation spells', 'conversations spell')} a special token in {text}, "
-                f"which becomes that token (first: {token!r} at {place})."
-            )
-        if self.without_tools:
-            lines.append(
-                f"{counted(self.without_tools, 'conversation offers', 'conversations offer')} tools whose definitions "
-                f"the chat template does not show (first: {self.first_without}); give one that knows tools with "
-                "--chat-template."
-            )
-        if self.truncated:
-            lines.append(
-                f"{counted(self.truncated, 'conversation is', 'conversations are')} truncated: the middle of "
-                f"{'its' if self.truncated == 1 else 'their'} longest part is left out."
-            )
-        return lines
+        return [
+            (one if self.remarked[what] == 1 else several).format(self.remarked[what])
+            + rest.format(first=self.examples[what])
+            for what, ((one, several), rest) in _REMARKS.items()
+            if self.remarked[what]
+        ]
 
 
 def samples(
@@ -110,15 +108,15 @@ def samples(
     Raises:
         DataError: the template is not prefix-stable, see `ChatTemplate`.
     """
-    told: list[tuple[Record, Conversation | RecordError]] = []
+    told: list[tuple[Record, Conversation | Completion | RecordError]] = []
     for record in records:
         try:
-            told.append((record, conversation_of(record.value)))
+            told.append((record, conversation_of(record.value, record.schema)))
         except RecordError as error:
             told.append((record, error))
-    made = template.samples([what for _, what in told if isinstance(what, Conversation)])
+    made = template.samples([what for _, what in told if not isinstance(what, RecordError)])
     for record, what in told:
-        found = next(made) if isinstance(what, Conversation) else what
+        found = what if isinstance(what, RecordError) else next(made)
         try:
             if isinstance(found, Sample) and max_tokens is not None:
                 found = template.truncated(found, max_tokens)
@@ -129,28 +127,32 @@ def samples(
         if isinstance(found, RecordError):
             account.refuse(str(found), record.where)
             continue
-        assert isinstance(what, Conversation), "the sample is of one"
+        assert not isinstance(what, RecordError), "the sample is of what it says"
         spelled = template.holds_special(what)
         if spelled is not None:
-            account.spelled = account.spelled or (spelled, record.where)
-            account.special += 1
+            account.remark(SPELLED, f"{spelled!r} at {record.where}")
         if template.hides_tools(what):
-            account.without_tools += 1
-            account.first_without = account.first_without or record.where
+            account.remark(WITHOUT_TOOLS, record.where)
+        if found.joined:
+            account.remark(JOINED, record.where)
+        if found.cut:
+            account.remark(TRUNCATED, record.where)
         account.samples += 1
         account.scored += int(np.count_nonzero(found.scored[1:]))
-        account.truncated += found.cut > 0
         yield record, found
 
 
-def chosen_records(source: Path, part: Part = WHOLE) -> Iterator[Record]:
+def chosen_records(source: Path, part: Part = WHOLE, columns: Columns = AS_NAMED) -> Iterator[Record]:
     """The records of a part.
+
+    Args:
+        columns: see `read_records`.
 
     Raises:
         DataError: a file cannot be read, see `read_records`.
     """
     for file in conversation_files(source):
-        for record in read_records(file):
+        for record in read_records(file, columns):
             if not part.share or part.takes(json.dumps(record.value, sort_keys=True, default=str)):
                 yield record
 
@@ -216,16 +218,23 @@ def _all_prepared(
     yield from (prepared for prepared, _ in done)
 
 
-def _identity(template: ChatTemplate, max_tokens: int | None) -> str:
-    return hashlib.sha256(f"{template.identity} {max_tokens}".encode()).hexdigest()
+def _identity(template: ChatTemplate, max_tokens: int | None, columns: Columns) -> str:
+    read_as = json.dumps(columns, sort_keys=True) if columns else ""
+    return hashlib.sha256(f"{template.identity} {max_tokens}{read_as}".encode()).hexdigest()
 
 
 def chat_up_to_date(
-    source: Path, out: Path, template: ChatTemplate, max_tokens: int | None, part: Part = WHOLE
+    source: Path,
+    out: Path,
+    template: ChatTemplate,
+    max_tokens: int | None,
+    part: Part = WHOLE,
+    columns: Columns = AS_NAMED,
 ) -> Manifest | None:
     """The manifest at `out` if it was made of these conversations in this way and is intact, else None."""
     manifest = intact(out, template.tokenizer)
-    if manifest is None or (manifest.chat, manifest.part) != (_identity(template, max_tokens), part.name):
+    identity = _identity(template, max_tokens, columns)
+    if manifest is None or (manifest.chat, manifest.part) != (identity, part.name):
         return None
     return manifest if same_files(named(source, conversation_files(source)), manifest.sources) else None
 
@@ -237,6 +246,7 @@ def prepare_chat(
     max_tokens: int | None,
     part: Part = WHOLE,
     workers: int = 1,
+    columns: Columns = AS_NAMED,
 ) -> tuple[Manifest, Account]:
     """Tokenize the conversations at `source` into the shard folder `out`, with a mark for every token that is scored.
 
@@ -244,6 +254,7 @@ def prepare_chat(
 
     Args:
         workers: processes that render and tokenize; the result does not depend on it.
+        columns: see `read_records`.
 
     Raises:
         DataError: see `chosen_records` and `samples`; no record can be trained on; `out` holds something else or cannot
@@ -255,7 +266,7 @@ def prepare_chat(
     def write(out: Path) -> Manifest:
         entries = describe(files)
         with one_thread(), ShardWriter(out, template.tokenizer) as writer:
-            records = chosen_records(source, part)
+            records = chosen_records(source, part, columns)
             for tokens, lengths, scored, became in _all_prepared(records, template, max_tokens, workers):
                 writer.add_samples(tokens, lengths, scored)
                 account.add(became)
@@ -263,7 +274,10 @@ def prepare_chat(
                 reasons = " ".join(account.sentences()) or "It holds no record."
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
-            identity = _identity(template, max_tokens)
+            identity = _identity(template, max_tokens, columns)
             return writer.finish(entries, account.refused.total(), "", identity, notes, part=part.name)
 
-    return once(out, lambda found: chat_up_to_date(source, found, template, max_tokens, part), write), account
+    def up_to_date(found: Path) -> Manifest | None:
+        return chat_up_to_date(source, found, template, max_tokens, part, columns)
+
+    return once(out, up_to_date, write), account

@@ -19,7 +19,7 @@ from pipeline.data.discovery import find_texts
 from pipeline.data.json_list import read_objects
 from pipeline.data.kinds import BOM, LINES, LIST, TEXT, TextFile
 from pipeline.data.packed import opened
-from pipeline.data.schemas import schema_of
+from pipeline.data.schemas import is_conversation
 from pipeline.data.tables import TABLES, Table, open_table
 
 _CHUNK = 1 << 18
@@ -230,7 +230,7 @@ def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
 def _no_field(where: str, text_field: str, record: dict[str, Any]) -> DataError:
     keys = ", ".join(sorted(record)) or "nothing"
     how = "set the text field to one of its own"
-    if schema_of(record) is not None:
+    if is_conversation(record):
         how = "prepare conversations with longspan prepare --chat"
     return DataError(f"{where} has no field {text_field!r} (it has {keys}); {how}.")
 

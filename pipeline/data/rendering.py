@@ -8,19 +8,24 @@ beginnings.
 from __future__ import annotations
 
 import re
+import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, meta, nodes
 
 from parallel.errors import DataError
-from pipeline.data.conversations import Conversation, RecordError, with_text_arguments
+from pipeline.data.conversations import Conversation, RecordError, text_in, with_joined_parts, with_text_arguments
 from pipeline.data.turns import STUMBLES, turns_of
 
 Rendered = tuple[str, list[tuple[int, int]]]
 """The text, and from where to where its trained answers stand, in characters."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_NO_CALLS = "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
+_GIVE = "give one that does with --chat-template"
+_NO_DEVELOPER = f"the chat template knows no role developer (name it system, or {_GIVE})"
 _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 """Fields of a message that transformers gives the template under other names too."""
 
@@ -52,7 +57,6 @@ class Renderer:
 
     Attributes:
         reads_tools: it reads the definitions of tools; one that does not cannot show them.
-        reads_calls: it names the field of tool calls.
 
     Raises:
         jinja2.TemplateError: it is no valid Jinja.
@@ -69,8 +73,21 @@ class Renderer:
         environment = self._compiled.environment
         tree = environment.parse(source)
         self.reads_tools = "tools" in meta.find_undeclared_variables(tree)
-        self.reads_calls = _names(tree, "tool_calls")
+        self._reads_calls = _names(tree, "tool_calls")
         self._turns = None if self._marked else turns_of(environment, source, self._given, frozenset(names))
+        self._takes_parts = self._probe_parts()
+
+    def _probe_parts(self) -> bool:
+        """Whether it renders content in parts of text as text; others fail, or write down the list."""
+        parts = [{"type": "text", "text": "left"}, {"type": "text", "text": "right"}]
+        try:
+            given, joined = (
+                self._direct(self._compiled, [{"role": "user", "content": content}], None, False)
+                for content in (parts, "leftright")
+            )
+        except RecordError:
+            return False
+        return given == joined and "leftright" in joined
 
     def rendered(self, conversation: Conversation) -> Rendered:
         """What is to be tokenized.
@@ -79,6 +96,66 @@ class Renderer:
             RecordError: the template refuses the conversation.
             DataError: the template has no marks, and renders the beginning of a conversation otherwise than the whole.
         """
+        conversation = self._as_taken(conversation)
+        try:
+            return self._in_either_form(conversation)
+        except RecordError:
+            if self._may_hide_calls(conversation):
+                raise RecordError(_NO_CALLS) from None
+            as_system = [
+                {**message, "role": "system"} if message["role"] == "developer" else message
+                for message in conversation.messages
+            ]
+            if as_system == conversation.messages:
+                raise
+            self._in_either_form(replace(conversation, messages=as_system))  # or it is refused for another reason
+            raise RecordError(_NO_DEVELOPER) from None
+
+    def check_shown(self, conversation: Conversation, text: str) -> None:
+        """Return if the template left nothing out that the answers go by.
+
+        Args:
+            text: what it made of the conversation.
+
+        Raises:
+            RecordError: the text would be the same without a message, or without the tool calls. Of an answer that is a
+                call nothing but its end would then be trained on.
+        """
+        conversation = self._as_taken(conversation)
+        messages = conversation.messages
+        if self._may_hide_calls(conversation):
+            silent = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+            if self._rendered(silent, conversation)[0] == text:
+                raise RecordError(_NO_CALLS)
+        for place, message in enumerate(messages):
+            said = text_in(message.get("content")).strip()
+            # Nearly all text stands there as it is; some is written down as JSON, say.
+            if message["role"] != "assistant" and said not in text and self._hides(conversation, place, text):
+                if message["role"] == "developer":
+                    raise RecordError(_NO_DEVELOPER)
+                raise RecordError(f"the chat template does not show its {message['role']} message ({_GIVE})")
+
+    def _may_hide_calls(self, conversation: Conversation) -> bool:
+        """Whether there are tool calls, and the template does not name their field; it may write whole messages."""
+        return not self._reads_calls and any(message.get("tool_calls") for message in conversation.messages)
+
+    def _hides(self, conversation: Conversation, place: int, text: str) -> bool:
+        """Whether the text is the same if a message says something else."""
+        messages = list(conversation.messages)
+        messages[place] = {**messages[place], "content": secrets.token_hex(16)}
+        try:
+            return self._in_either_form(replace(conversation, messages=messages))[0] == text
+        except (RecordError, DataError):
+            return False  # what is said there matters
+
+    def _as_taken(self, conversation: Conversation) -> Conversation:
+        """The conversation with content in parts only for a template that takes such."""
+        if self._takes_parts:
+            return conversation
+        return replace(conversation, messages=with_joined_parts(conversation.messages))
+
+    def _in_either_form(self, conversation: Conversation) -> Rendered:
+        """What is rendered with the arguments of calls as objects, or else as text."""
         try:
             return self._rendered(conversation.messages, conversation)
         except RecordError:
@@ -86,17 +163,6 @@ class Renderer:
             if messages == conversation.messages:
                 raise
             return self._rendered(messages, conversation)
-
-    def hides_calls(self, conversation: Conversation, text: str) -> bool:
-        """Whether the conversation, which became `text`, reads alike without its tool calls.
-
-        Of an answer that is a call nothing but its end would then be trained on.
-        """
-        messages = conversation.messages
-        if self.reads_calls or not any(message.get("tool_calls") for message in messages):
-            return False
-        silent = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
-        return self._rendered(silent, conversation)[0] == text
 
     def _rendered(self, messages: list[dict[str, Any]], conversation: Conversation) -> Rendered:
         tools, trained = conversation.tools, conversation.trained

@@ -94,6 +94,8 @@ class HfTokenizer:
 
     Attributes:
         settings: content of tokenizer.json as the folder has it.
+        whole: the library's tokenizer as transformers has it, which makes special tokens of their spelling and puts
+            around a text what tokenizer.json says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,12 +145,19 @@ class HfTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     @cached_property
-    def prompt_start(self) -> list[int]:
-        """Ids the tokenizer itself puts before a prompt: BOS, or nothing."""
+    def whole(self) -> Any:
         from tokenizers import Tokenizer
 
         whole = Tokenizer.from_str(json.dumps({**self.settings, "truncation": None, "padding": None}))
-        plain, full = whole.encode("x", add_special_tokens=False).ids, whole.encode("x").ids
+        ends = [whole.id_to_token(number) for number in (self.bos_id, self.eos_id) if number is not None]
+        added = {token.content for token in whole.get_added_tokens_decoder().values()}
+        whole.add_special_tokens([content for content in ends if content is not None and content not in added])
+        return whole
+
+    @cached_property
+    def prompt_start(self) -> list[int]:
+        """Ids the tokenizer itself puts before a prompt: BOS, or nothing."""
+        plain, full = self.whole.encode("x", add_special_tokens=False).ids, self.whole.encode("x").ids
         starts = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
         return list(full[: starts[0]]) if starts else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -48,10 +49,10 @@ def pieces() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(record))
 
 
-def save(folder: Path, tokenizer: Tokenizer) -> Path:
-    """Write a model's folder of tokenizer files."""
+def save(folder: Path, tokenizer: Tokenizer, **others: Any) -> Path:
+    """Write a model's folder of tokenizer files; `others` are settings of its tokenizer_config.json."""
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **others}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

@@ -123,8 +123,9 @@ def tokenizing(folder: Path, text: Path, megabytes: float, workers: int) -> list
         try:
             template = ChatTemplate(tokenizer)
         except DataError:
-            return rows  # it has none
-        rows.append(_conversations(template, whole, place, workers))
+            return rows  # none can be read
+        if template.source is not None:
+            rows.append(_conversations(template, whole, place, workers))
     return rows
 
 

@@ -6,7 +6,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.data.chat import ChatTemplate, Sample
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.masks import Sample
 
 
 def shown(sample: Sample, template: ChatTemplate) -> Text:

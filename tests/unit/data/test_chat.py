@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from parallel.errors import ConfigError, DataError
 from pipeline.data import prepare_chat as prepare_chat_module
-from pipeline.data.chat import ChatTemplate, Sample
+from pipeline.data.chat import ChatTemplate
 from pipeline.data.conversations import RecordError, conversation_of
+from pipeline.data.masks import Sample
 from pipeline.data.mixed import packing_line
 from pipeline.data.packing import IGNORE
-from pipeline.data.prepare_chat import prepare_chat
+from pipeline.data.prepare_chat import SPELLED, TRUNCATED, prepare_chat
 from pipeline.data.samples import SampleDataset, training_windows
 from pipeline.data.shards import MANIFEST, SCORED, open_shards
 from pipeline.data.tokenizer import load_tokenizer
@@ -187,7 +188,7 @@ def test_templates_that_are_missing_or_broken_are_refused(
     bytes_folder: Path, template: Callable[[str], ChatTemplate], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="has no chat template"):
-        ChatTemplate(load_tokenizer(bytes_folder))
+        ChatTemplate(load_tokenizer(bytes_folder)).sample(conversation_of(LONG))
     with pytest.raises(DataError, match="cannot be read"):
         ChatTemplate(load_tokenizer(bytes_folder), tmp_path / "unknown.jinja")
     with pytest.raises(DataError, match="no valid Jinja"):
@@ -358,8 +359,9 @@ def test_several_workers_write_the_bytes_of_one(
         found.append((account, {file.name: file.read_bytes() for file in out.iterdir()}))
     assert found[0] == found[1]
     account, files = found[0]
-    assert account.samples == 41 and account.refused.total() == len(REFUSED) + 3 and account.truncated
-    assert account.spelled == ("<|im_end|>", f"{tmp_path / 'rows.jsonl'}: line {len(REFUSED) + 41}")
+    assert account.samples == 41 and account.refused.total() == len(REFUSED) + 3
+    assert account.remarked[TRUNCATED] > 1 and account.remarked[SPELLED] == 1
+    assert account.examples[SPELLED] == f"'<|im_end|>' at {tmp_path / 'rows.jsonl'}: line {len(REFUSED) + 41}"
     assert account.examples["it has no answer"].endswith(": line 1") and MANIFEST in files
     # One by one they are what the batches are.
     single = [made.truncated(made.sample(conversation_of(row)), 600) for row in rows[len(REFUSED) : len(REFUSED) + 41]]

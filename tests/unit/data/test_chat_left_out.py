@@ -27,6 +27,7 @@ ROWS = [
     {"messages": [ASKS, {**CALLS, "content": ""}, RESULT, ANSWER], "tools": [TOOL]},
     {"messages": [ASKS, ANSWER], "tools": [TOOL]},
     {"messages": [ASKS, {**CALLS, "content": "I look."}], "tools": [TOOL]},
+    {"messages": [ASKS, CALLS], "tools": [TOOL]},
 ]
 KNOWS = (
     "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
@@ -55,20 +56,20 @@ def test_calls_that_are_not_shown_are_left_out_and_counted(tmp_path: Path, templ
     manifest, account, file = prepared(tmp_path, template, ROWS)
     assert manifest.documents == account.samples == 2
     reason = "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
-    assert account.refused == {reason: 2} and account.examples == {reason: f"{file}: line 2"}
+    assert account.refused == {reason: 3} and account.examples[reason] == f"{file}: line 2"
     left_out, offered = account.sentences()
-    assert left_out == f"2 records are left out: {reason} (first: {file}: line 2)."
+    assert left_out == f"3 records are left out: {reason} (first: {file}: line 2)."
     assert offered == (
         "1 conversation offers tools whose definitions the chat template does not show (first: "
         f"{file}: line 3); give one that knows tools with --chat-template."
     )
     card = read_card(tmp_path / "out")
-    assert card is not None and card["left_out"][reason]["count"] == 2 and card["warnings"] == [offered]
+    assert card is not None and card["left_out"][reason]["count"] == 3 and card["warnings"] == [offered]
 
 
 def test_a_template_that_knows_tools_shows_them_as_in_transformers(tmp_path: Path) -> None:
     manifest, account, _ = prepared(tmp_path, KNOWS, ROWS)
-    assert manifest.documents == 4 and account.sentences() == []
+    assert manifest.documents == 5 and account.sentences() == []
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
     chat = ChatTemplate(load_tokenizer(tmp_path / "model"), tmp_path / "t.jinja")
     from pipeline.data.conversations import conversation_of
@@ -82,7 +83,7 @@ def test_a_template_that_knows_tools_shows_them_as_in_transformers(tmp_path: Pat
 def test_a_template_that_writes_all_of_a_message_shows_its_calls(tmp_path: Path) -> None:
     manifest, account, _ = prepared(tmp_path, WHOLE, [ROWS[0], ROWS[3]])
     assert manifest.documents == 2 and not account.refused
-    assert account.without_tools == 1
+    assert account.remarked["without tools"] == 1
 
 
 def test_the_command_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +91,7 @@ def test_the_command_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str
     arguments = ["--chat", "--input", str(file), "--output", str(tmp_path / "more")]
     assert main([*arguments, "--tokenizer", str(tmp_path / "model"), "--chat-template", str(tmp_path / "t.jinja")]) == 0
     err = capsys.readouterr().err
-    assert "warning: 2 records are left out: the chat template does not show its tool calls" in err
+    assert "warning: 3 records are left out: the chat template does not show its tool calls" in err
     assert "warning: 1 conversation offers tools whose definitions the chat template does not show" in err
 
 

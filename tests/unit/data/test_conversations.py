@@ -11,26 +11,8 @@ import pytest
 import zstandard
 
 from parallel.errors import DataError
-from pipeline.data.conversations import RecordError, conversation_of, read_records
+from pipeline.data.chat_records import read_records
 from tests.support.conversations import LONG, SYSTEM
-
-
-def test_content_in_parts_of_text_is_one_text() -> None:
-    def parts(*texts: str) -> list[dict[str, str]]:
-        return [{"type": "text", "text": text} for text in texts]
-
-    said = conversation_of(
-        {
-            "messages": [
-                {"role": "user", "content": parts("Where", "?")},
-                {"role": "assistant", "content": parts("There.")},
-            ]
-        }
-    )
-    assert [message["content"] for message in said.messages] == ["Where?", "There."]
-    picture = [*parts("What is it?"), {"type": "image_url", "image_url": {"url": "a.png"}}]
-    with pytest.raises(RecordError, match=r"a message has a part that is no text \(image_url\)"):
-        conversation_of({"messages": [{"role": "user", "content": picture}, {"role": "assistant", "content": "b"}]})
 
 
 @pytest.mark.parametrize(

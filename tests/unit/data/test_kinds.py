@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from parallel.errors import DataError
-from pipeline.data.conversations import conversation_files, passed_over, read_records
+from pipeline.data.chat_records import conversation_files, passed_over, read_records
 from pipeline.data.discovery import find_texts
 from pipeline.data.kinds import LINES, LIST, TEXT
 from pipeline.data.prepare import left_out

@@ -16,7 +16,8 @@ import pytest
 from pyarrow import feather, parquet
 
 from parallel.errors import DataError
-from pipeline.data.conversations import conversation_files, conversation_of, read_records
+from pipeline.data.chat_records import conversation_files, read_records
+from pipeline.data.conversations import conversation_of
 from pipeline.data.discovery import find_texts
 from pipeline.data.records import RecordReader, check_first_record
 from pipeline.data.tables import ARROW, CSV, PARQUET
@@ -224,12 +225,15 @@ def test_conversations_in_tables_are_those_of_json_lines(tmp_path: Path, how: st
 
 def test_conversations_of_two_schemas_or_none_in_one_table(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
-    rows = [{"messages": MESSAGES, "instruction": None}, {"messages": None, "instruction": "Say it."}]
+    rows = [
+        {"messages": MESSAGES, "instruction": None, "output": None},
+        {"messages": None, "instruction": "Say it.", "output": "It."},
+    ]
     parquet.write_table(pa.Table.from_pylist(rows), file)
     with pytest.raises(DataError, match="row 2 is of the schema Alpaca, row 1 of messages; split the file"):
         list(read_records(file))
     parquet.write_table(pa.table({"question": ["a"]}), file)
-    with pytest.raises(DataError, match=r"has no column of conversations \(it has question\)"):
+    with pytest.raises(DataError, match=r"row 1 is no conversation \(it has question\)"):
         list(read_records(file))
     file.write_bytes(b"words")
     with pytest.raises(DataError, match="does not begin as the Parquet of its name"):

@@ -7,7 +7,8 @@ Needs trl 1.16.0, which the tests do not; in an environment of its own:
 All is TRL's own preparation of a data set (`SFTTrainer._prepare_dataset`), called without a model: conversations with
 `assistant_only_loss` through templates with marks, and prompts with completions, whose masks it finds by comparing
 tokens, through those without. Its own templates of Qwen2.5 (published, and with the marks it trains with) stand beside
-the five families of tests/support/chat_templates.py.
+the five families of tests/support/chat_templates.py. Plain prompts and completions go through tokenizers that put
+different things around a text, and completions of several turns through templates with marks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from tokenizers import Tokenizer, processors
 
 from tests.support.chat_templates import MARKED, PUBLISHED
 from tests.support.chat_tokenizers import byte_level, pieces, save
@@ -35,6 +38,17 @@ RECORDS = [
     TURNS,
     [{"role": "system", "content": "Answer in a word."}, *TURNS[:4]],
 ]
+PAIRS = [
+    ("Where does the whale swim?", " In the sea."),
+    ("Where does the whale swim? ", "In the sea."),
+    ("Where does the wh", "ale swim?"),
+    ("", "Call me café."),
+    ("naïve 😀\n\n", "\n 12,345 words\n"),
+    ("<s>[INST] far? [/INST]", " From any land.</s>"),
+    ("Where </s> does", " the </s> whale"),
+]
+CONFIGS: list[dict[str, Any]] = [{}, {"add_bos_token": True, "add_eos_token": True}]
+"""Of tokenizer_config.json, which transformers does not follow where tokenizer.json says what is put around a text."""
 TOKENIZERS = {"byte level": byte_level, "pieces": pieces}
 
 
@@ -55,6 +69,23 @@ def prepared(rows: list[dict[str, Any]], tokenizer: Any, template: str, answers_
     return [{"tokens": row["input_ids"], "scored": [int(label != -100) for label in row["labels"]]} for row in made]
 
 
+def starting(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, with BOS put before a text."""
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def plain_of(tokenizer: Tokenizer, config: dict[str, Any], starts: bool) -> list[dict[str, Any]]:
+    """What becomes of `PAIRS`."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = save(Path(place) / "model", starting(tokenizer) if starts else tokenizer, **config)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+        return prepared(rows, theirs, "", False)
+
+
 def main() -> None:
     """Write the file."""
     import trl
@@ -62,7 +93,7 @@ def main() -> None:
 
     folder = Path(trl.__file__).parent / "chat_templates"
     own = {name: (folder / f"{name}.jinja").read_text() for name in ("qwen2_5", "qwen2_5_training")}
-    golden: dict[str, Any] = {"trl": trl.__version__, "templates": own, "tokenizers": {}, "cases": []}
+    golden: dict[str, Any] = {"trl": trl.__version__, "templates": own, "tokenizers": {}, "cases": [], "plain": []}
     for kind, make in TOKENIZERS.items():
         tokenizer = make()
         golden["tokenizers"][kind] = json.loads(tokenizer.to_str())
@@ -80,6 +111,14 @@ def main() -> None:
             for turns, all_answers, last_answer in zip(records, whole, last, strict=True):
                 case = {"tokenizer": kind, "family": family, "messages": turns}
                 golden["cases"].append({**case, "all": all_answers, "last": last_answer})
+            turns = RECORDS[1]
+            (made,) = prepared([{"prompt": turns[:3], "completion": turns[3:]}], theirs, marked[family], True)
+            golden["cases"][-1]["several"] = {"messages": turns, **made}
+        for config in CONFIGS:
+            for starts in (False, True):
+                golden["plain"].append(
+                    {"tokenizer": kind, "config": config, "starts": starts, "made": plain_of(make(), config, starts)}
+                )
     GOLDEN.write_text(json.dumps(golden, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{GOLDEN}: {len(golden['cases'])} conversations")
 
