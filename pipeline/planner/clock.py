@@ -6,15 +6,15 @@ What is counted is in `work` and `traffic`; what is fitted is in FITTED, all of 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from pipeline.planner.gpus import Gpu
 from pipeline.planner.host_work import operations
 from pipeline.planner.traffic import Traffic, traffic
-from pipeline.planner.work import LayerWork, Work, chunks_of, layer_work, loss_work, trained_elements
+from pipeline.planner.work import LayerWork, Work, layer_work, loss_work, trained_elements
 from pipeline.planning.memory import GRADIENT, OPTIMIZER
-from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.recompute import RecomputePolicy, tally
 from pipeline.planning.run_plan import RunPlan
 
 
@@ -126,12 +126,12 @@ def step_time(
     if one_thread:
         fitted = replace(fitted, host_elements=fitted.thread_elements)
     grid, micro = plan.grid, plan.batch.accumulation
-    layer, moved = layer_work(plan, rank), traffic(plan)
+    layer, moved = layer_work(plan.layer, rank), traffic(plan)
     share = float("inf") if alone else fitted.links
     links = _Links(share * _sold_link(gpu), share * (gpu.sold["network"] or 1.0), gpu.gpus_a_node, not alone)
     segment = plan.group if plan.attention.kind == "s2" else plan.sequence
     longest = max(_stage_layers(plan))
-    policies = Counter(plan.recompute[:longest])
+    policies = tally(plan.recompute[:longest])
     parts: defaultdict[str, float] = defaultdict(float)
     hidden, spare = 0.0, float("inf")
     for policy, count in policies.items():
@@ -140,7 +140,7 @@ def step_time(
             parts[name] += count * seconds
         hidden += count * beside
         spare = min(spare, left)
-    for name, seconds in _seconds(loss_work(plan), gpu, fitted, segment).items():
+    for name, seconds in _seconds(loss_work(plan.layer), gpu, fitted, segment).items():
         # The last stage alone has the loss; with a pipeline it has fewer layers for it (`plan_stages`).
         parts["loss" if name != "products" else "products"] += seconds
     # The output matrix comes while the last layers are at work, and is at hand when the backward begins.
@@ -177,7 +177,7 @@ def _layer_seconds(
     backward["attention"] /= BACKWARD_RATE
     again = sum(_seconds(layer.again[policy], gpu, fitted, segment).values())
     # A streamed sequence's chunks run forward twice, but for the last.
-    chunks = chunks_of(plan)
+    chunks = plan.layer.chunks
     twice = 2.0 - 1.0 / chunks
     ahead = sum(forward.values())
     found = {name: forward[name] + backward[name] for name in forward}
@@ -224,7 +224,7 @@ def _layer_seconds(
     found["copies"] = waits * share
     found["communication"] += waits * (1 - share)
     passes_of_both = chunks * (1 + twice) / 2
-    short = fitted.host_op_s * operations(plan, policy) * passes_of_both - sum(found.values())
+    short = fitted.host_op_s * operations(plan.layer, policy) * passes_of_both - sum(found.values())
     found["waiting"] = max(fitted.layer_s * passes_of_both, short)
     return found, (twice + 1.0) * (gather + copy) - waits, max(0.0, ahead / chunks - fetched)
 

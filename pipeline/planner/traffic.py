@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.planner.work import tokens_of, trained_elements
+from pipeline.planner.work import trained_elements
 from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.context_shards import halo_elements
-from pipeline.planning.memory import GRADIENT, count_parameters
+from pipeline.planning.memory import GRADIENT
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.stream import StreamPlan, halo_bytes
 
@@ -42,9 +42,8 @@ class Traffic:
 
 def traffic(plan: RunPlan) -> Traffic:
     """Everything that travels."""
-    config, arch, grid, width = plan.config, plan.arch, plan.grid, plan.config.model.element_bytes
-    counts = count_parameters(config, arch)
-    tokens = tokens_of(plan)
+    config, arch, grid, counts = plan.config, plan.arch, plan.grid, plan.counts
+    width, tokens = plan.layer.width, plan.layer.tokens()
     # What one gathering or summing of all hidden states brings a rank.
     hidden = tokens * arch.hidden * width * (grid.tp - 1) / grid.tp
     zero3, shards = config.parallel.engine == "zero3", grid.dp * grid.cp

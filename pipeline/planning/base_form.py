@@ -8,6 +8,8 @@ Shapes: O output width, I input width that a rank has of the checkpoint's W.
 
 from __future__ import annotations
 
+from functools import cache
+
 from parallel.errors import ConfigError
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, has_bias, projection_shape
@@ -42,6 +44,7 @@ def local_shape(part: str, arch: LlamaArch, tp: int) -> tuple[int, int, int]:
     return (rows, width // tp, width) if part in ROW_PARALLEL else (rows // tp, width, width)
 
 
+@cache
 def layer_bytes(form: str, arch: LlamaArch, tp: int, element: int) -> int:
     """Bytes of one layer's matrices and biases on a rank; `element` as in `matrix_bytes`."""
     total = 0

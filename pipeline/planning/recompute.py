@@ -6,7 +6,9 @@ word `auto` is resolved by `planning.fill_memory`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import groupby
 
 
 class RecomputePolicy(StrEnum):
@@ -45,3 +47,11 @@ def plan_recompute(setting: str, layers: int, gate_up: str = "gpu") -> tuple[Rec
     """
     policy = RecomputePolicy(setting)
     return ((KEPT_IN[gate_up] if policy is RecomputePolicy.POINTWISE else policy),) * layers
+
+
+def tally(policies: Sequence[RecomputePolicy]) -> dict[RecomputePolicy, int]:
+    """How many layers have each policy, in the order in which they first come."""
+    counts: dict[RecomputePolicy, int] = {}
+    for policy, run in groupby(policies):
+        counts[policy] = counts.get(policy, 0) + len(list(run))
+    return counts
