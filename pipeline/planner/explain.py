@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Site, Timed, each_candidate, streamed, within
+from pipeline.planner.choose import Candidate, Layouts, Site, Timed, streamed, within
 from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
@@ -95,7 +95,7 @@ def _fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | No
 
 def _all_fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Candidate]:
     try:
-        yield from (one for one in each_candidate(config, stored, within(config, site), ("full",)) if one.fits)
+        yield from (one for one in Layouts(config, stored, within(config, site), ("full",)) if one.fits)
     except ConfigError:
         return
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class Gpu:
     name: str
     memory: int
     """Bytes that PyTorch can allocate."""
-    sold: Mapping[str, float | None]
-    measured: Mapping[str, float]
+    sold: Mapping[str, float | None] = field(hash=False)
+    measured: Mapping[str, float] = field(hash=False)
     """Of RATES, those measured on it."""
     gpus_a_node: int
     host: int

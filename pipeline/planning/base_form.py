@@ -75,8 +75,8 @@ def work_bytes(form: str, arch: LlamaArch, tp: int, tokens: int, element: int, t
 
 def _odd(form: str, arch: LlamaArch, tp: int) -> tuple[str, int, int] | None:
     """A projection with a width that is no multiple of `UNIT`: (projection, a rank's width, the whole one)."""
-    unit = UNIT.get(form, 1)
-    for part in PROJECTIONS:
+    unit = UNIT.get(form)
+    for part in PROJECTIONS if unit else ():
         rows, columns, width = local_shape(part, arch, tp)
         if columns % unit:
             return part, columns, width
@@ -116,7 +116,9 @@ def check_recipe(recipe: str, arch: LlamaArch, tp: int, tokens: int) -> None:
     Raises:
         ConfigError: they or a width are no multiple of `RECIPE_UNIT`.
     """
-    unit = RECIPE_UNIT.get(recipe, 1)
+    if recipe == "none":
+        return
+    unit = RECIPE_UNIT[recipe]
     mend = "use a smaller parallel.tp, or set another model.fp8_recipe"
     for parts in PRODUCTS:
         shapes = [local_shape(part, arch, tp) for part in parts]

@@ -96,6 +96,11 @@ class LayerPlan:
         """Pieces that a sequence goes through the layers in: more than one where it is streamed."""
         return 1 if self.stream is None else -(-self.sequence // self.stream)
 
+    @property
+    def segment(self) -> int:
+        """Tokens that attend among themselves while training."""
+        return self.attention.group if self.attention.kind == "s2" else self.sequence
+
     def tokens(self, at_once: int | None = None) -> int:
         """Tokens T of a micro-batch that a tensor-parallel group works on.
 

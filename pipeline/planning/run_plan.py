@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from parallel.errors import ConfigError
@@ -143,6 +143,7 @@ def plan_ranks(config: RunConfig, world: int) -> tuple[GridPlan, BatchPlan]:
     return grid, batch
 
 
+@cache
 def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, ...]:
     """The layers of every pipeline chunk of a model that tensor parallelism can cut, too.
 
@@ -245,6 +246,11 @@ class RunPlan:
         """A rank's part of a layer."""
         specs = self.attention, self.full_attention
         return LayerPlan.of(self.config, self.arch, self.grid, self.stream, specs)
+
+    @property
+    def longest_stage(self) -> int:
+        """Layers of the pipeline stage that has most."""
+        return max(sum(len(chunk) for chunk in self.chunks[stage :: self.grid.pp]) for stage in range(self.grid.pp))
 
     @cached_property
     def counts(self) -> ParameterCounts:
