@@ -143,11 +143,6 @@ class Cut:
         """Data-parallel ranks on so many GPUs."""
         return gpus // (self.tp * self.cp * self.pp)
 
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """That can run it: zero3 has no stages."""
-        return ("megatron", "zero3") if self.pp == 1 else ("megatron",)
-
 
 def _axes(arch: LlamaArch, site: Site, form: str) -> Iterator[tuple[int, int, int]]:
     """(tp, cp, pp) that divide the GPUs, the model and its blocks; tensor parallelism stays within a machine."""
@@ -194,7 +189,7 @@ class Layouts:
             for micro in MICRO_BATCHES
             for word in policies
         }
-        self._policies = policies
+        self.words = tuple(policies)
 
     def cuts(self) -> Iterator[Cut]:
         """Every cut under which the batch can be spread over the GPUs."""
@@ -209,12 +204,20 @@ class Layouts:
                     continue  # of the latter, stages never all work
                 yield cut
 
-    def of(self, cut: Cut, engine: str) -> Iterator[Candidate]:
-        """Those of a cut that can be: offloads and policies."""
+    def engines(self, cut: Cut) -> tuple[str, ...]:
+        """Those that run a cut: zero3 has no stages, and shards no matrices but those of our own linears."""
+        return ("megatron", "zero3") if cut.pp == 1 and self.config.model.family != "te" else ("megatron",)
+
+    def of(self, cut: Cut, engine: str, words: Sequence[str] = ()) -> Iterator[Candidate]:
+        """Those of a cut that can be.
+
+        Args:
+            words: of train.recompute; none: all.
+        """
         for offload in OFFLOADS if engine == "zero3" else (OffloadConfig(),):
             axes = {"tp": cut.tp, "cp": cut.cp, "pp": cut.pp, "virtual": 1}
             parallel = replace(self.config.parallel, auto=False, **axes, engine=engine, offload=offload)
-            for word in self._policies:
+            for word in words or self.words:
                 train = self._trains[cut.micro_batch, word]
                 try:
                     settings = replace(self.config, parallel=parallel, train=train)
@@ -235,7 +238,7 @@ class Layouts:
         """
         found = False
         for cut in self.cuts():
-            for engine in cut.engines:
+            for engine in self.engines(cut):
                 for one in self.of(cut, engine):
                     found = True
                     yield one

@@ -169,13 +169,3 @@ def layer_time(plan: LayerPlan, policy: RecomputePolicy, rates: Rates, rank: int
 def loss_time(plan: LayerPlan, rates: Rates) -> dict[str, float]:
     """Seconds of the output matrix, its loss and the embedding, of one micro-batch."""
     return rates.seconds(loss_work(plan), plan.segment)
-
-
-def least_seconds(plan: LayerPlan, rates: Rates) -> tuple[float, float]:
-    """Seconds that no layout undercuts which has such a layer: (the layer's, the loss's), of one micro-batch.
-
-    Engine megatron's, under the policy that takes least: to wait for weights makes none of them faster.
-    """
-    times = [layer_time(plan, policy, rates) for policy in RecomputePolicy]
-    busy = [(one, sum(one.parts.values())) for one in times]
-    return min(each + one.waiting(each) for one, each in busy), sum(loss_time(plan, rates).values())

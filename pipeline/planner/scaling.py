@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 from parallel.errors import ConfigError
-from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import ALIKE, Candidate, Cut, Layouts, Site, Timed, ranked
+from pipeline.planner.choose import Site, Timed
 from pipeline.planner.gpus import Gpu
-from pipeline.planner.layer_time import Rates, least_seconds
+from pipeline.planner.search import best_by_kind
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.layer_plan import LayerPlan
 
 PAYS = 0.05
 """Of the best layout's time, more than which another kind must not take to pay."""
@@ -38,49 +35,6 @@ class Point:
     def tokens_per_second(self) -> float:
         """Of one GPU, under the best layout; 0 where there is none."""
         return 0.0 if self.best is None else self.best.tokens_per_second
-
-
-def kind_of(engine: str, cut: Cut) -> str:
-    """A layout's kind: its engine, and whether tensors or layers are cut."""
-    return " + ".join([engine, *(["TP"] if cut.tp > 1 else []), *(["PP"] if cut.pp > 1 else [])])
-
-
-def least_step(config: RunConfig, arch: LlamaArch, site: Site, cut: Cut) -> float:
-    """Seconds that no layout of a cut undercuts, whatever its engine, offloads and policies."""
-    grid = GridPlan(cut.tp, cut.cp, cut.replicas(site.gpus), cut.pp)
-    layer, loss = least_seconds(replace(LayerPlan.of(config, arch, grid), micro_batch=cut.micro_batch), Rates(site.gpu))
-    # A stage waits for pp - 1 micro-batches of the others.
-    passes = config.train.global_batch // (cut.micro_batch * grid.dp) + cut.pp - 1
-    return passes * (-(-arch.layers // cut.pp) * layer + loss)
-
-
-def best_by_kind(config: RunConfig, stored: LlamaArch, site: Site) -> dict[str, Timed]:
-    """Of every kind of layout that fits the best, the best kind first: those that `ranked(candidates(...))` has.
-
-    Most layouts are not looked at. Cuts are tried in the order of what each takes at least, and none of a kind whose
-    least is beyond any time that could still be as good as the best found.
-
-    Raises:
-        ConfigError: the GPUs lack what model.base needs, or the model is not what the settings say.
-    """
-    layouts = Layouts(config, stored, site)
-    cuts = [(least_step(config, layouts.arch, site, cut), place, cut) for place, cut in enumerate(layouts.cuts())]
-    fastest: dict[str, float] = {}
-    fitting: list[tuple[int, int, list[Candidate]]] = []
-    for least, place, cut in sorted(cuts, key=itemgetter(0)):
-        for number, engine in enumerate(cut.engines):
-            kind = kind_of(engine, cut)
-            if least > (1 + ALIKE) * fastest.get(kind, float("inf")):
-                continue
-            found = [one for one in layouts.of(cut, engine) if one.fits]
-            fastest[kind] = min([fastest.get(kind, float("inf")), *(one.time.total for one in found)])
-            fitting.append((place, number, found))
-    # Of equally good ones the first is the best, in the order in which `candidates` has them.
-    in_order = sorted(fitting, key=itemgetter(0, 1))
-    kinds: dict[str, Timed] = {}
-    for one in ranked([candidate for *_, found in in_order for candidate in found]):
-        kinds.setdefault(kind_of(one.candidate.plan.config.parallel.engine, one.candidate.cut), one)
-    return kinds
 
 
 def scale(

@@ -213,11 +213,13 @@ def halo_elements(arch: tuple[int, int, int], spec: AttentionSpec, sequence: int
     if cp > HALOS:
         # A shard never needs more than what lies between it and its first group's begin.
         return 2 * min(spec.group, sequence - tokens) * -(-kv_heads // tp) * head_dim
-    layout, most = SequenceLayout.dense(1, cp * tokens), 0
-    for first in range(0, heads, heads // tp):
-        plan = head_plan(first, heads // tp, heads, kv_heads, spec.shifted_heads)
-        messages = halo_plan(layout, spec, plan, equal_edges(cp, tokens))
-        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(cp)))
+    layout, edges, local = SequenceLayout.dense(1, cp * tokens), equal_edges(cp, tokens), heads // tp
+    most = 0
+    for plan in {head_plan(rank * local, local, heads, kv_heads, spec.shifted_heads) for rank in range(tp)}:
+        received = [0] * cp
+        for message in halo_plan(layout, spec, plan, edges).messages:
+            received[message.receiver] += message.vectors
+        most = max(most, *received)
     return most * head_dim
 
 

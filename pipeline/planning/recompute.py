@@ -45,8 +45,13 @@ def plan_recompute(setting: str, layers: int, gate_up: str = "gpu") -> tuple[Rec
         layers: of the whole model.
         gate_up: train.gate_up.
     """
+    return (policy_of(setting, gate_up),) * layers
+
+
+def policy_of(setting: str, gate_up: str = "gpu") -> RecomputePolicy:
+    """The policy that one word of train.recompute names, which is not auto."""
     policy = RecomputePolicy(setting)
-    return ((KEPT_IN[gate_up] if policy is RecomputePolicy.POINTWISE else policy),) * layers
+    return KEPT_IN[gate_up] if policy is RecomputePolicy.POINTWISE else policy
 
 
 def tally(policies: Sequence[RecomputePolicy]) -> dict[RecomputePolicy, int]:
