@@ -157,13 +157,11 @@ def plan_stream(
     if not isinstance(stream, str):
         return stream
     sizes = chunk_sizes(config.sequence, config.group, grid)
-    fitting = [
-        size
-        for size in sizes
-        if gpu is not None
-        and estimate_memory(config, LayerPlan.of(config, arch, grid, size), grid, recompute).gpu_total <= gpu
-    ]
-    return max(fitting, default=sizes[0])
+    for size in reversed(sizes if gpu is not None else ()):
+        layer = LayerPlan.of(config, arch, grid, size)
+        if estimate_memory(config, layer, grid, recompute).gpu_total <= (gpu or 0):
+            return size
+    return sizes[0]
 
 
 def _activations(one: LayerPlan, stages: int, policies: Sequence[RecomputePolicy]) -> tuple[dict[str, int], int]:

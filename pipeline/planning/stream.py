@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import lcm
 
 from parallel.axes.halo_plan import ALIGN
 from parallel.world.grid import GridPlan
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
 from pipeline.planning.context_shards import halo_plan
 from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
 TOGETHER = 1 << 15
 """Tokens of a forward of retrieval or RULER at most, unless one window is longer: short windows go through together."""
+
+ENDS = 4
+"""Chunks whose boundaries may differ from those in the midst: where groups begin before the sequence, and its end."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class StreamPlan:
         starts = tuple(range(0, sequence, chunk))
         lengths = [*([chunk] * (len(starts) - 1)), sequence - starts[-1]]
         return cls(chunk, starts, tuple(grid.shard_tokens(length) for length in lengths), grid.cp)
+
+    def without(self, chunks: int) -> StreamPlan:
+        """The same with so many chunks less, none of them the last."""
+        left = len(self.starts) - chunks
+        return StreamPlan(self.chunk, self.starts[:left], (*self.shards[: left - 1], self.shards[-1]), self.cp)
 
     @property
     def padded(self) -> int:
@@ -98,24 +107,41 @@ def _layers_halos(
         tensor: tensor-parallel ranks.
         vector: bytes of a head's key or value.
     """
-    layout, local = SequenceLayout.dense(rows, stream.padded), heads_of[0] // tensor
-    parked = carried = fetched = 0
-    for tp in range(tensor):
-        heads = head_plan(tp * local, local, *heads_of, spec.shifted_heads)
-        messages = halo_plan(layout, spec, heads, stream.edges).messages
-        for rank in range(stream.cp):
-            kept, waiting = 0, [0] * (len(stream.starts) + 1)
-            wanted = [0] * (len(stream.starts) + 1)
-            for message in messages:
-                begin, end = message.sender // stream.cp, message.receiver // stream.cp
-                if message.sender % stream.cp == rank and begin < end:
-                    kept += -(-message.vectors * vector // ALIGN) * ALIGN
-                    wanted[end] += message.vectors * vector
-                    # From the receiver's backward to the sender's.
-                    for chunk in range(begin + 1, end + 1):
-                        waiting[chunk] += message.vectors * vector
-            parked, carried, fetched = max(parked, kept), max(carried, *waiting), max(fetched, *wanted)
-    return HaloBytes(parked, carried, fetched)
+    if rows > 1 and vector % ALIGN == 0:
+        one = _layers_halos(stream, heads_of, spec, tensor, 1, vector)
+        return HaloBytes(rows * one.parked, rows * one.carried, rows * one.fetched)
+    local, found = heads_of[0] // tensor, HaloBytes(0, 0, 0)
+    # After so many chunks their boundaries lie against the groups as before: a long sequence repeats a short one.
+    period = lcm(stream.chunk, spec.group) // stream.chunk
+    repeated = max(0, len(stream.starts) - 2 * period - ENDS) // period
+    for heads in {head_plan(tp * local, local, *heads_of, spec.shifted_heads) for tp in range(tensor)}:
+        kept, carried, fetched = _count(stream.without(repeated * period), heads, spec, rows, vector)
+        if repeated:
+            longer, carried, fetched = _count(stream.without((repeated - 1) * period), heads, spec, rows, vector)
+            kept = [few + repeated * (more - few) for few, more in zip(kept, longer, strict=True)]
+        found = HaloBytes(max(found.parked, *kept), max(found.carried, carried), max(found.fetched, fetched))
+    return found
+
+
+def _count(
+    stream: StreamPlan, heads: HeadPlan, spec: AttentionSpec, rows: int, vector: int
+) -> tuple[list[int], int, int]:
+    """Bytes of a layer and tensor-parallel rank: what each context rank parks, and the most one carries and fetches."""
+    cp, chunks, carried, fetched = stream.cp, len(stream.starts), 0, 0
+    kept, waiting, wanted = [0] * cp, [[0] * chunks for _ in range(cp)], [[0] * chunks for _ in range(cp)]
+    for message in halo_plan(SequenceLayout.dense(rows, stream.padded), spec, heads, stream.edges).messages:
+        begin, end, rank = message.sender // cp, message.receiver // cp, message.sender % cp
+        if begin == end:
+            continue
+        size = message.vectors * vector
+        kept[rank] += -(-size // ALIGN) * ALIGN
+        wanted[rank][end] += size
+        # From the receiver's backward to the sender's.
+        for chunk in range(begin + 1, end + 1):
+            waiting[rank][chunk] += size
+    for rank in range(cp):
+        carried, fetched = max(carried, *waiting[rank]), max(fetched, *wanted[rank])
+    return kept, carried, fetched
 
 
 def cut_for_greedy(prompt: int, tokens: int, at_once: int | None, grid: GridPlan) -> StreamPlan:
