@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import lcm
 
-from parallel.axes.halo_plan import ALIGN
+from parallel.axes.halo_plan import ALIGN, plan_halos
 from parallel.world.grid import GridPlan
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.context_shards import halo_needs
 from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
 TOGETHER = 1 << 15
@@ -45,8 +45,8 @@ class StreamPlan:
         if chunk % (grid.tp * grid.cp):
             raise ValueError(f"chunks of {chunk} tokens over tp {grid.tp} x cp {grid.cp}")
         starts = tuple(range(0, sequence, chunk))
-        lengths = [*([chunk] * (len(starts) - 1)), sequence - starts[-1]]
-        return cls(chunk, starts, tuple(grid.shard_tokens(length) for length in lengths), grid.cp)
+        shards = (grid.shard_tokens(chunk),) * (len(starts) - 1)
+        return cls(chunk, starts, (*shards, grid.shard_tokens(sequence - starts[-1])), grid.cp)
 
     def without(self, chunks: int) -> StreamPlan:
         """The same with so many chunks less, none of them the last."""
@@ -110,38 +110,38 @@ def _layers_halos(
     if rows > 1 and vector % ALIGN == 0:
         one = _layers_halos(stream, heads_of, spec, tensor, 1, vector)
         return HaloBytes(rows * one.parked, rows * one.carried, rows * one.fetched)
-    local, found = heads_of[0] // tensor, HaloBytes(0, 0, 0)
     # After so many chunks their boundaries lie against the groups as before: a long sequence repeats a short one.
     period = lcm(stream.chunk, spec.group) // stream.chunk
     repeated = max(0, len(stream.starts) - 2 * period - ENDS) // period
+    short, local, found = stream.without(repeated * period), heads_of[0] // tensor, HaloBytes(0, 0, 0)
     for heads in {head_plan(tp * local, local, *heads_of, spec.shifted_heads) for tp in range(tensor)}:
-        kept, carried, fetched = _count(stream.without(repeated * period), heads, spec, rows, vector)
-        if repeated:
-            longer, carried, fetched = _count(stream.without((repeated - 1) * period), heads, spec, rows, vector)
-            kept = [few + repeated * (more - few) for few, more in zip(kept, longer, strict=True)]
-        found = HaloBytes(max(found.parked, *kept), max(found.carried, carried), max(found.fetched, fetched))
+        for kept, waiting, wanted in _by_chunk(short, heads, spec, rows, vector):
+            parked = sum(kept) + repeated * sum(kept[ENDS // 2 : ENDS // 2 + period])
+            found = HaloBytes(max(found.parked, parked), max(found.carried, *waiting), max(found.fetched, *wanted))
     return found
 
 
-def _count(
+def _by_chunk(
     stream: StreamPlan, heads: HeadPlan, spec: AttentionSpec, rows: int, vector: int
-) -> tuple[list[int], int, int]:
-    """Bytes of a layer and tensor-parallel rank: what each context rank parks, and the most one carries and fetches."""
-    cp, chunks, carried, fetched = stream.cp, len(stream.starts), 0, 0
-    kept, waiting, wanted = [0] * cp, [[0] * chunks for _ in range(cp)], [[0] * chunks for _ in range(cp)]
-    for message in halo_plan(SequenceLayout.dense(rows, stream.padded), spec, heads, stream.edges).messages:
-        begin, end, rank = message.sender // cp, message.receiver // cp, message.sender % cp
-        if begin == end:
-            continue
-        size = message.vectors * vector
-        kept[rank] += -(-size // ALIGN) * ALIGN
-        wanted[rank][end] += size
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Of each context rank, bytes of a layer: what it parks for a chunk, carries while one runs, and fetches for it."""
+    cp, chunks = stream.cp, len(stream.starts)
+    found = [([0] * chunks, [0] * chunks, [0] * chunks) for _ in range(cp)]
+    layout, edges = SequenceLayout.dense(rows, stream.padded), stream.edges
+    # What a shard needs of its own chunk is neither parked nor carried.
+    needs = (
+        [replace(one, stop=edges[shard - shard % cp]) for one in own if one.start < edges[shard - shard % cp]]
+        for shard, own in enumerate(halo_needs(layout, spec, heads, edges))
+    )
+    for message in plan_halos(tuple(needs), edges).messages:
+        kept, waiting, wanted = found[message.sender % cp]
+        begin, end, size = message.sender // cp, message.receiver // cp, message.vectors * vector
+        kept[end] += -(-size // ALIGN) * ALIGN
+        wanted[end] += size
         # From the receiver's backward to the sender's.
         for chunk in range(begin + 1, end + 1):
-            waiting[rank][chunk] += size
-    for rank in range(cp):
-        carried, fetched = max(carried, *waiting[rank]), max(fetched, *wanted[rank])
-    return kept, carried, fetched
+            waiting[chunk] += size
+    return found
 
 
 def cut_for_greedy(prompt: int, tokens: int, at_once: int | None, grid: GridPlan) -> StreamPlan:
