@@ -21,7 +21,7 @@ OPTIONAL = ("fp8", "nvlink")
 """What a GPU may lack."""
 SHARES = {"bf16": 0.779, "fp8": 0.737, "hbm": 0.80, "pcie": 0.83, "nvlink": 1.0, "network": 1.0}
 """Of what is sold, what is taken where nothing was measured: the H100's measured shares. Links have fitted shares
-of their own (`clock.FITTED`)."""
+of their own (`layer_time.FITTED`)."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import pytest
 
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
-from pipeline.planner.clock import FAR_HOP_S, NEAR_HOP_S, _Links
 from pipeline.planner.footprint import by_stage, footprint
 from pipeline.planner.gpus import find_gpu
+from pipeline.planner.layer_time import FAR_HOP_S, NEAR_HOP_S, Links
 from pipeline.planner.models import find_model
 from pipeline.planner.scaling import Point, efficiency, scale, where_it_stops
 from pipeline.planning.run_plan import RunPlan
@@ -50,7 +50,7 @@ def test_where_a_layout_stops_paying_is_told(points: tuple[bool, list[Point]]) -
 
 
 def test_links() -> None:
-    links = _Links(near=100.0, far=10.0, node=8)
+    links = Links(near=100.0, far=10.0, node=8)
     assert links.seconds(50, 1, 1) == links.seconds(0, 8, 1) == 0
     assert links.seconds(50, 8, 1) == pytest.approx(0.5 + 7 * NEAR_HOP_S)
     # Eight GPUs of a machine bring in an eighth each over the network; what goes round within is no faster than before.
