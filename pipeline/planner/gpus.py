@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +15,7 @@ import yaml
 from parallel.errors import ConfigError
 from pipeline.planning.memory import GIB
 
+_MANY = re.compile(r"(\d+)\s*[x*]\s*(.+)")
 SHIPPED = Path(__file__).with_name("gpus.yaml")
 RATES = ("bf16", "fp8", "hbm", "pcie", "nvlink", "network")
 """FLOP/s of products in two dtypes; bytes a second of its memory, and one way of each link."""
@@ -102,6 +104,9 @@ def read_gpus(file: Path = SHIPPED) -> dict[str, Gpu]:
 def find_gpu(text: str) -> Gpu:
     """The GPU that `--gpu` names: one of `gpus.yaml`, or a file with one description.
 
+    Args:
+        text: spelled in any way; without the memory where there is one size; or as PyTorch names it.
+
     Raises:
         ConfigError: there is none of that name; the nearest are told.
     """
@@ -115,12 +120,27 @@ def find_gpu(text: str) -> Gpu:
         if len(own) != 1:
             raise ConfigError(f"--gpu: {text} describes {len(own)} GPUs ({', '.join(own)}); give a file with one.")
         return next(iter(own.values()))
+    many = _MANY.fullmatch(name)
+    if many is not None:
+        raise ConfigError(f"--gpu: {text} says how many as well; give --gpus {many[1]} --gpu {many[2]}.")
+    plain = _plain(name)
+    alike = [known for known in listed if plain in (_plain(known), known.split("-")[0])]
+    if len(alike) == 1:  # a100 is sold with 40 GB and with 80
+        return listed[alike[0]]
+    called = named_by(text) if plain.startswith("nvidia") else None
+    if called is not None:
+        return called
     starts = [known for known in listed if name and known.startswith(name)]
     near = starts or difflib.get_close_matches(name, listed, n=3, cutoff=0.4) or list(listed)
     raise ConfigError(
         f"--gpu: {text} is not known (nearest: {', '.join(near)}); name one of {', '.join(listed)}, or give a "
         "file that longspan bench calibrate wrote."
     )
+
+
+def _plain(name: str) -> str:
+    """A name's letters and digits."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def named_by(device: str) -> Gpu | None:
