@@ -43,6 +43,9 @@ FLAGS = {
     "train.global_batch": "batch",
 }
 """Of a YAML's settings, what they are called beside --model."""
+OF_FLAGS = {"context": "model.context", "group": "attention.group_size", "data": "data.path"}
+"""The other way round, of options that go with --model alone."""
+TEXT = "data/train"
 GPUS = "write how many, such as 8, several (8,16) or a range (8..4096); which they are is for --gpu"
 
 
@@ -61,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", help="sequences an optimizer step (default 64, or the YAML's)")
     parser.add_argument("--base", choices=BASES, help="form of the frozen matrices (default bf16, or the YAML's)")
     parser.add_argument("--group", help="tokens of an S² group, such as 8k (with --model; default: a quarter)")
-    parser.add_argument("--data", default="data/train", help="training text, for the YAML (default data/train)")
+    parser.add_argument("--data", help=f"training text, for the YAML (with --model; default {TEXT})")
     parser.add_argument("--output", type=user_path, help="write the best layout's YAML here")
     parser.add_argument("--png", type=user_path, help="draw memory by rank and kind here")
     return parser.parse_args(argv)
@@ -74,8 +77,9 @@ def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Mo
         ConfigError: the arguments contradict each other or name nothing.
     """
     if args.config is not None:
-        if context is not None:
-            raise ConfigError("--context: the YAML says it; use --set model.context=..., or --model alone.")
+        for flag, given in (("context", context), ("group", args.group), ("data", args.data)):
+            if given is not None:
+                raise ConfigError(f"--{flag}: the YAML says it; use --set {OF_FLAGS[flag]}=..., or --model alone.")
         config = load_config(args.config, args.set)
         model = find_model(config.model.path)
     else:
@@ -89,7 +93,7 @@ def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Mo
         group = None if args.group is None else quantity("--group", args.group, 1024)
         attention = AttentionConfig(group_size=group)
         config = RunConfig(
-            ModelConfig(model.path, context), DataConfig(args.data), train, f"runs/{name}", attention=attention
+            ModelConfig(model.path, context), DataConfig(args.data or TEXT), train, f"runs/{name}", attention=attention
         )
     if args.base is not None:
         config = replace(config, model=replace(config.model, base=args.base))

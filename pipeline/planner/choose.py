@@ -20,6 +20,8 @@ from pipeline.planning.run_plan import RunPlan, plan_model
 
 OFFLOADS = tuple(OffloadConfig(params, optimizer) for params in ("none", "cpu") for optimizer in ("none", "cpu"))
 MICRO_BATCHES = (1, 2, 4, 8)
+MOST_GPUS = 1 << 16
+"""That are planned for: the time to plan grows with them."""
 ALIKE = 0.005
 """Relative difference of times within which the layout that is safer and simpler is the better one."""
 ROOMY = 0.92
@@ -51,8 +53,8 @@ class Site:
             ConfigError: the GPUs do not fill whole machines.
         """
         node = gpu.gpus_a_node
-        if gpus < 1:
-            raise ConfigError(f"--gpus: {gpus} is no number of GPUs; give 1 or more.")
+        if not 1 <= gpus <= MOST_GPUS:
+            raise ConfigError(f"--gpus: {gpus} is no number of GPUs to plan for; give 1 to {MOST_GPUS}.")
         if gpus > node and gpus % node:
             low = gpus // node * node
             raise ConfigError(

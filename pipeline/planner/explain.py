@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Layouts, Site, Timed, streamed, within
+from pipeline.planner.choose import MOST_GPUS, Candidate, Layouts, Site, Timed, streamed, within
 from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
@@ -177,7 +177,7 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
     if both is not None and grouped is not None and not either and (one := _fitting(both[2], stored, site)):
         yield Way(f"{grouped[0]} with {both[0]}", one, grouped[1] + both[1])
     gpus, node = site.gpus, site.gpu.gpus_a_node
-    while gpus < MOST_TIMES * site.gpus:
+    while gpus < min(MOST_TIMES * site.gpus, MOST_GPUS):
         gpus *= 2
         if gpus > node and gpus % node:
             continue  # no whole machines

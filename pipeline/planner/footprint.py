@@ -35,6 +35,7 @@ HELD = {
     "frozen norms": "weights",
     "frozen weights": "weights",
     "frozen weights, shard": "weights",
+    "frozen weights, again in FP8": "weights",
     "trained weights": "weights",
     "optimizer": "optimizer",
     "gradients": "gradients",

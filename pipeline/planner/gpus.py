@@ -75,6 +75,8 @@ def _gpu(name: str, content: Any, file: Path) -> Gpu:
     memory, host = (_number(values, key, where) for key in ("memory_gib", "host_gib_a_gpu"))
     node = _number(values, "gpus_a_node", where)
     assert memory is not None and host is not None and node is not None
+    if node != int(node):
+        raise ConfigError(f"{where}: gpus_a_node must be a whole number, got {node}; see pipeline/planner/gpus.yaml.")
     return Gpu(
         name=name,
         memory=int(memory * GIB),

@@ -75,8 +75,10 @@ def work_bytes(form: str, arch: LlamaArch, tp: int, tokens: int, element: int, t
 
 def _odd(form: str, arch: LlamaArch, tp: int) -> tuple[str, int, int] | None:
     """A projection with a width that is no multiple of `UNIT`: (projection, a rank's width, the whole one)."""
-    unit = UNIT.get(form)
-    for part in PROJECTIONS if unit else ():
+    if form not in UNIT:
+        return None
+    unit = UNIT[form]
+    for part in PROJECTIONS:
         rows, columns, width = local_shape(part, arch, tp)
         if columns % unit:
             return part, columns, width

@@ -11,6 +11,8 @@ _AMOUNT = re.compile(NUMBER + r"\s*([kKmMbBgGtT]?)(?:\s*tokens?)?")
 _MEMORY = re.compile(NUMBER + r"\s*(?:([kKmMgGtT])(i?)[bB])?")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+")
 _POWERS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
+MOST_TOKENS = 1 << 26
+"""Of a sequence that is planned for: the time to plan grows with them."""
 SUCH_AS = "write a number such as 32768, 32k, 1M or 2.1B"
 
 
@@ -27,7 +29,7 @@ def quantity(flag: str, text: str, unit: int, such_as: str = SUCH_AS) -> int:
     """
     match = _AMOUNT.fullmatch(text.strip())
     exact = float(match[1]) * unit ** _POWERS[match[2].lower()] if match else 0.0
-    value = 0 if exact == float("inf") else round(exact)
+    value = round(exact) if exact < 1e18 else 0
     if value < 1 or (match is not None and not match[2] and value != exact):
         raise ConfigError(f"{flag}: {text} is no amount; {such_as}.")
     return value
@@ -76,4 +78,7 @@ def lengths(flag: str, text: str) -> tuple[int, ...]:
     """
     if _THOUSANDS.fullmatch(text.strip()):
         raise ConfigError(f"{flag}: {text} reads as several lengths; write {text.strip().replace(',', '')} for one.")
-    return counts(flag, text, 1024)
+    found = counts(flag, text, 1024)
+    if found[-1] > MOST_TOKENS:
+        raise ConfigError(f"{flag}: {text} is longer than is planned for; give at most {MOST_TOKENS >> 20}M tokens.")
+    return found
