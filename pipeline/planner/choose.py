@@ -16,7 +16,7 @@ from pipeline.planner.gpus import Gpu
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.base_form import check_base, divides
 from pipeline.planning.memory import GIB
-from pipeline.planning.run_plan import RunPlan, plan_model
+from pipeline.planning.run_plan import RunPlan
 
 OFFLOADS = tuple(OffloadConfig(params, optimizer) for params in ("none", "cpu") for optimizer in ("none", "cpu"))
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -166,7 +166,7 @@ class Layouts:
             policies: words of train.recompute to try.
 
         Raises:
-            ConfigError: the GPUs lack what model.base needs, or the model is not what the settings say.
+            ConfigError: the GPUs or the model lack what model.base needs.
         """
         check_base(config.model.base, stored, 1)
         if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
@@ -174,8 +174,7 @@ class Layouts:
                 f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {site.gpu.name} "
                 "lacks; use nf4 or bf16."
             )
-        self.config, self.site = config, site
-        self.arch, self.rope = plan_model(config.model, stored)
+        self.config, self.arch, self.site = config, stored, site
         self.refused: ConfigError | None = None
         """Why the first that cannot be cannot, such as cp beside a sliding window."""
         train = config.train
@@ -226,7 +225,7 @@ class Layouts:
                 except ConfigError:
                     continue  # such as a stream that these ranks do not divide
                 try:
-                    plan = RunPlan.of(settings, self.arch, self.rope, self.site.gpus, self.site.gpu.memory)
+                    plan = RunPlan.shaped(settings, self.arch, self.site.gpus, self.site.gpu.memory)
                 except ConfigError as error:
                     self.refused = self.refused or error
                     continue

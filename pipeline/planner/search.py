@@ -81,7 +81,7 @@ def best_by_kind(config: RunConfig, stored: LlamaArch, site: Site) -> dict[str, 
     """Of every kind of layout that fits the best, the best kind first: those that `ranked(candidates(...))` has.
 
     Raises:
-        ConfigError: the GPUs lack what model.base needs, or the model is not what the settings say.
+        ConfigError: the GPUs or the model lack what model.base needs.
     """
     layouts = Layouts(config, stored, site)
     bounds = Bounds(layouts)

@@ -99,6 +99,7 @@ def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> Non
         )
 
 
+@cache
 def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, RopePlan]:
     """The model that is trained, with its added rows, and its rotary positions.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config.run import RunConfig
@@ -57,6 +59,15 @@ def test_links() -> None:
     assert links.seconds(50, 16, 1) == pytest.approx(50 / 80 + 14 * NEAR_HOP_S + FAR_HOP_S)
     # Ranks a machine apart have a link each.
     assert links.seconds(50, 2, 8) == pytest.approx(5 + FAR_HOP_S)
+
+
+def test_weights_that_are_kept_again_in_fp8_are_weights() -> None:
+    """They were told as work: of Transformer Engine's recipes 2.06 bytes an element of the layers' matrices."""
+    config = RunConfig(ModelConfig("x", 8192, family="te"), DataConfig("text"), TrainConfig(10), "run")
+    eight = replace(config, model=replace(config.model, fp8_recipe="mxfp8"))
+    arch = find_model("llama3-8b").arch
+    kept, again = (footprint(RunPlan.shaped(one, arch, 1), 1).gpu["weights"] for one in (config, eight))
+    assert again - kept == round(218_103_808 * 2.0625) * 32
 
 
 def test_pipeline_stages_hold_less_the_later_they_are() -> None:
