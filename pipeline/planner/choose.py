@@ -20,6 +20,8 @@ from pipeline.planning.run_plan import RunPlan
 
 OFFLOADS = tuple(OffloadConfig(params, optimizer) for params in ("none", "cpu") for optimizer in ("none", "cpu"))
 MICRO_BATCHES = (1, 2, 4, 8)
+MOST_GPUS = 1 << 16
+"""That are planned for: the time to plan grows with them."""
 ALIKE = 0.005
 """Relative difference of times within which the layout that is safer and simpler is the better one."""
 ROOMY = 0.92
@@ -51,8 +53,8 @@ class Site:
             ConfigError: the GPUs do not fill whole machines.
         """
         node = gpu.gpus_a_node
-        if gpus < 1:
-            raise ConfigError(f"--gpus: {gpus} is no number of GPUs; give 1 or more.")
+        if not 1 <= gpus <= MOST_GPUS:
+            raise ConfigError(f"--gpus: {gpus} is no number of GPUs to plan for; give 1 to {MOST_GPUS}.")
         if gpus > node and gpus % node:
             low = gpus // node * node
             raise ConfigError(
@@ -84,6 +86,17 @@ class Candidate:
     def fits(self) -> bool:
         """Whether it can run."""
         return self.over_gpu <= 0 and self.over_host <= 0
+
+    @classmethod
+    def of(cls, plan: RunPlan, site: Site) -> Candidate:
+        """A layout with its memory."""
+        return cls(plan, site, footprint(plan, site.a_node))
+
+    @property
+    def cut(self) -> Cut:
+        """Of its plan."""
+        grid = self.plan.grid
+        return Cut(grid.tp, grid.cp, grid.pp, self.plan.config.train.micro_batch)
 
     @cached_property
     def time(self) -> StepTime:
@@ -119,6 +132,20 @@ def _divisors(number: int, limit: int) -> list[int]:
     return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How layers, tensors and sequences are cut, and how many sequences are at work at once."""
+
+    tp: int
+    cp: int
+    pp: int
+    micro_batch: int
+
+    def replicas(self, gpus: int) -> int:
+        """Data-parallel ranks on so many GPUs."""
+        return gpus // (self.tp * self.cp * self.pp)
+
+
 def _axes(arch: LlamaArch, site: Site, form: str) -> Iterator[tuple[int, int, int]]:
     """(tp, cp, pp) that divide the GPUs, the model and its blocks; tensor parallelism stays within a machine."""
     for tp in _divisors(site.gpus, site.gpu.gpus_a_node):
@@ -129,67 +156,95 @@ def _axes(arch: LlamaArch, site: Site, form: str) -> Iterator[tuple[int, int, in
                 yield tp, cp, pp
 
 
-def _settings(config: RunConfig, arch: LlamaArch, site: Site, policies: Sequence[str]) -> Iterator[RunConfig]:
-    """Every configuration that differs in layout alone, with each of these words for train.recompute."""
-    train, batch = config.train, config.train.global_batch
-    for tp, cp, pp in _axes(arch, site, config.model.base):
-        if (config.attention.legacy_wrap or config.attention.for_studies) and cp > 1:
-            continue  # computed on whole sequences alone
-        replicas = site.gpus // (tp * cp * pp)
-        micros = [m for m in MICRO_BATCHES if batch % (m * replicas) == 0]
-        engines = [("megatron", OffloadConfig())]
-        if pp == 1:
-            engines += [("zero3", offload) for offload in OFFLOADS]
-        for micro in micros:
-            for engine, offload in engines:
-                if pp > 1 and batch // (micro * replicas) < pp:
-                    continue  # stages that never all work
-                axes = {"tp": tp, "cp": cp, "pp": pp, "virtual": 1}
-                parallel = replace(config.parallel, auto=False, **axes, engine=engine, offload=offload)
-                for word in policies:
-                    # Where gate and up lie is for what keeps them; the memory to fill for recompute auto.
-                    gate_up = train.gate_up if word == "pointwise" else "gpu"
-                    layers = replace(train, micro_batch=micro, recompute=word, gate_up=gate_up, gpu_gib=None)
-                    try:
-                        settings = replace(config, parallel=parallel, train=layers)
-                    except ConfigError:
-                        continue  # such as a stream that these ranks do not divide
-                    yield settings
+class Layouts:
+    """The layouts that a run may have on some GPUs."""
 
+    def __init__(self, config: RunConfig, stored: LlamaArch, site: Site, policies: Sequence[str] = POLICIES) -> None:
+        """See `candidates`.
 
-def _candidate(settings: RunConfig, stored: LlamaArch, site: Site) -> Candidate:
-    plan = RunPlan.shaped(settings, stored, site.gpus, site.gpu.memory)
-    return Candidate(plan, site, footprint(plan, site.a_node))
+        Args:
+            policies: words of train.recompute to try.
 
+        Raises:
+            ConfigError: the GPUs or the model lack what model.base needs.
+        """
+        check_base(config.model.base, stored, 1)
+        if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
+            raise ConfigError(
+                f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {site.gpu.name} "
+                "lacks; use nf4 or bf16."
+            )
+        self.config, self.arch, self.site = config, stored, site
+        self.refused: ConfigError | None = None
+        """Why the first that cannot be cannot, such as cp beside a sliding window."""
+        train = config.train
+        self._trains = {
+            (micro, word): replace(
+                train,
+                micro_batch=micro,
+                recompute=word,
+                # Where gate and up lie is for what keeps them; the memory to fill for recompute auto.
+                gate_up=train.gate_up if word == "pointwise" else "gpu",
+                gpu_gib=None,
+            )
+            for micro in MICRO_BATCHES
+            for word in policies
+        }
+        self.words = tuple(policies)
 
-def each_candidate(
-    config: RunConfig, stored: LlamaArch, site: Site, policies: Sequence[str] = POLICIES
-) -> Iterator[Candidate]:
-    """See `candidates`; one by one, so that whoever looks for one that fits need not count them all.
+    def cuts(self) -> Iterator[Cut]:
+        """Every cut under which the batch can be spread over the GPUs."""
+        batch, gpus, attention = self.config.train.global_batch, self.site.gpus, self.config.attention
+        for tp, cp, pp in _axes(self.arch, self.site, self.config.model.base):
+            if (attention.legacy_wrap or attention.for_studies) and cp > 1:
+                continue  # computed on whole sequences alone
+            for micro in MICRO_BATCHES:
+                cut = Cut(tp, cp, pp, micro)
+                together = micro * cut.replicas(gpus)
+                if batch % together or (pp > 1 and batch // together < pp):
+                    continue  # of the latter, stages never all work
+                yield cut
 
-    Args:
-        policies: words of train.recompute to try.
+    def engines(self, cut: Cut) -> tuple[str, ...]:
+        """Those that run a cut: zero3 has no stages, and shards no matrices but those of our own linears."""
+        return ("megatron", "zero3") if cut.pp == 1 and self.config.model.family != "te" else ("megatron",)
 
-    Raises:
-        ConfigError: the GPUs lack what model.base needs, or no layout at all can be.
-    """
-    check_base(config.model.base, stored, 1)
-    if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
-        raise ConfigError(
-            f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {site.gpu.name} "
-            "lacks; use nf4 or bf16."
-        )
-    refused, found = None, False
-    for settings in _settings(config, stored, site, policies):
-        try:
-            one = _candidate(settings, stored, site)
-        except ConfigError as error:  # a layout that cannot be, such as cp beside a sliding window
-            refused = refused or error
-            continue
-        found = True
-        yield one
-    if refused is not None and not found:
-        raise refused
+    def of(self, cut: Cut, engine: str, words: Sequence[str] = ()) -> Iterator[Candidate]:
+        """Those of a cut that can be.
+
+        Args:
+            words: of train.recompute; none: all.
+        """
+        for offload in OFFLOADS if engine == "zero3" else (OffloadConfig(),):
+            axes = {"tp": cut.tp, "cp": cut.cp, "pp": cut.pp, "virtual": 1}
+            parallel = replace(self.config.parallel, auto=False, **axes, engine=engine, offload=offload)
+            for word in words or self.words:
+                train = self._trains[cut.micro_batch, word]
+                try:
+                    settings = replace(self.config, parallel=parallel, train=train)
+                except ConfigError:
+                    continue  # such as a stream that these ranks do not divide
+                try:
+                    plan = RunPlan.shaped(settings, self.arch, self.site.gpus, self.site.gpu.memory)
+                except ConfigError as error:
+                    self.refused = self.refused or error
+                    continue
+                yield Candidate.of(plan, self.site)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """All of them.
+
+        Raises:
+            ConfigError: none can be.
+        """
+        found = False
+        for cut in self.cuts():
+            for engine in self.engines(cut):
+                for one in self.of(cut, engine):
+                    found = True
+                    yield one
+        if self.refused is not None and not found:
+            raise self.refused
 
 
 def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
@@ -204,7 +259,7 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
     Raises:
         ConfigError: the batch cannot be spread over the GPUs, or they lack what model.base needs.
     """
-    found = list(each_candidate(config, stored, site))
+    found = list(Layouts(config, stored, site))
     if not found:
         raise ConfigError(
             f"train.global_batch: {config.train.global_batch} sequences cannot be spread over {site.gpus} GPUs by any "
@@ -238,7 +293,7 @@ def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: S
             continue
         settings = alike[0].plan.config
         train = replace(settings.train, recompute="auto", gate_up=config.train.gate_up, gpu_gib=config.train.gpu_gib)
-        one = _candidate(replace(settings, train=train), stored, site)
+        one = Candidate.of(RunPlan.shaped(replace(settings, train=train), stored, site.gpus, site.gpu.memory), site)
         if one.fits and (seconds := one.time.total) < alone:
             mixed.append(one)
             fastest[kind] = min(fastest[kind], seconds)

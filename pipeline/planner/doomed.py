@@ -21,7 +21,7 @@ def doomed(plan: RunPlan, stored: LlamaArch, site: Site) -> str:
 
     What PyTorch allocates alone must be more than a GPU has: a run that may just fit is let go.
     """
-    candidate = Candidate(plan, site, footprint(plan, site.a_node))
+    candidate = Candidate.of(plan, site)
     over = int(candidate.memory.allocated * CERTAIN) - site.gpu.memory
     if over <= 0:
         return ""

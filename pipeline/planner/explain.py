@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Site, Timed, each_candidate, streamed, within
+from pipeline.planner.choose import MOST_GPUS, Candidate, Layouts, Site, Timed, streamed, within
 from pipeline.planner.gpus import read_gpus
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.balance import imbalance
@@ -80,7 +81,12 @@ class Way:
     """A change that makes a run fit."""
 
     change: str
+    """In the words of a YAML."""
     candidate: Candidate
+    settings: tuple[str, ...] = ()
+    """What it sets, a.b=c."""
+    flags: str = ""
+    """What `longspan plan` is to be told of other GPUs or machines."""
 
 
 def nearest(found: list[Candidate]) -> Candidate:
@@ -95,7 +101,7 @@ def _fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | No
 
 def _all_fitting(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Candidate]:
     try:
-        yield from (one for one in each_candidate(config, stored, within(config, site), ("full",)) if one.fits)
+        yield from (one for one in Layouts(config, stored, within(config, site), ("full",)) if one.fits)
     except ConfigError:
         return
 
@@ -105,36 +111,52 @@ def _fewer_tokens(config: RunConfig, stored: LlamaArch, site: Site) -> Way | Non
     low, high, best = 0, config.sequence // UNIT, None
     while high - low > 1:
         middle = (low + high) // 2
-        tokens = middle * UNIT
-        attention = config.attention
-        if attention.group_size is not None and attention.group_size > tokens:
-            attention = replace(attention, group_size=None)
-        shorter = replace(config, data=replace(config.data, sequence=tokens), attention=attention)
-        one = _fitting(shorter, stored, site)
+        shorter = _shorter(config, middle * UNIT)
+        one = None if shorter is None else _fitting(shorter, stored, site)
         low, high = (middle, high) if one else (low, middle)
-        if one:
-            best = Way(f"data.sequence: {tokens} tokens", one)
+        if shorter is not None and one:
+            settings = [f"data.sequence={shorter.sequence}"]
+            if shorter.attention != config.attention:
+                settings.append("attention.group_size=null")
+            best = Way(f"data.sequence: {shorter.sequence} tokens", one, tuple(settings))
     return best
 
 
-def _smaller_base(config: RunConfig) -> tuple[str, RunConfig] | None:
-    """A base in 4 bits, which rounds it: nobody but the user chooses that."""
-    if config.model.base != "bf16":
+def _shorter(config: RunConfig, tokens: int) -> RunConfig | None:
+    """The same run on shorter sequences; None: it cannot be, as where a study's groups no longer divide them."""
+    attention = config.attention
+    if attention.group_size is not None and attention.group_size > tokens:
+        attention = replace(attention, group_size=None)
+    try:
+        return replace(config, data=replace(config.data, sequence=tokens), attention=attention)
+    except ConfigError:
         return None
-    return "model.base: nf4", replace(config, model=replace(config.model, base="nf4"))
 
 
-def _streamed(config: RunConfig) -> tuple[str, RunConfig] | None:
+Change = tuple[str, tuple[str, ...], RunConfig]
+"""In words, as settings, and the run that has it."""
+
+
+def _smaller_base(config: RunConfig) -> Change | None:
+    """A base in 4 bits, which rounds it: nobody but the user chooses that."""
+    if config.model.base != "bf16" or config.model.family != "local":
+        return None
+    return "model.base: nf4", ("model.base=nf4",), replace(config, model=replace(config.model, base="nf4"))
+
+
+def _streamed(config: RunConfig) -> Change | None:
     """A group that does not grow with the sequence, so that it can be streamed: the user's choice."""
     if config.train.stream is not None or config.attention.kind != "s2" or config.attention.group_size is not None:
         return None
     group = min(STREAMED_GROUP, config.sequence)
     fixed = replace(config.attention, group_size=group, full_last_steps=0)
     change = f"attention.group_size: {group} and train.stream: auto"
+    settings = [f"attention.group_size={group}", "train.stream=auto"]
     if config.attention.full_last_steps:
         change += " (and attention.full_last_steps: 0)"
+        settings.append("attention.full_last_steps=0")
     try:
-        return change, replace(config, attention=fixed, train=replace(config.train, stream="auto"))
+        return change, tuple(settings), replace(config, attention=fixed, train=replace(config.train, stream="auto"))
     except ConfigError:  # what does not go with a stream, such as legacy_wrap
         return None
 
@@ -145,29 +167,29 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
     if shorter:
         yield shorter
     smaller, grouped = _smaller_base(config), _streamed(config)
-    both = None if smaller is None or grouped is None else _smaller_base(grouped[1])
+    both = None if smaller is None or grouped is None else _smaller_base(grouped[2])
     either = False
     for way in (smaller, grouped):
-        one = None if way is None else _fitting(way[1], stored, site)
+        one = None if way is None else _fitting(way[2], stored, site)
         if way is not None and one is not None:
             either = True
-            yield Way(way[0], one)
-    if both is not None and grouped is not None and not either and (one := _fitting(both[1], stored, site)):
-        yield Way(f"{grouped[0]} with {both[0]}", one)
+            yield Way(way[0], one, way[1])
+    if both is not None and grouped is not None and not either and (one := _fitting(both[2], stored, site)):
+        yield Way(f"{grouped[0]} with {both[0]}", one, grouped[1] + both[1])
     gpus, node = site.gpus, site.gpu.gpus_a_node
-    while gpus < MOST_TIMES * site.gpus:
+    while gpus < min(MOST_TIMES * site.gpus, MOST_GPUS):
         gpus *= 2
         if gpus > node and gpus % node:
             continue  # no whole machines
         one = _fitting(config, stored, replace(site, gpus=gpus))
         if one:
-            yield Way(f"{gpus} GPUs", one)
+            yield Way(f"{gpus} GPUs", one, flags=f"--gpus {gpus}")
             break
     larger = sorted((gpu for gpu in read_gpus().values() if gpu.memory > site.gpu.memory), key=lambda gpu: gpu.memory)
     for gpu in larger:
         one = _fitting(config, stored, replace(site, gpu=gpu))
         if one:
-            yield Way(f"as many {gpu.name}", one)
+            yield Way(f"as many {gpu.name}", one, flags=f"--gpu {gpu.name}")
             break
     ample = replace(site, host=1 << 50)
     # A stream keeps most in host memory.
@@ -175,11 +197,22 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
     rooms = [one for each in wanted if each is not None for one in _all_fitting(each, stored, ample)]
     roomy = min(rooms, key=lambda one: one.memory.machine, default=None)
     if roomy:
-        yield Way(f"{-(-roomy.memory.machine // GIB)} GiB of host memory a machine", roomy)
+        room = -(-roomy.memory.machine // GIB)
+        yield Way(f"{room} GiB of host memory a machine", roomy, flags=f"--host-memory {room}")
 
 
-def refusal(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: Site) -> ConfigError:
-    """By how much nothing fits, and what would make it fit."""
+def refusal(
+    found: list[Candidate],
+    config: RunConfig,
+    stored: LlamaArch,
+    site: Site,
+    said: Callable[[Way], str] = attrgetter("change"),
+) -> ConfigError:
+    """By how much nothing fits, and what would make it fit.
+
+    Args:
+        said: how a way out is to be told.
+    """
     least, whole, site = nearest(found), site, within(config, site)
     lacks = []
     if least.over_gpu > 0:
@@ -193,7 +226,7 @@ def refusal(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: 
             f"a machine lacks {least.over_host / GIB:.0f} GiB of host memory ({least.memory.machine / GIB:.0f} needed "
             f"of {site.host / GIB:.0f})"
         )
-    ways = [way.change for way in ways_out(config, stored, site)]
+    ways = [said(way) for way in ways_out(config, stored, site)]
     if site != whole and least.memory.gpu_total <= whole.gpu.memory:
         ways.insert(0, "a larger train.gpu_gib")
     mend = f"it would fit with {', or '.join(ways)}" if ways else "no change of tokens, GPUs or host memory is enough"

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from pipeline.planning.activations import LOGITS
 from pipeline.planning.base_form import layer_bytes
-from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS, count_parameters
+from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS
 from pipeline.planning.run_plan import RunPlan
-from pipeline.planning.tensors import projection_shape
 
 CONTEXT = GIB // 2
 """CUDA's context and the kernels loaded, bytes."""
@@ -36,6 +35,7 @@ HELD = {
     "frozen norms": "weights",
     "frozen weights": "weights",
     "frozen weights, shard": "weights",
+    "frozen weights, again in FP8": "weights",
     "trained weights": "weights",
     "optimizer": "optimizer",
     "gradients": "gradients",
@@ -86,14 +86,6 @@ class Footprint:
         return int(self.allocated * (1 + FRAGMENTS))
 
 
-def _adapter_elements(plan: RunPlan) -> int:
-    lora = plan.config.lora
-    if "lora" not in plan.config.train.trainable:
-        return 0
-    ends = sum(sum(projection_shape(part, plan.arch)) for part in lora.targets)
-    return plan.arch.layers * lora.rank * ends // plan.grid.tp
-
-
 def by_stage(plan: RunPlan, gpus_a_node: int) -> list[dict[str, int]]:
     """Each pipeline stage's memory by kind; its ranks are alike.
 
@@ -101,8 +93,7 @@ def by_stage(plan: RunPlan, gpus_a_node: int) -> list[dict[str, int]]:
     fewer, and the last has the output matrix instead.
     """
     first, grid, width = footprint(plan, gpus_a_node).gpu, plan.grid, plan.config.model.element_bytes
-    counts = count_parameters(plan.config, plan.arch)
-    found = []
+    counts, found = plan.counts, []
     for stage in range(grid.pp):
         layers = sum(len(chunk) for chunk in plan.chunks[stage :: grid.pp])
         share = dict(first)
@@ -129,7 +120,7 @@ def footprint(plan: RunPlan, gpus_a_node: int) -> Footprint:
         if part == "context":
             continue
         gpu[HELD.get(part, "working set" if size > LOGITS else "logits")] += size
-    adapters = _adapter_elements(plan) * width
+    adapters = plan.counts.adapters // grid.tp * width
     gpu["adapters"] += adapters
     gpu["weights"] -= adapters
     allocated = sum(gpu.values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from parallel.errors import ConfigError
 from pipeline.planning.memory import GIB
 
+_MANY = re.compile(r"(\d+)\s*[x*]\s*(.+)")
 SHIPPED = Path(__file__).with_name("gpus.yaml")
 RATES = ("bf16", "fp8", "hbm", "pcie", "nvlink", "network")
 """FLOP/s of products in two dtypes; bytes a second of its memory, and one way of each link."""
@@ -21,7 +23,7 @@ OPTIONAL = ("fp8", "nvlink")
 """What a GPU may lack."""
 SHARES = {"bf16": 0.779, "fp8": 0.737, "hbm": 0.80, "pcie": 0.83, "nvlink": 1.0, "network": 1.0}
 """Of what is sold, what is taken where nothing was measured: the H100's measured shares. Links have fitted shares
-of their own (`clock.FITTED`)."""
+of their own (`layer_time.FITTED`)."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Gpu:
     name: str
     memory: int
     """Bytes that PyTorch can allocate."""
-    sold: Mapping[str, float | None]
-    measured: Mapping[str, float]
+    sold: Mapping[str, float | None] = field(hash=False)
+    measured: Mapping[str, float] = field(hash=False)
     """Of RATES, those measured on it."""
     gpus_a_node: int
     host: int
@@ -73,6 +75,8 @@ def _gpu(name: str, content: Any, file: Path) -> Gpu:
     memory, host = (_number(values, key, where) for key in ("memory_gib", "host_gib_a_gpu"))
     node = _number(values, "gpus_a_node", where)
     assert memory is not None and host is not None and node is not None
+    if node != int(node):
+        raise ConfigError(f"{where}: gpus_a_node must be a whole number, got {node}; see pipeline/planner/gpus.yaml.")
     return Gpu(
         name=name,
         memory=int(memory * GIB),
@@ -102,6 +106,9 @@ def read_gpus(file: Path = SHIPPED) -> dict[str, Gpu]:
 def find_gpu(text: str) -> Gpu:
     """The GPU that `--gpu` names: one of `gpus.yaml`, or a file with one description.
 
+    Args:
+        text: spelled in any way; without the memory where there is one size; or as PyTorch names it.
+
     Raises:
         ConfigError: there is none of that name; the nearest are told.
     """
@@ -115,12 +122,27 @@ def find_gpu(text: str) -> Gpu:
         if len(own) != 1:
             raise ConfigError(f"--gpu: {text} describes {len(own)} GPUs ({', '.join(own)}); give a file with one.")
         return next(iter(own.values()))
+    many = _MANY.fullmatch(name)
+    if many is not None:
+        raise ConfigError(f"--gpu: {text} says how many as well; give --gpus {many[1]} --gpu {many[2]}.")
+    plain = _plain(name)
+    alike = [known for known in listed if plain in (_plain(known), known.split("-")[0])]
+    if len(alike) == 1:  # a100 is sold with 40 GB and with 80
+        return listed[alike[0]]
+    called = named_by(text) if plain.startswith("nvidia") else None
+    if called is not None:
+        return called
     starts = [known for known in listed if name and known.startswith(name)]
     near = starts or difflib.get_close_matches(name, listed, n=3, cutoff=0.4) or list(listed)
     raise ConfigError(
         f"--gpu: {text} is not known (nearest: {', '.join(near)}); name one of {', '.join(listed)}, or give a "
         "file that longspan bench calibrate wrote."
     )
+
+
+def _plain(name: str) -> str:
+    """A name's letters and digits."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def named_by(device: str) -> Gpu | None:

@@ -6,10 +6,12 @@ Counted by running a small model on a CPU, Triton's kernels left out, and counti
 
 from __future__ import annotations
 
+from functools import cache
+
 from pipeline.planner.work import mlp_tiles, product_tiles
 from pipeline.planning.base_form import PRODUCTS
+from pipeline.planning.layer_plan import LayerPlan
 from pipeline.planning.recompute import RecomputePolicy
-from pipeline.planning.run_plan import RunPlan
 
 FULL, GATE_UP, HOST, FP8, POINTWISE, NONE = RecomputePolicy
 OPERATIONS: dict[tuple[str, bool], dict[RecomputePolicy, tuple[int, int]]] = {
@@ -24,18 +26,19 @@ OPERATIONS: dict[tuple[str, bool], dict[RecomputePolicy, tuple[int, int]]] = {
 and up elsewhere is counted as POINTWISE."""
 
 
-def tiles(plan: RunPlan, policy: RecomputePolicy) -> float:
+def tiles(plan: LayerPlan, policy: RecomputePolicy) -> float:
     """Tiles of a layer's products, the mean over them."""
     alone = {parts: product_tiles(plan, parts) for parts in PRODUCTS}
     if policy in (FULL, GATE_UP):
         alone |= dict.fromkeys(PRODUCTS[2:], mlp_tiles(plan))
-    if plan.grid.tp == 1:
+    if plan.tp == 1:
         return alone[PRODUCTS[2]]  # of attention's products nothing is cut
     return sum(alone.values()) / len(alone)
 
 
-def operations(plan: RunPlan, policy: RecomputePolicy) -> float:
+@cache
+def operations(plan: LayerPlan, policy: RecomputePolicy) -> float:
     """Operations of PyTorch in one layer's forward and backward of a micro-batch, or of a chunk of it."""
-    counted = OPERATIONS[plan.config.model.base, plan.grid.tp > 1]
+    counted = OPERATIONS[plan.base, plan.tp > 1]
     whole, tile = counted.get(policy, counted[POINTWISE])
     return whole + tile * (tiles(plan, policy) - 1)

@@ -56,6 +56,8 @@ def find_model(text: str) -> Model:
     Raises:
         ConfigError: it is none of these, or the model is not supported.
     """
+    if not text.strip():
+        raise ConfigError("--model: is empty; name a model, a config.json, or a checkpoint folder.")
     listed = _published()
     wanted = text.strip().lower()
     by_hub = {str(values["hub"]).lower(): name for name, values in listed.items()}
@@ -70,6 +72,8 @@ def find_model(text: str) -> Model:
         named = path if place == text else Path(text)
         return Model(named.resolve().name, str(path) if place == text else text, read_arch(path))
     if path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            raise ConfigError(f"--model: {text} is no config.json; of a run's YAML the option is --config.")
         try:
             values = read_object(path)
         except CheckpointError as error:
@@ -79,9 +83,10 @@ def find_model(text: str) -> Model:
     by_folder = _by_folder(path)
     if by_folder is not None:
         return replace(find_model(by_folder), path=text)
-    near = difflib.get_close_matches(name, listed, n=3, cutoff=0.5) or list(listed)
+    near = difflib.get_close_matches(name, listed, n=3, cutoff=0.5)
+    known = f"nearest: {', '.join(near)}" if near else f"these are: {', '.join(listed)}"
     hub = not_there(text, MODEL)
     raise ConfigError(
-        f"--model: {text} is neither a file or folder nor a model known by name (nearest: {', '.join(near)}); give the "
+        f"--model: {text} is neither a file or folder nor a model known by name ({known}); give the "
         f"config.json of its checkpoint{hub}."
     )

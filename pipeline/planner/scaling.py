@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
-from pipeline.planner.choose import Candidate, Site, Timed, candidates, ranked
+from pipeline.planner.choose import Site, Timed, streamed, within
 from pipeline.planner.gpus import Gpu
+from pipeline.planner.search import best_by_kind
 from pipeline.planning.arch import LlamaArch
 
 PAYS = 0.05
@@ -36,13 +37,6 @@ class Point:
         return 0.0 if self.best is None else self.best.tokens_per_second
 
 
-def kind_of(candidate: Candidate) -> str:
-    """A layout's kind: its engine, and whether tensors or layers are cut."""
-    grid = candidate.plan.grid
-    cuts = [name for name, size in (("TP", grid.tp), ("PP", grid.pp)) if size > 1]
-    return " + ".join([candidate.plan.config.parallel.engine, *cuts])
-
-
 def scale(
     config: RunConfig, stored: LlamaArch, gpu: Gpu, counts: Sequence[int], *, weak: bool, host: int | None = None
 ) -> list[Point]:
@@ -52,22 +46,26 @@ def scale(
         config: its batch is that of the first count.
         host: host memory of one machine, bytes; None: the description's.
 
+    All layers of a layout have one policy; `choose.choices` mixes them as well.
+
     Raises:
-        ConfigError: a count does not fill whole machines.
+        ConfigError: a count does not fill whole machines, or no layout can be on any of them.
     """
-    points = []
+    points, refused = [], None
     for gpus in counts:
-        site = Site.of(gpu, gpus, host)
+        site = within(config, Site.of(gpu, gpus, host))
         batch = config.train.global_batch * gpus // counts[0] if weak else config.train.global_batch
         wanted = replace(config, train=replace(config.train, global_batch=batch))
         try:
-            timed = ranked(candidates(wanted, stored, site))
-        except ConfigError:
-            timed = []
-        kinds: dict[str, Timed] = {}
-        for one in timed:
-            kinds.setdefault(kind_of(one.candidate), one)
-        points.append(Point(gpus, batch, timed[0] if timed else None, kinds))
+            kinds = best_by_kind(wanted, stored, site)
+            in_chunks = None if kinds else streamed(wanted)
+            if in_chunks is not None:
+                kinds = best_by_kind(in_chunks, stored, site)
+        except ConfigError as error:
+            refused, kinds = error, {}
+        points.append(Point(gpus, batch, next(iter(kinds.values()), None), kinds))
+    if refused is not None and not any(point.kinds for point in points):
+        raise refused
     return points
 
 

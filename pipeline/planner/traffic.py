@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
-from pipeline.planner.work import tokens_of, trained_elements
+from pipeline.planner.work import trained_elements
 from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.context_shards import halo_elements
-from pipeline.planning.memory import GRADIENT, count_parameters
+from pipeline.planning.layer_plan import LayerPlan
+from pipeline.planning.memory import GRADIENT
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.stream import StreamPlan, halo_bytes
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes a rank receives; a layer's are of one micro-batch."""
+class LayerTraffic:
+    """Bytes a rank receives for a layer and micro-batch, whatever the engine is."""
 
     tensor_forward: float
     """Activations gathered and summed within the tensor-parallel group, a layer's forward pass."""
@@ -24,7 +26,33 @@ class Traffic:
     tensor_again: float
     """In the recomputation of a layer that keeps its input alone."""
     halo: float
-    """Keys and values of other context ranks, a layer, one way; the backward sends as much back."""
+    """Keys and values of other context ranks, one way; the backward sends as much back."""
+
+
+@cache
+def layer_traffic(plan: LayerPlan) -> LayerTraffic:
+    """What travels within a tensor and context group."""
+    arch, tp = plan.arch, plan.tp
+    # What one gathering or summing of all hidden states brings a rank.
+    hidden = plan.tokens() * arch.hidden * plan.width * (tp - 1) / tp
+    heads = arch.heads, arch.kv_heads, arch.head_dim
+    halo = halo_elements(heads, plan.attention, plan.sequence, tp, plan.cp) * plan.micro_batch * plan.width
+    return LayerTraffic(
+        # q k v and gate up gather, o and down sum.
+        tensor_forward=4 * hidden,
+        # The same the other way.
+        tensor_backward=4 * hidden,
+        tensor_tiled=hidden,
+        # Attention's two; the MLP's are in the backward.
+        tensor_again=2 * hidden,
+        halo=float(halo),
+    )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a rank receives beside that."""
+
     gather: float
     """Weights that engine zero3 gathers of other ranks, a layer and pass."""
     copy: float
@@ -41,13 +69,9 @@ class Traffic:
 
 
 def traffic(plan: RunPlan) -> Traffic:
-    """Everything that travels."""
-    config, arch, grid, width = plan.config, plan.arch, plan.grid, plan.config.model.element_bytes
-    counts = count_parameters(config, arch)
-    tokens = tokens_of(plan)
-    # What one gathering or summing of all hidden states brings a rank.
-    hidden = tokens * arch.hidden * width * (grid.tp - 1) / grid.tp
-    zero3, shards = config.parallel.engine == "zero3", grid.dp * grid.cp
+    """Everything else that travels."""
+    config, arch, grid, layer, counts = plan.config, plan.arch, plan.grid, plan.layer, plan.counts
+    width, zero3, shards = layer.width, config.parallel.engine == "zero3", grid.dp * grid.cp
     away = config.parallel.offload.params == "cpu"
 
     def passes(size: float) -> tuple[float, float]:
@@ -55,32 +79,18 @@ def traffic(plan: RunPlan) -> Traffic:
             return 0.0, 0.0
         return size * (shards - 1) / shards, size / shards if away else 0.0
 
-    gather, copy = passes(layer_bytes(config.model.base, arch, grid.tp, width))
+    gather, copy = passes(layer_bytes(layer.base, arch, grid.tp, width))
     once, once_copy = passes((counts.head + counts.embedding) * width / grid.tp)
-    replicas = trained_elements(plan) * (GRADIENT + width) * (shards - 1) / shards
-    halo = (
-        halo_elements((arch.heads, arch.kv_heads, arch.head_dim), plan.attention, plan.sequence, grid.tp, grid.cp)
-        * config.train.micro_batch
-        * width
-    )
     parked = 0
     if plan.stream is not None:
         cut = StreamPlan.of(plan.sequence, plan.stream, grid)
-        parked = halo_bytes(cut, arch, plan.attention, grid, config.train.micro_batch, width).fetched
+        parked = halo_bytes(cut, arch, plan.attention, grid, layer.micro_batch, width).fetched
     return Traffic(
-        # q k v and gate up gather, o and down sum.
-        tensor_forward=4 * hidden,
-        # The same the other way.
-        tensor_backward=4 * hidden,
-        tensor_tiled=hidden,
-        # Attention's two; the MLP's are in the backward.
-        tensor_again=2 * hidden,
-        halo=float(halo),
         gather=gather,
         copy=copy,
         parked=float(parked),
         once=once,
         once_copy=once_copy,
-        gradients=replicas,
-        stage=tokens * arch.hidden * width / grid.tp if grid.pp > 1 else 0.0,
+        gradients=trained_elements(plan) * (GRADIENT + width) * (shards - 1) / shards,
+        stage=layer.tokens() * arch.hidden * width / grid.tp if grid.pp > 1 else 0.0,
     )

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
+from parallel.world.grid import GridPlan
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import attention_work
 from pipeline.planning.base_form import PRODUCTS, local_shape, matrix_bytes
-from pipeline.planning.memory import GRADIENT, count_parameters
+from pipeline.planning.layer_plan import LayerPlan
+from pipeline.planning.memory import GRADIENT
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, padded_vocab, projection_shape
@@ -65,17 +68,7 @@ class LayerWork:
     """Of both passes: copies of what FP8's products read and write in tiles of all ranks' tokens."""
 
 
-def tokens_of(plan: RunPlan) -> int:
-    """Tokens T of a micro-batch that a tensor-parallel group works on."""
-    return plan.config.train.micro_batch * plan.grid.shard_tokens(plan.sequence)
-
-
-def chunks_of(plan: RunPlan) -> int:
-    """Pieces that a sequence goes through the layers in: more than one where it is streamed."""
-    return 1 if plan.stream is None else -(-plan.sequence // plan.stream)
-
-
-def window_of(plan: RunPlan, spec: AttentionSpec) -> int | None:
+def _window(plan: LayerPlan, spec: AttentionSpec) -> int | None:
     """Keys that a query sees at the most, its own among them; None: all before it in its group or sequence.
 
     Groups of S² lie within a window (`run_plan.check_window`), and full attention keeps to one that all layers have.
@@ -84,31 +77,30 @@ def window_of(plan: RunPlan, spec: AttentionSpec) -> int | None:
     return window if window is not None and spec.kind == "full" and window < plan.sequence else None
 
 
-def attention_pairs(plan: RunPlan, rank: int | None = None) -> int:
+def attention_pairs(plan: LayerPlan, rank: int | None = None) -> int:
     """Triples (query head, query, key) of a rank's micro-batch in one layer; None: of the busiest rank."""
-    arch, grid = plan.arch, plan.grid
-    window = window_of(plan, plan.attention)
+    arch = plan.arch
+    window = _window(plan, plan.attention)
     if window is not None:
         # A window's queries at a time, masked, and all keys that any of them sees (`attention.local.attend_window`).
         cuts = [(start, min(start + window, plan.sequence)) for start in range(0, plan.sequence, window)]
         computed = sum((stop - start) * (stop - max(0, start - window + 1)) for start, stop in cuts)
-        return arch.heads // grid.tp * computed * plan.config.train.micro_batch
-    found = attention_work(arch, plan.sequence, plan.attention, grid.tp, grid.cp)
+        return arch.heads // plan.tp * computed * plan.micro_batch
+    found = attention_work(arch, plan.sequence, plan.attention, plan.tp, plan.cp)
     if rank is None:
-        return max(max(row) for row in found) * plan.config.train.micro_batch
-    place = grid.coordinates(rank)
-    return found[place.tp][place.cp] * plan.config.train.micro_batch
+        return max(max(row) for row in found) * plan.micro_batch
+    place = GridPlan(plan.tp, plan.cp, 1, 1).coordinates(rank)
+    return found[place.tp][place.cp] * plan.micro_batch
 
 
-def _product(plan: RunPlan, parts: Iterable[str], gradient: bool = False) -> Work:
+def _product(plan: LayerPlan, parts: Iterable[str], gradient: bool = False) -> Work:
     """One product over all tokens of the tensor-parallel group, forward, or its input gradient; and what a base that is
     not in 16 bits takes beside it."""
-    tokens, tp, width = tokens_of(plan), plan.grid.tp, plan.config.model.element_bytes
+    tokens, tp, width, form = plan.tokens(), plan.tp, plan.width, plan.base
     shapes = [local_shape(part, plan.arch, tp) for part in parts]
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    operations, elements = 2.0 * tokens * rows * columns, rows * columns * chunks_of(plan)
+    operations, elements = 2.0 * tokens * rows * columns, rows * columns * plan.chunks
     given, made = (rows, columns) if gradient else (columns, rows)
-    form = plan.config.model.base
     if form == "fp8":
         # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU is
         # rounded as it is made, and so is its gradient, but that takes two passes' time: sigmoids, not bytes, bound it.
@@ -117,57 +109,55 @@ def _product(plan: RunPlan, parts: Iterable[str], gradient: bool = False) -> Wor
         return Work(0.0, operations, float(tokens * (given + width * made) + elements), pointwise=float(rounding))
     stored = sum(matrix_bytes(form, shape[0], shape[1], shape[2], width) for shape in shapes)
     # NF4: dequantized before each.
-    decoded = chunks_of(plan) * stored + width * elements if form == "nf4" else 0
+    decoded = plan.chunks * stored + width * elements if form == "nf4" else 0
     return Work(operations, 0.0, width * float(tokens * (rows + columns) + elements), pointwise=float(decoded))
 
 
-def _tiles(plan: RunPlan, width: int) -> int:
-    tokens = plan.config.train.micro_batch * plan.grid.shard_tokens(min(plan.stream or plan.sequence, plan.sequence))
-    return -(-tokens // tile_tokens(width, plan.grid.tp))
+def _tiles(plan: LayerPlan, width: int) -> int:
+    return -(-plan.tokens(plan.at_once) // tile_tokens(width, plan.tp))
 
 
-def product_tiles(plan: RunPlan, parts: Iterable[str]) -> int:
+def product_tiles(plan: LayerPlan, parts: Iterable[str]) -> int:
     """Tiles of a frozen product that is made alone (`parallel.axes.tensor.TokenTiles`)."""
-    shapes = [local_shape(part, plan.arch, plan.grid.tp) for part in parts]
+    shapes = [local_shape(part, plan.arch, plan.tp) for part in parts]
     # Without tensor parallelism nothing is gathered or summed beside it.
-    return 1 if plan.grid.tp == 1 else _tiles(plan, 2 * max(sum(shape[0] for shape in shapes), shapes[0][1]))
+    return 1 if plan.tp == 1 else _tiles(plan, 2 * max(sum(shape[0] for shape in shapes), shapes[0][1]))
 
 
-def mlp_tiles(plan: RunPlan) -> int:
+def mlp_tiles(plan: LayerPlan) -> int:
     """Tiles of a frozen MLP that makes gate and up again (`layers.mlp`)."""
-    return _tiles(plan, 2 * plan.arch.ffn // plan.grid.tp + 2 * plan.arch.hidden)
+    return _tiles(plan, 2 * plan.arch.ffn // plan.tp + 2 * plan.arch.hidden)
 
 
-def _moved(plan: RunPlan, policy: RecomputePolicy) -> Work:
+def _moved(plan: LayerPlan, policy: RecomputePolicy) -> Work:
     """See `LayerWork.moved`: bf16's products read and write tiles where they lie, FP8's do not.
 
     What a column-parallel product makes and a row-parallel one reads is all ranks' tokens; so are their gradients.
     """
-    if plan.config.model.base != "fp8" or plan.grid.tp == 1:
+    if plan.base != "fp8" or plan.tp == 1:
         return Work()
     # A frozen MLP that goes tile by tile has no such tensors.
     apart = PRODUCTS[:2] if policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP) else PRODUCTS
     values = 0
     for parts in apart:
-        shapes = [local_shape(part, plan.arch, plan.grid.tp) for part in parts]
+        shapes = [local_shape(part, plan.arch, plan.tp) for part in parts]
         values += (product_tiles(plan, parts) > 1) * (
             shapes[0][1] if parts[0] in ROW_PARALLEL else sum(s[0] for s in shapes)
         )
     again = 1 + (policy is RecomputePolicy.FULL) / 2
-    return Work(pointwise=2.0 * again * 2 * tokens_of(plan) * values * plan.config.model.element_bytes)
+    return Work(pointwise=2.0 * again * 2 * plan.tokens() * values * plan.width)
 
 
-def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
+@cache
+def layer_work(plan: LayerPlan, rank: int | None = None) -> LayerWork:
     """Counts of one layer of a rank; None: of the busiest."""
-    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
+    arch, tp = plan.arch, plan.tp
     hidden, ffn = arch.hidden / tp, arch.ffn / tp
     rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
     products = {parts: _product(plan, parts) for parts in PRODUCTS}
     gradients = sum((_product(plan, parts, gradient=True) for parts in PRODUCTS), Work())
     pair = float(attention_pairs(plan, rank)) * arch.head_dim
-    lora = plan.config.lora
-    adapted = lora.targets if lora.rank else ()
-    ends = [projection_shape(part, arch) for part in adapted]
+    ends = [projection_shape(part, arch) for part in plan.targets]
     inputs, outputs = sum(shape[1] for shape in ends) / tp, sum(shape[0] for shape in ends) / tp
     # Two norms (read, write), two residual sums (read twice, write), RoPE (read, write), SwiGLU (read two, write one),
     # adapters (read the input, read and write the output).
@@ -177,7 +167,7 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     # Norms' gradients (read input and gradient, write) and sums; RoPE; SwiGLU's (read three, write two); adapters'
     # (read the gradient twice and the input once, add to the input's gradient).
     backward = 6 * hidden + sums + 2 * rotated + 5 * ffn + 2 * outputs + 3 * inputs
-    scale = float(tokens * width)
+    scale = float(plan.tokens() * plan.width)
     every = sum(products.values(), Work())
     ahead = every + Work(attention=FORWARD * pair, pointwise=forward * scale)
     back = gradients + Work(attention=BACKWARD * pair, pointwise=backward * scale)
@@ -192,17 +182,17 @@ def layer_work(plan: RunPlan, rank: int | None = None) -> LayerWork:
     )
 
 
-def trains_head(plan: RunPlan) -> bool:
+def _trains_head(plan: LayerPlan) -> bool:
     """Whether the output matrix has a gradient."""
-    words = plan.config.train.trainable
-    return "lm_head" in words or (plan.arch.tied and "embed" in words)
+    return "lm_head" in plan.trainable or (plan.arch.tied and "embed" in plan.trainable)
 
 
-def loss_work(plan: RunPlan) -> Work:
+@cache
+def loss_work(plan: LayerPlan) -> Work:
     """The output matrix's products, its loss and the embedding, forward and backward, of one micro-batch."""
-    arch, tp, tokens, width = plan.arch, plan.grid.tp, tokens_of(plan), plan.config.model.element_bytes
+    arch, tp, tokens, width = plan.arch, plan.tp, plan.tokens(), plan.width
     rows = padded_vocab(arch, tp) // tp
-    times = 3 if trains_head(plan) else 2
+    times = 3 if _trains_head(plan) else 2
     operands = width * float(tokens * (rows + arch.hidden) + rows * arch.hidden)
     one = Work(2.0 * tokens * rows * arch.hidden, operands=operands)
     embedding = tokens * arch.hidden / tp * (2 * width + 2 * GRADIENT)
@@ -221,18 +211,17 @@ def useful_operations(plan: RunPlan, full: bool = False) -> float:
     arch, lora = plan.arch, plan.config.lora
     tokens = float(plan.batch.global_batch * plan.sequence)
     matrices = sum(rows * columns for rows, columns in (projection_shape(part, arch) for part in PROJECTIONS))
-    adapted = lora.targets if lora.rank and "lora" in plan.config.train.trainable else ()
-    ends = sum(sum(projection_shape(part, arch)) for part in adapted)
+    ends = sum(sum(projection_shape(part, arch)) for part in plan.layer.targets)
     layer = 4 * matrices + 6 * lora.rank * ends
     spec = plan.full_attention if full else plan.attention
-    window, pairs = window_of(plan, spec), sum(sum(row) for row in attention_work(arch, plan.sequence, spec, 1, 1))
+    window, pairs = _window(plan.layer, spec), sum(sum(row) for row in attention_work(arch, plan.sequence, spec, 1, 1))
     if window is not None:
         pairs = arch.heads * (window * (window + 1) // 2 + (plan.sequence - window) * window)
-    times = 6 if trains_head(plan) else 4
+    times = 6 if _trains_head(plan.layer) else 4
     attention = 3.0 * FORWARD * arch.head_dim * plan.batch.global_batch * pairs
     return tokens * (arch.layers * layer + times * arch.vocab * arch.hidden) + arch.layers * attention
 
 
 def trained_elements(plan: RunPlan) -> int:
     """Trained elements that a rank's tensor-parallel slice has."""
-    return count_parameters(plan.config, plan.arch).trained // plan.grid.tp
+    return plan.counts.trained // plan.grid.tp

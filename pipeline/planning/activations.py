@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 
-from parallel.world.grid import GridPlan
-from pipeline.config.run import RunConfig
-from pipeline.planning.arch import LlamaArch
-from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.base_form import work_bytes
-from pipeline.planning.context_shards import halo_elements, least_saved, lent_tokens
+from pipeline.planning.context_shards import halo_elements, lent_tokens
+from pipeline.planning.layer_plan import LayerPlan
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.tile_size import tile_tokens
 
@@ -41,23 +40,15 @@ class LayerMemory:
     """Of gate and up in the model's dtype: what HOST keeps in host memory."""
 
 
-def layer_memory(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, width: int, at_once: int | None = None
-) -> LayerMemory:
-    """Count one layer.
-
-    Args:
-        width: bytes an element of activations.
-        at_once: tokens of a sequence at work at once; None: all.
-    """
-    at_once = at_once or config.sequence
-    tokens = config.train.micro_batch * grid.shard_tokens(at_once)
-    tp, rank = grid.tp, config.lora.rank
+@cache
+def layer_memory(plan: LayerPlan) -> LayerMemory:
+    """Count one layer."""
+    arch, tp, rank, width, targets = plan.arch, plan.tp, plan.rank, plan.width, plan.targets
+    tokens = plan.tokens(plan.at_once)
     query, key_value = arch.heads * arch.head_dim // tp, arch.kv_heads * arch.head_dim // tp
     hidden, ffn = arch.hidden // tp, arch.ffn // tp
-    targets = config.lora.targets if rank and "lora" in config.train.trainable else ()
     # An MLP with biases, or of another family's linears, goes the way of one with adapters: not through tiles.
-    family = config.model.family
+    family = plan.family
     adapted = family != "local" or arch.mlp_bias or any(target in ("gate", "up", "down") for target in targets)
     # What enters and leaves attention's kernels, and fp32 log-sum-exps.
     attended = 2 * query + 2 * key_value + 4 * arch.heads // tp // width
@@ -84,7 +75,7 @@ def layer_memory(
     # Attention's backward: queries, output and the gradients of both; keys, values and theirs; two hidden states. And
     # of heads that go through a kernel together, with S² half: queries' gradients in fp32 and, with GQA, those of
     # keys and values by query heads.
-    halves = 2 if _attends_all(config) else 1
+    halves = 2 if _attends_all(plan) else 1
     grouped = arch.kv_heads < arch.heads
     attention = 4 * query + halves * (1 + grouped) * query + 4 * key_value + 2 * hidden
     of_tile = min(tokens, tile_tokens(2 * ffn + 2 * arch.hidden, tp))
@@ -98,7 +89,7 @@ def layer_memory(
         mlp = tokens * (base + 2 * ffn + again) + wide
     rest = tokens * max(0, attention - attended)
     # Queries of other ranks: they, their outputs and log-sum-exps are kept; the gradients of both come beside them.
-    borrowed = _borrowed(config, grid, at_once)
+    borrowed = _borrowed(plan)
     guests, grads = borrowed * (2 * query + 4 * arch.heads // tp // width), borrowed * 2 * query
     at_work = {
         FULL: max(tokens * attention + guests + grads, mlp + guests),
@@ -108,12 +99,12 @@ def layer_memory(
         POINTWISE: max(rest + grads, wide),
         NONE: max(rest + grads, wide),
     }
-    early = _halo(config, arch, grid, at_once) * width
+    early = _halo(plan) * width
     tiled = {policy: not adapted and policy in (FULL, GATE_UP) for policy in RecomputePolicy}
     beside = {
-        policy: work_bytes(config.model.base, arch, tp, of_tile if tiles else tokens, width, tiles)
+        policy: work_bytes(plan.base, arch, tp, of_tile if tiles else tokens, width, tiles)
         # The widest that a product of family te takes in 8 bits: the gradient of gate and up.
-        + 2 * ffn * tokens * (config.model.fp8_recipe != "none")
+        + 2 * ffn * tokens * (plan.fp8_recipe != "none")
         for policy, tiles in tiled.items()
     }
     return LayerMemory(
@@ -126,30 +117,28 @@ def layer_memory(
     )
 
 
-def _attends_all(config: RunConfig) -> bool:
+def _attends_all(plan: LayerPlan) -> bool:
     """Whether some training step is in full attention."""
-    return config.attention.kind == "full" or config.attention.full_last_steps > 0
+    return plan.attention.kind == "full" or plan.ends_in_full
 
 
-def _borrowed(config: RunConfig, grid: GridPlan, at_once: int) -> int:
+def _borrowed(plan: LayerPlan) -> int:
     """Tokens of other context ranks whose queries a rank attends, of the one with most."""
-    if not _attends_all(config):
+    if not _attends_all(plan):
         return 0
-    spec = AttentionSpec("full", 2, lend_from=least_saved(config.train.without))
-    return config.train.micro_batch * lent_tokens(spec, at_once, grid.tp, grid.cp)
+    return plan.micro_batch * lent_tokens(plan.full_attention, plan.at_once, plan.tp, plan.cp)
 
 
-def _halo(config: RunConfig, arch: LlamaArch, grid: GridPlan, at_once: int) -> int:
+def _halo(plan: LayerPlan) -> int:
     """Elements of K and V that a layer gets of other context ranks, of the rank that gets most."""
-    if grid.cp == 1:
+    arch, tp, cp = plan.arch, plan.tp, plan.cp
+    if cp == 1:
         return 0
-    rows = config.train.micro_batch
     # Full attention, in the last steps too, gathers all keys and values.
-    if _attends_all(config):
-        tokens = grid.shard_tokens(at_once)
-        return 2 * rows * grid.cp * tokens * arch.kv_heads // grid.tp * arch.head_dim
-    spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
-    return rows * halo_elements((arch.heads, arch.kv_heads, arch.head_dim), spec, at_once, grid.tp, grid.cp)
+    if _attends_all(plan):
+        return 2 * cp * plan.tokens(plan.at_once) * arch.kv_heads // tp * arch.head_dim
+    heads = arch.heads, arch.kv_heads, arch.head_dim
+    return plan.micro_batch * halo_elements(heads, plan.attention, plan.at_once, tp, cp)
 
 
 def peak_of(layer: LayerMemory, policies: Sequence[RecomputePolicy]) -> tuple[int, int]:
@@ -158,10 +147,12 @@ def peak_of(layer: LayerMemory, policies: Sequence[RecomputePolicy]) -> tuple[in
     Args:
         policies: of the stage's layers, in order.
     """
-    stored = sum(layer.kept[policy] for policy in policies)
+    # Of layers in a row that have one policy, the last one's backward finds most that is kept still.
+    runs = [(policy, len(list(run))) for policy, run in groupby(reversed(policies))]
+    stored = sum(count * layer.kept[policy] for policy, count in runs)
     # The loss comes while everything is kept; the last layer's backward runs first.
     peak, left = stored + LOGITS, stored
-    for policy in reversed(policies):
+    for policy, count in runs:
         peak = max(peak, left + layer.at_work[policy])
-        left -= layer.kept[policy]
-    return stored, peak - stored + PARKED * layer.gate_up * (HOST in policies)
+        left -= count * layer.kept[policy]
+    return stored, peak - stored + PARKED * layer.gate_up * any(policy is HOST for policy, _ in runs)

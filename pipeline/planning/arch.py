@@ -6,7 +6,7 @@ Both dialects are read: transformers 4 writes `rope_theta` and `rope_scaling`, t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class LlamaArch:
     """RMSNorm's epsilon."""
     rope_theta: float
     """RoPE base."""
-    rope_scaling: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None = field(hash=False)
     """None for plain RoPE; otherwise `rope_type` (linear | yarn | llama3), `factor`, and that type's own keys, with
     `original_max_position_embeddings` present for yarn and llama3, and for linear where config.json tells it."""
     max_positions: int

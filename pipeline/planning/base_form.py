@@ -8,6 +8,8 @@ Shapes: O output width, I input width that a rank has of the checkpoint's W.
 
 from __future__ import annotations
 
+from functools import cache
+
 from parallel.errors import ConfigError
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.tensors import PROJECTIONS, ROW_PARALLEL, has_bias, projection_shape
@@ -42,6 +44,7 @@ def local_shape(part: str, arch: LlamaArch, tp: int) -> tuple[int, int, int]:
     return (rows, width // tp, width) if part in ROW_PARALLEL else (rows // tp, width, width)
 
 
+@cache
 def layer_bytes(form: str, arch: LlamaArch, tp: int, element: int) -> int:
     """Bytes of one layer's matrices and biases on a rank; `element` as in `matrix_bytes`."""
     total = 0
@@ -72,7 +75,9 @@ def work_bytes(form: str, arch: LlamaArch, tp: int, tokens: int, element: int, t
 
 def _odd(form: str, arch: LlamaArch, tp: int) -> tuple[str, int, int] | None:
     """A projection with a width that is no multiple of `UNIT`: (projection, a rank's width, the whole one)."""
-    unit = UNIT.get(form, 1)
+    if form not in UNIT:
+        return None
+    unit = UNIT[form]
     for part in PROJECTIONS:
         rows, columns, width = local_shape(part, arch, tp)
         if columns % unit:
@@ -113,7 +118,9 @@ def check_recipe(recipe: str, arch: LlamaArch, tp: int, tokens: int) -> None:
     Raises:
         ConfigError: they or a width are no multiple of `RECIPE_UNIT`.
     """
-    unit = RECIPE_UNIT.get(recipe, 1)
+    if recipe == "none":
+        return
+    unit = RECIPE_UNIT[recipe]
     mend = "use a smaller parallel.tp, or set another model.fp8_recipe"
     for parts in PRODUCTS:
         shapes = [local_shape(part, arch, tp) for part in parts]

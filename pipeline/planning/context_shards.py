@@ -92,23 +92,33 @@ def query_moves(layout: SequenceLayout, spec: AttentionSpec, size: int, tokens: 
     if spec.kind != "full" or size == 1 or least is None:
         return QueryPlan()
 
-    def make() -> QueryPlan:
-        last, work = offset + size * tokens, np.zeros(size * tokens, np.int64)
-        for _, start, stop in layout.segments(None):
-            low, high = max(start, offset), min(stop, last)
-            if low < high:
-                work[low - offset : high - offset] += np.arange(low - start + 1, high - start + 1)
-        plan = plan_queries(work, size, offset)
-        totals = work.reshape(size, tokens).sum(1)
-        saved = int(totals.max())
-        for move in plan.moves:
-            given = work[move.start - offset : move.stop - offset].sum()
-            totals[move.owner] -= given
-            totals[move.worker] += given
-        saved -= int(totals.max())
-        return plan if saved >= least * plan.most() * layout.batch else QueryPlan()
+    if layout.batch == 1 and layout.is_dense:
+        return _dense_moves(layout.sequence, least, size, tokens, offset)
+    key = "query plan", least, size, tokens, offset
+    return layout.remember(key, lambda: _moves(layout, least, size, tokens, offset))
 
-    return layout.remember(("query plan", least, size, tokens, offset), make)
+
+@cache
+def _dense_moves(sequence: int, least: int, size: int, tokens: int, offset: int) -> QueryPlan:
+    """The planner asks for the same under every number of tensor-parallel ranks, and a long sequence takes a while."""
+    return _moves(SequenceLayout.dense(1, sequence), least, size, tokens, offset)
+
+
+def _moves(layout: SequenceLayout, least: int, size: int, tokens: int, offset: int) -> QueryPlan:
+    last, work = offset + size * tokens, np.zeros(size * tokens, np.int64)
+    for _, start, stop in layout.segments(None):
+        low, high = max(start, offset), min(stop, last)
+        if low < high:
+            work[low - offset : high - offset] += np.arange(low - start + 1, high - start + 1)
+    plan = plan_queries(work, size, offset)
+    totals = work.reshape(size, tokens).sum(1)
+    saved = int(totals.max())
+    for move in plan.moves:
+        given = work[move.start - offset : move.stop - offset].sum()
+        totals[move.owner] -= given
+        totals[move.worker] += given
+    saved -= int(totals.max())
+    return plan if saved >= least * plan.most() * layout.batch else QueryPlan()
 
 
 def attended(
@@ -213,11 +223,13 @@ def halo_elements(arch: tuple[int, int, int], spec: AttentionSpec, sequence: int
     if cp > HALOS:
         # A shard never needs more than what lies between it and its first group's begin.
         return 2 * min(spec.group, sequence - tokens) * -(-kv_heads // tp) * head_dim
-    layout, most = SequenceLayout.dense(1, cp * tokens), 0
-    for first in range(0, heads, heads // tp):
-        plan = head_plan(first, heads // tp, heads, kv_heads, spec.shifted_heads)
-        messages = halo_plan(layout, spec, plan, equal_edges(cp, tokens))
-        most = max(most, *(sum(m.vectors for m in messages.incoming(rank)) for rank in range(cp)))
+    layout, edges, local = SequenceLayout.dense(1, cp * tokens), equal_edges(cp, tokens), heads // tp
+    most = 0
+    for plan in {head_plan(rank * local, local, heads, kv_heads, spec.shifted_heads) for rank in range(tp)}:
+        received = [0] * cp
+        for message in halo_plan(layout, spec, plan, edges).messages:
+            received[message.receiver] += message.vectors
+        most = max(most, *received)
     return most * head_dim
 
 

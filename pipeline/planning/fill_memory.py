@@ -14,7 +14,8 @@ from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.base_form import layer_bytes
-from pipeline.planning.memory import GIB, MemoryEstimate, estimate_memory
+from pipeline.planning.layer_plan import LayerPlan
+from pipeline.planning.memory import GIB, estimate_memory
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
@@ -87,11 +88,10 @@ def fill_memory(
     layers = -(-arch.layers // grid.pp)
     cost = costs(arch, config.group if config.attention.kind == "s2" else config.sequence)
 
-    def estimate(policies: Sequence[RecomputePolicy]) -> MemoryEstimate:
-        return estimate_memory(config, arch, grid, policies, stream)
+    one = LayerPlan.of(config, arch, grid, stream)
 
     def fits(counts: dict[RecomputePolicy, int]) -> bool:
-        return estimate(_spread(counts, layers)).gpu_total <= limit
+        return estimate_memory(config, one, grid, _spread(counts, layers)).gpu_total <= limit
 
     kinds = [FULL, GATE_UP, POINTWISE, NONE]
     if config.train.gate_up == "fp8":
@@ -101,16 +101,16 @@ def fill_memory(
         parked.append(_most_parked(config, arch, grid, layers))
     best, least = {FULL: layers}, layers * cost[FULL]
     for hosts in parked:
-        for mix in _pairs(kinds, layers - hosts, fits, {HOST: hosts} if hosts else {}):
-            total = sum(cost[policy] * count for policy, count in mix.items())
+        for counts in _pairs(kinds, layers - hosts, fits, {HOST: hosts} if hosts else {}):
+            total = sum(cost[policy] * count for policy, count in counts.items())
             if total < least:
-                best, least = mix, total
-    one = _spread(best, layers)
+                best, least = counts, total
+    mix = _spread(best, layers)
     policies = list(plan_recompute("full", arch.layers))
     for stage in range(grid.pp):
         own = [layer for chunk in chunks[stage :: grid.pp] for layer in chunk]
         # A stage may have a layer less than the longest: of those that keep most.
-        for layer, policy in zip(own, one[: len(own)], strict=True):
+        for layer, policy in zip(own, mix[: len(own)], strict=True):
             policies[layer] = policy
     return tuple(policies)
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from parallel.world.grid import GridPlan
 from pipeline.config.run import RunConfig
+from pipeline.config.sections import LoraConfig
 from pipeline.planning.activations import layer_memory, peak_of
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.base_form import layer_bytes, recipe_bytes
-from pipeline.planning.recompute import RecomputePolicy
+from pipeline.planning.layer_plan import LayerPlan
+from pipeline.planning.recompute import RecomputePolicy, tally
 from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
 from pipeline.planning.tensors import PROJECTIONS, has_bias, norm_elements, projection_shape
 
@@ -42,26 +44,31 @@ class ParameterCounts:
     """Frozen embedding; 0 when it trains."""
     norms: int
     """Frozen norms; 0 when they train."""
+    adapters: int
+    """A and B of every projection that has them; 0 when they do not train."""
     trained: int
-    """Adapters, and of embedding, norms and output matrix what trains."""
+    """Those, and of embedding, norms and output matrix what trains."""
 
 
 def count_parameters(config: RunConfig, arch: LlamaArch) -> ParameterCounts:
     """Count what is frozen and what trains."""
+    return _count(config.lora, config.train.trainable, arch)
+
+
+@cache
+def _count(lora: LoraConfig, kinds: tuple[str, ...], arch: LlamaArch) -> ParameterCounts:
     shapes = {name: projection_shape(name, arch) for name in PROJECTIONS}
     layer = sum(rows * (columns + has_bias(name, arch)) for name, (rows, columns) in shapes.items())
     embedding, norms = arch.vocab * arch.hidden, norm_elements(arch)
-    kinds = config.train.trainable
-    trained = 0
-    if "lora" in kinds:
-        trained += arch.layers * config.lora.rank * sum(sum(shapes[target]) for target in config.lora.targets)
-    trained += ("embed" in kinds) * embedding + ("norm" in kinds) * norms
+    adapters = ("lora" in kinds) * arch.layers * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
+    trained = adapters + ("embed" in kinds) * embedding + ("norm" in kinds) * norms
     trained += ("lm_head" in kinds and not arch.tied) * embedding
     return ParameterCounts(
         layer=layer,
         head=0 if arch.tied or "lm_head" in kinds else embedding,
         embedding=("embed" not in kinds) * embedding,
         norms=("norm" not in kinds) * norms,
+        adapters=adapters,
         trained=trained,
     )
 
@@ -88,7 +95,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy], stream: int | None = None
+    config: RunConfig, one: LayerPlan, grid: GridPlan, recompute: Sequence[RecomputePolicy]
 ) -> MemoryEstimate:
     """What training takes on `grid`.
 
@@ -96,11 +103,10 @@ def estimate_memory(
     inputs do not shrink with pp.
 
     Args:
+        one: a layer of a rank of `grid`.
         recompute: policy of every layer of the whole model (`planning.recompute`).
-        stream: tokens of a streamed sequence at work at once; None: all.
     """
-    counts = count_parameters(config, arch)
-    width = config.model.element_bytes
+    arch, width, counts = one.arch, one.width, count_parameters(config, one.arch)
     shards = grid.dp * grid.cp
     zero3 = config.parallel.engine == "zero3"
     offload = config.parallel.offload
@@ -111,8 +117,7 @@ def estimate_memory(
         layered //= shards
     trained = counts.trained // grid.tp
     optimizer = OPTIMIZER * trained // shards
-    at_once = min(stream or config.sequence, config.sequence)
-    activations, parked = _activations(config, arch, grid, recompute[:layers], width, at_once)
+    activations, parked = _activations(one, grid.pp, recompute[:layers])
     gpu = {
         "frozen norms": counts.norms * width,
         "trained weights": trained * width,
@@ -129,10 +134,9 @@ def estimate_memory(
         # One buffer for the unit at work, which may be the output matrix, and one for each that is fetched ahead.
         unit = max(layer, max(counts.head, counts.embedding) * width // grid.tp)
         gpu["gathered weights"] = (1 + offload.ahead) * unit
-    if stream is not None:
-        spec = AttentionSpec("s2", config.group, config.attention.shifted_heads)
-        cut = StreamPlan.of(config.sequence, stream, grid)
-        halos = halo_bytes(cut, arch, spec, grid, config.train.micro_batch, width)
+    if one.stream is not None:
+        cut = StreamPlan.of(one.sequence, one.stream, grid)
+        halos = halo_bytes(cut, arch, one.attention, grid, one.micro_batch, width)
         host["parked halos"], gpu["halos' gradients"] = halos.parked, halos.carried
         if "early_halos" not in config.train.without:
             gpu["a halo fetched ahead"] = halos.fetched
@@ -153,26 +157,20 @@ def plan_stream(
     if not isinstance(stream, str):
         return stream
     sizes = chunk_sizes(config.sequence, config.group, grid)
-    fitting = [
-        size
-        for size in sizes
-        if gpu is not None and estimate_memory(config, arch, grid, recompute, size).gpu_total <= gpu
-    ]
-    return max(fitting, default=sizes[0])
+    for size in reversed(sizes if gpu is not None else ()):
+        layer = LayerPlan.of(config, arch, grid, size)
+        if estimate_memory(config, layer, grid, recompute).gpu_total <= (gpu or 0):
+            return size
+    return sizes[0]
 
 
-def _activations(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], width: int, at_once: int
-) -> tuple[dict[str, int], int]:
+def _activations(one: LayerPlan, stages: int, policies: Sequence[RecomputePolicy]) -> tuple[dict[str, int], int]:
     """What layers keep and what the one at work takes, by what it is; bytes of gate and up in host memory.
 
     As many micro-batches are under way as there are stages, of each a stage's layers.
-
-    Args:
-        at_once: tokens of a sequence at work at once.
     """
-    layer = layer_memory(config, arch, grid, width, at_once)
+    layer, counts = layer_memory(one), tally(policies)
     stored, at_work = peak_of(layer, policies)
-    name = "layer inputs" if set(policies) == {RecomputePolicy.FULL} else "activations"
-    parked = layer.gate_up * sum(policy is RecomputePolicy.HOST for policy in policies)
-    return {name: stored * grid.pp, "a layer or the loss at work": at_work}, parked * grid.pp
+    name = "layer inputs" if [*counts] == [RecomputePolicy.FULL] else "activations"
+    parked = layer.gate_up * counts.get(RecomputePolicy.HOST, 0)
+    return {name: stored * stages, "a layer or the loss at work": at_work}, parked * stages

@@ -6,7 +6,9 @@ word `auto` is resolved by `planning.fill_memory`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import groupby
 
 
 class RecomputePolicy(StrEnum):
@@ -43,5 +45,18 @@ def plan_recompute(setting: str, layers: int, gate_up: str = "gpu") -> tuple[Rec
         layers: of the whole model.
         gate_up: train.gate_up.
     """
+    return (policy_of(setting, gate_up),) * layers
+
+
+def policy_of(setting: str, gate_up: str = "gpu") -> RecomputePolicy:
+    """The policy that one word of train.recompute names, which is not auto."""
     policy = RecomputePolicy(setting)
-    return ((KEPT_IN[gate_up] if policy is RecomputePolicy.POINTWISE else policy),) * layers
+    return KEPT_IN[gate_up] if policy is RecomputePolicy.POINTWISE else policy
+
+
+def tally(policies: Sequence[RecomputePolicy]) -> dict[RecomputePolicy, int]:
+    """How many layers have each policy, in the order in which they first come."""
+    counts: dict[RecomputePolicy, int] = {}
+    for policy, run in groupby(policies):
+        counts[policy] = counts.get(policy, 0) + len(list(run))
+    return counts

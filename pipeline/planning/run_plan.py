@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 from parallel.errors import ConfigError
@@ -28,12 +29,12 @@ from pipeline.config.rope import RopeSettings
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.planning.arch import LlamaArch, read_arch
-from pipeline.planning.attention_layout import AttentionSpec, attention_spec, full_attention
+from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.balance import advise, busiest_rank
 from pipeline.planning.base_form import check_base, check_recipe
-from pipeline.planning.context_shards import least_saved
 from pipeline.planning.fill_memory import fill_memory
-from pipeline.planning.memory import MemoryEstimate, estimate_memory, plan_stream
+from pipeline.planning.layer_plan import LayerPlan, attention_specs
+from pipeline.planning.memory import MemoryEstimate, ParameterCounts, count_parameters, estimate_memory, plan_stream
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import RopePlan, described, plan_rope, replacement_warning, replaces, served_context
 from pipeline.planning.stream import PrefillCost, StreamPlan, cache_bytes, prefill_cost, rows_together
@@ -98,6 +99,7 @@ def check_window(config: RunConfig, arch: LlamaArch, prefill: int | None) -> Non
         )
 
 
+@cache
 def plan_model(settings: ModelConfig, stored: LlamaArch) -> tuple[LlamaArch, RopePlan]:
     """The model that is trained, with its added rows, and its rotary positions.
 
@@ -142,6 +144,7 @@ def plan_ranks(config: RunConfig, world: int) -> tuple[GridPlan, BatchPlan]:
     return grid, batch
 
 
+@cache
 def plan_chunks(arch: LlamaArch, grid: GridPlan, virtual: int) -> tuple[range, ...]:
     """The layers of every pipeline chunk of a model that tensor parallelism can cut, too.
 
@@ -203,7 +206,6 @@ class RunPlan:
         grid, batch = plan_ranks(config, world)
         chunks = plan_chunks(arch, grid, config.parallel.virtual)
         check_base(config.model.base, arch, grid.tp)
-        kernels, lend_from = "kernels" not in config.train.without, least_saved(config.train.without)
         # Of both on auto the chunk is chosen first: one as large as fits if nothing is computed again.
         asked = "none" if config.train.recompute == "auto" else config.train.recompute
         stream = plan_stream(config, arch, grid, plan_recompute(asked, arch.layers, config.train.gate_up), gpu)
@@ -211,6 +213,7 @@ class RunPlan:
         cuts = StreamPlan.of(config.sequence, stream, grid).shards if stream else [grid.shard_tokens(config.sequence)]
         for tokens in dict.fromkeys(cuts):  # the last chunk of a stream may be short
             check_recipe(config.model.fp8_recipe, arch, grid.tp, config.train.micro_batch * tokens // grid.tp)
+        attention, full = attention_specs(config)
         return cls(
             config=config,
             arch=arch,
@@ -218,8 +221,8 @@ class RunPlan:
             grid=grid,
             batch=batch,
             chunks=chunks,
-            attention=replace(attention_spec(config.attention, config.group), kernels=kernels, lend_from=lend_from),
-            full_attention=replace(full_attention(config.attention), kernels=kernels, lend_from=lend_from),
+            attention=attention,
+            full_attention=full,
             recompute=plan_policies(config, arch, grid, chunks, gpu, stream),
             stream=stream,
         )
@@ -239,9 +242,25 @@ class RunPlan:
         """Tokens of an S² group."""
         return self.attention.group
 
+    @cached_property
+    def layer(self) -> LayerPlan:
+        """A rank's part of a layer."""
+        specs = self.attention, self.full_attention
+        return LayerPlan.of(self.config, self.arch, self.grid, self.stream, specs)
+
+    @property
+    def longest_stage(self) -> int:
+        """Layers of the pipeline stage that has most."""
+        return max(sum(len(chunk) for chunk in self.chunks[stage :: self.grid.pp]) for stage in range(self.grid.pp))
+
+    @cached_property
+    def counts(self) -> ParameterCounts:
+        """Elements of the whole model."""
+        return count_parameters(self.config, self.arch)
+
     def memory(self) -> MemoryEstimate:
         """What training takes, by formula."""
-        found = estimate_memory(self.config, self.arch, self.grid, self.recompute, self.stream)
+        found = estimate_memory(self.config, self.layer, self.grid, self.recompute)
         cached = self._parked()
         return replace(found, host={**found.host, "evaluation's keys and values": cached}) if cached else found
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from math import lcm
 
-from parallel.axes.halo_plan import ALIGN
+from parallel.axes.halo_plan import ALIGN, plan_halos
 from parallel.world.grid import GridPlan
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_needs
 from pipeline.planning.tensors import PROJECTIONS, projection_shape
 
 TOGETHER = 1 << 15
 """Tokens of a forward of retrieval or RULER at most, unless one window is longer: short windows go through together."""
+
+ENDS = 4
+"""Chunks whose boundaries may differ from those in the midst: where groups begin before the sequence, and its end."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,13 @@ class StreamPlan:
         if chunk % (grid.tp * grid.cp):
             raise ValueError(f"chunks of {chunk} tokens over tp {grid.tp} x cp {grid.cp}")
         starts = tuple(range(0, sequence, chunk))
-        lengths = [*([chunk] * (len(starts) - 1)), sequence - starts[-1]]
-        return cls(chunk, starts, tuple(grid.shard_tokens(length) for length in lengths), grid.cp)
+        shards = (grid.shard_tokens(chunk),) * (len(starts) - 1)
+        return cls(chunk, starts, (*shards, grid.shard_tokens(sequence - starts[-1])), grid.cp)
+
+    def without(self, chunks: int) -> StreamPlan:
+        """The same with so many chunks less, none of them the last."""
+        left = len(self.starts) - chunks
+        return StreamPlan(self.chunk, self.starts[:left], (*self.shards[: left - 1], self.shards[-1]), self.cp)
 
     @property
     def padded(self) -> int:
@@ -98,24 +107,41 @@ def _layers_halos(
         tensor: tensor-parallel ranks.
         vector: bytes of a head's key or value.
     """
-    layout, local = SequenceLayout.dense(rows, stream.padded), heads_of[0] // tensor
-    parked = carried = fetched = 0
-    for tp in range(tensor):
-        heads = head_plan(tp * local, local, *heads_of, spec.shifted_heads)
-        messages = halo_plan(layout, spec, heads, stream.edges).messages
-        for rank in range(stream.cp):
-            kept, waiting = 0, [0] * (len(stream.starts) + 1)
-            wanted = [0] * (len(stream.starts) + 1)
-            for message in messages:
-                begin, end = message.sender // stream.cp, message.receiver // stream.cp
-                if message.sender % stream.cp == rank and begin < end:
-                    kept += -(-message.vectors * vector // ALIGN) * ALIGN
-                    wanted[end] += message.vectors * vector
-                    # From the receiver's backward to the sender's.
-                    for chunk in range(begin + 1, end + 1):
-                        waiting[chunk] += message.vectors * vector
-            parked, carried, fetched = max(parked, kept), max(carried, *waiting), max(fetched, *wanted)
-    return HaloBytes(parked, carried, fetched)
+    if rows > 1 and vector % ALIGN == 0:
+        one = _layers_halos(stream, heads_of, spec, tensor, 1, vector)
+        return HaloBytes(rows * one.parked, rows * one.carried, rows * one.fetched)
+    # After so many chunks their boundaries lie against the groups as before: a long sequence repeats a short one.
+    period = lcm(stream.chunk, spec.group) // stream.chunk
+    repeated = max(0, len(stream.starts) - 2 * period - ENDS) // period
+    short, local, found = stream.without(repeated * period), heads_of[0] // tensor, HaloBytes(0, 0, 0)
+    for heads in {head_plan(tp * local, local, *heads_of, spec.shifted_heads) for tp in range(tensor)}:
+        for kept, waiting, wanted in _by_chunk(short, heads, spec, rows, vector):
+            parked = sum(kept) + repeated * sum(kept[ENDS // 2 : ENDS // 2 + period])
+            found = HaloBytes(max(found.parked, parked), max(found.carried, *waiting), max(found.fetched, *wanted))
+    return found
+
+
+def _by_chunk(
+    stream: StreamPlan, heads: HeadPlan, spec: AttentionSpec, rows: int, vector: int
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Of each context rank, bytes of a layer: what it parks for a chunk, carries while one runs, and fetches for it."""
+    cp, chunks = stream.cp, len(stream.starts)
+    found = [([0] * chunks, [0] * chunks, [0] * chunks) for _ in range(cp)]
+    layout, edges = SequenceLayout.dense(rows, stream.padded), stream.edges
+    # What a shard needs of its own chunk is neither parked nor carried.
+    needs = (
+        [replace(one, stop=edges[shard - shard % cp]) for one in own if one.start < edges[shard - shard % cp]]
+        for shard, own in enumerate(halo_needs(layout, spec, heads, edges))
+    )
+    for message in plan_halos(tuple(needs), edges).messages:
+        kept, waiting, wanted = found[message.sender % cp]
+        begin, end, size = message.sender // cp, message.receiver // cp, message.vectors * vector
+        kept[end] += -(-size // ALIGN) * ALIGN
+        wanted[end] += size
+        # From the receiver's backward to the sender's.
+        for chunk in range(begin + 1, end + 1):
+            waiting[chunk] += size
+    return found
 
 
 def cut_for_greedy(prompt: int, tokens: int, at_once: int | None, grid: GridPlan) -> StreamPlan:

@@ -148,9 +148,12 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "pipeline/planning/run_plan.py",
         # Parts of making it: `auto` tries policies by the memory formula.
         "pipeline/planning/fill_memory.py",
+        "pipeline/planning/layer_plan.py",
         # The planner chooses it, and says what was chosen.
         "pipeline/planner/auto.py",
         "pipeline/planner/doomed.py",
+        # What layouts take at the least, before there is a plan of any.
+        "pipeline/planner/search.py",
         # A model may be made without a run: one chunk a stage, one policy for all layers.
         "pipeline/model/rank_model.py",
         "pipeline/model/chunk.py",

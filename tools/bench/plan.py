@@ -23,9 +23,9 @@ from parallel.world.rank_env import RankEnv
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.hf.weight_source import WeightSource
-from pipeline.planner.clock import FITTED
 from pipeline.planner.footprint import footprint
 from pipeline.planner.gpus import named_by
+from pipeline.planner.layer_time import FITTED
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import plan_run

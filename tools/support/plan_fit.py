@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.planner.clock import FITTED, Fitted
 from pipeline.planner.gpus import find_gpu
+from pipeline.planner.layer_time import FITTED, Fitted
 from tools.support.plan_points import Point
 
 FREE = (

@@ -14,9 +14,10 @@ from parallel.errors import ConfigError
 from pipeline.config.parallel import OffloadConfig, ParallelConfig
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
-from pipeline.planner.clock import FITTED, Fitted, step_time
+from pipeline.planner.clock import step_time
 from pipeline.planner.footprint import footprint
 from pipeline.planner.gpus import Gpu, find_gpu
+from pipeline.planner.layer_time import FITTED, Fitted
 from pipeline.planner.models import find_model
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan

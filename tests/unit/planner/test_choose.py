@@ -180,6 +180,9 @@ def test_every_published_model_is_supported_and_found_by_its_hub_name() -> None:
 def test_gpus_are_known_by_name_and_by_what_torch_calls_them() -> None:
     assert named_by("NVIDIA H100 80GB HBM3") == find_gpu("h100-80gb")
     assert named_by("NVIDIA A100-SXM4-40GB") == find_gpu("A100-40GB")
+    for spelled in ("h100", "H100 80GB", "H100_80gb", "NVIDIA H100 80GB HBM3"):
+        assert find_gpu(spelled) == find_gpu("h100-80gb")
+    assert find_gpu("RTX 4090") == find_gpu("rtx4090")
     assert named_by("NVIDIA GeForce RTX 4090") == find_gpu("rtx4090") and named_by("Tesla T4") is None
     for gpu in read_gpus().values():
         assert gpu.source and gpu.rate("bf16") <= (gpu.sold["bf16"] or 0)
@@ -192,6 +195,10 @@ def test_gpus_are_known_by_name_and_by_what_torch_calls_them() -> None:
         ("mine: 3", "named values"),
         ("mine: {memory_gib: -1, host_gib_a_gpu: 1, gpus_a_node: 1, sold: {}}", "memory_gib must be a positive number"),
         ("mine: {sold: {tf32: 1}}", "tf32 is not one of"),
+        (
+            "mine: {memory_gib: 4, host_gib_a_gpu: 1, gpus_a_node: 0.5, sold: {bf16: 1, hbm: 1, pcie: 1, network: 1}}",
+            "gpus_a_node must be a whole number",
+        ),
         ("a: [", "cannot be read as YAML"),
     ],
 )
@@ -207,7 +214,7 @@ def test_shipped_descriptions_are_read_as_a_file_too() -> None:
         find_gpu(str(SHIPPED))
 
 
-@pytest.mark.parametrize(("gpus", "said"), [(0, "no number of GPUs"), (12, "give 8 or 16")])
+@pytest.mark.parametrize(("gpus", "said"), [(0, "no number of GPUs"), (10**9, "give 1 to 65536"), (12, "give 8 or 16")])
 def test_impossible_numbers_of_gpus(gpus: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Site.of(find_gpu("h200"), gpus)

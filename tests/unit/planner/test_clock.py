@@ -8,9 +8,10 @@ from unittest import mock
 import pytest
 
 from pipeline.planner import clock
-from pipeline.planner.clock import FITTED, StepTime, step_time
+from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.gpus import Gpu, find_gpu
 from pipeline.planner.host_work import OPERATIONS, operations, tiles
+from pipeline.planner.layer_time import FITTED
 from pipeline.planner.traffic import traffic
 from pipeline.planning.base_form import layer_bytes
 from pipeline.planning.recompute import RecomputePolicy
@@ -93,7 +94,7 @@ def test_an_early_halo_makes_the_weights_after_it_later_by_its_own_copy(recomput
 
 def test_no_layer_takes_less_than_the_host() -> None:
     plan = plan_of(ranks=8, context=2048, tp=8, engine="megatron", params="none")
-    host = 80 * FITTED.host_op_s * operations(plan, RecomputePolicy.NONE)
+    host = 80 * FITTED.host_op_s * operations(plan.layer, RecomputePolicy.NONE)
     time = timed(plan, alone=True)
     rest = sum(time.parts.get(name, 0.0) for name in ("products", "attention", "pointwise", "waiting"))
     assert rest == pytest.approx(host, rel=0.05) and time.parts["waiting"] > 80 * FITTED.layer_s
@@ -104,9 +105,9 @@ def test_no_layer_takes_less_than_the_host() -> None:
 def test_operations_grow_with_tiles() -> None:
     short, long = (plan_of(ranks=8, context=context, tp=8, base="fp8") for context in (2048, 65536))
     none = RecomputePolicy.NONE
-    assert operations(short, none) == OPERATIONS["fp8", True][none][0] and tiles(short, none) == 1
-    assert operations(long, none) == OPERATIONS["fp8", True][none][0] + (tiles(long, none) - 1) * 160
-    assert operations(short, RecomputePolicy.HOST) == operations(short, RecomputePolicy.POINTWISE)
+    assert operations(short.layer, none) == OPERATIONS["fp8", True][none][0] and tiles(short.layer, none) == 1
+    assert operations(long.layer, none) == OPERATIONS["fp8", True][none][0] + (tiles(long.layer, none) - 1) * 160
+    assert operations(short.layer, RecomputePolicy.HOST) == operations(short.layer, RecomputePolicy.POINTWISE)
 
 
 def test_one_thread_updates_slower_than_those_of_a_launched_rank() -> None:

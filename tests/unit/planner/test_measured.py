@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.planner import clock
 from pipeline.planner.gpus import find_gpu
+from pipeline.planner.layer_time import FITTED, Fitted
 from tools.support.plan_points import POINTS, Miss, Point, misses, read_points, summary
 
 BOUNDS = {"seconds": (0.03, 0.10), "allocated": (0.01, 0.05), "reserved": (0.02, 0.02), "host": (0.02, 0.05)}
@@ -25,7 +26,7 @@ def found(everything: list[Miss]) -> list[Miss]:
     return [miss for miss in everything if (miss.what, miss.point.use) != ("seconds", "open")]
 
 
-def seconds(point: Point, constants: clock.Fitted) -> float:
+def seconds(point: Point, constants: Fitted) -> float:
     return point.step_seconds(point.plan(), find_gpu(point.gpu), constants)
 
 
@@ -50,7 +51,7 @@ def test_points_that_were_only_predicted_are_near_too(found: list[Miss]) -> None
 def test_there_are_more_predicted_points_than_constants() -> None:
     points = read_points()
     held = [point for point in points if point.use == "held"]
-    assert len(held) > len(clock.Fitted.__dataclass_fields__)
+    assert len(held) > len(Fitted.__dataclass_fields__)
     assert {point.use for point in points} == {"fit", "held", "open"}
     assert all(point.source for point in points), POINTS
 
@@ -58,7 +59,7 @@ def test_there_are_more_predicted_points_than_constants() -> None:
 @pytest.mark.parametrize("constant", ["products", "attention", "memory", "links", "host_elements", "host_op_s"])
 def test_every_constant_matters(constant: str) -> None:
     """A constant that could be half or twice as large would be one no measured point speaks for."""
-    fitted = clock.FITTED
+    fitted = FITTED
     every = [point for point in read_points() if point.use == "fit" and point.seconds is not None]
     doubled = replace(fitted, **{constant: 2 * getattr(fitted, constant)})
     points = [point for point in every if seconds(point, doubled) != pytest.approx(seconds(point, fitted), rel=0.005)]

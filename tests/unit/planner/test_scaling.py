@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import AttentionConfig, DataConfig, ModelConfig, TrainConfig
-from pipeline.planner.clock import FAR_HOP_S, NEAR_HOP_S, _Links
 from pipeline.planner.footprint import by_stage, footprint
 from pipeline.planner.gpus import find_gpu
+from pipeline.planner.layer_time import FAR_HOP_S, NEAR_HOP_S, Links
 from pipeline.planner.models import find_model
 from pipeline.planner.scaling import Point, efficiency, scale, where_it_stops
 from pipeline.planning.run_plan import RunPlan
@@ -50,13 +52,22 @@ def test_where_a_layout_stops_paying_is_told(points: tuple[bool, list[Point]]) -
 
 
 def test_links() -> None:
-    links = _Links(near=100.0, far=10.0, node=8)
+    links = Links(near=100.0, far=10.0, node=8)
     assert links.seconds(50, 1, 1) == links.seconds(0, 8, 1) == 0
     assert links.seconds(50, 8, 1) == pytest.approx(0.5 + 7 * NEAR_HOP_S)
     # Eight GPUs of a machine bring in an eighth each over the network; what goes round within is no faster than before.
     assert links.seconds(50, 16, 1) == pytest.approx(50 / 80 + 14 * NEAR_HOP_S + FAR_HOP_S)
     # Ranks a machine apart have a link each.
     assert links.seconds(50, 2, 8) == pytest.approx(5 + FAR_HOP_S)
+
+
+def test_weights_that_are_kept_again_in_fp8_are_weights() -> None:
+    """They were told as work: of Transformer Engine's recipes 2.06 bytes an element of the layers' matrices."""
+    config = RunConfig(ModelConfig("x", 8192, family="te"), DataConfig("text"), TrainConfig(10), "run")
+    eight = replace(config, model=replace(config.model, fp8_recipe="mxfp8"))
+    arch = find_model("llama3-8b").arch
+    kept, again = (footprint(RunPlan.shaped(one, arch, 1), 1).gpu["weights"] for one in (config, eight))
+    assert again - kept == round(218_103_808 * 2.0625) * 32
 
 
 def test_pipeline_stages_hold_less_the_later_they_are() -> None:

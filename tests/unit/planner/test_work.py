@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.planner.traffic import traffic
+from pipeline.planner.traffic import layer_traffic, traffic
 from pipeline.planner.work import FORWARD, attention_pairs, layer_work, loss_work, useful_operations
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.base_form import PRODUCTS
@@ -38,9 +38,9 @@ def test_products_are_what_torch_counts(tp: int) -> None:
         layer = counter.get_total_flops()
         for _ in range(2):
             torch.empty(tokens, arch.hidden, device="meta") @ torch.empty(arch.hidden, arch.vocab // tp, device="meta")
-    work = layer_work(plan)
+    work = layer_work(plan.layer)
     assert work.forward.products == work.backward.products == layer
-    assert loss_work(plan).products == counter.get_total_flops() - layer
+    assert loss_work(plan.layer).products == counter.get_total_flops() - layer
     down = 2 * tokens * arch.ffn * arch.hidden // tp
     (policy,) = set(plan.recompute)
     assert work.again[policy].products == layer - down, "what leaves the layer is not made again"
@@ -57,8 +57,8 @@ def test_attention_pairs_are_those_of_the_mask(tp: int, cp: int, group: int) -> 
         shift = group // 2 if head >= heads // 2 else 0
         start = max(0, (query + shift) // group * group - shift)
         counted[query // (sequence // cp) * tp + head // (heads // tp)] += query - start + 1
-    assert {rank: attention_pairs(plan, rank) for rank in counted} == counted
-    assert attention_pairs(plan) == max(counted.values())
+    assert {rank: attention_pairs(plan.layer, rank) for rank in counted} == counted
+    assert attention_pairs(plan.layer) == max(counted.values())
 
 
 @pytest.mark.parametrize("window", [8, 24, 64])
@@ -75,7 +75,7 @@ def test_of_a_sliding_window_the_keys_it_shows_are_useful(window: int) -> None:
     assert useful_operations(replace(windowed, attention=AttentionSpec("s2", 8))) < useful_operations(windowed)
     blocks = [range(start, min(start + window, sequence)) for start in range(0, sequence, window)]
     computed = sum(len(block) * (block[-1] - max(0, block[0] - window + 1) + 1) for block in blocks)
-    assert attention_pairs(windowed) == heads * (computed if window < sequence else every)
+    assert attention_pairs(windowed.layer) == heads * (computed if window < sequence else every)
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -112,7 +112,7 @@ def test_useful_operations_are_what_torch_counts_of_peft(head: bool) -> None:
 def test_halos_are_half_a_group_of_the_shifted_heads() -> None:
     """docs/RESULTS.md: 8 MiB of K and V at 32k, CP2 and G a quarter; 70B's 8 KV heads of 128 in bf16, half of them."""
     plan = plan_of("llama2-70b", ranks=2, context=32768, cp=2)
-    assert traffic(plan).halo == 8 * 2**20
+    assert layer_traffic(plan.layer).halo == 8 * 2**20
     spec = AttentionSpec("s2", 8192)
     assert halo_elements((64, 8, 128), spec, 32768, 1, 1) == 0
     still = AttentionSpec("full", 8192, lend_from=None)
@@ -127,9 +127,9 @@ def test_full_attention_over_context_ranks_is_counted_even() -> None:
     plan = plan_of("llama2-70b", ranks=2, context=8192, cp=2, attention="full")
     plans = [plan, replace(plan, attention=replace(plan.attention, lend_from=None))]
     alone = 64 * 8192 * 8193 // 2
-    assert attention_pairs(plans[0]) == pytest.approx(alone / 2, rel=1e-3)
-    assert attention_pairs(plans[1]) == pytest.approx(1.5 * alone / 2, rel=1e-3)
-    assert traffic(plans[0]).halo > traffic(plans[1]).halo == 2 * 4096 * 8 * 128 * 2
+    assert attention_pairs(plans[0].layer) == pytest.approx(alone / 2, rel=1e-3)
+    assert attention_pairs(plans[1].layer) == pytest.approx(1.5 * alone / 2, rel=1e-3)
+    assert layer_traffic(plans[0].layer).halo > layer_traffic(plans[1].layer).halo == 2 * 4096 * 8 * 128 * 2
 
 
 def test_weights_pass_once_a_pass_and_gradients_once_a_step() -> None:
@@ -138,13 +138,13 @@ def test_weights_pass_once_a_pass_and_gradients_once_a_step() -> None:
     moved = traffic(plan)
     layer = 855_638_016 * 2
     assert moved.gather == layer * 7 / 8 and moved.copy == layer / 8
-    assert moved.tensor_forward == 0
+    assert layer_traffic(plan.layer).tensor_forward == 0
     # 296.2M trained elements: fp32 gradients summed, bf16 weights gathered.
     assert moved.gradients == pytest.approx(296.2e6 * 6 * 7 / 8, rel=1e-3)
 
 
 def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_each() -> None:
-    plain, eight, four = (layer_work(plan_of(base=base)) for base in ("bf16", "fp8", "nf4"))
+    plain, eight, four = (layer_work(plan_of(base=base).layer) for base in ("bf16", "fp8", "nf4"))
     assert eight.forward.rounded == eight.backward.rounded == plain.forward.products == four.backward.products
     assert eight.forward.products == eight.again[next(iter(plan_of().recompute))].products == 0
     arch, tokens = plan_of().arch, 4096
@@ -164,7 +164,7 @@ def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_e
     # Half a byte a value, its block's magnitude, a float32 mean and scale a row; two bytes written.
     stored = elements / 2 + elements / 64 + 8 * sum(rows for rows, _ in shapes)
     assert four.forward.pointwise - plain.forward.pointwise == stored + 2 * elements
-    streamed = layer_work(plan_of(base="nf4", stream=1024, group=1024))
+    streamed = layer_work(plan_of(base="nf4", stream=1024, group=1024).layer)
     assert streamed.forward.pointwise - plain.forward.pointwise == 4 * (stored + 2 * elements)
     assert streamed.forward.products == plain.forward.products
 
@@ -172,13 +172,13 @@ def test_a_base_in_8_bits_makes_its_products_there_and_one_in_4_decodes_before_e
 def test_under_tensor_parallelism_fp8_copies_the_tiles_that_lie_apart() -> None:
     """What a column-parallel product makes and a row-parallel one reads, and the gradients of both, twice each."""
     plan = plan_of("llama2-70b", ranks=4, context=8192, tp=4, base="fp8")
-    moved = layer_work(plan).moved
+    moved = layer_work(plan.layer).moved
     local = (10240 + 2 * 28672) // 4 + (8192 + 28672) // 4
     assert moved[RecomputePolicy.NONE].pointwise == 2 * 8192 * local * 2 * 2
     attention = (10240 + 8192) // 4
     assert moved[RecomputePolicy.GATE_UP].pointwise == 2 * 8192 * attention * 2 * 2
     assert moved[RecomputePolicy.FULL].pointwise == 3 * 8192 * attention * 2 * 2, "and forward once more"
     for other in (plan_of("llama2-70b", base="fp8"), plan_of("llama2-70b", ranks=4, tp=4, context=8192)):
-        assert not any(work.pointwise for work in layer_work(other).moved.values())
+        assert not any(work.pointwise for work in layer_work(other.layer).moved.values())
     short = plan_of("llama2-70b", ranks=4, context=2048, tp=4, base="fp8")
-    assert not layer_work(short).moved[RecomputePolicy.NONE].pointwise, "one tile lies as it is wanted"
+    assert not layer_work(short.layer).moved[RecomputePolicy.NONE].pointwise, "one tile lies as it is wanted"

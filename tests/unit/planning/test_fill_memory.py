@@ -44,7 +44,7 @@ def test_more_memory_is_less_work_and_what_is_planned_fits() -> None:
             assert total <= gib * GIB
         if NONE not in plan.recompute[:1]:
             # No room is left that one more layer's gate and up would take.
-            assert total > gib * GIB - layer_memory(plan.config, arch, plan.grid, 2).kept[NONE]
+            assert total > gib * GIB - layer_memory(plan.layer).kept[NONE]
         found.append(_cost(plan))
     assert all(more <= less for less, more in pairwise(found)) and found[0] > found[4] > found[-1] == 0
     # Where not even full recompute fits, full is what preflight will then refuse.
@@ -62,7 +62,7 @@ def test_nothing_that_fits_is_better(gib: float, monkeypatch: pytest.MonkeyPatch
     each = costs(arch, plan.group)
 
     def fits(config: RunConfig, policies: tuple[RecomputePolicy, ...]) -> bool:
-        return estimate_memory(config, arch, plan.grid, policies).gpu_total <= gib * GIB
+        return estimate_memory(config, plan.layer, plan.grid, policies).gpu_total <= gib * GIB
 
     kinds = (FULL, GATE_UP, POINTWISE, NONE)
     least = min(sum(each[p] for p in mix) for mix in product(kinds, repeat=5) if fits(plan.config, mix))
@@ -76,7 +76,7 @@ def test_layers_that_run_again_come_first_where_their_peak_is_lowest() -> None:
     order = list(RecomputePolicy)
     places = [order.index(policy) for policy in plan.recompute]
     assert places == sorted(places) and len(set(places)) == 2
-    layer = layer_memory(plan.config, arch, plan.grid, 2)
+    layer = layer_memory(plan.layer)
     assert sum(peak_of(layer, plan.recompute)) <= sum(peak_of(layer, plan.recompute[::-1]))
 
 
@@ -109,7 +109,7 @@ def test_last_steps_of_full_attention_are_counted() -> None:
         _planned([*CP8, f"attention.full_last_steps={steps}", f"train.without=[{word}]"], arch, 8)
         for steps, word in ((0, ""), (10, "balanced_attention"), (10, ""))
     ]
-    kept = [layer_memory(plan.config, arch, plan.grid, 2).kept[POINTWISE] for plan in plans]
+    kept = [layer_memory(plan.layer).kept[POINTWISE] for plan in plans]
     gathered, halo = 32768 * 2 * 1024 * 2, 4096 * 2 * 512 * 2
     assert kept[1] - kept[0] == gathered - halo
     # Queries and outputs in bf16 and fp32 log-sum-exps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.activations import layer_memory
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.layer_plan import LayerPlan
 from pipeline.planning.recompute import RecomputePolicy, plan_recompute
 from pipeline.planning.rope import plan_rope
 from tests.support.single import single_groups
@@ -96,7 +98,7 @@ def test_layers_follow_their_own_policies_and_gradients_stay(
             "model.dtype=fp32",
         ],
     )
-    counted = layer_memory(config, arch, plan_grid(1, 1, 1, 1), 4).kept
+    counted = layer_memory(replace(LayerPlan.of(config, arch, plan_grid(1, 1, 1, 1)), width=4)).kept
     mixes = {policy.value: (policy,) * 3 for policy in (FULL, GATE_UP, POINTWISE, NONE)}
     mixes |= {"mix": (FULL, GATE_UP, POINTWISE), "other": (NONE, FULL, GATE_UP), "host": (HOST, POINTWISE, HOST)}
     expected, least, _ = _run(arch, mixes["full"], targets)

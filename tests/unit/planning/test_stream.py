@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from parallel.world.grid import GridPlan
 from pipeline.config.yaml_file import load_config
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
+from pipeline.planning.context_shards import halo_plan
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan, plan_model
 from pipeline.planning.stream import StreamPlan, chunk_sizes, halo_bytes
@@ -56,6 +60,41 @@ def test_context_ranks_share_what_is_parked() -> None:
     found = halo_bytes(StreamPlan.of(131072, 32768, grid), llama3_8b(), spec, grid, 2, 2)
     assert found.parked == 3 * 2 * 256 * MIB
     assert found.fetched == 2 * 8 * MIB, "the last one's, which sends it"
+
+
+@given(
+    st.sampled_from([(1, 1), (1, 3), (2, 4), (4, 2)]),
+    st.sampled_from([8, 24, 32]),
+    st.sampled_from([0.5, 1, 1.5, 2, 3.25]),
+    st.integers(1, 40),
+    st.integers(0, 100),
+    st.sampled_from(["upper_half", "alternate", "all"]),
+    st.sampled_from([(1, 64), (2, 256), (3, 20)]),
+)
+def test_what_repeats_is_counted_as_often(
+    ranks: tuple[int, int], group: int, groups: float, chunks: int, more: int, rule: str, sizes: tuple[int, int]
+) -> None:
+    """Every message of every chunk, one by one: of what a rank sends to a later chunk each is parked, aligned."""
+    (tp, cp), (rows, vector) = ranks, sizes
+    grid, arch = GridPlan(tp, cp, 1, 1), replace(llama3_8b(), heads=8, kv_heads=4, layers=1, head_dim=vector // 2)
+    chunk = -(-int(groups * group) // (tp * cp)) * tp * cp
+    cut = StreamPlan.of(chunk * chunks - min(more, chunk - 1), chunk, grid)
+    spec, parked, carried, fetched = AttentionSpec("s2", group, rule), [0], [0], [0]
+    for rank in range(tp):
+        heads = head_plan(rank * 8 // tp, 8 // tp, 8, 4, rule)
+        messages = halo_plan(SequenceLayout.dense(rows, cut.padded), spec, heads, cut.edges).messages
+        for own in range(cp):
+            sent = [
+                (one.sender // cp, one.receiver // cp, one.vectors * vector)
+                for one in messages
+                if one.sender % cp == own and one.sender // cp < one.receiver // cp
+            ]
+            parked.append(sum(-(-size // 64) * 64 for *_, size in sent))
+            for at in range(len(cut.starts)):
+                carried.append(sum(size for begin, end, size in sent if begin < at <= end))
+                fetched.append(sum(size for _, end, size in sent if end == at))
+    found = halo_bytes(cut, arch, spec, grid, rows, 2)
+    assert (found.parked, found.carried, found.fetched) == (max(parked), max(carried), max(fetched))
 
 
 def test_auto_is_the_largest_chunk_that_fits() -> None:

@@ -12,9 +12,9 @@ import yaml
 from parallel.errors import ConfigError
 from parallel.world.rank_env import RankEnv
 from pipeline.config.sections import BASES, GATE_UP, RECOMPUTE
-from pipeline.planner.clock import FITTED, Fitted
 from pipeline.planner.footprint import footprint
 from pipeline.planner.gpus import find_gpu
+from pipeline.planner.layer_time import FITTED, Fitted
 from pipeline.planning.memory import GIB
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import plan_run

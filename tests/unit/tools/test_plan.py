@@ -19,7 +19,7 @@ from pipeline.planner.gpus import find_gpu
 from pipeline.planner.models import find_model
 from pipeline.planning.run_plan import RunPlan
 from tools.plan import main
-from tools.support.quantities import counts
+from tools.support.quantities import counts, memory
 from tools.support.shapes import config_json, llama2
 
 ROOT = Path(__file__).parents[3]
@@ -75,6 +75,22 @@ def test_70b_on_one_gpu_with_its_base_in_four_bits(capsys: pytest.CaptureFixture
             "products of e4m3 with a scale a row",
         ),
         (["--config", str(ROOT / "launch/configs/llama2_7b_32k.yaml"), "--context", "32k"], "the YAML says it"),
+        (["--config", str(ROOT / "launch/configs/llama2_7b_32k.yaml"), "--group", "4k"], "--set attention.group_size="),
+        (["--model", str(ROOT / "launch/configs/tiny_cpu.yaml"), "--context", "4k"], "the option is --config"),
+        (["--model", "", "--context", "4k"], "--model: is empty"),
+        (["--model", "google/gemma-2-9b", "--context", "4k"], "these are: llama2-7b"),
+        (["--model", "llama2-7b", "--context", "32,768"], "write 32768 for one"),
+        (["--model", "llama2-7b", "--context", "1T"], "--context: 1T is longer than is planned for"),
+        (["--model", "llama2-7b", "--context", "32k", "--gpus", "8xH100"], "which they are is for --gpu"),
+        (["--model", "llama2-7b", "--context", "32k", "--gpu", "8xH100"], "give --gpus 8 --gpu h100"),
+        (["--model", "llama2-7b", "--context", "32k", "--gpu", "a100"], "nearest: a100-80gb, a100-40gb"),
+        (["--model", "llama2-7b", "--context", "32k", "--host-memory", "lots"], "no amount of memory"),
+        (["--model", "llama2-7b", "--context", "32k", "--group", "7"], "error: --group: 7 is odd"),
+        (
+            ["--model", "llama2-7b", "--context", "8k", "--gpus", "8,16", "--base", "fp8", "--gpu", "l40s"],
+            "--base: fp8",
+        ),
+        (["--model", "llama2-70b", "--context", "4M", "--gpus", "1,2"], "No layout fits"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,13 +124,99 @@ def test_scaling_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("text", "unit", "found"),
-    [("32k", 1024, (32768,)), ("8..64", 1000, (8, 16, 32, 64)), ("2.1B", 1000, (2_100_000_000,)), ("1,2", 1, (1, 2))],
+    [
+        ("1e6", 1024, (1000000,)),
+        ("32_768", 1024, (32768,)),
+        ("32k tokens", 1024, (32768,)),
+        ("2.1T", 1000, (2_100_000_000_000,)),
+        ("16,8", 1, (8, 16)),
+        ("32k", 1024, (32768,)),
+        ("8..64", 1000, (8, 16, 32, 64)),
+        ("2.1B", 1000, (2_100_000_000,)),
+        ("1,2", 1, (1, 2)),
+    ],
 )
 def test_quantities(text: str, unit: int, found: tuple[int, ...]) -> None:
     assert counts("--x", text, unit) == found
 
 
-@pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e3", "nan", "8..", "32768.5"])
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", 512 << 30), ("1.5TiB", 3 << 39), ("80GB", 80 * 10**9), ("64 gib", 64 << 30)]
+)
+def test_memory(text: str, size: int) -> None:
+    assert memory("--x", text) == size
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "80 elephants", "1e999"])
+def test_what_is_no_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x: "):
+        memory("--x", text)
+
+
+WAYS = [
+    "--model llama2-70b --context 1M",
+    "--model llama2-70b --context 32k --gpus 1",
+    "--model llama2-7b --context 32k --host-memory 2",
+    "--model llama3-8b --context 512k --gpus 1 --group 8k --gpu rtx4090 --host-memory 20",
+    "--config launch/configs/llama2_70b_32k.yaml --gpus 1 --gpu rtx4090",
+    "--config launch/configs/llama2_7b_32k.yaml --gpus 2 --set model.context=524288",
+]
+
+
+@pytest.mark.parametrize("line", WAYS)
+def test_every_way_out_that_is_told_works(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = line.split()
+    assert main(asked) == 2
+    told = capsys.readouterr().err.strip()
+    ways = told[told.index("it would fit with ") + len("it would fit with ") : -1].split(", or ")
+    assert ways
+    for way in ways:
+        flags, without, left_out = way.partition(" without ")
+        mended = list(asked)
+        if without:
+            del mended[mended.index(left_out) : mended.index(left_out) + 2]
+        for flag, value in zip(flags.split()[::2], flags.split()[1::2], strict=True):
+            if flag in mended and flag != "--set":
+                mended[mended.index(flag) + 1] = value
+            else:
+                mended += [flag, value]
+        assert main(mended) == 0, (way, capsys.readouterr().err)
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--model llama2-70b --context 32k --gpus 8",
+        "--model llama3-8b --context 1M --gpus 1 --group 8k",
+        "--model mistral-7b --context 64k --gpus 3 --gpu l40s --base nf4",
+        "--config launch/configs/llama2_7b_32k.yaml --set train.recompute=auto --set train.gpu_gib=40 --gpus 2",
+    ],
+)
+def test_the_yaml_gives_the_same_plan_again(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = line.split()
+    assert main([*asked, "--output", str(tmp_path / "best.yaml")]) == 0
+    first = capsys.readouterr().out
+    site = [word for flag in ("--gpus", "--gpu") if flag in asked for word in (flag, asked[asked.index(flag) + 1])]
+    assert main(["--config", str(tmp_path / "best.yaml"), *site]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_table_streams_where_one_plan_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of one GPU and more said that nothing fits where a plan for one GPU found a stream; and it rises."""
+    assert main(["--model", "llama3-8b", "--context", "1M", "--gpus", "2,1", "--group", "8k"]) == 0
+    told = capsys.readouterr().out
+    rows = [line.split()[1] for line in told.splitlines() if line.startswith("│") and line.split()[1].isdigit()]
+    assert "nothing fits" not in told and "streamed in chunks" in told and rows == ["1", "2", "1", "2"]
+
+
+@pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e", "1e-3", "nan", "8..", "32768.5", "1e999"])
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(ConfigError, match="--x: "):
         counts("--x", text)
