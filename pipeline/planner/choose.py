@@ -14,7 +14,7 @@ from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.footprint import Footprint, footprint
 from pipeline.planner.gpus import Gpu
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.base_form import check_base, divides
+from pipeline.planning.base_form import RECIPE_CAPABILITY, check_base, divides
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
@@ -173,6 +173,13 @@ class Layouts:
             raise ConfigError(
                 f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {site.gpu.name} "
                 "lacks; use nf4 or bf16."
+            )
+        recipe, has = config.model.fp8_recipe, site.gpu.capability
+        least = RECIPE_CAPABILITY.get(recipe, 0.0)
+        if has is not None and has < least:
+            raise ConfigError(
+                f"model.fp8_recipe: {recipe} needs a GPU of compute capability {least} or more; {site.gpu.name} has "
+                f"{has}; set another recipe, or none."
             )
         self.config, self.arch, self.site = config, stored, site
         self.refused: ConfigError | None = None

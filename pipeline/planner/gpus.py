@@ -42,6 +42,8 @@ class Gpu:
     source: str
     names: tuple[tuple[str, ...], ...] = ()
     """What PyTorch may call it: a name holds all parts of one of these."""
+    capability: float | None = None
+    """CUDA's compute capability; None: not known."""
 
     def rate(self, name: str) -> float:
         """FLOP/s or bytes a second to reckon with; 0 where the GPU lacks it."""
@@ -86,6 +88,7 @@ def _gpu(name: str, content: Any, file: Path) -> Gpu:
         host=int(host * GIB),
         source=str(values.get("source") or ""),
         names=tuple(tuple(map(str, parts)) for parts in values.get("names") or ()),
+        capability=_number(values, "capability", where, optional=True),
     )
 
 

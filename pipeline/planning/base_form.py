@@ -96,6 +96,8 @@ PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Matrices that are multiplied as one."""
 RECIPE_UNIT = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What widths, and the tokens a product is made with, must be multiples of under model.fp8_recipe."""
+RECIPE_CAPABILITY = {"tensorwise": 8.9, "blockwise": 9.0, "mxfp8": 10.0}
+"""The least compute capability on which Transformer Engine has model.fp8_recipe."""
 RECIPE_BYTES = 2 + 1 / 16
 """Of an element that Transformer Engine keeps in FP8 beside the matrix, once for either product; scales of blocks of 32
 included."""

@@ -90,7 +90,9 @@ def measure() -> dict[str, float]:
     return found
 
 
-def description(found: dict[str, float], device: str, memory: int, gpus: int, host: int) -> dict[str, Any]:
+def description(
+    found: dict[str, float], device: str, memory: int, gpus: int, host: int, capability: tuple[int, int]
+) -> dict[str, Any]:
     """An entry as gpus.yaml has them.
 
     Args:
@@ -98,6 +100,7 @@ def description(found: dict[str, float], device: str, memory: int, gpus: int, ho
         device: as PyTorch calls it.
         memory, host: bytes of the GPU, of the machine.
         gpus: of the machine.
+        capability: CUDA's compute capability, (major, minor).
     """
     known: Gpu | None = named_by(device)
     sold: dict[str, float | None] = {}
@@ -107,6 +110,7 @@ def description(found: dict[str, float], device: str, memory: int, gpus: int, ho
     # A copy between two GPUs alone is no collective's rate: it says what the link is sold with, where nobody else does.
     kept = {name: float(f"{rate:.4g}") for name, rate in found.items() if name != "nvlink"}
     return {
+        "capability": float(f"{capability[0]}.{capability[1]}"),
         "memory_gib": round(memory / GIB, 2),
         "sold": {name: None if rate is None else float(f"{rate:.4g}") for name, rate in sold.items()},
         "measured": kept,
@@ -125,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise ConfigError("PyTorch sees no GPU to measure; run longspan bench calibrate on the machine to plan for.")
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    entry = description(measure(), device, memory, torch.cuda.device_count(), host_limit())
+    own = torch.cuda.get_device_capability()
+    entry = description(measure(), device, memory, torch.cuda.device_count(), host_limit(), own)
     known = named_by(device)
     name = f"{known.name if known else device.lower().replace(' ', '-')}-here"
     text = yaml.safe_dump({name: entry}, sort_keys=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +219,26 @@ def test_shipped_descriptions_are_read_as_a_file_too() -> None:
 def test_impossible_numbers_of_gpus(gpus: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Site.of(find_gpu("h200"), gpus)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "recipe", "said"),
+    [
+        ("a100-80gb", "tensorwise", "tensorwise needs a GPU of compute capability 8.9 or more; a100-80gb has 8.0"),
+        ("h100-80gb", "mxfp8", "mxfp8 needs a GPU of compute capability 10.0 or more; h100-80gb has 9.0"),
+        ("l40s", "blockwise", "blockwise needs a GPU of compute capability 9.0"),
+        ("h100-80gb", "blockwise", ""),
+        ("b200", "mxfp8", ""),
+    ],
+)
+def test_a_recipe_is_planned_where_a_gpu_has_it(gpu: str, recipe: str, said: str) -> None:
+    config, arch = run_of("llama3-8b", 8192), find_model("llama3-8b").arch
+    config = replace(config, model=replace(config.model, family="te", fp8_recipe=recipe))
+    if not said:
+        assert candidates(config, arch, Site.of(find_gpu(gpu), 8))
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        candidates(config, arch, Site.of(find_gpu(gpu), 8))
 
 
 def test_a_batch_that_nothing_divides() -> None:
