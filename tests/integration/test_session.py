@@ -122,7 +122,7 @@ def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.Capt
     assert manifest["layout"]["device"] == "cpu"
     (run / "run.json").write_text("{")
     assert main(["--config", str(path), "--stop-after", "2"]) == 0
-    assert "nothing left to train: 2 steps of 2 are done" in capsys.readouterr().out
+    assert "nothing left to train: 2 steps of 6 are done, and --stop-after says 2\n" in capsys.readouterr().out
     assert (run / "run.json.damaged").read_text() == "{"
     assert json.loads((run / "run.json").read_text())["step"] == 2
     with pytest.raises(ConfigError, match=r"^train\.steps: 1 is less than the 2 steps done in .*; raise it, or choose"):
