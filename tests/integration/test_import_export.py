@@ -237,6 +237,13 @@ def test_the_readme_loads_an_adapter_from_a_folder_of_any_name(tmp_path: Path) -
     assert (got - by_hand(model, 2.0, tokens)).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_others_renamings_are_no_news_of_a_verified_adapter(tmp_path: Path) -> None:
+    model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
+    export(model, tmp_path / "out", "adapter")
+    assert verify(model, tmp_path / "out", "adapter")["passed"]
+
+
 def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
     checkpoint = write_checkpoint(model, tmp_path / "run/checkpoints/step-000012")

@@ -47,6 +47,7 @@ MIB = 2**20
 def test_gpus_one_a_process() -> None:
     assert not survey.check_gpus(NODE.gpus, 8).problem
     assert "PyTorch sees none, and 8 are needed" in survey.check_gpus((), 8).problem
+    assert "longspan train --device cpu" in survey.check_gpus((), 8).problem
     few = survey.check_gpus(NODE.gpus[:4], 8)
     assert "8 processes need one each and 4 are visible; pass --nproc 4" in few.problem
     assert few.found == "4 (NVIDIA A100-SXM4-80GB)"
