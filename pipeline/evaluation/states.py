@@ -147,8 +147,11 @@ def load_state_of(
             identity["trained"] = hash_files(checkpoint)
         model.requires_grad_(False)
         label = "after" if state in ("trained", "adapter") else state
+        if state == "trained" and share_from_main(groups, lambda: "yes" if _earlier(config, folder) else ""):
+            label = f"step-{step:06d}"  # as the run calls it; `after` is its last
         if strength != 1:
-            label = identity["strength"] = f"strength-{strength:g}"
+            identity["strength"] = f"strength-{strength:g}"
+            label = identity["strength"] if label == "after" else f"{label}-{identity['strength']}"
         own_context = plan.arch.max_positions
         context = own_context if state == "shipped" else config.model.context
         own_run = state != "adapter" and share_from_main(
@@ -178,6 +181,13 @@ def _part(
     trained: Mapping[str, torch.Tensor], base: WeightSource, vocab: int, strength: float
 ) -> Mapping[str, torch.Tensor]:
     return trained if strength == 1 else PartWay(trained, base, vocab, strength)
+
+
+def _earlier(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of the run's, and not its newest."""
+    last = newest(Path(config.output) / "checkpoints")
+    same = last is not None and checkpoint.resolve().parent == last.resolve().parent
+    return last is not None and same and checkpoint.resolve() != last.resolve()
 
 
 def _of_run(config: RunConfig, base_hash: str, checkpoint: Path | None) -> bool:

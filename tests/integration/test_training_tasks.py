@@ -242,7 +242,7 @@ def test_what_was_found_outlasts_a_rerun(place: Path) -> None:
 
 def test_an_evaluation_leaves_what_others_found_of_the_same_model(place: Path) -> None:
     run, common = place / "run", ["--config", str(place / "run.yaml")]
-    assert train(common) == 0
+    assert train([*common, "--stop-after", "3"]) == train(common) == 0
 
     def read(folder: Path, label: str) -> tuple[dict[int, float], set[str]]:
         cells = RetrievalReport.read(folder / f"retrieval-{label}.json").cells
@@ -252,6 +252,12 @@ def test_an_evaluation_leaves_what_others_found_of_the_same_model(place: Path) -
     asked = ["--lengths", "400", "--depths", "1", "--trials", "1"]
     assert evaluate([*common, *asked, "--state", "trained", "--tasks", "perplexity,needle"]) == 0
     assert read(run, "after") == (before, {"passkey-grass-5", "needle-text-5"})
+
+    # An earlier checkpoint is not what the run calls trained.
+    earlier = ["--checkpoint", str(run / "checkpoints/step-000003"), "--lengths", "400"]
+    assert evaluate([*common, "--state", "trained", *earlier]) == 0
+    assert read(run, "after")[0] == before
+    assert EvalReport.read(run / "eval-step-000003.json").perplexity[400] != before[400]
 
     # Other positions make another model of the same label, step and text.
     other = ["--state", "untrained", "--tasks", "perplexity"]
