@@ -150,8 +150,8 @@ def load_state_of(
         if state == "trained" and share_from_main(groups, lambda: "yes" if _earlier(config, folder) else ""):
             label = f"step-{step:06d}"  # as the run calls it; `after` is its last
         if strength != 1:
-            identity["strength"] = f"strength-{strength:g}"
-            label = identity["strength"] if label == "after" else f"{label}-{identity['strength']}"
+            part = identity["strength"] = f"strength-{strength:g}"
+            label = part if label == "after" else f"{label}-{part}"
         own_context = plan.arch.max_positions
         context = own_context if state == "shipped" else config.model.context
         own_run = state != "adapter" and share_from_main(
