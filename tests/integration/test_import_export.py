@@ -225,25 +225,6 @@ def test_settings_an_earlier_release_ignored_do_not_stop_an_export(tmp_path: Pat
     assert load_trained_model(checkpoint).rope.theta == 5e5
 
 
-def test_the_readme_loads_an_adapter_from_a_folder_of_any_name(tmp_path: Path) -> None:
-    model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
-    folder = tmp_path / 'an "adapter" of ours'
-    export(model, folder, "adapter")
-    found: dict[str, Any] = {}
-    exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
-    tokens = sample_tokens(model.arch.vocab, 48)
-    with torch.no_grad():
-        got = found["model"].eval()(tokens).logits
-    assert (got - by_hand(model, 2.0, tokens)).abs().max() < 1e-4
-
-
-@pytest.mark.filterwarnings("error::FutureWarning")
-def test_others_renamings_are_no_news_of_a_verified_adapter(tmp_path: Path) -> None:
-    model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
-    export(model, tmp_path / "out", "adapter")
-    assert verify(model, tmp_path / "out", "adapter")["passed"]
-
-
 def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
     checkpoint = write_checkpoint(model, tmp_path / "run/checkpoints/step-000012")
