@@ -16,6 +16,9 @@ from pipeline.evaluation.ruler.results import RulerReport, fell_short, means
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
 
+PART = "strength-"
+"""How labels begin of weights some of the way from the base's to the trained ones."""
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -76,8 +79,26 @@ def read_evaluated(folders: Sequence[Path]) -> list[Evaluated]:
                 for label in [*perplexity, *retrieval, *ruler, *answers]
             }.items()
         ]
-        found += sorted(states, key=lambda e: (order.index(e.label) if e.label in order else 1.5, e.step))
+        found += sorted(states, key=lambda e: (order.index(e.label) if e.label in order else 1.5, e.step, _part(e)))
     return found
+
+
+def _part(one: Evaluated) -> float:
+    """How much of the training its weights have, of some of the way; of others 0."""
+    return float(one.label.removeprefix(PART)) if one.label.startswith(PART) else 0.0
+
+
+def _names(everything: Sequence[Evaluated]) -> dict[int, str]:
+    """For a reader, by `id`."""
+    several = len({one.folder for one in everything}) > 1
+    last = {one.folder: one.step for one in everything if one.label == "after"}
+    names = {}
+    for one in everything:
+        # Of a run that has gone on since, it is no part of what is called trained.
+        stale = one.label.startswith(PART) and last.get(one.folder, one.step) != one.step
+        name = f"{one.name} of step {one.step}" if stale else one.name
+        names[id(one)] = f"{one.folder.name}: {name}" if several else name
+    return names
 
 
 def against(mine: EvalReport, base: EvalReport, length: int) -> str:
@@ -97,8 +118,7 @@ def base_of(one: Evaluated, everything: Sequence[Evaluated]) -> Evaluated | None
 
 def tables(everything: Sequence[Evaluated]) -> Iterator[Table]:
     """Perplexity, answers, then retrieval a task, then RULER."""
-    several = len({one.folder for one in everything}) > 1
-    names = {id(one): f"{one.folder.name}: {one.name}" if several else one.name for one in everything}
+    names = _names(everything)
     lengths = sorted({length for one in everything if one.perplexity for length in one.perplexity.perplexity})
     if lengths:
         table = Table(title="Perplexity by context length, tokens (full attention); difference to the base")

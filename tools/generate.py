@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:  # it imports torch
 
 CHUNK = 4096
 """Tokens of a prompt that pass through the model at a time."""
+OF_TRAINED = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("base", "context", "rope", "factor", "theta", "original_context", "strength")
+}
+"""Arguments that a model as it is has no use for, and their options."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,26 @@ def load_folder(folder: Path, cpu: bool = False) -> Loaded:
     """A Hugging Face folder.
 
     Raises:
-        ConfigError, DataError: it is no model of the supported ones, or has no tokenizer.
+        CheckpointError, ConfigError, DataError: it is no whole model of the supported ones, or has no tokenizer.
     """
-    context = read_arch(folder).max_positions
-    tokenizer = load_tokenizer(folder)
+    arch, tokenizer = read_arch(folder), load_tokenizer(folder)
     from transformers import AutoModelForCausalLM
 
+    from pipeline.hf.checkpoint import HfCheckpoint
+    from pipeline.planning.tensors import hf_tensor_shapes, is_derived
+
+    # transformers has no sentence for what is cut off or missing, and makes up tensors that no file holds.
+    HfCheckpoint(folder).check(hf_tensor_shapes(arch), is_derived, one_dtype=False)
+
     model = AutoModelForCausalLM.from_pretrained(folder, **_placement(cpu))
-    return Loaded(model.eval(), tokenizer, context)
+    return Loaded(model.eval(), tokenizer, arch.max_positions)
+
+
+def _tokenizer_of(trained: TrainedModel) -> Path:
+    from pipeline.hf.companions import has_tokenizer
+
+    own = trained.tokenizer
+    return own if own is not None and has_tokenizer(own) else trained.base
 
 
 def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
@@ -91,11 +109,9 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
 
     from pipeline.export.trained_model import extended_config
     from pipeline.hf.checkpoint import HfCheckpoint
-    from pipeline.hf.companions import has_tokenizer
     from pipeline.planning.tensors import hf_tensor_shapes
 
-    own = trained.tokenizer is not None and has_tokenizer(trained.tokenizer)
-    tokenizer = load_tokenizer(trained.tokenizer if own and trained.tokenizer is not None else trained.base)
+    tokenizer = load_tokenizer(_tokenizer_of(trained))
     checkpoint = HfCheckpoint(trained.base)
     dtype = _placement(cpu)["dtype"]
     with init_empty_weights(include_buffers=False):
@@ -188,7 +204,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: though there is a GPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model is not None:
+        given = [option for name, option in OF_TRAINED.items() if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"{' and '.join(given)}: a --model is taken as it is; give it with --run or --adapter only.")
+    return args
 
 
 @command
@@ -205,13 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnicodeDecodeError:
         raise DataError(f"{args.prompt_file}: is not UTF-8 text; give a text file.") from None
     cpu = args.device == "cpu"
+    load: Callable[[], Loaded]
     if args.model is not None:
-        loaded = load_folder(model_folder("--model", args.model), cpu)
+        folder = tokens_of = model_folder("--model", args.model)
+        context, load = read_arch(folder).max_positions, partial(load_folder, folder, cpu)
     else:
         trained, _ = load_source(args)
         warn_of(trained)
-        loaded = load_trained(trained, cpu)
-    prompt = prompt_ids(loaded, text, args.max_new)
+        tokens_of, context, load = _tokenizer_of(trained), trained.context, partial(load_trained, trained, cpu)
+    # Before minutes of loading.
+    prompt = prompt_ids(Loaded(None, load_tokenizer(tokens_of), context), text, args.max_new)
+    loaded = load()
     done = continue_prompt(loaded, prompt, args.max_new, args.chunk, args.temperature, args.seed)
     print(loaded.tokenizer.decode(done.tokens))
     others = len(done.tokens) - 1

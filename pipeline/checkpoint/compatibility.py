@@ -243,10 +243,13 @@ def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
         free = key.startswith(FREE_TO_CHANGE) and not bends
         if not free and key not in allowed and not _follows(key, old, new, spelled):
             why = "bends a cosine schedule half-way" if bends else "changes what is computed"
-            mend = f"set resume.allow: [{key}], " if key in MAY_CHANGE else ""
+            mend, begin = "", ""
+            if key in MAY_CHANGE:
+                mend = f"set resume.allow: [{key}], "
+                begin = f" (a new run begins with these weights by init_from: {current.get('output')})"
             raise ConfigError(
                 f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which {why}; "
-                f"restore it, {mend}or choose another output folder."
+                f"restore it, {mend}or choose another output folder{begin}."
             )
         if not free or key in RECORDED:
             changes.append(Change(key, old.get(key), new.get(key)))
@@ -279,7 +282,8 @@ def check_resumable(manifest: Mapping[str, Any], current: Mapping[str, Any]) -> 
             if "data.path" not in resolved(current["config"])["resume.allow"]:
                 raise ConfigError(
                     "Resume: the training data is not the one the checkpoint was trained on (data_fingerprint "
-                    "differs); restore it, set resume.allow: [data.path], or choose another output folder."
+                    "differs); restore it, set resume.allow: [data.path], or choose another output folder (a new run "
+                    f"begins with these weights by init_from: {current['config'].get('output')})."
                 )
             changes.append(Change("data.path", *paths))
     return changes

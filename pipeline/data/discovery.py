@@ -120,6 +120,10 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
         more = f" (as {counted(len(data) - 1, 'other file')} there)" if len(data) > 1 else ""
         raise DataError(f"{min(data)[1]}, or move it away{more}.")
     if not found:
+        if left and all((root / name).is_dir() for name in left):  # longspan prepare --held-out
+            raise DataError(
+                f"{path}: holds prepared folders ({listed(left)}) and no text; name one of them: {root / left[0]}."
+            )
         others = f" (there are {listed(left)})" if left else ""
         raise DataError(f"{path}: holds no file ending in {READ}{others}; add text or point somewhere else.")
     return TextFiles(root, tuple(sorted(found, key=lambda file: file.path.relative_to(root).parts)), left)

@@ -101,7 +101,9 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _refuse_other(out: Path) -> None:
     if out.exists() and not is_prepared(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and holds something else than prepared tokens; choose another folder.")
+        raise DataError(
+            f"{out}: exists and holds something else than prepared tokens; move it away, or choose another."
+        )
 
 
 def once(out: Path, find: Callable[[Path], Manifest | None], write: Callable[[Path], Manifest]) -> Manifest:

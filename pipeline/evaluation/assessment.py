@@ -9,6 +9,7 @@ from pathlib import Path
 from parallel.errors import DataError
 from pipeline.config.evaluation import EvalConfig
 from pipeline.evaluation.dense_gap import DenseGap
+from pipeline.evaluation.kept import same_model
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.evaluation.results import Found, RetrievalReport, begun_by_length, by_length, by_task, report_path
 from pipeline.evaluation.ruler.results import RulerReport, fell_short, means, ruler_path
@@ -112,12 +113,13 @@ def eval_path(output: Path, label: str) -> Path:
 
 
 def with_further(found: EvalReport, path: Path) -> EvalReport:
-    """A report and the further lengths of the one at `path`, if that is of the same steps, text and stride."""
+    """A report and the further lengths of the one at `path`, if that is of the same model, text and stride."""
     try:
         earlier = EvalReport.read(path)
     except DataError:
         return found
-    if (earlier.step, earlier.text, earlier.stride) != (found.step, found.text, found.stride):
+    alike = (earlier.step, earlier.text, earlier.stride) == (found.step, found.text, found.stride)
+    if not alike or not same_model(found.model, earlier.model):
         return found
     further = [result for result in earlier.lengths if result.length not in found.perplexity]
     return replace(found, lengths=tuple(sorted([*found.lengths, *further], key=lambda result: result.length)))

@@ -89,13 +89,15 @@ def evaluate_state(
             # Before perplexity: what is wrong with them is told at once.
             asked = [cell for settings in retrieval for cell in cells(settings, loaded.tokenizer, evaluator.text_T)]
         riddles, cost = ([], "") if ruler is None else evaluator.riddles(ruler)
+        # What earlier evaluations of the same model found stays in its reports.
+        kept: Any = {"beside": True, "model_of": loaded.model_of}
         if perplexity:
-            evaluator.run(loaded.label, loaded.step)
+            evaluator.run(loaded.label, loaded.step, **kept)
         if long_ppl is not None:
             evaluator.measure_long_ppl(loaded.label, loaded.step, long_ppl.short, long_ppl.keys)
         run_on = loaded.model, loaded.groups, loaded.plan.full_attention
         facts: Any = {name: getattr(loaded, name) for name in ("label", "step", "context", "base_context")}
-        facts["text"] = evaluator.shards.fingerprint
+        facts |= {"text": evaluator.shards.fingerprint, **kept}
         if asked:
             run_retrieval(*run_on, asked, loaded.identity, Path(config.output), **facts, seed=retrieval[0].seed)
         if ruler is not None:

@@ -82,7 +82,14 @@ class Evaluator:
         return spread_over(self.model, self.groups, self.before_round)
 
     def run(
-        self, label: str, step: int, *, shown: bool = True, lengths: Sequence[int] = (), beside: bool = False
+        self,
+        label: str,
+        step: int,
+        *,
+        shown: bool = True,
+        lengths: Sequence[int] = (),
+        beside: bool = False,
+        model_of: str | None = None,
     ) -> EvalReport:
         """Perplexity; on rank 0 it is written to `<output>/eval-<label>.json`; collective.
 
@@ -91,6 +98,7 @@ class Evaluator:
             shown: display progress (not inside the training bar: a terminal holds one).
             lengths: tokens; empty: those of the configuration.
             beside: keep further lengths that the file holds, see `with_further`.
+            model_of: `model` of the report.
         """
         settings, spread = self.config.eval, self._spread()
         lengths = lengths or self.config.eval_lengths
@@ -115,7 +123,7 @@ class Evaluator:
                 on_window=progress.advance,
                 bytes_of=lambda ids: len(self.tokenizer.decode(ids).encode()),
             )
-            report = replace(found, text=self.shards.fingerprint)
+            report = replace(found, text=self.shards.fingerprint, model=model_of)
             progress.done = sum(result.windows for result in report.lengths)  # all ranks'
         if self.groups.is_main:
             path = self._path(label)

@@ -13,6 +13,8 @@ from pipeline.storage.json_file import replace_json
 
 VERSION = 2
 """Of the measurement: another one does not take over what this one found."""
+OF_RUN = "run"
+"""Whose report it is, where an evaluation of its own measured the model of the run in that folder."""
 
 
 def write_report(path: Path, data: Mapping[str, Any]) -> None:
@@ -25,6 +27,16 @@ def write_report(path: Path, data: Mapping[str, Any]) -> None:
         replace_json(path, data)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space there.") from None
+
+
+def same_model(found: str | None, earlier: str | None) -> bool:
+    """Whether two reports of a label and a step, in one folder, are of the same weights.
+
+    Args:
+        found: whose model was measured now: None: the run's, by itself; OF_RUN; or a hash of another one's identity.
+        earlier: of the report that is there.
+    """
+    return found is None or earlier == found or (found == OF_RUN and earlier is None)
 
 
 class Kept(Protocol):
@@ -116,6 +128,8 @@ class ModelReport[Result: Kept]:
     """Of the prompts."""
     text: str | None = None
     """Fingerprint of the held-out tokens; None: an earlier release did not note it."""
+    model: str | None = None
+    """See `same_model`."""
 
     kind: ClassVar[type[Kept]]
     """Of each cell."""
@@ -124,16 +138,18 @@ class ModelReport[Result: Kept]:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        facts = {name: getattr(self, name) for name in ("label", "step", "context", "base_context", "seed", "text")}
+        names = ("label", "step", "context", "base_context", "seed", "text", "model")
+        facts = {name: getattr(self, name) for name in names}
         return {**facts, "cells": [cell.to_json() for cell in self.cells]}
 
     def with_further(self, path: Path) -> Self:
-        """This report and the further cells of the one at `path`, if that is of the same steps, text and seed."""
+        """This report and the further cells of the one at `path`, if that is of the same model, text and seed."""
         try:
             earlier = self.read(path)
         except DataError:
             return self
-        if (earlier.step, earlier.text, earlier.seed) != (self.step, self.text, self.seed):
+        alike = (earlier.step, earlier.text, earlier.seed) == (self.step, self.text, self.seed)
+        if not alike or not same_model(self.model, earlier.model):
             return self
         cells = {cell.place: cell for cell in (*earlier.cells, *self.cells)}
         return (
@@ -151,7 +167,7 @@ class ModelReport[Result: Kept]:
             data = json.loads(path.read_text())
             cells = tuple(cls.kind.from_json(entry) for entry in data["cells"])
             step, context, base_context = (int(data[name]) for name in ("step", "context", "base_context"))
-            asked = int(data.get("seed", 0)), data.get("text")
+            asked = int(data.get("seed", 0)), data.get("text"), data.get("model")
             return cls(str(data["label"]), step, context, base_context, cast(Any, cells), *asked)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: {cls.otherwise} ({type(error).__name__}: {error}); evaluate again.") from None

@@ -92,6 +92,8 @@ class EvalReport:
     """Wall time of the evaluation."""
     text: str | None = None
     """Fingerprint of the held-out tokens; None: an earlier release did not note it."""
+    model: str | None = None
+    """See `kept.same_model`."""
 
     def answers(self, windows: Mapping[int, int], stride: int | None, text: str) -> bool:
         """Whether this is what would be found now.
@@ -140,7 +142,7 @@ class EvalReport:
                     values[name] = tuple(values[name])
                 results.append(LengthResult(**values))
             facts = data["label"], int(data["step"]), data["stride"], tuple(results), float(data["seconds"])
-            return cls(*facts, data.get("text"))
+            return cls(*facts, data.get("text"), data.get("model"))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{where}: is not an evaluation report ({type(error).__name__}: {error}); evaluate again."

@@ -30,6 +30,7 @@ def run_retrieval(
     base_context: int,
     seed: int,
     text: str,
+    model_of: str | None = None,
     shown: bool = True,
     kept: bool = True,
     beside: bool = False,
@@ -43,6 +44,7 @@ def run_retrieval(
         identity: of the model, see `evaluate_retrieval`.
         output: the run's folder.
         label, step, context, base_context, seed, text: see `RetrievalReport`.
+        model_of: its `model`.
         shown: display progress.
         kept: finished cells are kept for a process that goes on; False: `identity` does not tell all models apart.
         beside: the file keeps further cells of the same model, see `ModelReport.with_further`.
@@ -66,7 +68,7 @@ def run_retrieval(
             device=groups.device,
             on_windows=progress.advance,
         )
-    report = RetrievalReport(label, step, context, base_context, tuple(found), seed, text)
+    report = RetrievalReport(label, step, context, base_context, tuple(found), seed, text, model_of)
     if groups.is_main:
         (report.with_further(path) if beside else report).write(path)
     return report

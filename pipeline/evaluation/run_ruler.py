@@ -158,6 +158,7 @@ def run_ruler(
     base_context: int,
     seed: int,
     text: str,
+    model_of: str | None = None,
     shown: bool = True,
     kept: bool = True,
     beside: bool = False,
@@ -172,6 +173,7 @@ def run_ruler(
         identity: of the model, see `evaluate_ruler`.
         output: the run's folder.
         label, step, context, base_context, seed, text: see `RulerReport`.
+        model_of: its `model`.
         shown, kept, beside, before_round: see `run_retrieval`.
         cost: a sentence that is said first.
 
@@ -196,7 +198,7 @@ def run_ruler(
             device=groups.device,
             on_prompts=progress.advance,
         )
-    report = RulerReport(label, step, context, base_context, tuple(found), seed, text)
+    report = RulerReport(label, step, context, base_context, tuple(found), seed, text, model_of)
     if groups.is_main:
         shipped = ruler_path(output, "shipped")
         whole = report.with_further(path) if beside else report

@@ -27,6 +27,7 @@ from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
+from pipeline.evaluation.kept import OF_RUN
 from pipeline.export.adapter_read import load_adapter_of
 from pipeline.export.part_way import PartWay
 from pipeline.export.trained_model import TrainedModel
@@ -63,6 +64,8 @@ class LoadedState:
     """What tells it from other models: base, positions, checkpoint, dtype."""
     plan: RunPlan
     """As its ranks run it."""
+    model_of: str
+    """See `same_model`."""
 
 
 def _as_evaluated(config: dict[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,11 +147,18 @@ def load_state_of(
             identity["trained"] = hash_files(checkpoint)
         model.requires_grad_(False)
         label = "after" if state in ("trained", "adapter") else state
+        if state == "trained" and share_from_main(groups, lambda: "yes" if _earlier(config, folder) else ""):
+            label = f"step-{step:06d}"  # as the run calls it; `after` is its last
         if strength != 1:
-            label = identity["strength"] = f"strength-{strength:g}"
+            part = identity["strength"] = f"strength-{strength:g}"
+            label = part if label == "after" else f"{label}-{part}"
         own_context = plan.arch.max_positions
         context = own_context if state == "shipped" else config.model.context
-        yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan)
+        own_run = state != "adapter" and share_from_main(
+            groups, lambda: "yes" if _of_run(trained_with, base_hash, folder if state == "trained" else None) else ""
+        )
+        model_of = OF_RUN if own_run else hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan, model_of)
     finally:
         destroy_groups()
 
@@ -171,6 +181,31 @@ def _part(
     trained: Mapping[str, torch.Tensor], base: WeightSource, vocab: int, strength: float
 ) -> Mapping[str, torch.Tensor]:
     return trained if strength == 1 else PartWay(trained, base, vocab, strength)
+
+
+def _earlier(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of the run's, and not its newest."""
+    last = newest(Path(config.output) / "checkpoints")
+    same = last is not None and checkpoint.resolve().parent == last.resolve().parent
+    return last is not None and same and checkpoint.resolve() != last.resolve()
+
+
+def _of_run(config: RunConfig, base_hash: str, checkpoint: Path | None) -> bool:
+    """Whether a model is that of the run whose folder is `config.output`, as far as its checkpoints tell.
+
+    Args:
+        checkpoint: of what was trained, by these settings; None: it is the base.
+    """
+    folder = Path(config.output) / "checkpoints"
+    if checkpoint is not None:
+        return checkpoint.resolve().parent == folder.resolve()
+    saved = newest(folder)
+    if saved is None:
+        return False
+    recorded, own = read_manifest(saved).raw, config_dict(config)["model"]
+    theirs = recorded.get("config", {}).get("model", {})
+    alike = all(theirs.get(name) == own[name] for name in ("context", "rope", "vocab", "base"))
+    return alike and recorded.get("base_hash") == base_hash
 
 
 def parameters_of(trained: TrainedModel) -> set[str]:

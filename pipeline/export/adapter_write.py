@@ -35,9 +35,9 @@ RoPE scaling is part of the model, and a PEFT adapter cannot carry it: the base 
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-config = AutoConfig.from_pretrained("{folder}")
+config = AutoConfig.from_pretrained({folder!r})
 base = AutoModelForCausalLM.from_pretrained({base!r}, config=config{mismatch})
-{grow}model = PeftModel.from_pretrained(base, "{folder}")
+{grow}model = PeftModel.from_pretrained(base, {folder!r})
 ```
 
 Made at step {step} from a base whose hash is `{base_hash}`. Needs peft >= {peft} (tested with {tested}); embedding
@@ -263,7 +263,7 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     text = readme.format(
         context=model.context,
         rope=f"type {model.rope.type}, theta {model.rope.theta:g}, factor {model.rope.factor:g}",
-        folder=output.resolve(),
+        folder=str(output.resolve()),
         base=str(model.base),
         step=model.step,
         base_hash=model.base_hash,

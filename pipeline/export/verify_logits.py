@@ -88,6 +88,8 @@ def exported_logits(
             base.load_state_dict(read_pickled(folder / f"{TRAINABLE}.bin"), strict=False)
             base.tie_weights()
         with warnings.catch_warnings():
+            # Of names that transformers has changed since PEFT's release: nothing that a user could do.
+            warnings.simplefilter("ignore", FutureWarning)
             # PEFT only warns when the file does not hold what the model wants; here that is a failure.
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             network = PeftModel.from_pretrained(base, folder)

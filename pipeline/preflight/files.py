@@ -82,7 +82,8 @@ def check_settings(settings: ModelConfig, stored: LlamaArch) -> tuple[Finding, t
     except ConfigError as error:
         return Finding("Model settings", f"RoPE {settings.rope.type}", needed, str(error)), (stored, own)
     stretched = "" if rope.factor == 1 else f", factor {rope.factor:g}"
-    found, advice = f"RoPE {rope.type}{stretched}, {arch.vocab} vocabulary rows", replacement_warning(arch, rope)
+    found = f"RoPE {rope.type}{stretched}, base {rope.theta:,.0f}, {arch.vocab} vocabulary rows"
+    advice = replacement_warning(arch, rope)
     return Finding("Model settings", found, needed, advice=advice), (arch, rope)
 
 

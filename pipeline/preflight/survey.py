@@ -87,7 +87,8 @@ def check_gpus(gpus: Sequence[Gpu], processes: int) -> Finding:
     if not gpus:
         problem = (
             f"GPUs: PyTorch sees none, and {processes} are needed; start on a GPU machine (check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES), or try the same settings on this one: longspan tiny-run (a script: --tiny)."
+            "CUDA_VISIBLE_DEVICES), or try the same settings on this one: longspan tiny-run (a script: --tiny). A "
+            "small model trains without any: longspan train --device cpu."
         )
     elif len(gpus) < processes:
         problem = (

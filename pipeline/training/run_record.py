@@ -153,7 +153,7 @@ def starting_line(run: Run) -> str:
     line = (
         f"{train.steps:,} steps of {train.global_batch:,} windows of {config.sequence:,} tokens; the data hold "
         f"{windows:,}{often}{packing_line(parts.loader.dataset)}{ends}; {attention.kind} attention{groups}{chunks}; "
-        f"RoPE {rope.type}{stretch}; of {total:,} parameters "
+        f"RoPE {rope.type}{stretch}, base {rope.theta:,.0f}; of {total:,} parameters "
         + ", ".join(f"{n:,} {kind}" for kind, n in trained.items())
         + f" train; engine {config.parallel.engine}, tp {plan.tp} cp {plan.cp} pp {plan.pp} dp {plan.dp}"
     )

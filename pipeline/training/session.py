@@ -209,7 +209,9 @@ class Session:
         if self._due(step):
             self._make_up(_label(step), step)
         if step >= end:
-            self._say(f"nothing left to train: {step} steps of {end} are done")
+            steps = run.config.train.steps
+            asked = f", and --stop-after says {end}" if end < steps else ""
+            self._say(f"nothing left to train: {step} steps of {steps} are done{asked}")
 
     def _on_step(self, step: int) -> None:
         """An evaluation during training, and a look at the ranks' pace, where they are due."""

@@ -38,6 +38,7 @@ def test_named_settings_change_and_the_run_goes_on(tmp_path: Path, capsys: pytes
     told = capsys.readouterr().err
     assert "Resume: train.global_batch was 4 in the checkpoint and is 2 now" in told
     assert "set resume.allow: [train.global_batch], or choose another output folder" in told
+    assert f"(a new run begins with these weights by init_from: {run})" in told
     words += ["--set", "resume.allow=[train.lr, train.global_batch, train.schedule]"]
     assert main([*words, "--stop-after", "4"]) == 0
     told = capsys.readouterr().out

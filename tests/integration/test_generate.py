@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,41 @@ def test_no_prompt_at_all_is_told() -> None:
 
     with pytest.raises(DataError, match="The prompt is empty"):
         prompt_ids(Loaded(None, Nothing(), 8), "", 1)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_no_whole_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = make_tiny(tmp_path / "base", "llama2", tokenizer=True)
+    for name in ("cut", "none"):
+        shutil.copytree(whole, tmp_path / name)
+    file = tmp_path / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    (tmp_path / "none/model.safetensors").unlink()
+    trained = trained_model(whole)
+    export(trained, tmp_path / "adapter", "adapter")
+    for name, said in (
+        ("cut", "model.safetensors: is truncated or damaged"),
+        ("none", "holds no *.safetensors file"),
+        ("adapter", "is a PEFT adapter, not a model"),
+    ):
+        assert main(["--model", str(tmp_path / name), "--prompt", "It", "--max-new", "1"]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and said in told[0]
+
+
+@pytest.mark.parametrize("given", [("--strength", "0.5"), ("--rope", "none"), ("--context", "64")])
+def test_what_a_model_as_it_is_would_ignore_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--model", str(tmp_path), "--prompt", TEXT, *given])
+    assert end.value.code == 2
+    assert f"{given[0]}: a --model is taken as it is" in capsys.readouterr().err
+
+
+def test_a_prompt_too_long_is_told_before_the_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_tiny(tmp_path / "base", "llama2", tokenizer=True)
+    monkeypatch.setattr("tools.generate.load_folder", lambda folder, cpu: pytest.fail("read"))
+    assert main(["--model", str(base), "--prompt", "a" * 10_000]) == 2
+    assert "is exceeded" in capsys.readouterr().err

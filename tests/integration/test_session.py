@@ -114,7 +114,7 @@ def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "6 steps of 4 windows of 64 tokens; the data hold 430, each read 0.056 times" in told
     assert "s2 attention in groups of 16" in told
-    assert "RoPE linear" in told and "train; engine megatron, tp 1 cp 1 pp 1 dp 1" in told
+    assert "RoPE linear x 2, base 100,000;" in told and "train; engine megatron, tp 1 cp 1 pp 1 dp 1" in told
     facts = json.loads((run / "run.json").read_text())
     assert [session["to_step"] for session in facts["sessions"]] == [2] and facts["parameters"]["lora"] > 0
     # Another device's generators have other states, which a resume must not be given.
@@ -122,7 +122,7 @@ def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.Capt
     assert manifest["layout"]["device"] == "cpu"
     (run / "run.json").write_text("{")
     assert main(["--config", str(path), "--stop-after", "2"]) == 0
-    assert "nothing left to train: 2 steps of 2 are done" in capsys.readouterr().out
+    assert "nothing left to train: 2 steps of 6 are done, and --stop-after says 2\n" in capsys.readouterr().out
     assert (run / "run.json.damaged").read_text() == "{"
     assert json.loads((run / "run.json").read_text())["step"] == 2
     with pytest.raises(ConfigError, match=r"^train\.steps: 1 is less than the 2 steps done in .*; raise it, or choose"):

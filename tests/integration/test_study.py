@@ -173,6 +173,15 @@ GOLDEN_KEYS = {
 """As commit 62cedf0 made them, whose results users have. A setting that came later belongs in `plan._LATER`."""
 
 
+def test_the_shipped_run_is_changed_wherever_one_stands(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--study", str(place / "study.yaml"), "--model", str(place / "base"), "--text", str(place / "text")]
+    assert main([*words, "--list"]) == 0, capsys.readouterr().err
+    assert "larger base" in capsys.readouterr().out
+
+
 def test_what_was_trained_before_a_setting_came_is_not_trained_again(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: {path: x, context: 8}\ndata: {path: x}\ntrain: {steps: 3, global_batch: 1, without: [kernels]}\n"

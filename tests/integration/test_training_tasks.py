@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipeline.evaluation.assessment import verdict
 from pipeline.evaluation.dense_gap import DenseGap
@@ -75,7 +77,7 @@ def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pyt
     mine = json.loads((run / "retrieval-after.json").read_text())
     (run / "retrieval-after.json").unlink()
     assert evaluate([*common, "--state", "trained", "--tasks", "passkey"]) == 0
-    assert json.loads((run / "retrieval-after.json").read_text()) == mine
+    assert json.loads((run / "retrieval-after.json").read_text()) == {**mine, "model": "run"}
 
     # LongPPL by the base's own key tokens; a model that learned nothing has none that it reads well.
     assert evaluate([*arguments, "--tasks", "longppl", "--short", "64", "--set", "eval.windows=2"]) == 0
@@ -236,3 +238,45 @@ def test_what_was_found_outlasts_a_rerun(place: Path) -> None:
     assert {cell.length for cell in RetrievalReport.read(parts["retrieval"]).cells} == {400, 800}
     texts = {EvalReport.read(parts["eval"]).text, RetrievalReport.read(parts["retrieval"]).text}
     assert texts == {DenseGap.read(parts["gap"]).text}
+
+
+def test_an_evaluation_leaves_what_others_found_of_the_same_model(place: Path) -> None:
+    run, common = place / "run", ["--config", str(place / "run.yaml")]
+    assert train([*common, "--stop-after", "3"]) == train(common) == 0
+
+    def read(folder: Path, label: str) -> tuple[dict[int, float], set[str]]:
+        cells = RetrievalReport.read(folder / f"retrieval-{label}.json").cells
+        return EvalReport.read(folder / f"eval-{label}.json").perplexity, {cell.task for cell in cells}
+
+    before, _ = read(run, "after")
+    asked = ["--lengths", "400", "--depths", "1", "--trials", "1"]
+    assert evaluate([*common, *asked, "--state", "trained", "--tasks", "perplexity,needle"]) == 0
+    assert read(run, "after") == (before, {"passkey-grass-5", "needle-text-5"})
+
+    # An earlier checkpoint is not what the run calls trained.
+    earlier = ["--checkpoint", str(run / "checkpoints/step-000003"), "--lengths", "400"]
+    assert evaluate([*common, "--state", "trained", *earlier]) == 0
+    assert read(run, "after")[0] == before
+    assert EvalReport.read(run / "eval-step-000003.json").perplexity[400] != before[400]
+
+    # Other positions make another model of the same label, step and text.
+    other = ["--state", "untrained", "--tasks", "perplexity"]
+    assert evaluate([*common, *other, "--lengths", "400", "--set", "model.rope.theta=300000"]) == 0
+    assert read(run, "untrained")[0].keys() == {400}
+    assert evaluate([*common, *other, "--lengths", "800"]) == 0
+    assert read(run, "untrained")[0].keys() == {800}
+    assert evaluate([*common, *other, "--lengths", "400"]) == 0
+    assert read(run, "untrained")[0].keys() == {400, 800}
+
+    # So do other weights, in a folder that is no run's.
+    shutil.copytree(place / "base", place / "second")
+    weights = load_file(place / "second/model.safetensors")
+    save_file({name: 1.1 * value for name, value in weights.items()}, place / "second/model.safetensors")
+
+    def shipped(model: str, length: int) -> dict[int, float]:
+        words = ["--model", str(place / model), "--text", str(place / "val"), "--output", str(place / "shared")]
+        assert evaluate([*words, "--lengths", str(length)]) == 0
+        return EvalReport.read(place / "shared/eval-shipped.json").perplexity
+
+    assert shipped("base", 400).keys() == {400} and shipped("base", 200).keys() == {200, 400}
+    assert shipped("second", 200).keys() == {200}

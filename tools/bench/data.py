@@ -37,6 +37,7 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from pipeline.training.run_record import git_commit
+from tools.init import SHIPPED
 from tools.support.bench_rows import append_rows, print_rows
 
 ROUNDS = 7
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     parser = Parser("tools.bench.data", __doc__, "BENCHES.md")
     parser.add_argument("--tokenizer", type=model_path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--text", type=user_path, default=Path("launch/demo/train"), help="default: %(default)s")
+    parser.add_argument("--text", type=user_path, default=SHIPPED / "demo/train", help="default: the demo's novel")
     parser.add_argument("--megabytes", type=float, default=2, help="of text to tokenize (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, and threads of the library (default: 1)")
     parser.add_argument("--sequence", type=int, default=32768, help="tokens of a window (default: %(default)s)")

@@ -17,6 +17,7 @@ from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from pipeline.storage.durable import replace_text
 from pipeline.storage.json_file import replace_json
+from tools.init import SHIPPED
 from tools.study.plan import Places
 from tools.study.recipe_file import asked, plan_file, read_study
 from tools.study.workload import listing
@@ -31,7 +32,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--study", type=user_path, help="instead: a YAML of recipes of your own")
     parser.add_argument(
-        "--config", type=user_path, default=Path("launch/configs/tiny_gpu.yaml"), help="run they change"
+        "--config",
+        type=user_path,
+        default=SHIPPED / "configs/tiny_gpu.yaml",
+        help="run they change (default: the shipped tiny_gpu.yaml)",
     )
     parser.add_argument("--model", type=model_path, required=True, help="folder of the base, or name of the Hub")
     parser.add_argument("--text", type=user_path, required=True, help="folder with train/ and val/")

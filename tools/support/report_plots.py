@@ -61,7 +61,7 @@ def style_of(key: str, step: int, others: Sequence[str]) -> Style:
         known = KNOWN[key]
         return replace(known, title=f"after step {step:,}") if key == "after" else known
     base = OTHER[others.index(key) % len(OTHER)]
-    title = f"step {step:,}" if key.startswith("step-") else key
+    title = f"step {step:,}" if key == f"step-{step:06d}" else key
     return Style(title, base.color, base.marker, base.line)
 
 

@@ -126,6 +126,16 @@ def test_splits_of_the_hub_that_lie_together_are_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_prepared_folders_alone_names_one(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write_shards(tmp_path / "chats" / name, [[1, 2, 3]])
+    with pytest.raises(
+        DataError, match=r"holds prepared folders \(train, validation\) and no text; name one of them: "
+    ) as told:
+        find_texts(tmp_path / "chats")
+    assert f"{tmp_path / 'chats' / 'train'}." in str(told.value)
+
+
 def test_markdown_is_text_but_for_what_describes_a_folder(tmp_path: Path) -> None:
     for name in ("a.md", "sub/b.markdown", "sub/Readme.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

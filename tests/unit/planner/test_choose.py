@@ -171,7 +171,10 @@ def test_the_yaml_is_read_back_as_what_was_planned(tmp_path: Path) -> None:
     assert load_config(path) == plan.config and len(text.splitlines()) <= 15
 
 
-def test_every_published_model_is_supported_and_found_by_its_hub_name() -> None:
+def test_every_published_model_is_supported_and_found_by_its_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder has such a name
     for name in (name for name in yaml.safe_load(models.MODELS.read_text()) if not name.startswith("_")):
         model = find_model(name)
         assert model.arch.layers and find_model(model.path).arch == model.arch

@@ -47,6 +47,7 @@ MIB = 2**20
 def test_gpus_one_a_process() -> None:
     assert not survey.check_gpus(NODE.gpus, 8).problem
     assert "PyTorch sees none, and 8 are needed" in survey.check_gpus((), 8).problem
+    assert "longspan train --device cpu" in survey.check_gpus((), 8).problem
     few = survey.check_gpus(NODE.gpus[:4], 8)
     assert "8 processes need one each and 4 are visible; pass --nproc 4" in few.problem
     assert few.found == "4 (NVIDIA A100-SXM4-80GB)"
@@ -162,7 +163,7 @@ def test_settings_that_do_not_fit_the_checkpoint(tmp_path: Path, change: dict[st
     stored = read_arch(make_tiny(tmp_path / "base", "llama2", max_position_embeddings=64))
     finding, (arch, rope) = files.check_settings(ModelConfig("base", 128, vocab=131), stored)
     assert not finding.problem and arch.vocab == 131 and rope.factor == 2
-    assert finding.found == "RoPE linear, factor 2, 131 vocabulary rows"
+    assert finding.found == "RoPE linear, factor 2, base 10,000, 131 vocabulary rows"
     finding, (arch, rope) = files.check_settings(replace(ModelConfig("base", 128), **change), stored)
     assert said in finding.problem and arch == stored and rope.factor == 1
 

@@ -67,6 +67,16 @@ def shown(folders: list[Path]) -> str:
     return out.getvalue()
 
 
+def test_parts_of_the_training_stand_in_order_and_say_a_step_that_is_past(folder: Path) -> None:
+    for part, step in (("0.5", 9), ("0", 9), ("0.25", 7)):
+        write(folder, perplexity(f"strength-{part}", step, BASE))
+    labels = [one.label for one in read_evaluated([folder])]
+    assert labels == ["shipped", "untrained", "strength-0.25", "strength-0", "strength-0.5", "after"]
+    lines = shown([folder]).splitlines()
+    assert any("strength-0.25 of step 7" in line for line in lines)
+    assert not any("strength-0.5 of step" in line for line in lines), "of the run's last"
+
+
 def test_differences_are_of_the_same_windows(folder: Path) -> None:
     order = [one.label for one in read_evaluated([folder])]
     assert order == ["shipped", "untrained", "after"]

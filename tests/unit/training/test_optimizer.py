@@ -171,6 +171,15 @@ def test_clip_zero_leaves_gradients_alone() -> None:
     assert torch.equal(flat_gradient(optimizer), before)
 
 
+def test_norm_of_an_embedding_of_millions_is_that_of_fp64() -> None:
+    """A CPU's sum of so many squares in fp32 is wrong by 8e-4."""
+    embedding = torch.nn.Parameter(torch.empty(1 << 14, 1 << 10))
+    optimizer = TrainableAdamW([("embed", "other", embedding)], eps=1e-8, weight_decay=0.0, clip=1.0)
+    gradient = embedding.main_grad.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
+    exact = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    assert float(optimizer.grad_norm()) == pytest.approx(float(exact), rel=1e-6)
+
+
 def test_norm_of_a_sharded_model_equals_the_whole() -> None:
     """Two pretended tensor-parallel ranks hold half a matrix each and the same norm weight."""
     torch.manual_seed(1)
