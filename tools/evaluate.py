@@ -157,7 +157,9 @@ def evaluate(args: argparse.Namespace, config: RunConfig, env: RankEnv) -> None:
     from pipeline.evaluation.assessment import retrieval_grids
     from pipeline.evaluation.entry import evaluate_state
     from pipeline.evaluation.long_ppl import LongPpl, LongPplAsked
+    from tools.support.sources import refuse_run
 
+    refuse_run(args.checkpoint, "leave --checkpoint out for its newest")
     lengths = tuple(args.lengths or config.retrieval_lengths)
     grids = retrieval_grids(
         config.eval,

@@ -208,6 +208,19 @@ def _follows(key: str, old: Mapping[str, Any], new: Mapping[str, Any], spelled: 
     return of_s2 and old["attention.kind"] != new["attention.kind"]
 
 
+class OtherSetting(ConfigError):
+    """A setting is not the checkpoint's, and changes what is computed.
+
+    Args:
+        sentence: for whoever would go on with the run.
+        found: which setting, and both values, for others; without a period.
+    """
+
+    def __init__(self, sentence: str, found: str) -> None:
+        super().__init__(sentence)
+        self.found = found
+
+
 def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
     """Refuse to continue a run under settings that change what is computed, but for those `resume.allow` names.
 
@@ -219,7 +232,7 @@ def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
         The changes that are allowed and have a part in the result.
 
     Raises:
-        ConfigError: names the first setting that differs, both values, and the way out.
+        OtherSetting: names the first setting that differs, both values, and the way out.
         CheckpointError: `saved` is no run's configuration.
     """
     try:
@@ -247,9 +260,10 @@ def check_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
             if key in MAY_CHANGE:
                 mend = f"set resume.allow: [{key}], "
                 begin = f" (a new run begins with these weights by init_from: {current.get('output')})"
-            raise ConfigError(
+            raise OtherSetting(
                 f"Resume: {key} was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} now, which {why}; "
-                f"restore it, {mend}or choose another output folder{begin}."
+                f"restore it, {mend}or choose another output folder{begin}.",
+                f"{key}: was {old.get(key)!r} in the checkpoint and is {new.get(key)!r} here",
             )
         if not free or key in RECORDED:
             changes.append(Change(key, old.get(key), new.get(key)))

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups, destroy_groups
 from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, connect, open_base
 from pipeline.checkpoint.choose import newest
-from pipeline.checkpoint.compatibility import check_resumable, check_settings
+from pipeline.checkpoint.compatibility import OtherSetting, check_resumable, check_settings
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
@@ -105,7 +105,12 @@ def load_state_of(
             # Told before the model is loaded; the base's hash is looked at after it.
             recorded = read_manifest(folder).raw.get("config", {})
             compared = _as_evaluated(config_dict(trained_with), recorded)
-            check_settings(recorded, compared)
+            try:
+                check_settings(recorded, compared)
+            except OtherSetting as error:
+                run = folder.parent.parent / "config.yaml"
+                mend = f"give --config {run}, the settings it was trained with" if run.is_file() else "restore it"
+                raise ConfigError(f"{error.found}; {mend}.") from None
         adapter = None
         if state == "adapter":
             assert checkpoint is not None

@@ -132,6 +132,9 @@ def test_what_means_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         evaluate(["--config", "x", "--state", "shipped", "--strength", "0.5"])
     assert "--strength is for --state trained and --adapter." in capsys.readouterr().err
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    assert export_main(["--checkpoint", str(tmp_path / "run"), "--output", "o"]) == 2
+    assert f"is the folder of a run; give --run {tmp_path / 'run'}, or name one of" in capsys.readouterr().err
     base = make_tiny(tmp_path / "base", "llama2", tokenizer=True)
     dora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, use_dora=True)
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), dora).save_pretrained(tmp_path / "dora")

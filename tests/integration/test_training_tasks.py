@@ -95,6 +95,13 @@ def test_a_run_measures_its_tasks_and_says_what_it_lost(place: Path, capsys: pyt
     assert "no.json: is no LongPPL report" in capsys.readouterr().err
     assert evaluate([*common, "--state", "trained", "--tasks", "longppl", "--short", "800"]) == 2
     assert "--short: 800 tokens are no less than the windows' 800" in capsys.readouterr().err
+    assert evaluate([*common, "--state", "trained", "--checkpoint", str(run)]) == 2
+    assert f"--checkpoint: {run} is the folder of a run; leave --checkpoint out" in capsys.readouterr().err
+    # Settings of a run that was started with --set lie beside it, and a sentence says so.
+    assert evaluate([*common, "--state", "trained", "--set", "lora.alpha=3"]) == 2
+    mend = f"give --config {run / 'config.yaml'}, the settings it was trained with."
+    assert f"lora.alpha: was 16.0 in the checkpoint and is 3.0 here; {mend}" in capsys.readouterr().err
+    assert evaluate(["--config", str(run / "config.yaml"), "--state", "trained", "--tasks", "passkey"]) == 0
 
     last = [line for line in out.splitlines() if line.startswith("verdict: ")]
     assert out.rstrip().endswith("\n".join(last)) and len(last) >= 1

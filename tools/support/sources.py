@@ -46,6 +46,23 @@ def find_checkpoint(run: Path) -> Path:
     return folder
 
 
+def refuse_run(checkpoint: Path | None, mend: str) -> None:
+    """Refuse a run's folder where one of its checkpoints is meant.
+
+    Args:
+        checkpoint: what --checkpoint names; None: nothing.
+        mend: what to do for the newest.
+
+    Raises:
+        ConfigError: it is a run's folder.
+    """
+    if checkpoint is not None and (checkpoint / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--checkpoint: {checkpoint} is the folder of a run; {mend}, or name one of the folders in "
+            f"{checkpoint / 'checkpoints'}."
+        )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """Arguments that `load_source` reads; returns the group of sources, one of which must be given."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -109,6 +126,7 @@ def _load(options: argparse.Namespace) -> tuple[TrainedModel, str]:
     superfluous = [f"--{name}" for name in ("context", "rope", "factor", "theta") if getattr(options, name) is not None]
     if superfluous:
         raise CheckpointError(f"{' and '.join(superfluous)}: a checkpoint tells this; give it with --adapter only.")
+    refuse_run(options.checkpoint, f"give --run {options.checkpoint}")
     for last in (False, True):
         checkpoint = options.checkpoint or find_checkpoint(options.run)
         try:
