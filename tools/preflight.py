@@ -53,12 +53,17 @@ def show(findings: Sequence[Finding], console: Console) -> None:
     console.print(table)
 
 
+USUAL = 8
+"""GPUs of a machine that one trains on, planned for from one that has none."""
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = Parser("tools.preflight", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--nproc", type=int, default=8, metavar="N", help="processes on this machine (default 8)")
+    said = f"processes on this machine (default: one a GPU here, {USUAL} where none is seen)"
+    parser.add_argument("--nproc", type=int, metavar="N", help=said)
     parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines (default 1)")
     return parser.parse_args(argv)
 
@@ -67,11 +72,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 when something is missing or the configuration is wrong."""
     args = parse(argv)
+    machine = read_machine()
+    if args.nproc is None:
+        args.nproc = len(machine.gpus) or USUAL
     for name in ("nproc", "nnodes"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: must be at least 1, got {getattr(args, name)}.")
     config = load_config(args.config, args.set)
-    findings = survey(config, Launch(args.nproc, args.nnodes), read_machine(), weights_bytes)
+    findings = survey(config, Launch(args.nproc, args.nnodes), machine, weights_bytes)
     show(findings, Console())
     problems = [finding.problem for finding in findings if finding.problem]
     for warning in (*config.warnings, *(line for finding in findings for line in finding.advice)):
