@@ -69,6 +69,7 @@ def test_ticks_are_those_the_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> N
         return float(Path("/proc/uptime").read_text().split()[0])
 
     with subprocess.Popen(["sleep", "300"]) as child:
+        time.sleep(0.2)  # ps reckons with unsigned numbers: a process of this very tick may be 2^32 s old
         before = uptime()
         shown = subprocess.run(["ps", "-o", "etimes=", "-p", str(child.pid)], capture_output=True, text=True)
         after = uptime()
