@@ -10,14 +10,12 @@ from rich.table import Table
 
 from parallel.errors import DataError
 from pipeline.evaluation.answers import BEGUN, AnswersReport, compared
+from pipeline.evaluation.kept import PART
 from pipeline.evaluation.perplexity import EvalReport
 from pipeline.evaluation.results import Found, RetrievalReport, by_length, by_task, relative, standard_error
 from pipeline.evaluation.ruler.results import RulerReport, fell_short, means
 
 SHOWN = {"shipped": "as shipped", "untrained": "RoPE stretched, untrained", "after": "trained"}
-
-PART = "strength-"
-"""How labels begin of weights some of the way from the base's to the trained ones."""
 
 
 @dataclass(frozen=True)

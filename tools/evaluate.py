@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=user_path, help="with --state trained: not the newest but this one")
     said = f"of --state trained and --adapter: {STRENGTH}"
-    parser.add_argument("--strength", type=strength, default=1.0, metavar="S", help=said)
+    parser.add_argument("--strength", type=strength, default=1.0, help=said)
     parser.add_argument(
         "--tasks",
         default="perplexity",

@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ class Loaded:
     """A model that can generate."""
 
     model: Any
-    """transformers' model, in evaluation mode."""
+    """transformers' model, in evaluation mode; None: not read yet."""
     tokenizer: TextTokenizer
     context: int
     """Tokens it is made for."""
@@ -77,17 +77,19 @@ def load_folder(folder: Path, cpu: bool = False) -> Loaded:
     Raises:
         CheckpointError, ConfigError, DataError: it is no whole model of the supported ones, or has no tokenizer.
     """
-    arch, tokenizer = read_arch(folder), load_tokenizer(folder)
+    context, tokenizer = read_arch(folder).max_positions, load_tokenizer(folder)
+    return Loaded(_model_in(folder, cpu), tokenizer, context)
+
+
+def _model_in(folder: Path, cpu: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     from pipeline.hf.checkpoint import HfCheckpoint
     from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 
     # transformers has no sentence for what is cut off or missing, and makes up tensors that no file holds.
-    HfCheckpoint(folder).check(hf_tensor_shapes(arch), is_derived, one_dtype=False)
-
-    model = AutoModelForCausalLM.from_pretrained(folder, **_placement(cpu))
-    return Loaded(model.eval(), tokenizer, arch.max_positions)
+    HfCheckpoint(folder).check(hf_tensor_shapes(read_arch(folder)), is_derived, one_dtype=False)
+    return AutoModelForCausalLM.from_pretrained(folder, **_placement(cpu)).eval()
 
 
 def _tokenizer_of(trained: TrainedModel) -> Path:
@@ -103,6 +105,10 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
     Raises:
         CheckpointError, DataError: a file is damaged, or there is no tokenizer.
     """
+    return Loaded(_merged(trained, cpu), load_tokenizer(_tokenizer_of(trained)), trained.context)
+
+
+def _merged(trained: TrainedModel, cpu: bool) -> Any:
     import torch
     from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -111,7 +117,6 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
     from pipeline.hf.checkpoint import HfCheckpoint
     from pipeline.planning.tensors import hf_tensor_shapes
 
-    tokenizer = load_tokenizer(_tokenizer_of(trained))
     checkpoint = HfCheckpoint(trained.base)
     dtype = _placement(cpu)["dtype"]
     with init_empty_weights(include_buffers=False):
@@ -124,7 +129,7 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
     assert not left, f"hf_tensor_shapes names every tensor, but for {left}"
     if not cpu and torch.cuda.is_available():
         model = dispatch_model(model, infer_auto_device_map(model, no_split_module_classes=model._no_split_modules))
-    return Loaded(model.eval(), tokenizer, trained.context)
+    return model.eval()
 
 
 def prompt_ids(loaded: Loaded, text: str, new: int) -> list[int]:
@@ -226,17 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnicodeDecodeError:
         raise DataError(f"{args.prompt_file}: is not UTF-8 text; give a text file.") from None
     cpu = args.device == "cpu"
-    load: Callable[[], Loaded]
+    load: Callable[[], Any]
     if args.model is not None:
         folder = tokens_of = model_folder("--model", args.model)
-        context, load = read_arch(folder).max_positions, partial(load_folder, folder, cpu)
+        context, load = read_arch(folder).max_positions, partial(_model_in, folder, cpu)
     else:
         trained, _ = load_source(args)
         warn_of(trained)
-        tokens_of, context, load = _tokenizer_of(trained), trained.context, partial(load_trained, trained, cpu)
-    # Before minutes of loading.
-    prompt = prompt_ids(Loaded(None, load_tokenizer(tokens_of), context), text, args.max_new)
-    loaded = load()
+        tokens_of, context, load = _tokenizer_of(trained), trained.context, partial(_merged, trained, cpu)
+    unread = Loaded(None, load_tokenizer(tokens_of), context)
+    prompt = prompt_ids(unread, text, args.max_new)  # before minutes of loading
+    loaded = replace(unread, model=load())
     done = continue_prompt(loaded, prompt, args.max_new, args.chunk, args.temperature, args.seed)
     print(loaded.tokenizer.decode(done.tokens))
     others = len(done.tokens) - 1

@@ -32,23 +32,13 @@ from pipeline.data.token_files import FLAT, FlatFile, MegatronFile, TokenFile, m
 from pipeline.data.tokenizer import TextTokenizer, check_rows, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser, whole_number
+from pipeline.reporting.parser import Parser, checked, whole_number
 from pipeline.reporting.progress import TokenProgress
 from pipeline.reporting.words import counted
 from tools.support.card_plot import plot_lengths
 from tools.support.show_chat import print_sample
 
 _CHOICES: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, such as 0.01, got {text!r}")
-    return value
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -189,8 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     parser.add_argument(
         "--held-out",
-        type=_share,
-        metavar="SHARE",
+        type=checked(float, lambda share: 0 < share < 1, "a share between 0 and 1, such as 0.01", metavar="SHARE"),
         help="of the documents: they go to OUTPUT/validation, the others to OUTPUT/train",
     )
     parser.add_argument("--workers", type=whole_number(), default=1, help="processes that tokenize (default: 1)")

@@ -13,6 +13,8 @@ from pipeline.storage.json_file import replace_json
 
 VERSION = 2
 """Of the measurement: another one does not take over what this one found."""
+PART = "strength-"
+"""How labels begin of weights some of the way from the base's to the trained ones; the share of the way follows."""
 OF_RUN = "run"
 """Whose report it is, where an evaluation of its own measured the model of the run in that folder."""
 

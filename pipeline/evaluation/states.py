@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from parallel.errors import CheckpointError, ConfigError
 from parallel.world.collectives import share_from_main
 from parallel.world.groups import Groups, destroy_groups
@@ -19,7 +17,7 @@ from parallel.world.rank_env import RankEnv
 from pipeline.build import build_model, connect, open_base
 from pipeline.checkpoint.choose import newest
 from pipeline.checkpoint.compatibility import OtherSetting, check_resumable, check_settings
-from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.manifest import folder_name, read_manifest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.run import RunConfig
@@ -27,12 +25,11 @@ from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.evaluation.grid import fit_ranks
-from pipeline.evaluation.kept import OF_RUN
+from pipeline.evaluation.kept import OF_RUN, PART
 from pipeline.export.adapter_read import load_adapter_of
-from pipeline.export.part_way import PartWay
+from pipeline.export.part_way import PartWay, part_way
 from pipeline.export.trained_model import TrainedModel
 from pipeline.hf.companions import has_tokenizer
-from pipeline.hf.weight_source import WeightSource
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import load_trained, mark_trainable
 from pipeline.planning.run_plan import RunPlan, plan_run
@@ -42,6 +39,7 @@ from pipeline.storage.digest import sha256_of
 from pipeline.training.planned import settled
 from pipeline.training.state import check_trained
 
+_EARLIER = "earlier"
 STATES = ("shipped", "untrained", "trained", "adapter")
 
 
@@ -115,7 +113,7 @@ def load_state_of(
         if state == "adapter":
             assert checkpoint is not None
             base_hash = share_from_main(groups, base.base_hash)
-            adapter = read_adapter(checkpoint, config, base_hash)
+            adapter = part_way(read_adapter(checkpoint, config, base_hash), strength)
             kinds = tuple(sorted(set(map(kind_of, parameters_of(adapter)))))
             config = replace(config, train=replace(config.train, trainable=kinds))
             plan = replace(plan, config=config, arch=adapter.arch, rope=adapter.rope)
@@ -139,30 +137,33 @@ def load_state_of(
                 check_resumable(saved.raw, {**own, "data_fingerprint": saved.raw["data_fingerprint"]})
                 mark_trainable(model, config.train.trainable)
                 check_trained(model, config.train.trainable, reader)
-            load_trained(model, _part(whole_trained(folder), base, plan.arch.vocab, strength))
+            held = whole_trained(folder)
+            load_trained(model, held if strength == 1 else PartWay(held, base, plan.arch.vocab, strength))
             step = saved.step
             identity["trained"] = hashlib.sha256(json.dumps(saved.raw, sort_keys=True).encode()).hexdigest()
         if adapter is not None:
-            held = parameters_of(adapter)
+            adapted = parameters_of(adapter)
             for name, parameter in model.canonical_parameters():
-                parameter.requires_grad_(name in held)
-            load_trained(model, _part(adapter.trained, base, plan.arch.vocab, strength))
+                parameter.requires_grad_(name in adapted)
+            load_trained(model, adapter.trained)
             step = adapter.step
             assert checkpoint is not None
             identity["trained"] = hash_files(checkpoint)
         model.requires_grad_(False)
+        # As the run calls it: `after` is its last.
         label = "after" if state in ("trained", "adapter") else state
-        if state == "trained" and share_from_main(groups, lambda: "yes" if _earlier(config, folder) else ""):
-            label = f"step-{step:06d}"  # as the run calls it; `after` is its last
+        whose = ""
+        if state != "adapter":
+            trained_at = folder if state == "trained" else None
+            whose = share_from_main(groups, lambda: _whose(trained_with, base_hash, trained_at))
+        if whose == _EARLIER:
+            label = folder_name(step)
         if strength != 1:
-            part = identity["strength"] = f"strength-{strength:g}"
+            part = identity["strength"] = f"{PART}{strength:g}"
             label = part if label == "after" else f"{label}-{part}"
         own_context = plan.arch.max_positions
         context = own_context if state == "shipped" else config.model.context
-        own_run = state != "adapter" and share_from_main(
-            groups, lambda: "yes" if _of_run(trained_with, base_hash, folder if state == "trained" else None) else ""
-        )
-        model_of = OF_RUN if own_run else hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        model_of = OF_RUN if whose else hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan, model_of)
     finally:
         destroy_groups()
@@ -182,35 +183,26 @@ def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedMode
     return adapter
 
 
-def _part(
-    trained: Mapping[str, torch.Tensor], base: WeightSource, vocab: int, strength: float
-) -> Mapping[str, torch.Tensor]:
-    return trained if strength == 1 else PartWay(trained, base, vocab, strength)
+def _whose(config: RunConfig, base_hash: str, checkpoint: Path | None) -> str:
+    """OF_RUN for the model of the run whose folder is `config.output`, as far as its checkpoints tell.
 
-
-def _earlier(config: RunConfig, checkpoint: Path) -> bool:
-    """Whether a checkpoint is one of the run's, and not its newest."""
-    last = newest(Path(config.output) / "checkpoints")
-    same = last is not None and checkpoint.resolve().parent == last.resolve().parent
-    return last is not None and same and checkpoint.resolve() != last.resolve()
-
-
-def _of_run(config: RunConfig, base_hash: str, checkpoint: Path | None) -> bool:
-    """Whether a model is that of the run whose folder is `config.output`, as far as its checkpoints tell.
+    _EARLIER for what that run had trained before its newest checkpoint; empty for another run's model.
 
     Args:
         checkpoint: of what was trained, by these settings; None: it is the base.
     """
     folder = Path(config.output) / "checkpoints"
-    if checkpoint is not None:
-        return checkpoint.resolve().parent == folder.resolve()
     saved = newest(folder)
+    if checkpoint is not None:
+        if checkpoint.resolve().parent != folder.resolve():
+            return ""
+        return OF_RUN if saved is None or checkpoint.resolve() == saved.resolve() else _EARLIER
     if saved is None:
-        return False
+        return ""
     recorded, own = read_manifest(saved).raw, config_dict(config)["model"]
     theirs = recorded.get("config", {}).get("model", {})
     alike = all(theirs.get(name) == own[name] for name in ("context", "rope", "vocab", "base"))
-    return alike and recorded.get("base_hash") == base_hash
+    return OF_RUN if alike and recorded.get("base_hash") == base_hash else ""
 
 
 def parameters_of(trained: TrainedModel) -> set[str]:

@@ -34,11 +34,11 @@ from pipeline.export.adapter_notes import (
 )
 from pipeline.export.trained_model import (
     LazyTensors,
-    ShapedTensors,
     TrainedModel,
     check_tokenizer,
     find_base,
     grown_arch,
+    shape_of,
     wrong_base,
 )
 from pipeline.hf.checkpoint import UNGATHERED, HfCheckpoint
@@ -76,8 +76,7 @@ def _tensors(folder: Path, stem: str) -> Mapping[str, torch.Tensor] | None:
     if found is None:
         return None
     for name in found:
-        shape = found.shape(name) if isinstance(found, ShapedTensors) else found[name].shape
-        if 0 in shape:
+        if 0 in shape_of(found, name):
             raise CheckpointError(f"{folder}: {stem}'s {name} {UNGATHERED}.")
     return found
 

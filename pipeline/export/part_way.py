@@ -13,7 +13,7 @@ import torch
 
 from parallel.errors import CheckpointError
 from pipeline.export.adapter_kinds import EMBEDDING_FACTORS, FACTORS, MAGNITUDE
-from pipeline.export.trained_model import ShapedTensors, TrainedModel
+from pipeline.export.trained_model import ShapedTensors, TrainedModel, shape_of
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import grown_tensor
 from pipeline.hf.weight_source import WeightSource
@@ -50,9 +50,7 @@ class PartWay(ShapedTensors):
         return torch.lerp(start.float(), trained.float(), self._strength).to(trained.dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if isinstance(self._trained, ShapedTensors):
-            return self._trained.shape(name)
-        return tuple(self._trained[name].shape)
+        return shape_of(self._trained, name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._trained

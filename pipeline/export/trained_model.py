@@ -55,6 +55,11 @@ class ShapedTensors(Mapping[str, torch.Tensor]):
         raise NotImplementedError
 
 
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    """Shape of one of them, without reading it where it lies in a file."""
+    return tensors.shape(name) if isinstance(tensors, ShapedTensors) else tuple(tensors[name].shape)
+
+
 class LazyTensors(ShapedTensors):
     """Tensors of safetensors files, read when asked for; the files may be deleted meanwhile (a running run does).
 
@@ -144,9 +149,7 @@ class TrainedModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a trained tensor, without reading it where it lies in a file."""
-        if isinstance(self.trained, ShapedTensors):
-            return self.trained.shape(name)
-        return tuple(self.trained[name].shape)
+        return shape_of(self.trained, name)
 
     @property
     def adapters(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import NamedTuple
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
@@ -133,15 +134,21 @@ def _shorter(config: RunConfig, tokens: int) -> RunConfig | None:
         return None
 
 
-Change = tuple[str, tuple[str, ...], RunConfig]
-"""In words, as settings, and the run that has it."""
+class Change(NamedTuple):
+    """What the user may choose to make a run fit."""
+
+    words: str
+    settings: tuple[str, ...]
+    """What it sets, a.b=c."""
+    config: RunConfig
+    """The run that has it."""
 
 
 def _smaller_base(config: RunConfig) -> Change | None:
     """A base in 4 bits, which rounds it: nobody but the user chooses that."""
     if config.model.base != "bf16" or config.model.family != "local":
         return None
-    return "model.base: nf4", ("model.base=nf4",), replace(config, model=replace(config.model, base="nf4"))
+    return Change("model.base: nf4", ("model.base=nf4",), replace(config, model=replace(config.model, base="nf4")))
 
 
 def _streamed(config: RunConfig) -> Change | None:
@@ -156,9 +163,10 @@ def _streamed(config: RunConfig) -> Change | None:
         change += " (and attention.full_last_steps: 0)"
         settings.append("attention.full_last_steps=0")
     try:
-        return change, tuple(settings), replace(config, attention=fixed, train=replace(config.train, stream="auto"))
+        chunked = replace(config, attention=fixed, train=replace(config.train, stream="auto"))
     except ConfigError:  # what does not go with a stream, such as legacy_wrap
         return None
+    return Change(change, tuple(settings), chunked)
 
 
 def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
@@ -167,15 +175,15 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
     if shorter:
         yield shorter
     smaller, grouped = _smaller_base(config), _streamed(config)
-    both = None if smaller is None or grouped is None else _smaller_base(grouped[2])
+    both = None if smaller is None or grouped is None else _smaller_base(grouped.config)
     either = False
     for way in (smaller, grouped):
-        one = None if way is None else _fitting(way[2], stored, site)
+        one = None if way is None else _fitting(way.config, stored, site)
         if way is not None and one is not None:
             either = True
-            yield Way(way[0], one, way[1])
-    if both is not None and grouped is not None and not either and (one := _fitting(both[2], stored, site)):
-        yield Way(f"{grouped[0]} with {both[0]}", one, grouped[1] + both[1])
+            yield Way(way.words, one, way.settings)
+    if both is not None and grouped is not None and not either and (one := _fitting(both.config, stored, site)):
+        yield Way(f"{grouped.words} with {both.words}", one, grouped.settings + both.settings)
     gpus, node = site.gpus, site.gpu.gpus_a_node
     while gpus < min(MOST_TIMES * site.gpus, MOST_GPUS):
         gpus *= 2

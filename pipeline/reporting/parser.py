@@ -79,17 +79,27 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(TOLD)
 
 
-def whole_number(least: int = 1) -> Callable[[str], int]:
-    """An `argparse` type: a whole number of at least so much."""
+def checked[T](kind: Callable[[str], T], holds: Callable[[T], bool], what: str, metavar: str) -> Callable[[str], T]:
+    """An `argparse` type: a value of `kind` of which something holds.
 
-    def read(text: str) -> int:
+    Args:
+        what: what it must be, for the sentence.
+        metavar: what stands for it in a help.
+    """
+
+    def read(text: str) -> T:
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text!r}")
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
         return value
 
-    read.metavar = "N"  # type: ignore[attr-defined]
+    read.metavar = metavar  # type: ignore[attr-defined]
     return read
+
+
+def whole_number(least: int = 1) -> Callable[[str], int]:
+    """An `argparse` type: a whole number of at least so much."""
+    return checked(int, lambda value: value >= least, f"a whole number, {least} or more", "N")

@@ -15,6 +15,7 @@ import torch
 from parallel.health.pace import PACE_EVERY, slow_ranks
 from parallel.health.signals import StopSignals, stop_name
 from parallel.health.watch import Watch
+from pipeline.checkpoint.manifest import folder_name
 from pipeline.config.yaml_file import config_dict
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.profile import StepProfile
@@ -207,7 +208,7 @@ class Session:
             return
         self._say(f"resumed at step {step} from {run.resumed.folder.name}: {run.resumed.reason}")
         if self._due(step):
-            self._make_up(_label(step), step)
+            self._make_up(folder_name(step), step)
         if step >= end:
             steps = run.config.train.steps
             asked = f", and --stop-after says {end}" if end < steps else ""
@@ -219,7 +220,7 @@ class Session:
             for sentence in slow_ranks(self._run.groups):
                 self._warn(sentence)
         if self._due(step):
-            self._assess(_label(step), step, shown=False)
+            self._assess(folder_name(step), step, shown=False)
 
     def _figures(self, step: int, seconds: float) -> Mapping[str, float]:
         """Model FLOP/s utilization, where the GPU's rate is known."""
@@ -258,8 +259,3 @@ class Session:
 
     def _warn(self, sentence: str) -> None:
         self._say(f"warning: {sentence}")
-
-
-def _label(step: int) -> str:
-    """An evaluation's name, by the steps trained."""
-    return f"step-{step:06d}"

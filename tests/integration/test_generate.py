@@ -144,6 +144,6 @@ def test_a_prompt_too_long_is_told_before_the_weights_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_tiny(tmp_path / "base", "llama2", tokenizer=True)
-    monkeypatch.setattr("tools.generate.load_folder", lambda folder, cpu: pytest.fail("read"))
+    monkeypatch.setattr("tools.generate._model_in", lambda folder, cpu: pytest.fail("read"))
     assert main(["--model", str(base), "--prompt", "a" * 10_000]) == 2
     assert "is exceeded" in capsys.readouterr().err

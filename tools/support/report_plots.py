@@ -13,6 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pipeline.checkpoint.manifest import folder_name
 from pipeline.evaluation.answers import AnswersReport
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
 
@@ -61,7 +62,7 @@ def style_of(key: str, step: int, others: Sequence[str]) -> Style:
         known = KNOWN[key]
         return replace(known, title=f"after step {step:,}") if key == "after" else known
     base = OTHER[others.index(key) % len(OTHER)]
-    title = f"step {step:,}" if key == f"step-{step:06d}" else key
+    title = f"step {step:,}" if key == folder_name(step) else key
     return Style(title, base.color, base.marker, base.line)
 
 

@@ -79,7 +79,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyEx
     parser.add_argument(
         "--original-context", type=int, help="tokens before any stretching, where neither the base nor the run tells"
     )
-    parser.add_argument("--strength", type=strength, default=1.0, metavar="S", help=STRENGTH)
+    parser.add_argument("--strength", type=strength, default=1.0, help=STRENGTH)
     return source
 
 

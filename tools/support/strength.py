@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from pipeline.reporting.parser import checked
 
-
-def strength(text: str) -> float:
-    """An `argparse` type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 (the base) to 1 (all of the training), got {text!r}")
-    return value
-
-
+strength = checked(
+    float, lambda value: 0 <= value <= 1, "a number from 0 (the base) to 1 (all of the training)", metavar="S"
+)
+"""An `argparse` type."""
 STRENGTH = "weights S of the way from the base's (0) to the trained ones (1, the default)"
 """What a help says of it."""
