@@ -98,10 +98,10 @@ class Steps:
 
 
 class Evaluations:
-    """An evaluator whose reports are there already for the labels in `made`."""
+    """An evaluator whose reports are there already for the labels in `made`, and that a signal stops in one label."""
 
-    def __init__(self, log: list[Any], made: tuple[str, ...], nll: float) -> None:
-        self._log, self._made, self._nll = log, made, nll
+    def __init__(self, log: list[Any], made: tuple[str, ...], nll: float, stopped_in: str = "") -> None:
+        self._log, self._made, self._nll, self._stopped_in = log, made, nll, stopped_in
 
     def assess_base(self) -> None:
         self._log.append("base")
@@ -110,7 +110,7 @@ class Evaluations:
         return ["passkey is lost."]
 
     def assess(self, label: str, step: int, *, shown: bool = True, only: tuple[str, ...] | None = None) -> Any:
-        if label == "stop":
+        if label == self._stopped_in:
             raise Stopped(15)
         self._log.append((label, shown) if only is None else (label, *only))
         # Beyond the run's context a loss is no measure of the run.
@@ -128,6 +128,7 @@ def run_session(
     resumed_at: int | None = None,
     made: tuple[str, ...] = (),
     stop: int | None = None,
+    stopped_in: str = "",
     nll: float = 1.0,
 ) -> tuple[int, list[Any], str, Told]:
     """Six steps, an evaluation every two; the outcome, what was done in order, what was printed."""
@@ -159,7 +160,7 @@ def run_session(
     watch = Told()
     made_session = Session(
         run,
-        Evaluations(log, made, nll),
+        Evaluations(log, made, nll, stopped_in),
         watch,
         shared="same text",
         took_over="taken",
@@ -209,8 +210,7 @@ def test_a_stopped_run_is_not_evaluated_at_its_end(
 ) -> None:
     stopped, log, out, _ = run_session(monkeypatch, capsys, stop=3)
     assert stopped == 15 and log[-1] == 3 and "SIGTERM: stopped and saved at step 3; rerun" in out
-    monkeypatch.setattr(session, "_label", lambda step: "stop")
-    stopped, log, out, _ = run_session(monkeypatch, capsys)
+    stopped, log, out, _ = run_session(monkeypatch, capsys, stopped_in="step-000002")
     assert stopped == 15 and log[-1] == 2 and "SIGTERM: stopped in an evaluation; nothing trained is lost" in out
 
 
