@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
@@ -45,3 +45,8 @@ class ContextShard:
     def stop(self) -> int:
         """Last token of the shard plus one."""
         return self.start + self.tokens
+
+    def last(self, tokens: int) -> ContextShard:
+        """The last so many tokens of the only shard."""
+        assert self.size == 1, "of several shards all would be cut"
+        return replace(self, offset=self.stop - tokens, tokens=tokens)

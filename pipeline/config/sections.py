@@ -32,7 +32,15 @@ FLASH = {
 """Value of attention.backend -> packages any of which it may mean, the first where it can run."""
 BACKENDS = ("auto", "cudnn", "flash", *FLASH, "math")
 GATE_UP = ("gpu", "fp8", "host")
-WITHOUT = ("joint_adapters", "stream_norm", "fused_qkv", "balanced_attention", "early_halos", "kernels")
+WITHOUT = (
+    "joint_adapters",
+    "stream_norm",
+    "fused_qkv",
+    "balanced_attention",
+    "early_halos",
+    "short_first_pass",
+    "kernels",
+)
 OF_ANY_FAMILY = ("balanced_attention",)
 """Those of attention alone, which is the same whatever model.family says."""
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
@@ -296,7 +304,7 @@ class TrainConfig:
     stream_norm (a norm and the residual stream beside it in one pass: the sum before it, and both gradients) |
     fused_qkv (q, k, v cut and RoPE in one kernel) | balanced_attention (of full attention under parallel.cp, queries
     moved to ranks with less work) | early_halos (of a streamed chunk, each layer's halo copied to the GPU before the
-    weights of layers beyond it) |
+    weights of layers beyond it) | short_first_pass (of a streamed chunk, no more computed than later chunks read) |
     kernels (all of Triton's)."""
     stream: int | str | None = None
     """S² streaming: tokens of a sequence at work at once, over all ranks of a replica (the GPU's memory then depends on

@@ -29,6 +29,10 @@ class CachedPast:
         """As `Past.exchange`."""
         return CacheExchange(self.shard, reads, layer, self.cache, self.cut.chunk, self.cut.starts[-1])
 
+    def leaving(self, layer: int) -> int | None:
+        """As `Past.leaving`: any token may be scored."""
+        return None
+
 
 def prefill(cut: StreamPlan, shard: ContextShard, cache: KeyValueCache) -> Iterator[CachedPast]:
     """The chunks of a sequence in order, each with its past.

@@ -119,7 +119,7 @@ class RankModel(torch.nn.Module):
             (stage,) = self.stages
             shard_stage(stage, kinds, shards)
         self.prefill, self._cache = prefill, KeyValueCache()
-        self.stream = None if stream is None else SequenceStream(self, stream, "early_halos" not in without)
+        self.stream = None if stream is None else SequenceStream(self, stream, without, recipe)
 
     @property
     def stages(self) -> list[LlamaChunk]:

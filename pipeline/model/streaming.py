@@ -3,7 +3,8 @@
 With a fixed group a chunk needs of the tokens before it only K and V of part of a group, in every layer (the *halo*).
 So: forward, chunk after chunk, without gradients, each layer's halo parked in host memory; then backward, from the last
 chunk to the first: the chunk runs again on its halo, with gradients, and its backward adds to dK and dV what the chunk
-after it sent, and leaves its own halo's for the chunk before. The last chunk runs once. Nothing is approximated.
+after it sent, and leaves its own halo's for the chunk before. The last chunk runs once. Nothing is approximated. The
+first pass computes no more than halos are made of (`planning.first_pass`).
 
 A layer's halo comes from host memory while the layer before it runs (`fetch_halos_early`).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.layers.recomputation import recomputing
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, layer_rule
 from pipeline.planning.context_shards import halo_plan
+from pipeline.planning.first_pass import cuts_tokens, tokens_entering, whole
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.stream import StreamPlan, halo_bytes
 
@@ -38,7 +41,13 @@ if TYPE_CHECKING:
 
 
 class ChunkPast:
-    """Where a chunk's halos come from, in one pass over it (`attention.layer.Past`)."""
+    """Where a chunk's halos come from, in one pass over it (`attention.layer.Past`).
+
+    Args:
+        parks: keys and values that later chunks read go to host memory: this is the first pass.
+        entering: of each layer how many of the shard's last tokens enter it, then how many leave the last one; None:
+            all.
+    """
 
     def __init__(
         self,
@@ -49,20 +58,38 @@ class ChunkPast:
         spec: AttentionSpec,
         parked: ParkedHalos,
         parks: bool,
+        entering: tuple[int, ...] | None = None,
     ) -> None:
         self._stream, self._chunk, self._shard = stream, chunk, shard
         self._layout, self._spec, self._parked, self._parks = layout, spec, parked, parks
+        self._entering = entering
 
     def exchange(self, layer: int, heads: HeadPlan, reads: Sequence[Region]) -> Exchange:
         """As `Past.exchange`."""
-        return StreamExchange(self._shard, self._route(heads), reads, layer, self._parked, self._parks)
+        shard, tokens = self._shard, self._shard.tokens if self._entering is None else self._entering[layer]
+        if tokens < shard.tokens:
+            shard = shard.last(tokens)
+        return StreamExchange(shard, self._route(layer, heads), reads, layer, self._parked, self._parks)
+
+    def leaving(self, layer: int) -> int | None:
+        """As `Past.leaving`."""
+        wanted = self._shard.tokens if self._entering is None else self._entering[layer + 1]
+        return None if wanted == self._shard.tokens else wanted
 
     def bring(self, layer: int, heads: HeadPlan) -> None:
         """Start to copy a layer's parked halos of this chunk to the device, unless they are on their way."""
-        for message in self._route(heads).parked:
+        for message in self._route(layer, heads).parked:
             self._parked.bring(key_of(layer, message))
 
-    def _route(self, heads: HeadPlan) -> Route:
+    def _route(self, layer: int, heads: HeadPlan) -> Route:
+        """A layer's messages: where no query sees beyond the chunk, those alone that it parks."""
+        route = self._whole_route(heads)
+        cut = self._entering is not None and (
+            self._entering[layer] < self._shard.tokens or self._entering[layer + 1] == 0
+        )
+        return replace(route, incoming=(), near=(), lent=()) if cut else route
+
+    def _whole_route(self, heads: HeadPlan) -> Route:
         chunk, rank, size = self._chunk, self._shard.rank, self._shard.size
 
         def make() -> Route:
@@ -119,11 +146,14 @@ class SequenceStream:
     Args:
         model: of one stage (no pipelining).
         chunk: tokens at work at once, over all ranks of a replica.
-        early: fetch halos a layer ahead, in order with engine zero3's copies of weights.
+        without: optimisations switched off (train.without): early_halos, fetched a layer ahead, in order with engine
+            zero3's copies of weights; short_first_pass.
+        recipe: model.fp8_recipe.
     """
 
-    def __init__(self, model: RankModel, chunk: int, early: bool = True) -> None:
-        self._model, self.chunk = model, chunk
+    def __init__(self, model: RankModel, chunk: int, without: Sequence[str] = (), recipe: str = "none") -> None:
+        self._model, self.chunk, self._recipe = model, chunk, recipe
+        early, self._short = "early_halos" not in without, "short_first_pass" not in without
         inbound = model.shards.copies if early and model.shards is not None else None
         self.parked = ParkedHalos(model.groups.device, inbound)
         if early:
@@ -181,28 +211,31 @@ class SequenceStream:
         last = len(stream.starts) - 1
         total = torch.zeros((), dtype=torch.float64, device=model.groups.device)
         replays = model.lora.dropout > 0.0
+        shortens = self._short and not replays  # what is replayed was drawn for all tokens
         states: dict[int, dict[str, torch.Tensor]] = {}
         self.reserve(rows, sequence, spec)
         self.parked.begin()
 
-        def hidden(number: int, parks: bool) -> torch.Tensor:
+        def hidden(number: int, parks: bool, entering: tuple[int, ...] | None = None) -> torch.Tensor:
             shard = self._shard(stream, number)
-            past = ChunkPast(stream, number, shard, layout, spec, self.parked, parks)
+            past = ChunkPast(stream, number, shard, layout, spec, self.parked, parks, entering)
             tokens = own_tokens(batch.tokens, shard, 0, model.groups.device)
             return stage.hidden(tokens, stage.context(layout, spec, shard, past))
 
         for number in range(last):
             if replays:
                 states[number] = rng_state()
-            with torch.no_grad():
-                hidden(number, parks=True)
+            entering = self._entering(stream, number, layout, spec) if shortens else None
+            if entering is None or entering[0]:
+                with torch.no_grad():
+                    hidden(number, True, entering)
             between()
         after: dict[str, torch.Tensor] | None = None
         for number in range(last, -1, -1):
             if replays and number < last:
                 set_rng_state(states.pop(number))
             labels = own_tokens(batch.labels, self._shard(stream, number), IGNORE, model.groups.device)
-            loss = stage.loss_of(hidden(number, parks=False), labels)
+            loss = stage.loss_of(hidden(number, False), labels)
             if replays and number == last:
                 after = rng_state()
             total.add_(loss.detach().double())
@@ -217,6 +250,26 @@ class SequenceStream:
         assert not self.parked.waiting, "every gradient of a halo has reached the chunk it belongs to"
         assert not self.parked.coming, "every halo that was brought has been read"
         return total
+
+    def _entering(
+        self, stream: StreamPlan, number: int, layout: SequenceLayout, spec: AttentionSpec
+    ) -> tuple[int, ...]:
+        """As `tokens_entering`, but a chunk that is needed at all enters the first layer whole.
+
+        Layers take fewer tokens where one rank has all of a chunk, and where their products take any number.
+        """
+        (stage,) = self._model.stages
+        grid, cores = self._model.groups.plan, [layer.self_attention.core_attention for layer in stage.decoder.layers]
+        if not cuts_tokens(grid.tp, grid.cp, self._recipe):
+            return whole(stream.shards[number], len(cores))
+        heads = [core.heads(layer_rule(spec.shifted_heads, core.layer)) for core in cores]
+        key = ("entering", spec.group, tuple(each.blocks for each in heads), stream, number)
+
+        def make() -> tuple[int, ...]:
+            first, *others = tokens_entering(layout, spec, heads, stream.edges, number)
+            return (stream.shards[number] if first else 0, *others)
+
+        return layout.remember(key, make)
 
     def _shard(self, stream: StreamPlan, number: int) -> ContextShard:
         """This rank's part of chunk `number`."""

@@ -13,6 +13,7 @@ from pipeline.planner.gpus import Gpu
 from pipeline.planner.host_work import operations
 from pipeline.planner.traffic import layer_traffic
 from pipeline.planner.work import Work, layer_work, loss_work
+from pipeline.planning.first_pass import share_left
 from pipeline.planning.layer_plan import LayerPlan
 from pipeline.planning.recompute import RecomputePolicy
 
@@ -143,12 +144,14 @@ def layer_time(plan: LayerPlan, policy: RecomputePolicy, rates: Rates, rank: int
     forward, backward = (rates.seconds(one, segment) for one in (work.forward, work.backward))
     backward["attention"] /= BACKWARD_RATE
     again = sum(rates.seconds(work.again[policy], segment).values())
-    # A streamed sequence's chunks run forward twice, but for the last.
+    # A streamed sequence's chunks run forward twice, but for the last; the first time not all of each.
     twice = 2.0 - 1.0 / plan.chunks
-    ahead = sum(forward.values())
+    ahead, entry = sum(forward.values()), rates.seconds(work.entry, segment)["products"]
+    left = share_left(plan)
+    first = min(1.0, left + 1 / plan.arch.layers) * entry + left * (ahead - entry)
     parts = {name: forward[name] + backward[name] for name in forward}
     parts["pointwise"] += rates.seconds(work.moved[policy], segment)["pointwise"]
-    parts["recompute"] = again + (twice - 1.0) * ahead
+    parts["recompute"] = again + (twice - 1.0) * first
     whole = policy is RecomputePolicy.FULL
     tiled = policy in (RecomputePolicy.FULL, RecomputePolicy.GATE_UP)
     exchanged = twice * moved.tensor_forward + moved.tensor_backward
@@ -160,7 +163,7 @@ def layer_time(plan: LayerPlan, policy: RecomputePolicy, rates: Rates, rank: int
         parts=parts,
         forward=ahead,
         backward=sum(backward.values()) + again,
-        before_halo=rates.seconds(work.entry, segment)["products"] + forward["attention"] / 2,
+        before_halo=entry + forward["attention"] / 2,
         gaps=rates.fitted.layer_s * passes,
         host=rates.fitted.host_op_s * operations(plan, policy) * passes,
     )

@@ -30,6 +30,8 @@ class LayerPlan:
     """Tokens of a training sequence."""
     stream: int | None
     """Tokens of a streamed sequence at work at once; None: all."""
+    short_first_pass: bool
+    """A streamed chunk's first pass computes no more than later chunks read (`first_pass`)."""
     attention: AttentionSpec
     """What training attends with."""
     full_attention: AttentionSpec
@@ -74,6 +76,7 @@ class LayerPlan:
             micro_batch=train.micro_batch,
             sequence=config.sequence,
             stream=stream,
+            short_first_pass="short_first_pass" not in train.without and lora.dropout == 0.0,
             attention=attention,
             full_attention=full,
             ends_in_full=config.attention.full_last_steps > 0,

@@ -21,8 +21,10 @@ from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model import chunk
+from pipeline.model.attention import layer as attention_layer
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable
+from pipeline.planning import first_pass
 from pipeline.planning.arch import read_arch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.rope import RopePlan
@@ -265,12 +267,90 @@ def same_positions() -> Any:
     return mock.patch.object(chunk, "rope_tables", lambda plan, width, at: honest(plan, width, at - at[0]))
 
 
-@pytest.mark.parametrize("plant", [lost_halo_gradient, wrong_chunk, shifted_halo, same_positions])
-def test_a_fault_is_found(uneven: Callable[..., RankModel], plant: Callable[[], Any]) -> None:
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RankModel]:
+    """Enough layers for the first pass to shorten many."""
+    return make(tmp_path_factory.mktemp("deep"), "llama3", num_hidden_layers=7, tie_word_embeddings=False)
+
+
+def enters(model: RankModel) -> list[list[int]]:
+    """Filled while the model runs without gradients: tokens that enter each layer, a list a layer."""
+    found: list[list[int]] = []
+    for layer in model.stages[0].decoder.layers:
+        own: list[int] = []
+
+        def count(_: Any, args: Any, kwargs: Any, own: list[int] = own) -> None:
+            if not torch.is_grad_enabled():
+                own.append(len(kwargs["hidden_states"]))
+
+        layer.register_forward_pre_hook(count, with_kwargs=True)
+        found.append(own)
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("rule", ["upper_half", "alternate", "odd_layers"])
+def test_the_first_pass_computes_what_is_read_alone(
+    deep: Callable[..., RankModel], rule: str, documents: bool, recompute: str
+) -> None:
+    """Three chunks of three groups: half a group more enters each layer further down, and no gradient is another."""
+    spec, batch = AttentionSpec("s2", 16, rule), text(2, 140, documents)
+    _, expected = step(deep(), batch, spec)
+    short, old = deep(recompute, 48), deep(recompute, 48, without=("short_first_pass",))
+    counted, before = enters(short), enters(old)
+    _, found = step(short, batch, spec)
+    _, same = step(old, batch, spec)
+    for gradients in (found, same):
+        errors = tensor_errors(gradients, expected, None)
+        assert len(errors) > 20 and max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
+    # Beyond two, there are those of layers that are to run again.
+    first, old_first = ([numbers[:2] for numbers in layers] for layers in (counted, before))
+    assert old_first == [[48, 48]] * 7
+    if documents:
+        assert all(number <= 48 for layer in first for number in layer) and sum(map(sum, first)) < 7 * 96 - 60
+    else:
+        # Under odd_layers the last of seven is an even one, without a halo: one token stands for none.
+        last = 8 if rule != "odd_layers" else 0
+        assert first == [[48] * 2] + [[max(1, min(last + 8 * (6 - layer), 48))] * 2 for layer in range(1, 7)]
+
+
+def test_a_chunk_that_no_later_one_reads_has_no_first_pass(deep: Callable[..., RankModel]) -> None:
+    """Documents that end where chunks do; of the last, which crosses an edge, the chunk before is needed."""
+    tokens, spec = 192, AttentionSpec("s2", 16)
+    plain = text(1, tokens)
+    owners = torch.tensor([0] * 48 + [1] * 48 + [2] * 96)[None]
+    batch = Batch(plain.tokens, plain.labels, owners)
+    _, expected = step(deep(), batch, spec)
+    model = deep(stream=48)
+    counted = enters(model)
+    _, found = step(model, batch, spec)
+    assert max(tensor_errors(found, expected, None).values()) < 1e-5
+    assert counted == [[48], [48], [40], [32], [24], [16], [8]], "of the third of four chunks alone"
+
+
+def too_short() -> Any:
+    """A layer of the first pass is not given what its queries see before them."""
+    return mock.patch.object(first_pass, "_first_seen", lambda layout, spec, heads, token: token)
+
+
+def first_positions() -> Any:
+    """The last tokens of a chunk are rotated as its first ones."""
+
+    def wrong(context: Any, tokens: int) -> Any:
+        return context.cos[:tokens], context.sin[:tokens]
+
+    return mock.patch.object(attention_layer, "_last_positions", wrong)
+
+
+@pytest.mark.parametrize(
+    "plant", [lost_halo_gradient, wrong_chunk, shifted_halo, same_positions, too_short, first_positions]
+)
+def test_a_fault_is_found(deep: Callable[..., RankModel], plant: Callable[[], Any]) -> None:
     spec, batch = AttentionSpec("s2", 16), text(1, 60)
-    _, expected = step(uneven(), batch, spec)
+    _, expected = step(deep(), batch, spec)
     with plant():
-        _, found = step(uneven(stream=20), batch, spec)
+        _, found = step(deep(stream=40), batch, spec)
     assert max(tensor_errors(found, expected, None).values()) > 1e-2
 
 

@@ -5,7 +5,7 @@
 # GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
-part=${1:?one, speed, speed-7b, base, halos, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, speed, speed-7b, base, halos, stream, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -80,6 +80,13 @@ case $part in
       --variant "train.without=[early_halos]" --variant "train.without=[]" --json "$out/step.json"
     run 120 python3 -m pytest -q -m gpu -p no:cacheprovider tests/numerics/test_streaming_gpu.py
     ;;
+  stream)
+    # 8B on one GPU: chunks of 16384, the same with first passes in full, chunks of 32768 with gate and up in host memory.
+    alone 120 tools.bench.stream --lengths 65536 262144 --reference-steps 2 --json "$out/stream.json"
+    alone 90 tools.bench.stream --lengths 262144 --without short_first_pass --reference 0 --json "$out/stream.json"
+    alone 270 tools.bench.stream --chunk 32768 --gate-up host --lengths 262144 1048576 --reference-steps 2 --profile \
+      --json "$out/stream.json"
+    ;;
   base-two)
     share=(tools.bench.step --cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise)
     share+=(--micro-batches 2 --variant model.base=fp8 --variant model.base=bf16 --json "$out/step.json")
@@ -102,6 +109,6 @@ case $part in
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, speed, speed-7b, base, halos, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, speed, speed-7b, base, halos, stream, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed

@@ -22,11 +22,12 @@ from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
 from pipeline.config.paths import user_path
 from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import POLICIES, LoraConfig
+from pipeline.config.sections import GATE_UP, POLICIES, WITHOUT, LoraConfig
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, mark_trainable
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.memory import GIB
+from pipeline.planning.recompute import plan_recompute
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
@@ -64,7 +65,7 @@ class Trainee:
     """A model with its optimizer.
 
     Args:
-        recompute: policy of every layer.
+        recompute: word for every layer.
         stream: tokens of a chunk; None: whole sequences.
     """
 
@@ -82,9 +83,10 @@ class Trainee:
             LoraConfig(),
             groups,
             torch.bfloat16,
-            recompute,
+            plan_recompute(recompute, arch.layers, args.gate_up if recompute == "pointwise" else "gpu"),
             shards=shards,
             kinds=KINDS,
+            without=args.without,
             stream=stream,
         )
         fill(self.model)
@@ -158,6 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="pointwise",
         help="within a chunk (default pointwise)",
     )
+    parser.add_argument(
+        "--gate-up", choices=GATE_UP, default="gpu", help="where pointwise keeps gate and up (default gpu)"
+    )
+    parser.add_argument(
+        "--without", nargs="*", choices=WITHOUT, default=[], metavar="WORD", help="words of train.without"
+    )
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
     add_integers(
@@ -197,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = args.model + (f", {args.layers} layers" if args.layers else "") + (", offloaded" if args.offload else "")
     title = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}, group {args.group}, recompute "
-        f"{args.recompute} within a chunk, tp {args.tp} cp {args.cp}"
+        f"{args.recompute} within a chunk, gate and up: {args.gate_up}, tp {args.tp} cp {args.cp}"
     )
     print_rows(rows, title, 160)
     append_rows(args.json, rows, title=title, **vars(args))

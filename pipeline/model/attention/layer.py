@@ -32,6 +32,12 @@ class Past(Protocol):
     def exchange(self, layer: int, heads: HeadPlan, reads: Sequence[Region]) -> Exchange:
         """Of layer number `layer`, counted from 0 in the whole model, for calls that read these keys and values."""
 
+    def leaving(self, layer: int) -> int | None:
+        """How many of the chunk's last tokens are wanted of what a layer makes (of -1: of what enters the first one).
+
+        None: all.
+        """
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -96,9 +102,11 @@ class CoreAttention(torch.nn.Module):
         if context.shard is None:
             mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)
         else:
-            past = context.past
+            past, shard, cut = context.past, context.shard, False
             exchange = None if past is None else lambda reads: past.exchange(self.layer, plan, reads)
-            mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, context.shard, scale, exchange)
+            if past is not None and q_SBHD.shape[0] < shard.tokens:
+                shard, cut = shard.last(q_SBHD.shape[0]), True
+            mixed = context_attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, shard, scale, exchange, cut)
         flat, recipe = mixed.flatten(2), recipe_of(mixed)
         if recipe is not None:
             give_recipe(flat, Recipe(recipe.sources, partial(_flat, make=recipe.make)))
@@ -128,18 +136,35 @@ class LongAttention(SelfAttention):
         assert packed_seq_params is not None, "LlamaChunk passes the AttentionContext here"
         context = packed_seq_params
         mixed = self.core_attention(*self._rotated(hidden_states, context), context)
-        return self.linear_proj(mixed)
+        wanted = None if context.past is None else context.past.leaving(self.core_attention.layer)
+        return self.linear_proj(mixed if wanted is None else mixed[mixed.shape[0] - wanted :])
+
+    def keys_alone(self, hidden_states: torch.Tensor, context: AttentionContext) -> None:
+        """Make keys and values, and park what later chunks read of them: all that a first pass wants of a last layer.
+
+        Args:
+            hidden_states: normed, [S, B, H].
+        """
+        assert context.past is not None, "of a streamed chunk"
+        _, key, value = self._rotated(hidden_states, context)
+        core = self.core_attention
+        plan = core.heads(layer_rule(context.spec.shifted_heads, core.layer))
+        context.past.exchange(core.layer, plan, ()).send(key, value)
 
     def _rotated(
         self, hidden_states: torch.Tensor, context: AttentionContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[S, B, H] -> queries [S, B, Hq, D], keys and values [S, B, Hkv, D], with RoPE."""
+        """[S, B, H] -> queries [S, B, Hq, D], keys and values [S, B, Hkv, D], with RoPE.
+
+        Of the context's last tokens, where fewer than those are given.
+        """
         if self.fused_qkv:
             fused, _ = self.linear_qkv(hidden_states)
+            cos, sin = _last_positions(context, fused.shape[0])
             groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
             # RoPE comes after the norms of heads, which the kernel does not know.
             normed = self.q_layernorm is not None
-            parts = None if normed else split_and_rotate(fused, groups, heads, context.cos, context.sin)
+            parts = None if normed else split_and_rotate(fused, groups, heads, cos, sin)
             if parts is not None:
                 return parts
             fused = fused.unflatten(-1, (groups, heads // groups + 2, -1))
@@ -150,7 +175,13 @@ class LongAttention(SelfAttention):
                 query, key = self.q_layernorm(query.contiguous()), self.k_layernorm(key.contiguous())
         else:
             query, key, value = self.get_query_key_value_tensors(hidden_states)
-        query = apply_rope(query, context.cos, context.sin, self.fused_rope)
-        key = apply_rope(key, context.cos, context.sin, self.fused_rope)
+            cos, sin = _last_positions(context, query.shape[0])
+        query, key = (apply_rope(x, cos, sin, self.fused_rope) for x in (query, key))
         # A view would keep the whole fused projection alive until the backward, of which it is a tenth or less (GQA).
         return query, key, value.clone(memory_format=torch.contiguous_format)
+
+
+def _last_positions(context: AttentionContext, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE's tables [S, D/2] of the last so many tokens."""
+    cos, sin = context.cos, context.sin
+    return (cos, sin) if len(cos) == tokens else (cos[len(cos) - tokens :], sin[len(sin) - tokens :])

@@ -15,6 +15,7 @@ Shape suffixes: L tokens of the shard, T of a move, B batch rows, H query heads,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,6 +201,7 @@ def context_attend(
     shard: ContextShard,
     softmax_scale: float | None = None,
     exchange: Callable[[Sequence[Region]], Exchange] | None = None,
+    cut: bool = False,
 ) -> torch.Tensor:
     """This rank's tokens' part of `attend` over the whole sequence; every rank of `shard.group` must call it.
 
@@ -214,6 +216,7 @@ def context_attend(
         softmax_scale: None: 1/sqrt(D).
         exchange: how what the calls read of other tokens is had; None: from the other ranks, which hold the rest of
             the sequence (otherwise they hold the rest of a chunk of it, see `model.streaming`).
+        cut: segments that begin before the shard are passed over, and their queries get 0: nobody wants them.
 
     Returns:
         Contiguous [L, B, Hq, D] in q's dtype; 0 at padded positions.
@@ -244,6 +247,8 @@ def context_attend(
     moved = query_moves(layout, spec, shard.size, shard.tokens, shard.offset)
     edges = shard.start, shard.stop
     work, borrowed = attended(layout, spec, plan, moved, shard.rank, *edges, backend.varlen is not None)
+    if cut and work.straddling:
+        work = replace(work, straddling=(), reads=(), fills=False)
     reads = _all_reads(work, borrowed, moved.borrowed(shard.rank), layout.batch, blocks[-1].kv_stop)
     trip = _Trip(_exchange(layout, spec, plan, shard, reads) if exchange is None else exchange(reads))
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.layers.norm import StreamNorm
 from pipeline.model.layers.residual import add_before
 from pipeline.planning.recompute import RecomputePolicy
@@ -38,3 +39,18 @@ class LlamaLayer(TransformerLayer):
             return super(LlamaLayer, self).__call__(hidden_states=hidden, **kwargs)[0]
 
         return tensor_parallel.checkpoint(run, False, hidden_states), None
+
+    def forward(
+        self, hidden_states: torch.Tensor, packed_seq_params: AttentionContext | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, H] -> ([S, B, H], None); a token of any value where a first pass over a chunk wants keys alone."""
+        layer, past = self.self_attention.core_attention.layer, None
+        if packed_seq_params is not None:
+            past = packed_seq_params.past
+        if past is None or past.leaving(layer) != 0:
+            return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **kwargs)
+        if past.leaving(layer - 1) != 0:
+            normed = self.input_layernorm(hidden_states)
+            self.self_attention.keys_alone(normed[0] if isinstance(normed, tuple) else normed, packed_seq_params)
+        # The final norm wants something to norm.
+        return hidden_states[-1:], None

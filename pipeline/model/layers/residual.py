@@ -18,6 +18,12 @@ Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], 
 """megatron's call: ((x, bias), residual, dropout probability) -> sum."""
 
 
+def _beside(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of the residual stream [S, B, H] the tokens that x [T, B, H] has, the last T: a streamed chunk's first pass drops
+    others within a layer (`planning.first_pass`)."""
+    return residual if len(residual) == len(x) else residual[len(residual) - len(x) :]
+
+
 class _Skipped(torch.autograd.Function):
     """x + residual, never computed."""
 
@@ -33,6 +39,7 @@ class _Skipped(torch.autograd.Function):
 def _add(x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
     x, bias = x_and_bias
     assert bias is None and not dropout, "megatron_config.transformer_config has neither"
+    residual = _beside(residual, x)
     if x.requires_grad:
         return residual + x
     # Made without gradients (a checkpointed layer's first pass, evaluation), and nobody else reads it. megatron enables
@@ -57,7 +64,7 @@ def add_before(norm: StreamNorm) -> Callable[[bool, bool], Add]:
         x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
     ) -> torch.Tensor:
         x, bias = x_and_bias
-        total = norm.of_sum(x, residual) if bias is None and not dropout else None
+        total = norm.of_sum(x, _beside(residual, x)) if bias is None and not dropout else None
         return _add(x_and_bias, residual, dropout) if total is None else total
 
     return lambda training, fused: add
@@ -76,7 +83,7 @@ def last_residual_add(training: bool, fused: bool) -> Add:
 def _add_plainly(
     x_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
 ) -> torch.Tensor:
-    return residual + x_and_bias[0]
+    return _beside(residual, x_and_bias[0]) + x_and_bias[0]
 
 
 def plain_add(training: bool, fused: bool) -> Add:

@@ -92,6 +92,16 @@ def test_an_early_halo_makes_the_weights_after_it_later_by_its_own_copy(recomput
     assert copies - bare == pytest.approx(78 * halos * 2**23 / SLOW.rate("pcie"))
 
 
+def test_a_short_first_pass_takes_less_by_the_layers_it_does_without() -> None:
+    """Four chunks of two groups on one GPU: three first passes do without two and a half of 80 layers each."""
+    streamed = {"context": 65536, "stream": 16384, "group": 8192, "engine": "megatron", "params": "none"}
+    short, old = (timed(plan_of(**streamed, without=without)) for without in ([], ["short_first_pass"]))
+    # Nothing is made again in the backward pass: what is called recompute are three first passes of four forwards.
+    saved = old.parts["recompute"] - short.parts["recompute"]
+    assert saved == pytest.approx(old.parts["recompute"] * 2.5 / 80, rel=0.1)
+    assert short.total == pytest.approx(old.total - saved, rel=1e-3)
+
+
 def test_no_layer_takes_less_than_the_host() -> None:
     plan = plan_of(ranks=8, context=2048, tp=8, engine="megatron", params="none")
     host = 80 * FITTED.host_op_s * operations(plan.layer, RecomputePolicy.NONE)
