@@ -37,6 +37,7 @@ from pipeline.model.layers.transformer_engine import check_transformer_engine
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, load_base, mark_trainable, trainable
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.base_form import capability_of, check_fp8
 from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.tensors import hf_tensor_shapes, is_derived
 from pipeline.reporting.progress import TokenProgress
@@ -60,9 +61,6 @@ from pipeline.training.shared_output import check_shared
 from pipeline.training.spikes import SpikeWatch
 from pipeline.training.state import load_weights, own_pieces
 from pipeline.training.trainer import Trainer, TrainerParts
-
-FP8_DEVICES = (9, 0)
-"""Oldest CUDA capability whose `torch._scaled_mm` takes a scale for each row."""
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -103,11 +101,9 @@ def check_backend(config: RunConfig, arch: LlamaArch, device: torch.device) -> t
     """
     dtype = compute_dtype(config.model.dtype, device)
     check_family(config, device)
-    if config.model.base == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_DEVICES:
-        raise ConfigError(
-            f"model.base: fp8 needs a GPU that multiplies e4m3 with a scale a row (Hopper and newer), and "
-            f"{torch.cuda.get_device_name(device)} does not; set model.base: nf4 or bf16."
-        )
+    if device.type == "cuda":
+        capability = capability_of(torch.cuda.get_device_capability(device))
+        check_fp8(config.model.base, config.model.fp8_recipe, capability, torch.cuda.get_device_name(device))
     if config.model.base == "fp8" and device.type == "cuda" and dtype is not torch.bfloat16:
         raise ConfigError(
             f"model.base: fp8 has products in bf16 on a GPU, and model.dtype is {config.model.dtype}; set "

@@ -42,7 +42,7 @@ from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import CUDA_CONTEXT, GIB, PROCESS
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 from pipeline.reporting.profile import print_profile
 from pipeline.training.planned import settled, this_device
 from tools.support.gpu_cap import cap_memory
@@ -212,13 +212,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tools.dry_run", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--nproc", type=int, default=8, help="GPUs of the run to pretend (default 8)")
-    parser.add_argument("--rank", type=int, help="which of them to be (default: the one with the most work)")
+    parser.add_argument("--nproc", type=whole_number(), default=8, help="GPUs of the run to pretend (default 8)")
+    parser.add_argument(
+        "--rank", type=whole_number(0), help="which of them to be, from 0 (default: the one with the most work)"
+    )
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up (default 3)")
+    parser.add_argument(
+        "--steps", type=whole_number(), default=3, help="measured steps, after one that warms up (default 3)"
+    )
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--json", type=user_path, help="append the figures here, one line a run")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rank is not None and args.rank >= args.nproc:
+        parser.error(f"--rank: {args.rank} is not one of --nproc {args.nproc} ranks, which are numbered from 0.")
+    return args
 
 
 @command

@@ -38,8 +38,13 @@ SHOWN_RANKS = 8
 AHEAD = 3
 """Moves (layers) that tell a rank which runs ahead from one that holds it up: a GPU's queue holds a dozen layers."""
 
-# Code that only ever stands still because a peer does: torch's collectives, ours, and megatron's pipeline exchanges.
-_WAITING_FILES = ("torch/distributed/", "parallel/world/collectives.py", "pipeline_parallel/p2p_communication.py")
+# Code that only ever stands still because a peer does: torch's collectives, ours, meetings of all ranks, and megatron's
+# pipeline exchanges.
+_WAITING_FILES = (
+    "torch/distributed/",
+    *(f"parallel/world/{name}.py" for name in ("agreement", "collectives", "meeting")),
+    "pipeline_parallel/p2p_communication.py",
+)
 # Lines on which a GPU program waits for its device, and so for the collectives queued there.
 _DEVICE_WAIT = re.compile(r"\b(wait|synchronize|item|tolist|cpu|barrier|float|int|bool)\(")
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), "<frozen")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import socket
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from parallel.errors import CheckpointError, ConfigError, DataError, LongspanError
+from parallel.errors import LongspanError
 from parallel.world.agreement import require_alike
 from parallel.world.groups import START, Groups
 
@@ -22,7 +23,6 @@ _FAREWELL_S = 10.0
 """Rank 0, which may host the store, stays so long to let every rank read why it fails."""
 _NAME = 64
 """Bytes of a machine's name that are sent."""
-_ERRORS = {error.__name__: error for error in (CheckpointError, ConfigError, DataError, LongspanError)}
 _calls = itertools.count()
 """Every rank makes these calls in the same order, so the count names them alike everywhere."""
 
@@ -67,7 +67,8 @@ def share_from_main(groups: Groups, make: Callable[[], str]) -> str:
     work of rank 0 would exceed.
 
     Raises:
-        LongspanError: rank 0's work raised it; the same class and sentence on every rank.
+        LongspanError: rank 0's work raised it; the same class and sentence on every rank (of a class that a sentence
+            alone does not make, or that another rank has not imported, there its nearest base).
         Exception: on rank 0 whatever else `make` raised; the other ranks get a LongspanError naming it.
     """
     if groups.plan.world_size == 1 or groups.fake:
@@ -75,23 +76,42 @@ def share_from_main(groups: Groups, make: Callable[[], str]) -> str:
     store, key = dist.distributed_c10d._get_default_store(), f"longspan/main/{next(_calls)}"
     if not groups.is_main:
         _pause_until(lambda: store.check([key]))
-        kind, text = json.loads(store.get(key))
-        if kind == "done":
+        done, kinds, text = json.loads(store.get(key))
+        if done:
             return str(text)
         store.add(f"{key}/heard", 1)
-        raise _ERRORS[kind](text)
+        raise _made_again(kinds, text)
     try:
         text = make()
     except BaseException as error:
-        known = type(error).__name__ in _ERRORS
-        kind = type(error).__name__ if known else LongspanError.__name__
-        sentence = str(error) if known else f"Rank 0 failed ({type(error).__name__}: {error}); see its traceback."
-        store.set(key, json.dumps([kind, sentence]))
+        kinds = [_named(kind) for kind in type(error).__mro__ if issubclass(kind, LongspanError)]
+        sentence = str(error) if kinds else f"Rank 0 failed ({type(error).__name__}: {error}); see its traceback."
+        store.set(key, json.dumps([False, kinds, sentence]))
         others = groups.plan.world_size - 1
         _pause_until(lambda: store.add(f"{key}/heard", 0) >= others, _FAREWELL_S)
         raise
-    store.set(key, json.dumps(["done", text]))
+    store.set(key, json.dumps([True, [], text]))
     return text
+
+
+def _named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _made_again(kinds: Sequence[str], text: str) -> LongspanError:
+    """An error that another rank raised, of the first of these classes that is here and that `text` alone makes.
+
+    Looked for among the classes of this process: nothing is imported because another one named it.
+    """
+    known, left = dict[str, type[LongspanError]](), [LongspanError]
+    while left:
+        kind = left.pop()
+        known[_named(kind)] = kind
+        left += kind.__subclasses__()
+    for name in kinds:
+        with contextlib.suppress(KeyError, TypeError):
+            return known[name](text)
+    return LongspanError(text)
 
 
 def on_main_first[T](groups: Groups, work: Callable[[], T]) -> T:

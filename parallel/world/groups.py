@@ -19,7 +19,7 @@ from parallel.world.agreement import require_alike
 from parallel.world.context_shard import ContextShard
 from parallel.world.grid import Coordinates, GridPlan
 from parallel.world.lone_rank import stand_in
-from parallel.world.meeting import open_store
+from parallel.world.meeting import arrive
 from parallel.world.rank_env import RankEnv
 
 # At its import megatron warns of optional packages that this product does not use.
@@ -118,17 +118,6 @@ def _allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _arrive(env: RankEnv, patience: datetime.timedelta) -> dist.Store:
-    """The launcher's store, once every rank has reached it: on a busy machine ranks import for seconds to minutes,
-    which the time-out of a collective need not cover."""
-    store = open_store(env, patience.total_seconds())
-    key = f"longspan/arrived/{env.attempt}"
-    if store.add(key, 1) == env.world_size:
-        store.set(f"{key}/all", "")
-    store.wait([f"{key}/all"], patience)
-    return dist.PrefixStore(f"longspan/groups/{env.attempt}", store)
-
-
 _meetings = itertools.count()
 """Every rank makes groups in the same order, so the count names a meeting alike everywhere."""
 
@@ -176,7 +165,7 @@ def make_groups(
             stand_in()
             dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
         elif env.launched:
-            store = _arrive(env, max(timeout, START))
+            store = arrive(env, max(timeout, START))
             _compare(store, env, device, facts)
             store.set_timeout(timeout)
             _allow_files()

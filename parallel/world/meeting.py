@@ -46,6 +46,17 @@ def open_store(env: RankEnv, timeout_s: float) -> dist.TCPStore:
         ) from None
 
 
+def arrive(env: RankEnv, patience: datetime.timedelta) -> dist.Store:
+    """The launcher's store, once every rank has reached it: on a busy machine ranks import for seconds to minutes,
+    which the time-out of a collective need not cover."""
+    store = open_store(env, patience.total_seconds())
+    key = f"longspan/arrived/{env.attempt}"
+    if store.add(key, 1) == env.world_size:
+        store.set(f"{key}/all", "")
+    store.wait([f"{key}/all"], patience)
+    return dist.PrefixStore(f"longspan/groups/{env.attempt}", store)
+
+
 def refuse_unknown_host(host: str, who: str) -> None:
     """Return once the name resolves: torch would try for its whole time-out, and say nothing meanwhile.
 

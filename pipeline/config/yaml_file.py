@@ -83,10 +83,11 @@ def _wrong(path: str, expected: str, value: Any, where: str) -> ConfigError:
 
 def _scalar(kind: type, value: Any, path: str, where: str) -> Any:
     """Check a bool, int, float or str; an integer or a text such as 2e-5 will do for a float."""
-    if kind is float and isinstance(value, str) and _FLOAT_TEXT.fullmatch(value):
-        return float(value)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and (type(value) is int or (isinstance(value, str) and _FLOAT_TEXT.fullmatch(value))):
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):  # 1__0, or an integer of hundreds of digits
+            raise _wrong(path, _NOUNS[kind], value, where) from None
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise _wrong(path, _NOUNS[kind], value, where)
     return value

@@ -63,7 +63,7 @@ def evaluate_state(
     ruler: RulerSettings | None = None,
     strength: float = 1.0,
 ) -> LoadedState:
-    """Load the model in one of STATES, evaluate, write the reports; see `load_state_of`.
+    """Load the model in one state, evaluate, write the reports; see `load_state_of`.
 
     Args:
         perplexity: measure perplexity, as `config.eval` says; of conversations, the loss of their answers always is.

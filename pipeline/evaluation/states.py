@@ -40,12 +40,11 @@ from pipeline.training.planned import settled
 from pipeline.training.state import check_trained
 
 _EARLIER = "earlier"
-STATES = ("shipped", "untrained", "trained", "adapter")
 
 
 @dataclass(frozen=True)
 class LoadedState:
-    """A model in one of STATES, on this rank."""
+    """A model as `load_state_of` makes it, on this rank."""
 
     label: str
     """As in `EvalReport`."""
@@ -78,12 +77,13 @@ def _as_evaluated(config: dict[str, Any], recorded: Mapping[str, Any]) -> dict[s
 def load_state_of(
     config: RunConfig, env: RankEnv, state: str, checkpoint: Path | None = None, strength: float = 1.0
 ) -> Iterator[LoadedState]:
-    """A model in one of STATES, ready to be evaluated; collective.
+    """A model as shipped, untrained, trained or with an adapter, ready to be evaluated; collective.
 
     `shipped` ignores model.rope; `trained` reads `checkpoint`, or the run's newest; `adapter` reads a folder of
     adapters. Whatever grid the run trains on, the ranks that are there do.
 
     Args:
+        state: shipped | untrained | trained | adapter.
         checkpoint: with `trained` and `adapter`.
         strength: likewise; of the way from the base's weights to the trained ones (`PartWay`).
 

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -21,23 +20,12 @@ from pipeline.export.verify_config import check_rotary, read_hf_config
 from pipeline.export.verify_reference import Weight
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.model.layers.quantized_weight import FORMS, dequantized
+from pipeline.planner.host_memory import host_left
 from pipeline.planning.tensors import hf_tensor_shapes, to_ours
 from pipeline.storage.pickled import read_pickled
 
 ROOM = 0.7
 """Share of the available memory a check may take."""
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: of the machine, and of its control group."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = ((CGROUP / f"memory.{what}").read_text().strip() for what in ("max", "current"))
-        free = min(free, int(limit) - int(used)) if limit != "max" else free
-    except (OSError, ValueError):
-        pass
-    return max(free, 0)
 
 
 def whole_bytes(model: TrainedModel) -> int:
@@ -48,7 +36,7 @@ def whole_bytes(model: TrainedModel) -> int:
 
 def fits(model: TrainedModel) -> bool:
     """Whether the whole model may be loaded in fp32."""
-    return whole_bytes(model) <= ROOM * available_memory()
+    return whole_bytes(model) <= ROOM * host_left()[0]
 
 
 def _run(network: Any, tokens_BS: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ class LlamaChunk(MegatronModule):
             # the gradient norm counts it once.
             self.output_layer.weight.shared_copy = arch.tied
         self.shards: FrozenShards | None = None
-        """As in any `weights.Part`; a whole `RankModel` may have them."""
+        """As in any `load.Part`; a whole `RankModel` may have them."""
         self._before_output: Callable[[], None] = lambda: None
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -24,7 +24,7 @@ RECORD = "plan.json"
 """In a run's output: what was planned."""
 STANDARD = "h100-80gb"
 """Whose rates stand in for those of a GPU without a description: layouts compare much alike on all."""
-CPU_RATES = {"bf16": 1e11, "fp8": None, "hbm": 2e10, "pcie": 1e10, "nvlink": None, "network": 1e9}
+CPU_RATES = {"bf16": 1e11, "fp8": 1e11, "hbm": 2e10, "pcie": 1e10, "nvlink": None, "network": 1e9}
 """Of a few cores, roughly: a layout on CPUs is for trying things out."""
 
 
@@ -40,6 +40,8 @@ class Device:
     """Ranks of this machine."""
     host: int
     """Bytes of the machine's memory."""
+    capability: float | None
+    """CUDA's compute capability; None: a CPU."""
 
     def site(self, world: int) -> Site:
         """Where `world` such ranks run."""
@@ -50,7 +52,8 @@ class Device:
             return Site(gpu, world, self.host)
         known = named_by(self.name)
         gpu = known or replace(find_gpu(STANDARD), name=self.name)
-        return Site(replace(gpu, memory=self.memory, gpus_a_node=here), world, self.host)
+        own = replace(gpu, memory=self.memory, gpus_a_node=here, capability=self.capability)
+        return Site(own, world, self.host)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.planner.clock import StepTime, step_time
 from pipeline.planner.footprint import Footprint, footprint
 from pipeline.planner.gpus import Gpu
 from pipeline.planning.arch import LlamaArch
-from pipeline.planning.base_form import RECIPE_CAPABILITY, check_base, divides
+from pipeline.planning.base_form import check_base, check_fp8, divides
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
@@ -166,20 +166,14 @@ class Layouts:
             policies: words of train.recompute to try.
 
         Raises:
-            ConfigError: the GPUs or the model lack what model.base needs.
+            ConfigError: the GPUs or the model lack what model.base or model.fp8_recipe needs.
         """
         check_base(config.model.base, stored, 1)
-        if config.model.base == "fp8" and site.gpu.sold.get("fp8") is None and site.gpu.source:
+        check_fp8(config.model.base, config.model.fp8_recipe, site.gpu.capability, site.gpu.name)
+        if config.model.base == "fp8" and not site.gpu.rate("fp8"):
             raise ConfigError(
-                f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {site.gpu.name} "
-                "lacks; use nf4 or bf16."
-            )
-        recipe, has = config.model.fp8_recipe, site.gpu.capability
-        least = RECIPE_CAPABILITY.get(recipe, 0.0)
-        if has is not None and has < least:
-            raise ConfigError(
-                f"model.fp8_recipe: {recipe} needs a GPU of compute capability {least} or more; {site.gpu.name} has "
-                f"{has}; set another recipe, or none."
+                f"model.base: fp8 cannot be planned for {site.gpu.name}, whose description gives products in 8 bits no "
+                "rate; write one beside bf16's (sold: fp8), or have longspan bench calibrate measure it there."
             )
         self.config, self.arch, self.site = config, stored, site
         self.refused: ConfigError | None = None

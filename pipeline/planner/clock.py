@@ -58,7 +58,7 @@ def step_time(
         fitted = replace(fitted, host_elements=fitted.thread_elements)
     grid, micro, moved, rates = plan.grid, plan.batch.accumulation, traffic(plan), Rates(gpu, fitted, alone)
     links = rates.links
-    policies = tally(plan.recompute[: plan.longest_stage])
+    policies = tally(plan.stage_policies)
     parts: defaultdict[str, float] = defaultdict(float)
     hidden, spare = 0.0, float("inf")
     for policy, count in policies.items():

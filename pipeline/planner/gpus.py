@@ -43,7 +43,7 @@ class Gpu:
     names: tuple[tuple[str, ...], ...] = ()
     """What PyTorch may call it: a name holds all parts of one of these."""
     capability: float | None = None
-    """CUDA's compute capability; None: not known."""
+    """CUDA's compute capability; None: not known, or a CPU."""
 
     def rate(self, name: str) -> float:
         """FLOP/s or bytes a second to reckon with; 0 where the GPU lacks it."""

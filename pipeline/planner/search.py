@@ -71,7 +71,7 @@ class Bounds:
         """Whether a GPU can hold what no layout of a cut does without, all offloaded that can be."""
         if self._streams:
             return True  # chunks grow with the room there is
-        plan, layers = self._layer(cut.tp, cut.cp, cut.micro_batch), self._layouts.arch.layers
+        plan, layers = self._layer(cut.tp, cut.cp, cut.micro_batch), -(-self._layouts.arch.layers // cut.pp)
         grid = GridPlan(cut.tp, cut.cp, cut.replicas(self._layouts.site.gpus), cut.pp)
         least = estimate_memory(self._least[engine], plan, grid, (self._policies[word],) * layers)
         return least.gpu_total <= self._layouts.site.gpu.memory

@@ -23,7 +23,7 @@ from pipeline.planning.tile_size import tile_tokens
 LOGITS = 3 * 4 * (1 << 25)
 """Bytes of one chunk of the loss: logits, their exponentials and their gradient in fp32 (`loss.CHUNK_LOGITS` each)."""
 PARKED = 2
-"""Layers whose gate and up are on the GPU while they are on their way to or from the host (`layers.kept`)."""
+"""Layers whose gate and up are on the GPU while they are on their way to or from the host (`layers.parking`)."""
 COLUMN = ("q", "k", "v", "gate", "up")
 FULL, GATE_UP, HOST, FP8, POINTWISE, NONE = RecomputePolicy
 

@@ -96,6 +96,8 @@ PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Matrices that are multiplied as one."""
 RECIPE_UNIT = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What widths, and the tokens a product is made with, must be multiples of under model.fp8_recipe."""
+BASE_CAPABILITY = 9.0
+"""The least compute capability whose products of e4m3 take a scale a row, as model.base: fp8 has them."""
 RECIPE_CAPABILITY = {"tensorwise": 8.9, "blockwise": 9.0, "mxfp8": 10.0}
 """The least compute capability on which Transformer Engine has model.fp8_recipe."""
 RECIPE_BYTES = 2 + 1 / 16
@@ -109,6 +111,37 @@ def recipe_bytes(recipe: str, arch: LlamaArch, tp: int) -> int:
         return 0
     shapes = (local_shape(part, arch, tp) for part in PROJECTIONS)
     return round(RECIPE_BYTES * sum(rows * columns for rows, columns, _ in shapes))
+
+
+def check_fp8(form: str, recipe: str, capability: float | None, gpu: str) -> None:
+    """Refuse a GPU that lacks the products in 8 bits that are asked for.
+
+    Args:
+        form, recipe: model.base and model.fp8_recipe.
+        capability: CUDA's compute capability; None: not known, or no GPU, and nothing is refused.
+        gpu: its name.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if capability is None:
+        return
+    if form == "fp8" and capability < BASE_CAPABILITY:
+        raise ConfigError(
+            f"model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {gpu} lacks; use nf4 "
+            "or bf16."
+        )
+    least = RECIPE_CAPABILITY.get(recipe, 0.0)
+    if capability < least:
+        raise ConfigError(
+            f"model.fp8_recipe: {recipe} needs a GPU of compute capability {least} or more; {gpu} has {capability}; "
+            "set another recipe, or none."
+        )
+
+
+def capability_of(version: tuple[int, int]) -> float:
+    """PyTorch's (major, minor) as descriptions of GPUs write it: 8.9."""
+    return version[0] + version[1] / 10
 
 
 def check_recipe(recipe: str, arch: LlamaArch, tp: int, tokens: int) -> None:

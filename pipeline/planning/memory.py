@@ -95,7 +95,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: RunConfig, one: LayerPlan, grid: GridPlan, recompute: Sequence[RecomputePolicy]
+    config: RunConfig, one: LayerPlan, grid: GridPlan, policies: Sequence[RecomputePolicy]
 ) -> MemoryEstimate:
     """What training takes on `grid`.
 
@@ -104,7 +104,7 @@ def estimate_memory(
 
     Args:
         one: a layer of a rank of `grid`.
-        recompute: policy of every layer of the whole model (`planning.recompute`).
+        policies: of a stage's layers, in order (`RunPlan.stage_policies`).
     """
     arch, width, counts = one.arch, one.width, count_parameters(config, one.arch)
     shards = grid.dp * grid.cp
@@ -117,7 +117,7 @@ def estimate_memory(
         layered //= shards
     trained = counts.trained // grid.tp
     optimizer = OPTIMIZER * trained // shards
-    activations, parked = _activations(one, grid.pp, recompute[:layers])
+    activations, parked = _activations(one, grid.pp, policies)
     gpu = {
         "frozen norms": counts.norms * width,
         "trained weights": trained * width,
@@ -145,11 +145,12 @@ def estimate_memory(
 
 
 def plan_stream(
-    config: RunConfig, arch: LlamaArch, grid: GridPlan, recompute: Sequence[RecomputePolicy], gpu: int | None
+    config: RunConfig, arch: LlamaArch, grid: GridPlan, policies: Sequence[RecomputePolicy], gpu: int | None
 ) -> int | None:
     """Tokens of a streamed sequence at work at once; None: whole sequences.
 
     Args:
+        policies: of all layers: streaming has one stage.
         gpu: bytes of the smallest GPU, for `train.stream: auto`, which takes the largest chunk of `chunk_sizes` that
             fits by formula, or else the smallest; None: there is none, and the smallest will do.
     """
@@ -159,7 +160,7 @@ def plan_stream(
     sizes = chunk_sizes(config.sequence, config.group, grid)
     for size in reversed(sizes if gpu is not None else ()):
         layer = LayerPlan.of(config, arch, grid, size)
-        if estimate_memory(config, layer, grid, recompute).gpu_total <= (gpu or 0):
+        if estimate_memory(config, layer, grid, policies).gpu_total <= (gpu or 0):
             return size
     return sizes[0]
 

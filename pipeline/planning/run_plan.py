@@ -248,10 +248,14 @@ class RunPlan:
         specs = self.attention, self.full_attention
         return LayerPlan.of(self.config, self.arch, self.grid, self.stream, specs)
 
-    @property
-    def longest_stage(self) -> int:
-        """Layers of the pipeline stage that has most."""
-        return max(sum(len(chunk) for chunk in self.chunks[stage :: self.grid.pp]) for stage in range(self.grid.pp))
+    @cached_property
+    def stage_policies(self) -> tuple[RecomputePolicy, ...]:
+        """What the layers of a pipeline stage keep, in order: of one that has most of them."""
+        stages = (
+            tuple(self.recompute[layer] for chunk in self.chunks[stage :: self.grid.pp] for layer in chunk)
+            for stage in range(self.grid.pp)
+        )
+        return max(stages, key=len)
 
     @cached_property
     def counts(self) -> ParameterCounts:
@@ -260,7 +264,7 @@ class RunPlan:
 
     def memory(self) -> MemoryEstimate:
         """What training takes, by formula."""
-        found = estimate_memory(self.config, self.layer, self.grid, self.recompute)
+        found = estimate_memory(self.config, self.layer, self.grid, self.stage_policies)
         cached = self._parked()
         return replace(found, host={**found.host, "evaluation's keys and values": cached}) if cached else found
 

@@ -8,6 +8,7 @@ from pipeline.planner.auto import Device, settle
 from pipeline.planner.clock import step_time
 from pipeline.planner.doomed import instead, setting_of
 from pipeline.planning.arch import LlamaArch
+from pipeline.planning.base_form import check_fp8
 from pipeline.planning.rope import RopePlan
 from pipeline.planning.run_plan import RunPlan, plan_ranks
 from pipeline.preflight.files import Finding
@@ -17,21 +18,24 @@ WORTH = 0.1
 
 
 def check_layout(
-    config: RunConfig, model: tuple[LlamaArch, RopePlan] | None, world: int, gpu: int | None = None
+    config: RunConfig, model: tuple[LlamaArch, RopePlan] | None, world: int, device: Device | None = None
 ) -> tuple[Finding, RunPlan | None]:
-    """Grid, batch and model fit each other and the number of processes; and the plan they give.
+    """Grid, batch and model fit each other, the number of processes and the GPU; and the plan they give.
 
     Args:
         model: what trains; None: nothing is known of it, and there is no plan.
         world: processes.
-        gpu: bytes of the smallest GPU; None: there is none.
+        device: the smallest GPU; None: there is none.
     """
     parallel = config.parallel
     axes = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp}"
     needed = f"{world} processes"
     try:
+        if device is not None:
+            check_fp8(config.model.base, config.model.fp8_recipe, device.capability, device.name)
         grid, batch = plan_ranks(config, world)
-        plan = None if model is None else RunPlan.of(config, *model, world, gpu)
+        memory = None if device is None else device.memory
+        plan = None if model is None else RunPlan.of(config, *model, world, memory)
     except ConfigError as error:
         return Finding("Layout", axes, needed, str(error)), None
     found = f"{axes} x dp {grid.dp}, {batch.accumulation} micro-batches a step"

@@ -55,6 +55,8 @@ class Gpu:
     name: str
     total: int
     free: int
+    capability: float
+    """CUDA's compute capability."""
 
 
 @dataclass(frozen=True)
@@ -259,13 +261,12 @@ def survey(config: RunConfig, launch: Launch, machine: Machine, verify: Callable
     device = None
     if machine.gpus:
         least = min(machine.gpus, key=lambda gpu: gpu.total)
-        device = Device(least.name, least.total, launch.processes, machine.host)
+        device = Device(least.name, least.total, launch.processes, machine.host, least.capability)
     config, chosen = settle_layout(config, stored, device, world)
     if stored is not None:
         settings, model = check_settings(config.model, stored)
         files.append(settings)
-    memory = None if device is None else device.memory
-    layout, plan = (chosen, None) if chosen and chosen.problem else check_layout(config, model, world, memory)
+    layout, plan = (chosen, None) if chosen and chosen.problem else check_layout(config, model, world, device)
     if plan is not None and stored is not None and device is not None and not any(f.problem for f in files):
         layout = replace(layout, advice=(*layout.advice, *faster(plan, stored, device, chosen)))
     field = config.data.text_field

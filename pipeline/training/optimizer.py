@@ -16,7 +16,6 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
 from parallel.axes.data import Piece
-from parallel.errors import CheckpointError
 from pipeline.training.gradients import FlatGradients
 
 BUCKET_ELEMENTS = 1 << 26
@@ -334,56 +333,3 @@ class TrainableAdamW:
         )
         pairs = zip(self._trained, whole, strict=True)
         return {f"{one.name}{suffix}": tensor for one, tensor in pairs if tensor is not None}
-
-    @torch.no_grad()
-    def load_state_dict(self, masters: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-        """Restore masters and moments bit for bit, and round the masters into the parameters.
-
-        Everything is checked before anything is changed. Not collective: every rank is given whole tensors, written by
-        any number of ranks, and keeps its slice.
-
-        Args:
-            masters: as from `masters`.
-            state: as from `state_dict`.
-
-        Raises:
-            CheckpointError: a tensor is missing, unknown, misshaped or not fp32, or the step is no count.
-        """
-        shapes = {one.name: one.parameter.shape for one in self._trained}
-        moments = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in MOMENTS}
-        _check(masters, shapes, "trained weights")
-        _check({k: v for k, v in state.items() if k != STEP}, moments, "optimizer state")
-        done = state.get(STEP)
-        if done is None or done.numel() != 1 or done.dtype != torch.int64 or int(done) < 0:
-            raise CheckpointError(
-                "Checkpoint: the optimizer state has no step count (int64 `step`); resume from another checkpoint."
-            )
-        for one in self._trained:
-            one.parameter.detach().copy_(masters[one.name])
-        for slot in self._slots:
-            name, piece = slot.trained.name, slot.piece
-            for target, whole in (
-                (slot.master, masters[name]),
-                *((getattr(slot, moment), state[f"{name}.{moment}"]) for moment in MOMENTS),
-            ):
-                target.copy_(whole.reshape(-1)[piece.start : piece.stop].view(target.shape))
-            slot.steps.fill_(int(done))
-        self._done = int(done)
-
-
-def _check(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], noun: str) -> None:
-    """Raise CheckpointError unless names and shapes agree and all is fp32."""
-    odd = sorted(given.keys() ^ expected.keys())
-    if odd:
-        side = "holds" if odd[0] in given else "lacks"
-        raise CheckpointError(
-            f"Checkpoint: the {noun} {side} {odd[0]} ({len(odd)} such names), unlike the run; resume with the lora and "
-            "train.trainable settings it was made with."
-        )
-    for name, shape in expected.items():
-        found = given[name]
-        if found.shape != shape or found.dtype != torch.float32:
-            raise CheckpointError(
-                f"Checkpoint: {name} is {found.dtype} {tuple(found.shape)} where the run has torch.float32 "
-                f"{tuple(shape)}; resume with the lora settings it was made with."
-            )

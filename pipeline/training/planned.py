@@ -19,6 +19,7 @@ from pipeline.planner.gpus import named_by
 from pipeline.planner.host_memory import host_limit
 from pipeline.planner.work import useful_operations
 from pipeline.planning.arch import LlamaArch, read_arch
+from pipeline.planning.base_form import capability_of
 from pipeline.planning.run_plan import RunPlan, plan_run
 from pipeline.reporting.command import say
 from pipeline.reporting.lasting import optional_file
@@ -29,10 +30,11 @@ def this_device(env: RankEnv) -> Device:
     """What this rank computes on."""
     host = host_limit()
     if not torch.cuda.is_available():
-        return Device("", host, env.world_size, host)
+        return Device("", host, env.world_size, host, None)
     index = env.local_rank % torch.cuda.device_count()
     facts = torch.cuda.get_device_properties(index)
-    return Device(facts.name, facts.total_memory, torch.cuda.device_count(), host)
+    capability = capability_of((facts.major, facts.minor))
+    return Device(facts.name, facts.total_memory, torch.cuda.device_count(), host, capability)
 
 
 @dataclass(frozen=True)

@@ -154,14 +154,20 @@ def blame(first: Sequence[Figures], again: Sequence[Figures], tolerance: tuple[f
 
 
 def apart(figures: Sequence[Figures], tolerance: tuple[float, float]) -> list[int]:
-    """Ranks that have another loss or gradient norm of the step than most: all should have the same."""
-    found: set[int] = set()
-    for name, least in zip(("loss", "norm"), tolerance, strict=True):
-        values = [getattr(one, name) for one in figures]
-        finite = [value for value in values if math.isfinite(value)]
-        usual = statistics.median_low(finite) if 2 * len(finite) >= len(values) else math.nan
-        found |= {rank for rank, value in enumerate(values) if differs(value, usual, least)}
-    return sorted(found)
+    """Ranks that have another loss or gradient norm of the step than most: all should have the same.
+
+    Of as many on either side, those are wrong whose figures are not finite, or else the higher ranks.
+    """
+
+    def alike(one: Figures, other: Figures) -> bool:
+        loss, norm = tolerance
+        return not (differs(one.loss, other.loss, loss) or differs(one.norm, other.norm, norm))
+
+    if all(alike(one, figures[0]) for one in figures):
+        return []
+    finite = {id(one): math.isfinite(one.loss) and math.isfinite(one.norm) for one in figures}
+    usual = max(figures, key=lambda one: (sum(alike(one, other) for other in figures), finite[id(one)]))
+    return [rank for rank, one in enumerate(figures) if not alike(one, usual)]
 
 
 class SpikeWatch:

@@ -64,7 +64,7 @@ def test_a_doomed_run_stops_before_anything_is_loaded(
     from pipeline.planner.auto import Device
     from pipeline.training import planned
 
-    monkeypatch.setattr(planned, "this_device", lambda env: Device("NVIDIA L40S", GIB // 8, 1, 64 * GIB))
+    monkeypatch.setattr(planned, "this_device", lambda env: Device("NVIDIA L40S", GIB // 8, 1, 64 * GIB, 8.9))
     monkeypatch.setattr(pipeline.build, "build", lambda *_, **__: pytest.fail("weights would be read"))
     path = write_run(tmp_path, "run")
     assert main(["--config", str(path)]) == 2

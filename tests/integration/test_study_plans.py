@@ -102,7 +102,10 @@ def test_the_plans_are_the_papers_tables() -> None:
 
 
 def test_what_a_plan_reads_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--plan", "table6", "--model", str(place / "base"), "--text", "t", "--seeds", "1", "2", "--list"]) == 0
+    assert (
+        main(["--plan", "table6", "--model", str(place / "base"), "--text", "t", "--seeds", "1", "2", "2", "--list"])
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     # 400 tokens of its own, 6 windows of 1/4, 1 and 2 of them, 20 prompts of 1/4, 1/2, 1 and 2; 100 steps of 800.
     judged = 400 * (6 * 3.25 + 20 * 3.75) / 1e6
@@ -122,6 +125,10 @@ def test_what_a_plan_reads_is_told(place: Path, capsys: pytest.CaptureFixture[st
         (["--judge", "depths=0.5"], "judge.depths: 0.5 is not a list, each a number."),
         (["--judge", "lengths=[]"], "judge: lengths, retrieval_lengths and ruler_lengths must name at least one"),
         (["--judge", "windows=0"], "judge.windows: must be at least 1, got 0."),
+        (["--judge", "lengths=[1, 0]"], "judge.lengths: [1, 0] are not all lengths; give numbers above 0."),
+        (["--judge", "lengths=[.inf]"], "judge.lengths: [inf] are not all lengths; give numbers above 0."),
+        (["--judge", "tail=9"], "judge.tail: must be from 0 to below the longest of judge.lengths, got 9."),
+        (["--judge", "tail=-1"], "judge.tail: must be from 0 to below the longest of judge.lengths, got -1."),
         (["--only", "S3"], "--only: no recipe is called 'S3'; there are: as shipped;"),
     ],
 )

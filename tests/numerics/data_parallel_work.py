@@ -119,13 +119,23 @@ def free_run(group: dist.ProcessGroup) -> float:
     return max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
 
 
+def load_whole(optimizer: TrainableAdamW, masters: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Give every rank its pieces of whole tensors, as a checkpoint does."""
+
+    def read(name: str, field: str, start: int, stop: int) -> torch.Tensor:
+        whole = masters[name] if field == "master" else state[f"{name}.{field}"]
+        return whole.reshape(-1)[start:stop]
+
+    optimizer.load_pieces(read, int(state["step"]))
+
+
 def continued(
     state: dict[str, torch.Tensor], dtype: torch.dtype, group: dist.ProcessGroup | None
 ) -> dict[str, torch.Tensor]:
     """Load a state and apply one update with given gradients; the state after it."""
     model, optimizer = make(dtype, group)
     masters = {name: state[name] for name, _ in model.named_parameters()}
-    optimizer.load_state_dict(masters, {name: t for name, t in state.items() if name not in masters})
+    load_whole(optimizer, masters, state)
     loaded = optimizer.masters() | optimizer.state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     size = 1 if group is None else dist.get_world_size(group)

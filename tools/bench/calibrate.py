@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from parallel.errors import ConfigError
-from pipeline.build import FP8_DEVICES
 from pipeline.config.paths import user_path
 from pipeline.planner.gpus import RATES, SHARES, Gpu, named_by
 from pipeline.planner.host_memory import host_limit
+from pipeline.planning.base_form import BASE_CAPABILITY, capability_of
 from pipeline.planning.memory import GIB
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
@@ -77,7 +77,7 @@ def products(dtype: torch.dtype) -> float:
 def measure() -> dict[str, float]:
     """Every rate that this machine can show."""
     found = {"bf16": products(torch.bfloat16)}
-    if torch.cuda.get_device_capability() >= FP8_DEVICES:
+    if capability_of(torch.cuda.get_device_capability()) >= BASE_CAPABILITY:
         found["fp8"] = products(torch.float8_e4m3fn)
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -91,7 +91,7 @@ def measure() -> dict[str, float]:
 
 
 def description(
-    found: dict[str, float], device: str, memory: int, gpus: int, host: int, capability: tuple[int, int]
+    found: dict[str, float], device: str, memory: int, gpus: int, host: int, capability: float
 ) -> dict[str, Any]:
     """An entry as gpus.yaml has them.
 
@@ -100,7 +100,7 @@ def description(
         device: as PyTorch calls it.
         memory, host: bytes of the GPU, of the machine.
         gpus: of the machine.
-        capability: CUDA's compute capability, (major, minor).
+        capability: CUDA's compute capability.
     """
     known: Gpu | None = named_by(device)
     sold: dict[str, float | None] = {}
@@ -110,7 +110,7 @@ def description(
     # A copy between two GPUs alone is no collective's rate: it says what the link is sold with, where nobody else does.
     kept = {name: float(f"{rate:.4g}") for name, rate in found.items() if name != "nvlink"}
     return {
-        "capability": float(f"{capability[0]}.{capability[1]}"),
+        "capability": capability,
         "memory_gib": round(memory / GIB, 2),
         "sold": {name: None if rate is None else float(f"{rate:.4g}") for name, rate in sold.items()},
         "measured": kept,
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise ConfigError("PyTorch sees no GPU to measure; run longspan bench calibrate on the machine to plan for.")
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    own = torch.cuda.get_device_capability()
+    own = capability_of(torch.cuda.get_device_capability())
     entry = description(measure(), device, memory, torch.cuda.device_count(), host_limit(), own)
     known = named_by(device)
     name = f"{known.name if known else device.lower().replace(' ', '-')}-here"

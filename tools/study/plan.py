@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -84,6 +85,10 @@ class Asked:
             raise ConfigError("judge: lengths, retrieval_lengths and ruler_lengths must name at least one length.")
         if self.windows < 1:
             raise ConfigError(f"judge.windows: must be at least 1, got {self.windows}.")
+        if not all(0 < length < math.inf for length in self.lengths):
+            raise ConfigError(f"judge.lengths: {list(self.lengths)} are not all lengths; give numbers above 0.")
+        if not 0 <= self.tail < max(self.lengths):
+            raise ConfigError(f"judge.tail: must be from 0 to below the longest of judge.lengths, got {self.tail}.")
 
 
 def with_own_steps(recipes: Sequence[Recipe]) -> list[str]:
@@ -135,8 +140,8 @@ class Study:
         return replace(self, recipes=recipes, seeds=tuple(seeds) or self.seeds)
 
     def order(self) -> Iterator[tuple[Recipe, int]]:
-        """Every run, (recipe, seed): all recipes of the first seed, then the next; what is not trained has one."""
-        for number, seed in enumerate(self.seeds):
+        """Every run once, (recipe, seed): all recipes of the first seed, then the next; what is not trained has one."""
+        for number, seed in enumerate(dict.fromkeys(self.seeds)):
             for recipe in self.recipes:
                 if not recipe.untrained or number == 0:
                     yield recipe, seed

@@ -27,7 +27,9 @@ from tools.study.run import Outcome
 def _mean(values: Sequence[float], show: Callable[[float], str]) -> str:
     """Mean over seeds; with several, ± their standard deviation."""
     mean = sum(values) / len(values)
-    return show(mean) if len(values) == 1 else f"{show(mean)} ± {show(statistics.stdev(values))}"
+    # Of values that are not finite, such as a lost model's perplexity, there is no deviation.
+    apart = len(values) > 1 and all(map(math.isfinite, values))
+    return f"{show(mean)} ± {show(statistics.stdev(values))}" if apart else show(mean)
 
 
 def _windows(judgement: Judgement, length: int) -> tuple[float, ...]:

@@ -149,14 +149,16 @@ def training_facts(steps: int, progress: Recorder, start: int, folder: Path) -> 
                 "seconds": sum(progress.seconds),
                 "tokens": progress.tokens,
                 "loss": sum(tail) / len(tail),
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
             }
         )
         replace_text(path, json.dumps(parts) + "\n")
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    # Not this process's: it may only have loaded what an earlier one trained.
+    peaks = [part["peak_gib"] for part in parts if part.get("peak_gib") is not None]
     return {
         "steps": steps,
         "seconds": sum(part["seconds"] for part in parts),
         "tokens": sum(part["tokens"] for part in parts),
         "loss": parts[-1]["loss"] if parts else None,
-        "peak_gib": peak,
+        "peak_gib": max(peaks, default=None),
     }

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.planner.host_memory import host_left
+from pipeline.planning.base_form import capability_of
 from pipeline.preflight.survey import Gpu, Machine
 
 SHARED = Path("/dev/shm")
@@ -18,7 +19,8 @@ def read_gpus() -> tuple[Gpu, ...]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        gpus.append(Gpu(torch.cuda.get_device_name(index), total, free))
+        capability = capability_of(torch.cuda.get_device_capability(index))
+        gpus.append(Gpu(torch.cuda.get_device_name(index), total, free, capability))
     return tuple(gpus)
 
 

@@ -35,32 +35,8 @@ def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arch: LlamaArch)
     return torch.cat(blocks, dim=1).reshape(-1, *rest)
 
 
-def split_qkv(fused: torch.Tensor, arch: LlamaArch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inverse of `fuse_qkv`.
-
-    Raises:
-        ValueError: the row count is not that of whole groups.
-    """
-    head_dim, per_group = arch.head_dim, arch.heads // arch.kv_heads
-    rows = (per_group + 2) * head_dim
-    if fused.shape[0] % rows:
-        raise ValueError(f"{fused.shape[0]} rows are not whole KV groups of {rows}")
-    rest = fused.shape[1:]
-    parts = fused.reshape(-1, rows, *rest).split((per_group * head_dim, head_dim, head_dim), dim=1)
-    q, k, v = (part.reshape(-1, *rest) for part in parts)
-    return q, k, v
-
-
 def fuse_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[gate; up] along rows; weights, biases or LoRA's B factors of equal shape."""
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")
     return torch.cat((gate, up))
-
-
-def split_gate_up(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of `fuse_gate_up`."""
-    if fused.shape[0] % 2:
-        raise ValueError(f"{fused.shape[0]} rows do not halve into gate and up")
-    gate, up = fused.chunk(2)
-    return gate, up

@@ -66,6 +66,13 @@ def test_every_way_to_write_a_number(minimal: Path, override: str, value: float)
     assert type(lr) is float and lr == value
 
 
+@pytest.mark.parametrize("text", ["1e999", "2_e-5", "1__0e-3", "9" * 400])
+def test_what_only_looks_like_a_number(minimal: Path, text: str) -> None:
+    """Found by reading: infinity passed every check, and the others were tracebacks."""
+    with pytest.raises(ConfigError, match=r"train\.lr: expected a finite number"):
+        load_config(minimal, [f"train.lr={text}"])
+
+
 def test_overrides_are_yaml_make_sections_and_the_last_wins(minimal: Path) -> None:
     config = load_config(
         minimal,

@@ -15,7 +15,6 @@ from pipeline.config.sections import LoraConfig
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.writer import write_safetensors_sharded
 from pipeline.model.layers.frozen_weight import DenseWeight, FrozenWeight
-from pipeline.model.weights.fusing import split_gate_up, split_qkv
 from pipeline.model.weights.load import VOCABULARY, load_base
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.tensors import hf_tensor_shapes, padded_vocab, to_hf, to_ours, tp_slice
@@ -23,6 +22,12 @@ from pipeline.storage.safetensors import TensorFact
 from tests.support.tiny_models import KINDS, make_tiny
 
 GRIDS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2), (4, 2)]
+
+
+def apart(fused: torch.Tensor, arch: LlamaArch) -> tuple[torch.Tensor, ...]:
+    """q, k and v of a fused projection: of each KV group its query heads, then its key and its value head."""
+    groups = fused.unflatten(0, (-1, arch.heads // arch.kv_heads + 2, arch.head_dim))
+    return tuple(part.flatten(0, 2) for part in groups.split((arch.heads // arch.kv_heads, 1, 1), dim=1))
 
 
 class RankPart:
@@ -63,9 +68,9 @@ class RankPart:
             sources = [hf_name for hf_name, _ in to_hf(name)]
             pieces: tuple[torch.Tensor, ...] = (parameter.data,)
             if "linear_qkv" in name:
-                pieces = split_qkv(parameter.data, self.arch)
+                pieces = apart(parameter.data, self.arch)
             elif "linear_fc1" in name:
-                pieces = split_gate_up(parameter.data)
+                pieces = parameter.data.chunk(2)
             for source, piece in zip(sources, pieces, strict=True):
                 cut = tp_slice(source, self.arch, self.tp_rank, self.tp_size)
                 if name in VOCABULARY:

@@ -10,6 +10,7 @@ import pytest
 
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.planner.auto import RECORD, Device, plan_record, settle
 from pipeline.planner.choose import candidates
@@ -21,7 +22,7 @@ from pipeline.planner.models import find_model
 from pipeline.planning.memory import GIB
 from pipeline.planning.run_plan import RunPlan
 
-H100 = Device("NVIDIA H100 80GB HBM3", int(79.1 * GIB), 8, 2048 * GIB)
+H100 = Device("NVIDIA H100 80GB HBM3", int(79.1 * GIB), 8, 2048 * GIB, 9.0)
 LLAMA2_70B = find_model("llama2-70b").arch
 
 
@@ -58,7 +59,7 @@ def test_a_resume_keeps_what_was_chosen_and_other_ranks_choose_anew(tmp_path: Pa
     assert first.auto and "chose zero3, CP8" in first.chosen
     assert first.config.parallel.cp == 8 and first.config.train.recompute == "pointwise"
     # On smaller GPUs the planner would choose otherwise: the record holds.
-    small = Device("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 8, 2048 * GIB)
+    small = Device("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 8, 2048 * GIB, 8.0)
     assert settle(config, LLAMA2_70B, small, 8).config.train.recompute == "auto"
     plan = RunPlan.shaped(first.config, LLAMA2_70B, 8)
     record = plan_record(plan, H100.site(8), auto=True)
@@ -86,7 +87,7 @@ def test_gpus_without_a_description_and_cpus_are_planned_for(tmp_path: Path) -> 
     assert settle(config, LLAMA2_70B, unknown, 8).config == settle(config, LLAMA2_70B, H100, 8).config
     tiny = replace(LLAMA2_70B, hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=100)
     short = replace(config, model=replace(config.model, context=8192))
-    on_cpus = settle(short, tiny, Device("", 16 * GIB, 2, 16 * GIB), 2)
+    on_cpus = settle(short, tiny, Device("", 16 * GIB, 2, 16 * GIB, None), 2)
     assert on_cpus.config.parallel.offload.params == "none"
 
 
@@ -164,3 +165,22 @@ def test_an_evaluation_takes_the_layout_a_run_had_on_any_ranks(tmp_path: Path) -
     assert settle(config, LLAMA2_70B, H100, 1, resumes=False).config == first.config
     with pytest.raises(ConfigError, match="No layout fits"):
         settle(config, LLAMA2_70B, replace(H100, host=64 * GIB), 1)
+
+
+def test_an_fp8_base_on_a_cpu_is_timed_and_recorded(tmp_path: Path) -> None:
+    """Found by reading: rank 0 of every such run ended in a division by the rate that a CPU has not."""
+    cpu, arch = Device("", 64 * GIB, 1, 64 * GIB, None), find_model("llama3-8b").arch
+    config = replace(auto_config(tmp_path), model=ModelConfig("models/x", 8192, base="fp8"))
+    chosen = settle(config, arch, cpu, 1).config
+    parts = plan_record(RunPlan.shaped(chosen, arch, 1), cpu.site(1), auto=True)["seconds"]
+    assert parts["products"] > 0
+
+
+def test_a_gpu_that_nobody_described_is_judged_by_its_own_capability(tmp_path: Path) -> None:
+    """An H100's rates stand in for its own; what it can multiply they do not say."""
+    arch = find_model("llama3-8b").arch
+    config = replace(auto_config(tmp_path), model=ModelConfig("models/x", 8192, base="fp8"))
+    ampere = Device("NVIDIA RTX A6000", 48 * GIB, 8, 512 * GIB, 8.6)
+    with pytest.raises(ConfigError, match=r"Hopper and newer\), which NVIDIA RTX A6000 lacks"):
+        settle(config, arch, ampere, 8)
+    assert settle(config, arch, replace(ampere, name="NVIDIA B300", capability=10.3), 8).chosen

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
-from pipeline.build import FP8_DEVICES
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
@@ -224,24 +223,59 @@ def test_impossible_numbers_of_gpus(gpus: int, said: str) -> None:
         Site.of(find_gpu("h200"), gpus)
 
 
-@pytest.mark.parametrize(
-    ("gpu", "recipe", "said"),
-    [
-        ("a100-80gb", "tensorwise", "tensorwise needs a GPU of compute capability 8.9 or more; a100-80gb has 8.0"),
-        ("h100-80gb", "mxfp8", "mxfp8 needs a GPU of compute capability 10.0 or more; h100-80gb has 9.0"),
-        ("l40s", "blockwise", "blockwise needs a GPU of compute capability 9.0"),
-        ("h100-80gb", "blockwise", ""),
-        ("b200", "mxfp8", ""),
-    ],
-)
-def test_a_recipe_is_planned_where_a_gpu_has_it(gpu: str, recipe: str, said: str) -> None:
-    config, arch = run_of("llama3-8b", 8192), find_model("llama3-8b").arch
-    config = replace(config, model=replace(config.model, family="te", fp8_recipe=recipe))
-    if not said:
-        assert candidates(config, arch, Site.of(find_gpu(gpu), 8))
-        return
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        candidates(config, arch, Site.of(find_gpu(gpu), 8))
+CAPABILITIES = {
+    "h100-80gb": 9.0,
+    "h200": 9.0,
+    "b200": 10.0,
+    "a100-80gb": 8.0,
+    "a100-40gb": 8.0,
+    "l40s": 8.9,
+    "rtx4090": 8.9,
+}
+"""NVIDIA's (developer.nvidia.com/cuda-gpus)."""
+LACK = {
+    "fp8": (
+        9.0,
+        "model.base: fp8 needs products of e4m3 with a scale a row (Hopper and newer), which {} lacks; use nf4",
+    ),
+    "tensorwise": (8.9, "model.fp8_recipe: tensorwise needs a GPU of compute capability 8.9 or more; {} has {}; set"),
+    "blockwise": (9.0, "model.fp8_recipe: blockwise needs a GPU of compute capability 9.0 or more; {} has {}; set"),
+    "mxfp8": (10.0, "model.fp8_recipe: mxfp8 needs a GPU of compute capability 10.0 or more; {} has {}; set"),
+}
+"""What asks for 8 bits: least compute capability, and what is said where it is less."""
+
+
+def in_8_bits(asked: str) -> RunConfig:
+    config = run_of("llama3-8b", 8192)
+    te = {} if asked == "fp8" else {"family": "te", "fp8_recipe": asked}
+    return replace(config, model=replace(config.model, **(te or {"base": asked})))
+
+
+@pytest.mark.parametrize("asked", LACK)
+def test_8_bits_are_planned_where_a_gpu_multiplies_them(asked: str) -> None:
+    """Capability decides, of a base and of recipes: Ada has a rate in 8 bits, and no products with a scale a row."""
+    config, arch, (least, said) = in_8_bits(asked), find_model("llama3-8b").arch, LACK[asked]
+    assert {name: gpu.capability for name, gpu in read_gpus().items()} == CAPABILITIES
+    for name, capability in CAPABILITIES.items():
+        site = Site.of(find_gpu(name), 8)
+        if capability >= least:
+            assert all(one.candidate.time.total > 0 for one in ranked(choices(config, arch, site)))
+            continue
+        with pytest.raises(ConfigError, match=re.escape(said.format(name, capability))):
+            choices(config, arch, site)
+
+
+def test_of_a_description_capability_decides_and_the_rate_is_only_a_rate() -> None:
+    config, arch, known = in_8_bits("fp8"), find_model("llama3-8b").arch, find_gpu("h100-80gb")
+    none = replace(known, sold={**known.sold, "fp8": None}, measured={})
+    for gpu in (known, replace(known, capability=None)):
+        assert candidates(config, arch, Site.of(gpu, 8))
+    for gpu in (none, replace(none, capability=None)):
+        with pytest.raises(ConfigError, match=r"h100-80gb, whose description gives products in 8 bits no rate"):
+            candidates(config, arch, Site.of(gpu, 8))
+    for gpu in (replace(known, capability=8.9), replace(none, capability=8.0)):
+        with pytest.raises(ConfigError, match="which h100-80gb lacks"):
+            candidates(config, arch, Site.of(gpu, 8))
 
 
 def test_a_batch_that_nothing_divides() -> None:
@@ -266,21 +300,6 @@ def test_a_stream_that_lacks_host_memory_is_told_how_much_there_must_be() -> Non
     assert way.candidate.plan.stream is not None
     enough = int(way.change.split()[0])
     assert ranked(choices(config, arch, Site.of(gpu, 1, enough * GIB)))
-
-
-def test_fp8_is_refused_wherever_a_run_refuses_it() -> None:
-    """A run asks for compute capability 9.0 (`build.FP8_DEVICES`), which of the GPUs described here these have."""
-    config, arch = run_of("llama3-8b", 8192), find_model("llama3-8b").arch
-    config = replace(config, model=replace(config.model, base="fp8"))
-    capability = {"h100-80gb": 9, "h200": 9, "b200": 10, "a100-80gb": 8, "a100-40gb": 8, "l40s": 8, "rtx4090": 8}
-    assert set(capability) == set(read_gpus())
-    for name, major in capability.items():
-        site = Site.of(find_gpu(name), 8)
-        if (major, 0) >= FP8_DEVICES:
-            assert choices(config, arch, site)
-            continue
-        with pytest.raises(ConfigError, match=rf"e4m3 with a scale a row .*which {name} lacks; use nf4 or bf16"):
-            choices(config, arch, site)
 
 
 @pytest.mark.parametrize(("gpus", "context"), [(3, 1 << 19), (6, 1 << 20)])

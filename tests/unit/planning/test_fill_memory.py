@@ -10,6 +10,8 @@ import pytest
 from parallel.errors import ConfigError
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
+from pipeline.planner.clock import step_time
+from pipeline.planner.gpus import find_gpu
 from pipeline.planning.activations import layer_memory, peak_of
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.fill_memory import costs
@@ -87,6 +89,10 @@ def test_stages_and_interleaved_chunks_get_one_mix_each() -> None:
     plan = _planned(settings, arch, 8)
     stages = [[plan.recompute[i] for chunk in plan.chunks[stage::2] for i in chunk] for stage in (0, 1)]
     assert stages[0] == stages[1] and len(set(stages[0])) == 2 and plan.memory().gpu_total <= 70 * GIB
+    # Found by reading: the first so many layers of the model were counted, of which interleaving gives a stage some.
+    whole = _planned([*settings, "parallel.virtual=1"], arch, 8)
+    again = [step_time(one, find_gpu("h100-80gb")).parts["recompute"] for one in (plan, whole)]
+    assert plan.memory() == whole.memory() and again[0] == pytest.approx(again[1])
 
 
 def test_gate_and_up_elsewhere_only_where_asked_and_only_as_many_as_hide() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from parallel.errors import ConfigError
 from pipeline.config.sections import LORA_TARGETS, LoraConfig
-from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv, split_gate_up, split_qkv
+from pipeline.model.weights.fusing import fuse_gate_up, fuse_qkv
 from pipeline.planning.arch import LlamaArch, read_arch
 from pipeline.planning.tensors import (
     adapter_shapes,
@@ -87,23 +87,17 @@ def test_fused_rows_follow_kv_groups(tmp_path: Path, kind: str, rest: tuple[int,
         rows += [k[group * d : (group + 1) * d], v[group * d : (group + 1) * d]]
     fused = fuse_qkv(q, k, v, arch)
     assert torch.equal(fused, torch.cat(rows))
-    assert all(torch.equal(a, b) for a, b in zip(split_qkv(fused, arch), (q, k, v), strict=True))
     gate, up = torch.randn(6, *rest), torch.randn(6, *rest)
     both = fuse_gate_up(gate, up)
     assert torch.equal(both[:6], gate) and torch.equal(both[6:], up)
-    assert all(torch.equal(a, b) for a, b in zip(split_gate_up(both), (gate, up), strict=True))
 
 
 def test_wrong_rows_are_refused(tmp_path: Path) -> None:
     arch = arch_of(tmp_path, "llama3")
     with pytest.raises(ValueError, match="not whole KV groups"):
         fuse_qkv(torch.zeros(16, 2), torch.zeros(32, 2), torch.zeros(32, 2), arch)
-    with pytest.raises(ValueError, match="not whole KV groups"):
-        split_qkv(torch.zeros(65, 2), arch)
     with pytest.raises(ValueError, match="differ in shape"):
         fuse_gate_up(torch.zeros(2, 2), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="do not halve"):
-        split_gate_up(torch.zeros(3, 2))
 
 
 def test_slices_tile_every_tensor_and_fuse(tmp_path: Path) -> None:

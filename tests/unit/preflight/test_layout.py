@@ -21,7 +21,7 @@ from tools.support.shapes import llama2
 def test_a_layout_is_chosen_and_a_slow_one_is_told(tmp_path: Path) -> None:
     slow = ["parallel.cp=2", "train.recompute=full"]
     config, stored = load_config(ROOT / "launch/configs/llama2_70b_32k.yaml", slow), llama2("70b")
-    node = Device(A100.name, A100.total, 8, 2048 * GIB)
+    node = Device(A100.name, A100.total, 8, 2048 * GIB, A100.capability)
     plan = RunPlan.shaped(config, stored, 8)
     (told,) = layout.faster(plan, stored, node, None)
     assert "cp: 8" in told and "less time a step" in told
@@ -45,6 +45,17 @@ def test_the_survey_settles_auto_for_the_gpus_there_are(tmp_path: Path) -> None:
     assert not found["Layout"].problem and found["Layout"].advice[0].startswith("parallel: auto chose")
     none = {finding.name: finding for finding in survey.survey(auto, Launch(4), replace(NODE, gpus=()), weights_bytes)}
     assert "nothing can be chosen without GPUs" in none["Layout"].problem
+
+
+def test_a_base_that_the_gpus_cannot_multiply_is_a_row_of_the_table(tmp_path: Path) -> None:
+    """Found by reading: the search for a faster layout raised the refusal, and no table was shown."""
+    config, _ = tiny_run(tmp_path)
+    config = replace(config, parallel=ParallelConfig(), model=replace(config.model, base="fp8"))
+    found = {finding.name: finding for finding in survey.survey(config, Launch(1), NODE, weights_bytes)}
+    assert f"e4m3 with a scale a row (Hopper and newer), which {A100.name} lacks" in found["Layout"].problem
+    hopper = replace(NODE, gpus=(survey.Gpu("NVIDIA H200", 140 * GIB, 139 * GIB, 9.0),))
+    found = {finding.name: finding for finding in survey.survey(config, Launch(1), hopper, weights_bytes)}
+    assert not found["Layout"].problem
 
 
 def test_packages_that_settings_ask_for_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

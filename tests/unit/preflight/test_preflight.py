@@ -24,6 +24,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
 from pipeline.planner import host_memory as machines
+from pipeline.planner.auto import Device
 from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import GIB, MemoryEstimate
 from pipeline.planning.run_plan import RunPlan, plan_model
@@ -33,7 +34,7 @@ from tests.support.tiny_models import make_tiny, write_tokenizer
 from tools.preflight import main, show, weights_bytes
 
 ROOT = Path(__file__).parents[3]
-A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB)
+A100 = Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB, 8.0)
 NODE = Machine((A100,) * 8, 500 * GIB, "this machine", 8 * GIB)
 ESTIMATE = MemoryEstimate(
     gpu={"layer inputs": 20 * GIB, "optimizer": GIB},
@@ -55,7 +56,7 @@ def test_gpus_one_a_process() -> None:
 
 def test_gpu_memory_too_small_names_the_largest_part_and_what_shrinks_it() -> None:
     assert not survey.check_gpu_memory(NODE.gpus, 8, ESTIMATE).problem
-    small = Gpu("T4", 16 * GIB, 15 * GIB)
+    small = Gpu("T4", 16 * GIB, 15 * GIB, 7.5)
     told = survey.check_gpu_memory((A100, small), 2, ESTIMATE).problem
     assert "needs about 21.0 GiB (most of it layer inputs, 20.0 GiB) and GPU 1 has 16.0 GiB; raise parallel.cp" in told
     assert not survey.check_gpu_memory((A100, small), 1, ESTIMATE).problem, "the second GPU is not used"
@@ -331,7 +332,7 @@ def test_host_memory_too_small_for_the_halos_is_told_by_how_much() -> None:
     asks = ["eval.tasks=[ruler]", "eval.ruler_lengths=[262144]", "eval.ruler_trials=1"]
     assert "32.0 GiB evaluation's keys and values" in problem(40 * GIB, quiet, *asks), "128 KiB a token"
     config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml")
-    plan = survey.check_layout(config, plan_model(config.model, llama3_8b()), 1, 80 * GIB)[1]
+    plan = survey.check_layout(config, plan_model(config.model, llama3_8b()), 1, Device("", 80 * GIB, 1, 0, 9.0))[1]
     assert plan is not None and plan.stream == 16384, "auto is planned for the GPUs that are there"
 
 

@@ -137,7 +137,7 @@ def test_check_reads_what_a_measurement_wrote(tmp_path: Path, capsys: pytest.Cap
 def test_a_description_is_one_the_planner_reads(tmp_path: Path, device: str) -> None:
     found = {"bf16": 7e14, "hbm": 2.7e12, "pcie": 5e10, "nvlink": 3e11}
     path = tmp_path / "gpu.yaml"
-    path.write_text(yaml.safe_dump({"mine": description(found, device, 79 * GIB, 8, 2048 * GIB, (9, 0))}))
+    path.write_text(yaml.safe_dump({"mine": description(found, device, 79 * GIB, 8, 2048 * GIB, 9.0)}))
     gpu = find_gpu(str(path))
     assert gpu.capability == 9.0 and gpu.memory == 79 * GIB and gpu.host == 256 * GIB and gpu.rate("bf16") == 7e14
     assert gpu.sold["nvlink"] == (4.5e11 if "H100" in device else 3e11) and gpu.gpus_a_node == 8

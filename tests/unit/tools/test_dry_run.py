@@ -43,3 +43,11 @@ def test_under_a_launcher_all_ranks_share_the_stand_ins(tmp_path: Path) -> None:
     assert run_ranks(_dry, 2, str(config), str(figures), timeout=120) == [0, 0]
     (found,) = map(json.loads, figures.read_text().splitlines())
     assert found["seconds a step"] > 0 and found["title"].endswith("cp 2, CPU, all there")
+
+
+@pytest.mark.parametrize("given", ["--steps 0", "--nproc 0", "--rank -1", "--nproc 2 --rank 2"])
+def test_a_step_and_a_rank_there_must_be(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by reading: no step was the median of nothing, and a rank beyond the last a coordinate off the grid."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", str(CONFIG), *given.split()])
+    assert f"error: {given.split()[-2]}: " in capsys.readouterr().err

@@ -116,4 +116,6 @@ def test_a_rank_that_is_left_with_other_figures_is_told_from_the_rest() -> None:
     spoilt = [replace(one, loss=math.nan) for one in ranks]
     assert apart(spoilt, (0, 0)) == [], "bad data are bad on every rank"
     assert apart([*spoilt[:3], ranks[3]], (0, 0)) == [3]
-    assert apart([ranks[0], spoilt[1]], (0, 0)) == [1]
+    assert apart([ranks[0], spoilt[1]], (0, 0)) == [1] and apart([spoilt[0], ranks[1]], (0, 0)) == [0]
+    # Found by reading: by the median of each figure for itself both ranks were wrong, and nobody was left to compare.
+    assert apart([ranks[0], replace(ranks[1], loss=3.0, norm=2.0)], (1e-3, 1e-2)) == [1]

@@ -13,10 +13,20 @@ from parallel.world.collectives import on_main_first, share_from_main
 from parallel.world.grid import plan_grid
 from parallel.world.groups import destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
+from pipeline.storage.durable import Damaged
+from pipeline.training.non_finite import TrainingDiverged
 from tests.support.ranks import run_ranks
 from tests.support.single import single_groups
 
 TIMEOUT_S = 3.0
+
+
+class OfTwoParts(Damaged):
+    """One that a sentence alone does not make, as `compatibility.OtherSetting`."""
+
+    def __init__(self, sentence: str, found: str) -> None:
+        super().__init__(sentence)
+        self.found = found
 
 
 def told(work: Any) -> tuple[str, str]:
@@ -26,6 +36,12 @@ def told(work: Any) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def raise_new(rank: int) -> str:
+    """Raises an error of a class that is made here and now, on rank 0."""
+    assert rank == 0, "only rank 0 may get here"
+    raise type("New", (Damaged,), {})("is new.")
 
 
 def shared(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -50,10 +66,16 @@ def shared(rank: int, world: int, folder: str) -> dict[str, Any]:
     cpu = time.process_time() - cpu
     text = share_from_main(groups, lambda: f"héllo from {rank}")
     refused = told(lambda: on_main_first(groups, fails(DataError("text.txt: is empty; give it text."))))
+    damaged = told(lambda: on_main_first(groups, fails(Damaged("step-000010: is cut off."))))
+    diverged = told(lambda: share_from_main(groups, fails(TrainingDiverged("it has diverged."))))
+    other = told(lambda: share_from_main(groups, fails(OfTwoParts("lora.rank was 8.", "rank"))))
+    # What only rank 0 has imported.
+    alone = told(lambda: share_from_main(groups, lambda: raise_new(rank)))
     broken = told(lambda: share_from_main(groups, fails(KeyError("bug"))))
     again = share_from_main(groups, lambda: f"again {rank}")
     destroy_groups()
-    return {"first": first, "cpu": cpu, "text": text, "refused": refused, "broken": broken, "again": again}
+    kinds = {"damaged": damaged, "diverged": diverged, "other": other, "alone": alone}
+    return {"first": first, "cpu": cpu, "text": text, "refused": refused, "broken": broken, "again": again, **kinds}
 
 
 def test_rank_0_works_for_all(tmp_path: Path) -> None:
@@ -64,6 +86,12 @@ def test_rank_0_works_for_all(tmp_path: Path) -> None:
         assert one["refused"] == ("DataError", "text.txt: is empty; give it text.")
         assert one["again"] == "again 0"
         assert one["cpu"] < 1.0, "waiting must not spin"
+        assert one["damaged"] == ("Damaged", "step-000010: is cut off.")
+        assert one["diverged"] == ("TrainingDiverged", "it has diverged.")
+    assert [one["other"][0] for one in found] == ["OfTwoParts", "Damaged", "Damaged"]
+    assert [one["alone"][0] for one in found] == ["New", "Damaged", "Damaged"]
+    assert {one["other"][1] for one in found} == {"lora.rank was 8."}
+    assert {one["alone"][1] for one in found} == {"is new."}
     assert found[0]["broken"] == ("KeyError", "'bug'")
     for one in found[1:]:
         assert one["broken"] == ("LongspanError", "Rank 0 failed (KeyError: 'bug'); see its traceback.")
