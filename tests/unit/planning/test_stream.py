@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from parallel.world.grid import GridPlan
 from pipeline.config.yaml_file import load_config
+from pipeline.planner.clock import step_time
+from pipeline.planner.gpus import find_gpu
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
 from pipeline.planning.context_shards import halo_plan
@@ -110,6 +112,17 @@ def test_auto_is_the_largest_chunk_that_fits() -> None:
     # Full recomputation keeps a layer's input alone, so that several times the tokens fit.
     assert (plan_of("train.recompute=full").stream or 0) >= 8 * 16384
     assert chunk_sizes(100, 16, GridPlan(tp=2, cp=3, dp=1, pp=1)) == (18, 36, 72, 144)
+
+
+def test_beside_recompute_auto_a_larger_chunk_goes_before_keeping_all() -> None:
+    """8B on 80 GB: chunks of 16384 whose pointwise work runs again, not of 8192 that keep everything."""
+    plan = plan_of("train.recompute=auto")
+    assert plan.stream == 16384 and {policy.name for policy in plan.recompute} == {"POINTWISE", "NONE"}
+    assert plan.memory().gpu_total <= 0.95 * 80 * GIB
+    smaller = plan_of("train.recompute=auto", "train.stream=8192")
+    assert {policy.name for policy in smaller.recompute} == {"NONE"}
+    gpu = find_gpu("h100-80gb")
+    assert step_time(plan, gpu).total < 0.98 * step_time(smaller, gpu).total
 
 
 def test_what_a_window_in_full_attention_costs_is_said_before() -> None:
