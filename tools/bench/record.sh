@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
-#   bash tools/bench/record.sh one|speed|speed-7b|base|halos|base-two|doctor|ring|survive-megatron|survive-zero3|tensor OUT
-# one, speed, speed-7b, base, halos: any GPU of 80 GB (FP8, of base and halos, needs a Hopper; halos 80 GiB of host memory). The others: two
-# GPUs of one host. Numbers also go to OUT/*.json.
+#   bash tools/bench/record.sh PART OUT
+# one, speed, speed-7b, base, halos, stream: any GPU of 80 GB (FP8 needs a Hopper; halos and stream 80 GiB of host memory).
+# base-two, doctor, ring, survive-megatron, survive-zero3, tensor: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 part=${1:?one, speed, speed-7b, base, halos, stream, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
@@ -41,8 +41,9 @@ case $part in
     ;;
   speed-7b)
     fill=train.gpu_gib=75
-    alone 150 tools.bench.step --model llama2-7b --cap-gib 79 --recompute auto --set $fill \
-      --variant train.gate_up=gpu --variant train.gate_up=host --variant train.gate_up=fp8 --json "$out/step.json"
+    alone 200 tools.bench.step --model llama2-7b --cap-gib 79 --recompute auto --set $fill \
+      --variant train.gate_up=gpu --variant train.gate_up=host --variant train.gate_up=fp8 \
+      --variant "train.recompute=pointwise train.gate_up=host" --variant "model.base=fp8 train.gate_up=fp8" --json "$out/step.json"
     alone 60 tools.bench.step --model llama2-7b --engine zero3 --offload --cap-gib 20 --recompute full --json "$out/step.json"
     alone 300 tools.bench.peers --peers s2 s2-liger sdpa-liger --json "$out/peers.json"
     ;;
