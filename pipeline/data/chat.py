@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from parallel.errors import DataError
 from pipeline.data.conversations import Completion, Conversation, RecordError, text_in
 from pipeline.data.masks import Sample, behind_prompt, truncated, within_spans
+from pipeline.data.places import as_array, byte_lengths, tokens_within
 from pipeline.data.rendering import Renderer
 from pipeline.data.segments import SEGMENT
 from pipeline.data.tokenizer import HfTokenizer, TextTokenizer
@@ -73,6 +74,8 @@ class ChatTemplate:
             token.content: number for number, token in self.encoder.get_added_tokens_decoder().items() if token.special
         }
         self._beginnings = {content[:2] for content in self.special}
+        self._firsts = {content[:1] for content in self.special}
+        self._lengths = byte_lengths(tokenizer.settings, self.encoder)
         self._end = self.encoder.id_to_token(tokenizer.eos_id) or ""
         self._special_ids = np.array(sorted(self.special.values()), dtype=np.uint32)
         names = {f"{role}_token": _content(config.get(f"{role}_token")) for role in _ROLES}
@@ -94,7 +97,9 @@ class ChatTemplate:
             contents = [text_in(message.get("content")) for message in said.messages]
         # Hundreds of tokens begin alike: nearly all conversations are done with after a look for those beginnings.
         together = "".join(contents)
-        if any(beginning in together for beginning in self._beginnings):
+        if any(first in together for first in self._firsts) and any(
+            beginning in together for beginning in self._beginnings
+        ):
             for text in contents:
                 for content in self.special:
                     if content in text:
@@ -138,7 +143,8 @@ class ChatTemplate:
     def _written(self, said: Conversation | Completion) -> _Text | _Refusal:
         try:
             found = self._completed(said) if isinstance(said, Completion) else self._rendered(said)
-            found.text.encode("utf-8")
+            if not found.text.isascii():
+                found.text.encode("utf-8")
         except (RecordError, DataError) as error:
             return error
         except UnicodeEncodeError as error:
@@ -167,15 +173,14 @@ class ChatTemplate:
 
     def _tokenized(self, group: Sequence[_Text | _Refusal]) -> Iterator[Sample | _Refusal]:
         texts = [found for found in group if isinstance(found, _Text)]
-        said = [found.text for found in texts if found.prompt is None]
-        encodings = iter(self.encoder.encode_batch(said, add_special_tokens=False))
+        conversations = iter(self._conversations([found for found in texts if found.prompt is None]))
         # What the tokenizer puts around a text belongs to plain text only: templates write it themselves.
         plain = chain.from_iterable((found.prompt, found.text) for found in texts if found.prompt is not None)
         halves = iter(self.encoder.encode_batch_fast(list(plain), add_special_tokens=True))
         for found in group:
             if isinstance(found, _Text):
                 made = (
-                    within_spans(next(encodings), found.spans)
+                    next(conversations)
                     if found.prompt is None
                     else behind_prompt(next(halves).ids, next(halves).ids)
                 )
@@ -183,6 +188,24 @@ class ChatTemplate:
                 yield made if shown else RecordError("the template shows none of its answers")
             else:
                 yield found
+
+    def _conversations(self, texts: Sequence[_Text]) -> Iterator[Sample]:
+        all_said = [found.text for found in texts]
+        if self._lengths is None:
+            encodings = self.encoder.encode_batch(all_said, add_special_tokens=False)
+            yield from (within_spans(each, found.spans) for each, found in zip(encodings, texts, strict=True))
+            return
+        encodings = self.encoder.encode_batch_fast(all_said, add_special_tokens=False)
+        for encoding, (text, spans, _) in zip(encodings, texts, strict=True):
+            tokens = as_array(encoding.ids)
+            answers = tokens_within(self._lengths, tokens, text, spans)
+            if answers is None:
+                yield within_spans(self.encoder.encode(text, add_special_tokens=False), spans)
+                continue
+            scored = np.zeros(tokens.size, np.bool_)
+            for first, stop in answers:
+                scored[first:stop] = True
+            yield Sample(tokens, scored)
 
     def text_of(self, said: Conversation | Completion) -> str:
         """What is tokenized.

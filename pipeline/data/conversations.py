@@ -37,6 +37,9 @@ _TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of the parts of a message's content that are text."""
 
 
+_OF_LOSS = frozenset({*_FLAGS, *_FINER})
+
+
 class RecordError(Exception):
     """A record is left out; the message is the reason, without the place."""
 
@@ -285,6 +288,8 @@ def _is_parts(content: Any) -> bool:
 
 def _flag(message: dict[str, Any]) -> bool | None:
     """Take out what a message says of the loss: whether it is counted; None: nothing."""
+    if _OF_LOSS.isdisjoint(message):
+        return None
     finer = next((name for name in _FINER if name in message), None)
     if finer is not None:
         raise RecordError(f"a message has {finer}, and the loss counts whole answers or none of them")

@@ -43,7 +43,8 @@ FLAT = {
 _FIELDS = {name for flat in FLAT.values() for name in flat.names}
 READ = (*LISTS, *PAIR, *sorted(_FIELDS), *SYSTEMS, "tools", "history")
 """Every key of a record that is read, at its top."""
-COLUMNS = (*READ, "chosen", "rejected", "label", "kto_tag", *NOT_READ)
+_OF_OTHERS = frozenset({"chosen", "rejected", "label", "kto_tag"})
+COLUMNS = (*READ, *sorted(_OF_OTHERS), *NOT_READ)
 """These, and those that tell that a record is of another kind."""
 
 
@@ -60,15 +61,15 @@ def schema_of(record: dict[str, Any], first: str | None = None) -> str:
     Raises:
         NoSchema: it has none, or is of a kind that supervised fine-tuning does not take.
     """
-    filled = {name for name in COLUMNS if record.get(name) not in (None, "", [])}
-    _refuse_preferences(record, filled)
+    if not _OF_OTHERS.isdisjoint(record):
+        _refuse_preferences(record, _filled(record))
     for key, schema in LISTS.items():
         if isinstance(record.get(key), list):
             return schema
     pair = [record[name] for name in PAIR if name in record]
     if len(pair) == 2 and pair != [None, None]:
         return _pair(*pair)
-    held = filled & _FIELDS
+    held = _filled(record) & _FIELDS
     whole = {name: flat for name, flat in FLAT.items() if flat.question in record and flat.answer in record}
     for name, flat in whole.items():
         if held <= flat.names and len(held & set(flat.contexts)) < 2:
@@ -82,6 +83,10 @@ def schema_of(record: dict[str, Any], first: str | None = None) -> str:
         if key in record:
             return schema
     _refuse(record, held if whole else set())
+
+
+def _filled(record: dict[str, Any]) -> set[str]:
+    return {name for name in COLUMNS if record.get(name) not in (None, "", [])}
 
 
 def is_conversation(record: dict[str, Any]) -> bool:
