@@ -18,7 +18,6 @@ from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
 from pipeline.data.chat_records import read_records
 from pipeline.data.conversations import (
-    Completion,
     Conversation,
     RecordError,
     conversation_of,
@@ -39,8 +38,8 @@ def _conversations(file: Path) -> list[Conversation]:
             said = conversation_of(record.value, record.schema)
         except RecordError as error:
             raise DataError(f"{record.where}: {error}; mend or remove it.") from error
-        if isinstance(said, Completion):
-            raise DataError(f"{record.where} is plain text to be gone on with, not a conversation; give it messages.")
+        if not isinstance(said, Conversation):
+            raise DataError(f"{record.where} is text that no template renders, not a conversation; give it messages.")
         found.append(replace(said, messages=with_joined_parts(said.messages)))
     if not found:
         raise DataError(f"{file}: holds no question; make some with longspan make-questions.")

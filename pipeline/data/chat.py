@@ -1,8 +1,8 @@
-"""Conversations and plain completions to token ids, and which of them the loss counts.
+"""Conversations and plain text with answers to token ids, and which of them the loss counts.
 
 The text of a conversation is what the chat template renders (see `rendering`); a completion is text as it is, with the
-end of text behind it. Both are tokenized by the folder's tokenizer.json, where, unlike in documents, special tokens are
-tokens.
+end of text behind it; labelled pieces are text with nothing around them. All are tokenized by the folder's
+tokenizer.json, where, unlike in documents, special tokens are tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 from jinja2 import TemplateError
 
 from parallel.errors import DataError
-from pipeline.data.conversations import Completion, Conversation, RecordError, text_in
+from pipeline.data.conversations import Completion, Conversation, Labelled, RecordError, Said, text_in
 from pipeline.data.masks import Sample, behind_prompt, truncated, within_spans
+from pipeline.data.places import as_array, byte_lengths, tokens_within
 from pipeline.data.rendering import Renderer
 from pipeline.data.segments import SEGMENT
 from pipeline.data.tokenizer import HfTokenizer, TextTokenizer
@@ -37,6 +38,8 @@ class _Text(NamedTuple):
     """From where to where the answers of a conversation stand, in characters."""
     prompt: str | None = None
     """Of a completion: how its text begins, which is not scored."""
+    labelled: Labelled | None = None
+    """The pieces that the text is to be tokenized in, if they are given."""
 
 
 class ChatTemplate:
@@ -73,6 +76,8 @@ class ChatTemplate:
             token.content: number for number, token in self.encoder.get_added_tokens_decoder().items() if token.special
         }
         self._beginnings = {content[:2] for content in self.special}
+        self._firsts = {content[:1] for content in self.special}
+        self._lengths = byte_lengths(tokenizer.settings, self.encoder)
         self._end = self.encoder.id_to_token(tokenizer.eos_id) or ""
         self._special_ids = np.array(sorted(self.special.values()), dtype=np.uint32)
         names = {f"{role}_token": _content(config.get(f"{role}_token")) for role in _ROLES}
@@ -86,28 +91,32 @@ class ChatTemplate:
         settings = json.dumps(["chat 2", self.source, self._names, sorted(self.special.items()), around])
         self.identity = hashlib.sha256(settings.encode()).hexdigest()
 
-    def holds_special(self, said: Conversation | Completion) -> str | None:
+    def holds_special(self, said: Said) -> str | None:
         """A special token whose spelling stands in what is said, where it becomes that token; None: there is none."""
+        if isinstance(said, Labelled):
+            return None  # they are written with their special tokens
         if isinstance(said, Completion):
             contents = [said.prompt, said.completion.removesuffix(self._end)]
         else:
             contents = [text_in(message.get("content")) for message in said.messages]
         # Hundreds of tokens begin alike: nearly all conversations are done with after a look for those beginnings.
         together = "".join(contents)
-        if any(beginning in together for beginning in self._beginnings):
+        if any(first in together for first in self._firsts) and any(
+            beginning in together for beginning in self._beginnings
+        ):
             for text in contents:
                 for content in self.special:
                     if content in text:
                         return content
         return None
 
-    def hides_tools(self, said: Conversation | Completion) -> bool:
+    def hides_tools(self, said: Said) -> bool:
         """Whether a conversation offers tools whose definitions the template does not show."""
         offers = isinstance(said, Conversation) and said.tools is not None
         return offers and self._renderer is not None and not self._renderer.reads_tools
 
-    def sample(self, said: Conversation | Completion) -> Sample:
-        """Tokens and mask of a whole conversation or completion.
+    def sample(self, said: Said) -> Sample:
+        """Tokens and mask of all that a record says.
 
         Raises:
             RecordError: the template refuses the conversation or leaves some of it out, or nothing would be scored.
@@ -119,7 +128,7 @@ class ChatTemplate:
             return found
         raise found
 
-    def samples(self, all_said: Sequence[Conversation | Completion]) -> Iterator[Sample | _Refusal]:
+    def samples(self, all_said: Sequence[Said]) -> Iterator[Sample | _Refusal]:
         """Those of several, in order, which costs less than one by one; what `sample` raises stands in their places.
 
         They are tokenized in groups of no more than some `SEGMENT` characters.
@@ -135,10 +144,14 @@ class ChatTemplate:
                 group, characters = [], 0
         yield from self._tokenized(group)
 
-    def _written(self, said: Conversation | Completion) -> _Text | _Refusal:
+    def _written(self, said: Said) -> _Text | _Refusal:
         try:
-            found = self._completed(said) if isinstance(said, Completion) else self._rendered(said)
-            found.text.encode("utf-8")
+            if isinstance(said, Labelled):
+                found = _Text("".join(said.pieces), [], labelled=said)
+            else:
+                found = self._completed(said) if isinstance(said, Completion) else self._rendered(said)
+            if not found.text.isascii():
+                found.text.encode("utf-8")
         except (RecordError, DataError) as error:
             return error
         except UnicodeEncodeError as error:
@@ -167,24 +180,51 @@ class ChatTemplate:
 
     def _tokenized(self, group: Sequence[_Text | _Refusal]) -> Iterator[Sample | _Refusal]:
         texts = [found for found in group if isinstance(found, _Text)]
-        said = [found.text for found in texts if found.prompt is None]
-        encodings = iter(self.encoder.encode_batch(said, add_special_tokens=False))
+        conversations = self._conversations([each for each in texts if each.prompt is None and each.labelled is None])
+        labelled = self._of_pieces([found.labelled for found in texts if found.labelled is not None])
         # What the tokenizer puts around a text belongs to plain text only: templates write it themselves.
         plain = chain.from_iterable((found.prompt, found.text) for found in texts if found.prompt is not None)
         halves = iter(self.encoder.encode_batch_fast(list(plain), add_special_tokens=True))
         for found in group:
-            if isinstance(found, _Text):
-                made = (
-                    within_spans(next(encodings), found.spans)
-                    if found.prompt is None
-                    else behind_prompt(next(halves).ids, next(halves).ids)
-                )
-                shown = bool(made.scored[1:].any())
-                yield made if shown else RecordError("the template shows none of its answers")
-            else:
+            if not isinstance(found, _Text):
                 yield found
+                continue
+            if found.labelled is not None:
+                made, why = next(labelled), "the loss would count none of its tokens"
+            elif found.prompt is not None:
+                made, why = behind_prompt(next(halves).ids, next(halves).ids), "its completion makes no token"
+            else:
+                made, why = next(conversations), "the template shows none of its answers"
+            yield made if made.scored[1:].any() else RecordError(why)
 
-    def text_of(self, said: Conversation | Completion) -> str:
+    def _conversations(self, texts: Sequence[_Text]) -> Iterator[Sample]:
+        all_said = [found.text for found in texts]
+        if self._lengths is None:
+            encodings = self.encoder.encode_batch(all_said, add_special_tokens=False)
+            yield from (within_spans(each, found.spans) for each, found in zip(encodings, texts, strict=True))
+            return
+        encodings = self.encoder.encode_batch_fast(all_said, add_special_tokens=False)
+        for encoding, found in zip(encodings, texts, strict=True):
+            tokens = as_array(encoding.ids)
+            answers = tokens_within(self._lengths, tokens, found.text, found.spans)
+            if answers is None:
+                yield within_spans(self.encoder.encode(found.text, add_special_tokens=False), found.spans)
+                continue
+            scored = np.zeros(tokens.size, np.bool_)
+            for first, stop in answers:
+                scored[first:stop] = True
+            yield Sample(tokens, scored)
+
+    def _of_pieces(self, all_said: Sequence[Labelled]) -> Iterator[Sample]:
+        """As Axolotl's input_output: every piece by itself, without what the tokenizer puts around a text."""
+        pieces = [piece for said in all_said for piece in said.pieces]
+        encodings = iter(self.encoder.encode_batch_fast(pieces, add_special_tokens=False))
+        for said in all_said:
+            ids = [next(encodings).ids for _ in said.pieces]
+            scored = np.repeat(np.array(said.counted), [len(each) for each in ids])
+            yield Sample(as_array(list(chain.from_iterable(ids))), scored)
+
+    def text_of(self, said: Said) -> str:
         """What is tokenized.
 
         Raises:

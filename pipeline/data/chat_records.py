@@ -17,7 +17,7 @@ from pipeline.data.discovery import listed, matched, walk
 from pipeline.data.json_list import read_objects
 from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records
 from pipeline.data.packed import opened, packing_of
-from pipeline.data.schemas import COLUMNS, LISTS, PAIR, NoSchema, schema_of
+from pipeline.data.schemas import COLUMNS, LISTS, PAIR, SEGMENTS, NoSchema, schema_of
 from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
 from pipeline.reporting.words import counted
 from pipeline.storage.lfs import refuse_pointer
@@ -164,7 +164,7 @@ def _objects(file: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _rows(file: Path, kind: str, packing: str, columns: Columns) -> Iterator[Record]:
-    lists, pair = ({columns.get(name, name) for name in names} for names in ((*LISTS, "history"), PAIR))
+    lists, pair = ({columns.get(name, name) for name in names} for names in ((*LISTS, SEGMENTS, "history"), PAIR))
     with open_table(file, kind, packing) as table:
         nothing = dict.fromkeys(table.columns)
         for number, row in table.rows(tuple(columns.values()) or COLUMNS):

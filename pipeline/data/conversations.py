@@ -1,4 +1,4 @@
-"""What a record of a known schema says: a conversation as chat templates take it, or a plain text and how it goes on.
+"""What a record of a known schema says: a conversation as chat templates take it, or text that none renders.
 
 A record that cannot be trained on is a `RecordError`, which the caller counts.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.schemas import FLAT, LISTS, NOT_READ, PLAIN, SPOKEN, SYSTEMS, Flat, schema_of
+from pipeline.data.schemas import FLAT, LISTS, NOT_READ, PLAIN, SEGMENTS, SPOKEN, SYSTEMS, Flat, schema_of
 
 _ROLES = {
     "human": "user",
@@ -35,6 +35,9 @@ _FINER = ("train_detail", "training_detail", "loss_scale")
 """Names under which one says it of parts of itself, or of how much."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of the parts of a message's content that are text."""
+
+
+_OF_LOSS = frozenset({*_FLAGS, *_FINER})
 
 
 class RecordError(Exception):
@@ -63,6 +66,19 @@ class Completion:
     """What the loss counts, with the end of text behind it."""
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Text in pieces that are tokenized one by one, which no template renders and nothing is put around."""
+
+    pieces: tuple[str, ...]
+    counted: tuple[bool, ...]
+    """Whether the loss counts each piece."""
+
+
+Said = Conversation | Completion | Labelled
+"""What one record says, in any of these forms."""
+
+
 def text_in(content: Any) -> str:
     """The text of a message's content."""
     if isinstance(content, list):
@@ -70,7 +86,7 @@ def text_in(content: Any) -> str:
     return content or ""
 
 
-def conversation_of(record: dict[str, Any], schema: str | None = None) -> Conversation | Completion:
+def conversation_of(record: dict[str, Any], schema: str | None = None) -> Said:
     """What a record says.
 
     An assistant message with `weight: 0`, `train: false` or the like (`_FLAGS`) is shown to the model, not trained on.
@@ -88,6 +104,8 @@ def conversation_of(record: dict[str, Any], schema: str | None = None) -> Conver
         raise RecordError(f"it has {held}, which is not read here")
     if schema == PLAIN:
         return _completion(record)
+    if schema == SEGMENTS:
+        return _labelled(record)
     messages = _flat(record, FLAT[schema]) if schema in FLAT else _listed(record, schema)
     system = _system(record)
     if system and not (messages and messages[0].get("role") in ("system", "developer")):
@@ -111,10 +129,34 @@ def _completion(record: dict[str, Any]) -> Completion:
         raise RecordError("its prompt is missing")
     if not isinstance(completion, str) or not completion.strip():
         raise RecordError("an answer is empty")
+    _refuse_beside(record, "a prompt of plain text; write that into the prompt")
+    return Completion(prompt, completion)
+
+
+def _refuse_beside(record: dict[str, Any], what: str) -> None:
     beside = next((name for name in (*SYSTEMS, "tools", "history") if record.get(name)), None)
     if beside is not None:
-        raise RecordError(f"it has {beside} beside a prompt of plain text; write that into the prompt")
-    return Completion(prompt, completion)
+        raise RecordError(f"it has {beside} beside {what}")
+
+
+def _labelled(record: dict[str, Any]) -> Labelled:
+    segments = record.get(SEGMENTS)
+    if not isinstance(segments, list):
+        raise RecordError("its segments are no list")
+    for segment in segments:
+        if not isinstance(segment, dict):
+            raise RecordError("a segment is no object with a label and a text")
+        if not isinstance(segment.get("text"), str):
+            raise RecordError("a segment's text is not a string")
+        if segment.get("label") not in (0, 1):
+            raise RecordError("a segment's label is not true or false")
+    _refuse_beside(record, "segments; write that into one")
+    said = Labelled(tuple(each["text"] for each in segments), tuple(bool(each["label"]) for each in segments))
+    if not any(said.counted):
+        raise RecordError("none of its segments has the label true, so it has no answer")
+    if not any(text and counted for text, counted in zip(said.pieces, said.counted, strict=True)):
+        raise RecordError("its segments with the label true are empty")
+    return said
 
 
 def _listed(record: dict[str, Any], schema: str) -> list[dict[str, Any]]:
@@ -285,6 +327,8 @@ def _is_parts(content: Any) -> bool:
 
 def _flag(message: dict[str, Any]) -> bool | None:
     """Take out what a message says of the loss: whether it is counted; None: nothing."""
+    if _OF_LOSS.isdisjoint(message):
+        return None
     finer = next((name for name in _FINER if name in message), None)
     if finer is not None:
         raise RecordError(f"a message has {finer}, and the loss counts whole answers or none of them")

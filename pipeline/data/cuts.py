@@ -79,8 +79,8 @@ class FastRule:
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
-        self._normalizers = list(_flat(record.get("normalizer"), "normalizers"))
-        self._splitters = list(_flat(record.get("pre_tokenizer"), "pretokenizers"))
+        self._normalizers = list(parts_of(record.get("normalizer"), "normalizers"))
+        self._splitters = list(parts_of(record.get("pre_tokenizer"), "pretokenizers"))
         self._model = record["model"]
         self._joined: set[tuple[str, str]] | None = None
         self._engines: dict[int, Any] = {}
@@ -214,10 +214,15 @@ class FastRule:
         return (left, right) not in self._joined
 
 
-def _flat(part: dict[str, Any] | None, members: str) -> Iterable[dict[str, Any]]:
+def parts_of(part: dict[str, Any] | None, members: str) -> Iterable[dict[str, Any]]:
+    """A part of a tokenizer.json, or those that it is a sequence of.
+
+    Args:
+        members: key of those.
+    """
     if part is not None and part["type"] == "Sequence":
         for member in part[members]:
-            yield from _flat(member, members)
+            yield from parts_of(member, members)
     elif part is not None:
         yield part
 

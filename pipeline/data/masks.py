@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.conversations import RecordError
+from pipeline.data.places import as_array
 
 _KEPT = 64
 """Tokens that a truncated stretch keeps at each end: the question stands at one of them, and headers of the message."""
@@ -35,7 +36,7 @@ def within_spans(encoding: Any, spans: list[tuple[int, int]]) -> Sample:
         encoding: the library's, of the text.
         spans: from where to where, in characters.
     """
-    tokens = np.array(encoding.ids, dtype=np.uint32)
+    tokens = as_array(encoding.ids)
     scored = np.zeros(tokens.size, np.bool_)
     for start, stop in spans:
         # As transformers: through the first token of the last character. Characters that a normalizer drops have none;
@@ -58,7 +59,7 @@ def behind_prompt(prompt: list[int], whole: list[int]) -> Sample:
         prompt: ids of the prompt alone.
         whole: ids of the prompt and what follows it.
     """
-    tokens, beginning = np.array(whole, dtype=np.uint32), np.array(prompt[: len(whole)], dtype=np.uint32)
+    tokens, beginning = as_array(whole), as_array(prompt[: len(whole)])
     others = np.flatnonzero(tokens[: beginning.size] != beginning)
     same = int(others[0]) if others.size else beginning.size
     return Sample(tokens, np.arange(tokens.size) >= same, joined=same < len(prompt))

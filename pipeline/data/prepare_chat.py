@@ -17,7 +17,7 @@ from parallel.errors import DataError
 from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.chat_records import AS_NAMED, Columns, Record, conversation_files, read_records
-from pipeline.data.conversations import Completion, Conversation, RecordError, conversation_of
+from pipeline.data.conversations import RecordError, Said, conversation_of
 from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.masks import Sample
 from pipeline.data.once import describe, intact, named, once, same_files
@@ -108,7 +108,7 @@ def samples(
     Raises:
         DataError: the template is not prefix-stable, see `ChatTemplate`.
     """
-    told: list[tuple[Record, Conversation | Completion | RecordError]] = []
+    told: list[tuple[Record, Said | RecordError]] = []
     for record in records:
         try:
             told.append((record, conversation_of(record.value, record.schema)))

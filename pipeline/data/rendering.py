@@ -150,7 +150,7 @@ class Renderer:
 
     def _as_taken(self, conversation: Conversation) -> Conversation:
         """The conversation with content in parts only for a template that takes such."""
-        if self._takes_parts:
+        if self._takes_parts or not any(type(message.get("content")) is list for message in conversation.messages):
             return conversation
         return replace(conversation, messages=with_joined_parts(conversation.messages))
 

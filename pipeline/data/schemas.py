@@ -10,6 +10,8 @@ LISTS = {"messages": "messages", "conversations": "ShareGPT"}
 PAIR = ("prompt", "completion")
 PLAIN, SPOKEN = "prompt and completion as text", "prompt and completion as messages"
 """TRL's pairs, by the form of both."""
+SEGMENTS = "segments"
+"""Axolotl's pieces of text with their labels: the key, and the schema."""
 CONTEXTS = ("input", "context")
 """What may stand behind an instruction, one of them."""
 SYSTEMS = ("system", "system_prompt")
@@ -41,9 +43,10 @@ FLAT = {
     "input and output": Flat("input", "output"),
 }
 _FIELDS = {name for flat in FLAT.values() for name in flat.names}
-READ = (*LISTS, *PAIR, *sorted(_FIELDS), *SYSTEMS, "tools", "history")
+READ = (*LISTS, *PAIR, SEGMENTS, *sorted(_FIELDS), *SYSTEMS, "tools", "history")
 """Every key of a record that is read, at its top."""
-COLUMNS = (*READ, "chosen", "rejected", "label", "kto_tag", *NOT_READ)
+_OF_OTHERS = frozenset({"chosen", "rejected", "label", "kto_tag"})
+COLUMNS = (*READ, *sorted(_OF_OTHERS), *NOT_READ)
 """These, and those that tell that a record is of another kind."""
 
 
@@ -52,7 +55,7 @@ class NoSchema(Exception):
 
 
 def schema_of(record: dict[str, Any], first: str | None = None) -> str:
-    """The schema of a record: a value of `LISTS`, a key of `FLAT`, `PLAIN` or `SPOKEN`.
+    """The schema of a record: a value of `LISTS`, a key of `FLAT`, `PLAIN`, `SPOKEN` or `SEGMENTS`.
 
     Args:
         first: schema of the records before it; one that only lacks something of it is of that schema too.
@@ -60,28 +63,34 @@ def schema_of(record: dict[str, Any], first: str | None = None) -> str:
     Raises:
         NoSchema: it has none, or is of a kind that supervised fine-tuning does not take.
     """
-    filled = {name for name in COLUMNS if record.get(name) not in (None, "", [])}
-    _refuse_preferences(record, filled)
+    if not _OF_OTHERS.isdisjoint(record):
+        _refuse_preferences(record, _filled(record))
     for key, schema in LISTS.items():
         if isinstance(record.get(key), list):
             return schema
     pair = [record[name] for name in PAIR if name in record]
     if len(pair) == 2 and pair != [None, None]:
         return _pair(*pair)
-    held = filled & _FIELDS
+    held = _filled(record) & _FIELDS
     whole = {name: flat for name, flat in FLAT.items() if flat.question in record and flat.answer in record}
     for name, flat in whole.items():
         if held <= flat.names and len(held & set(flat.contexts)) < 2:
             return name
+    if isinstance(record.get(SEGMENTS), list):
+        return SEGMENTS
     if first in FLAT and held and held <= FLAT[first].names:
         return first
     if first in (PLAIN, SPOKEN) and pair:
         return first
-    for key, schema in LISTS.items():
+    for key, schema in {**LISTS, SEGMENTS: SEGMENTS}.items():
         # Though there is nothing in it, or something else: a record that is left out and counted.
         if key in record:
             return schema
     _refuse(record, held if whole else set())
+
+
+def _filled(record: dict[str, Any]) -> set[str]:
+    return {name for name in COLUMNS if record.get(name) not in (None, "", [])}
 
 
 def is_conversation(record: dict[str, Any]) -> bool:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.conversations import Completion, Conversation, RecordError, conversation_of
-from pipeline.data.schemas import COLUMNS, FLAT, LISTS, PLAIN, SPOKEN, NoSchema, schema_of
+from pipeline.data.conversations import Completion, Conversation, Labelled, RecordError, conversation_of
+from pipeline.data.schemas import COLUMNS, FLAT, LISTS, PLAIN, SEGMENTS, SPOKEN, NoSchema, schema_of
 
 ASKS, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+SHOWN, COUNTED = {"label": False, "text": "Q"}, {"label": True, "text": "A"}
 SAID = [{"role": "system", "content": "S"}, ASKS, ANSWER]
 IN_CONTEXT = [{"role": "user", "content": "Q\n\nC"}, ANSWER]
 READ: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
@@ -39,6 +40,8 @@ READ: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"conversations": [ASKS, ANSWER], "instruction": "I", "response": "R"}, [ASKS, ANSWER]),
     ({"messages": None, "prompt": None, "completion": None, "question": "Q", "answer": "A"}, [ASKS, ANSWER]),
     ({"prompt": SAID[:2], "completion": [ANSWER]}, SAID),
+    ({"messages": [ASKS, ANSWER], "segments": [SHOWN, COUNTED]}, [ASKS, ANSWER]),
+    ({"question": "Q", "answer": "A", "segments": [{"start": 0.5, "text": "Q"}]}, [ASKS, ANSWER]),
     ({"prompt": "Q", "messages": [ASKS, ANSWER], "chosen": [ASKS, ANSWER], "rejected": [ASKS, ANSWER]}, [ASKS, ANSWER]),
 ]
 
@@ -110,6 +113,15 @@ LEFT_OUT: list[tuple[dict[str, Any], str]] = [
     ({"messages": [ASKS, {**ANSWER, "train_detail": []}]}, "has train_detail, and the loss counts whole answers"),
     ({"messages": [ASKS, {**ANSWER, "weight": 0.5}]}, "a message's weight is not true or false, 0 or 1"),
     ({"messages": [{**ASKS, "train": True}, ANSWER]}, "a user message is to be trained on"),
+    ({"segments": []}, "none of its segments has the label true, so it has no answer"),
+    ({"segments": None}, "its segments are no list"),
+    ({"segments": [SHOWN]}, "none of its segments has the label true"),
+    ({"segments": [SHOWN, {"label": True, "text": ""}]}, "its segments with the label true are empty"),
+    ({"segments": [SHOWN, "A"]}, "a segment is no object with a label and a text"),
+    ({"segments": [SHOWN, {"label": True, "text": None}]}, "a segment's text is not a string"),
+    ({"segments": [SHOWN, {"label": "true", "text": "A"}]}, "a segment's label is not true or false"),
+    ({"segments": [SHOWN, {"text": "A"}]}, "a segment's label is not true or false"),
+    ({"segments": [SHOWN, COUNTED], "tools": [{}]}, "it has tools beside segments; write that into one"),
 ]
 
 
@@ -117,6 +129,14 @@ LEFT_OUT: list[tuple[dict[str, Any], str]] = [
 def test_records_that_are_left_out(record: dict[str, Any], words: str) -> None:
     with pytest.raises(RecordError, match=words):
         conversation_of(record)
+
+
+def test_segments_are_read_as_they_are() -> None:
+    record = {"segments": [SHOWN, {**COUNTED, "id": 3}, {"label": 0, "text": ""}, {"label": 1, "text": " "}], "id": 1}
+    assert schema_of(record) == SEGMENTS
+    assert conversation_of(record) == Labelled(("Q", "A", "", " "), (False, True, False, True))
+    # Both ways round: what is there tells the form, not what the others before it had.
+    assert schema_of({"segments": None}, "Alpaca") == schema_of({"question": "Q", "segments": []}, SEGMENTS) == SEGMENTS
 
 
 def test_what_lacks_something_is_of_the_schema_of_those_before_it() -> None:
@@ -174,7 +194,9 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["", "user", "A"]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "type", "weight"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "type", "weight", "label"]), inner
+        )
     ),
     max_leaves=8,
 )
@@ -192,9 +214,11 @@ def test_whatever_a_record_holds_it_is_read_or_refused(record: dict[str, Any]) -
     except (NoSchema, RecordError) as reason:
         assert str(reason)
         return
-    assert schema_of(record) in {*FLAT, *LISTS.values(), SPOKEN, PLAIN}
+    assert schema_of(record) in {*FLAT, *LISTS.values(), SPOKEN, PLAIN, SEGMENTS}
     if isinstance(said, Conversation):
         answers = [message for message in said.messages if message["role"] == "assistant"]
         assert len(answers) == len(said.trained) and any(said.trained)
-    else:
+    elif isinstance(said, Completion):
         assert record["completion"] == said.completion != ""
+    else:
+        assert len(said.pieces) == len(said.counted) == len(record["segments"])
