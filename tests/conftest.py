@@ -82,7 +82,7 @@ def cuda_present() -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m crowd` is asked for a few files' tests, and to import the other two hundred takes longer than some of them."""
+    """`-m crowd` asks for tests of a few files; to import the other two hundred takes longer than some of them."""
     if config.option.markexpr == "crowd" and collection_path.suffix == ".py" and collection_path.name != "__init__.py":
         return True if "crowd" not in collection_path.read_text() else None
     return None
