@@ -35,7 +35,7 @@ def compile_late(function: Callable[..., Any] | None = None, **options: Any) -> 
 @contextlib.contextmanager
 def late() -> Iterator[None]:
     """For an import of megatron-core."""
-    torch.compile = compile_late
+    torch.compile = compile_late  # type: ignore[assignment]
     try:
         yield
     finally:
