@@ -18,16 +18,18 @@ from parallel.world import cpu_standins
 from parallel.world.agreement import require_alike
 from parallel.world.context_shard import ContextShard
 from parallel.world.grid import Coordinates, GridPlan
+from parallel.world.late_compile import late
 from parallel.world.lone_rank import stand_in
 from parallel.world.meeting import arrive
 from parallel.world.rank_env import RankEnv
 
 # At its import megatron warns of optional packages that this product does not use.
 warnings.filterwarnings("ignore", module="megatron")
-cpu_standins.install()  # before megatron.core: without triton its import needs the stand-in
+with late():
+    cpu_standins.install()  # before megatron.core: without triton its import needs the stand-in
 
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 START = datetime.timedelta(minutes=10)
 """Time the last rank may come after the first."""

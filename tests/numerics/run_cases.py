@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,10 @@ def write_case(folder: Path, name: str, model: str = "llama", **over: Any) -> Pa
         if not (folder / part).exists():
             (folder / part).mkdir()
             rng = np.random.default_rng(number)
-            for document in range(40):
-                letters = rng.integers(97, 105, rng.integers(10, 60)).astype(np.uint8)
-                (folder / part / f"{document:02d}.txt").write_text(letters.tobytes().decode())
+            for file in range(4):  # to be read in order; one a document would take longer to find than to train on
+                texts = [rng.integers(97, 105, rng.integers(10, 60)).astype(np.uint8).tobytes() for _ in range(10)]
+                lines = [json.dumps({"text": text.decode()}) + "\n" for text in texts]
+                (folder / part / f"{file}.jsonl").write_text("".join(lines))
     path = folder / f"{name}.yaml"
     files = {"base": base, "text": folder / "text", "held_out": folder / "held-out", "output": folder / name}
     path.write_text(YAML.format(**files, **settings))

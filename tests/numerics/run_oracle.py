@@ -51,9 +51,10 @@ def _ids(tokenizer: Path, text: str) -> list[int]:
 
 
 def _stream(base: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Every file's tokens and an EOS, in the order of their names; the document of every token."""
+    """Every line's tokens and an EOS, in the order of the files' names; the document of every token."""
     eos = json.loads((base / "config.json").read_text())["eos_token_id"]
-    documents = [[*_ids(base / "tokenizer.json", path.read_text()), eos] for path in sorted(folder.glob("*.txt"))]
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    documents = [[*_ids(base / "tokenizer.json", json.loads(line)["text"]), eos] for line in lines]
     owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
     return np.concatenate(documents), owners
 

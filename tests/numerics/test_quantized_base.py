@@ -23,7 +23,17 @@ from pipeline.planning.attention_layout import SequenceLayout
 from pipeline.planning.rope import plan_rope
 from tests.numerics.test_lora_parity import EVERY, peft_name, peft_twin, randomize_b, with_adapters
 from tests.numerics.test_model_parity import FULL, stage_of
-from tests.numerics.test_parallel_parity import CP2, OFFLOAD, PP2, TP2, Grid, _observe, observe_alone, write_config
+from tests.numerics.test_parallel_parity import (
+    CP2,
+    OFFLOAD,
+    PP2,
+    TP2,
+    Grid,
+    _observe,
+    observe_alone,
+    of_grid,
+    write_config,
+)
 from tests.support.ranks import run_ranks
 from tests.support.single import single_groups
 from tests.support.tiny_models import make_tiny
@@ -186,7 +196,7 @@ FP8_CASES = [("fp8", TP2), ("fp8", Grid(engine=OFFLOAD))]
 def test_every_kind_of_grid_trains_as_one_process(tmp_path: Path) -> None:
     """The weights are the same everywhere. Of FP8 one rounding of an activation that falls the other way changes all
     later ones, and under tensor parallelism a rank scales its share of a row of activations alone."""
-    cases = [*NF4_CASES, *FP8_CASES]
+    cases = [of_grid(name, grid, 2) for name, grid in (*NF4_CASES, *FP8_CASES)]
     references = observe_alone(tmp_path / "alone", sorted({name for name, _ in cases}), STEPS)
     paths = [str(write_config(tmp_path, name, grid)) for name, grid in cases]
     found = run_ranks(_observe, 2, paths, STEPS, timeout=600)[0]

@@ -60,9 +60,13 @@ CASES: dict[str, dict[str, Any]] = {
     "layers-pp2": {"pp": 2, "shifted": "odd_layers"},
     "dilated-tp2": {"tp": 2, "group": "group_fraction: 0.25, dilation: 2"},
     **{f"dropout-{grid}": {**GRIDS[grid], "dropout": DROPOUT} for grid in ("tp2", "cp2")},
-    # Chunks spread over context ranks, of which a shard is shorter than half a group; over tensor ranks; replicas.
+    # Chunks, three and a short one, spread over context ranks, of which a shard is shorter than half a group; over
+    # tensor ranks; replicas.
     **{
-        f"streamed-{grid}": {**GRIDS[grid], "group": "group_size: 16", "full_last": 0, "stream": 12, "steps": 2}
+        f"streamed-{grid}": {
+            **GRIDS[grid],
+            **{"group": "group_size: 16", "full_last": 0, "stream": 12, "sequence": 39, "steps": 2},
+        }
         for grid in ("tp2", "cp2", "dp2", "zero3")
     },
     "shared": {"tp": 2, "dropout": DROPOUT, "steps": 2},

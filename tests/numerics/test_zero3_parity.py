@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.test_parallel_parity import OFFLOAD, ZERO3, Grid, compare_all, observe_alone
+from tests.numerics.test_parallel_parity import OFFLOAD, ZERO3, Grid, compare_all, observe_alone, of_grid
 from tools.support.parity import Observed
 
 STEPS = 5
@@ -34,10 +34,14 @@ CASES: dict[int, list[tuple[str, Grid]]] = {
 }
 
 
+def cases_of(world: int) -> list[tuple[str, Grid]]:
+    return [of_grid(name, grid, world) for name, grid in CASES[world]]
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
     """What one process computes, by model."""
-    names = {name for cases in CASES.values() for name, _ in cases}
+    names = {name for world in CASES for name, _ in cases_of(world)}
     return observe_alone(tmp_path_factory.mktemp("reference"), sorted(names), STEPS)
 
 
@@ -46,4 +50,4 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
 @pytest.mark.crowd
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_zero3_equals_one_process(world: int, references: dict[str, Observed], tmp_path: Path) -> None:
-    compare_all(world, CASES[world], references, tmp_path, STEPS)
+    compare_all(world, cases_of(world), references, tmp_path, STEPS)

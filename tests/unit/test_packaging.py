@@ -141,7 +141,11 @@ def plans_for_itself(tree: ast.AST) -> Iterator[str]:
 Rule = Callable[[ast.AST], Iterator[str]]
 RULES: dict[Rule, tuple[str, ...]] = {
     reads_rank_environment: ("parallel/world/rank_env.py",),
-    patches_library: ("parallel/world/cpu_standins.py", "parallel/world/lone_rank.py"),
+    patches_library: (
+        "parallel/world/cpu_standins.py",
+        "parallel/world/late_compile.py",
+        "parallel/world/lone_rank.py",
+    ),
     reads_parallel_state: ("parallel/world/cpu_standins.py", "parallel/world/groups.py"),
     loads_unsafely: (),
     plans_for_itself: (

@@ -30,9 +30,11 @@ name = "megatron.core.transformer.moe.ops.paged_stash"
 sys.modules[name] = types.ModuleType(name)
 for constant in ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_pop_kernel"):
     setattr(sys.modules[name], constant, None)
-import megatron.core.pipeline_parallel.schedules
-import megatron.core.tensor_parallel.random
 from parallel.world import cpu_standins
+from parallel.world.late_compile import late
+with late():
+    import megatron.core.pipeline_parallel.schedules
+    import megatron.core.tensor_parallel.random
 
 before = snapshot()
 assert len(before) > 20 and "torch.cuda" in before
@@ -51,9 +53,11 @@ ABSENT = (
     SNAPSHOT.format(cuda=False)
     + """
 from parallel.world import cpu_standins
+from parallel.world.late_compile import late
 
 before = snapshot()
-assert cpu_standins.install() is True
+with late():
+    assert cpu_standins.install() is True
 after = snapshot()
 changed = {k for k in before["torch.cuda"] if after["torch.cuda"][k] != before["torch.cuda"][k]}
 assert changed == set(cpu_standins._cpu_stand_ins()), changed
