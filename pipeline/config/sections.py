@@ -39,10 +39,11 @@ WITHOUT = (
     "balanced_attention",
     "early_halos",
     "short_first_pass",
+    "scored_tokens",
     "kernels",
 )
-OF_ANY_FAMILY = ("balanced_attention",)
-"""Those of attention alone, which is the same whatever model.family says."""
+OF_ANY_FAMILY = ("balanced_attention", "early_halos", "short_first_pass", "scored_tokens")
+"""Those of attention, streaming and the loss, which are the same whatever model.family says."""
 S2_SETTINGS = ("group_size", "group_fraction", "shifted_heads", "dilation", "legacy_wrap")
 """Settings of `attention` that mean nothing with kind full (whose last steps are full anyway)."""
 
@@ -305,7 +306,7 @@ class TrainConfig:
     fused_qkv (q, k, v cut and RoPE in one kernel) | balanced_attention (of full attention under parallel.cp, queries
     moved to ranks with less work) | early_halos (of a streamed chunk, each layer's halo copied to the GPU before the
     weights of layers beyond it) | short_first_pass (of a streamed chunk, no more computed than later chunks read) |
-    kernels (all of Triton's)."""
+    scored_tokens (where some labels count alone, logits of the others are not made) | kernels (all of Triton's)."""
     stream: int | str | None = None
     """S² streaming: tokens of a sequence at work at once, over all ranks of a replica (the GPU's memory then depends on
     them, not on data.sequence) | auto (what fits); null: whole sequences."""

@@ -20,7 +20,7 @@ from parallel.world.context_shard import ContextShard
 from pipeline.config.sections import LoraConfig
 from pipeline.model.attention.layer import AttentionContext, Past
 from pipeline.model.layers.frozen_weight import FrozenWeight, kept_by
-from pipeline.model.layers.loss import VocabShard, sum_cross_entropy, token_losses, token_scores
+from pipeline.model.layers.loss import VocabShard, scored_tokens, sum_cross_entropy, token_losses, token_scores
 from pipeline.model.layers.rotary import rope_tables
 from pipeline.model.spec import block_submodules
 from pipeline.planning.arch import LlamaArch
@@ -125,6 +125,7 @@ class LlamaChunk(MegatronModule):
             self.output_layer.weight.shared_copy = arch.tied
         self.shards: FrozenShards | None = None
         """As in any `load.Part`; a whole `RankModel` may have them."""
+        self._picks = "scored_tokens" not in without
         self._before_output: Callable[[], None] = lambda: None
         self._tables: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -229,10 +230,27 @@ class LlamaChunk(MegatronModule):
         self._before_output()
         return hidden.flatten(0, 1), labels_BS.t().reshape(-1)
 
-    def loss_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Sum of cross entropies in nats over local labels that are not IGNORE; fp32 scalar, differentiable."""
+    def scored_tokens(self, labels_BS: torch.Tensor) -> torch.Tensor | None:
+        """For `loss_of`, on the device: which tokens are scored, if it may leave out the others.
+
+        Args:
+            labels_BS: the same in host memory.
+        """
+        scored = scored_tokens(labels_BS.t().reshape(-1)) if self._picks and self.tp_size == 1 else None
+        if scored is None or self.device.type == "cpu":
+            return scored
+        return scored.pin_memory().to(self.device, non_blocking=True)
+
+    def loss_of(
+        self, hidden: torch.Tensor, labels_BS: torch.Tensor, scored: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum of cross entropies in nats over local labels that are not IGNORE; fp32 scalar, differentiable.
+
+        Args:
+            scored: from `scored_tokens`; None: products are made of all.
+        """
         hidden_LH, labels_T = self._scored(hidden, labels_BS)
-        return sum_cross_entropy(hidden_LH, self.output_weight, labels_T, self.vocab_shard)
+        return sum_cross_entropy(hidden_LH, self.output_weight, labels_T, self.vocab_shard, scored)
 
     @torch.no_grad()
     def losses_of(self, hidden: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:

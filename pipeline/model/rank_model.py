@@ -49,6 +49,8 @@ class LocalBatch:
     """int64 [B, L]; IGNORE on padding."""
     layout: SequenceLayout
     """Of the whole padded sequences."""
+    scored: torch.Tensor | None
+    """As `LlamaChunk.scored_tokens` has it of the last stage, on whose ranks it is read."""
 
 
 class RankModel(torch.nn.Module):
@@ -169,11 +171,12 @@ class RankModel(torch.nn.Module):
         def local(values: torch.Tensor, filler: int) -> torch.Tensor:
             if padding:
                 values = functional.pad(values, (0, padding), value=filler)
-            if plan.cp > 1:
-                values = values[:, start : start + share].contiguous()
-            return values.to(self.groups.device, non_blocking=True)
+            return values[:, start : start + share].contiguous() if plan.cp > 1 else values
 
-        return LocalBatch(local(batch.tokens, 0), local(batch.labels, IGNORE), layout)
+        tokens, labels = local(batch.tokens, 0), local(batch.labels, IGNORE)
+        scored = self.stages[-1].scored_tokens(labels) if self.stages[-1].chunk.last else None
+        tokens, labels = (values.to(self.groups.device, non_blocking=True) for values in (tokens, labels))
+        return LocalBatch(tokens, labels, layout, scored)
 
     def _context(self, stage: LlamaChunk, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
         return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
@@ -234,7 +237,7 @@ class RankModel(torch.nn.Module):
             hidden = stage.hidden(batch.tokens, contexts[number][id(stage)])
             if not stage.chunk.last:
                 return hidden
-            loss = stage.loss_of(hidden, batch.labels)
+            loss = stage.loss_of(hidden, batch.labels, batch.scored)
             count(number, loss.detach().double())
             return loss * scale
 

@@ -138,6 +138,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "fused_qkv": {"fused_qkv": False},
     "balanced_attention": {},  # no class: attention's spec says it (`RunPlan.of`)
     "early_halos": {},  # nor here: copies are in another order (`streaming.fetch_halos_early`)
+    "scored_tokens": {},  # the loss's (`LlamaChunk.scored_tokens`)
     "short_first_pass": {},  # nor here: `streaming.SequenceStream`
     "kernels": {
         "fused": False,

@@ -234,8 +234,9 @@ class SequenceStream:
         for number in range(last, -1, -1):
             if replays and number < last:
                 set_rng_state(states.pop(number))
-            labels = own_tokens(batch.labels, self._shard(stream, number), IGNORE, model.groups.device)
-            loss = stage.loss_of(hidden(number, False), labels)
+            own = own_part(batch.labels, self._shard(stream, number), IGNORE)
+            labels, scored = own.to(model.groups.device, non_blocking=True), stage.scored_tokens(own)
+            loss = stage.loss_of(hidden(number, False), labels, scored)
             if replays and number == last:
                 after = rng_state()
             total.add_(loss.detach().double())
@@ -283,13 +284,18 @@ class SequenceStream:
         )
 
 
-def own_tokens(values_BN: torch.Tensor, shard: ContextShard, filler: int, device: torch.device) -> torch.Tensor:
-    """A shard's tokens [B, L] of whole sequences in host memory, padded on the right, on the device."""
+def own_part(values_BN: torch.Tensor, shard: ContextShard, filler: int) -> torch.Tensor:
+    """A shard's tokens [B, L] of whole sequences, padded on the right."""
     values = values_BN[:, shard.start : shard.stop]
     missing = shard.tokens - values.shape[1]
     if missing:
         values = functional.pad(values, (0, missing), value=filler)
-    return values.contiguous().to(device, non_blocking=True)
+    return values.contiguous()
+
+
+def own_tokens(values_BN: torch.Tensor, shard: ContextShard, filler: int, device: torch.device) -> torch.Tensor:
+    """`own_part` of values in host memory, on the device."""
+    return own_part(values_BN, shard, filler).to(device, non_blocking=True)
 
 
 def padded_layout(batch: Batch, stream: StreamPlan) -> SequenceLayout:

@@ -13,8 +13,9 @@ import torch
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import WITHOUT, LoraConfig
 from pipeline.data.loader import Batch
+from pipeline.data.packing import IGNORE
 from pipeline.model import spec
-from pipeline.model.layers import lora_functions, norm
+from pipeline.model.layers import lora_functions, loss, norm
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import mark_trainable
 from pipeline.planning.arch import read_arch
@@ -29,6 +30,8 @@ def test_each_word_switches_one_off_and_gradients_stay(tmp_path: Path) -> None:
     assert set(spec.WITHOUT) == set(WITHOUT)
     arch = read_arch(make_tiny(tmp_path, "tinyllama", num_hidden_layers=2))
     tokens = torch.randint(0, arch.vocab, (1, 48), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, :20] = IGNORE
     adapters = LoraConfig(rank=3, targets=("q", "v", "o", "gate", "down"))
     found, joint = {}, {}
     for words in ((), *((word,) for word in WITHOUT), WITHOUT):
@@ -42,9 +45,14 @@ def test_each_word_switches_one_off_and_gradients_stay(tmp_path: Path) -> None:
         layer = model.stages[0].decoder.layers[0]
         assert isinstance(layer.input_layernorm, norm.StreamNorm) is not bool({"stream_norm", "kernels"} & set(words))
         assert layer.self_attention.fused_qkv is not bool({"fused_qkv", "kernels"} & set(words))
-        with mock.patch.object(lora_functions.Joint, "forward", side_effect=lora_functions.Joint.forward) as joined:
-            model.train().train_step([Batch(tokens, tokens, None)], AttentionSpec("s2", 16), 1 / 48)
+        with (
+            mock.patch.object(lora_functions.Joint, "forward", side_effect=lora_functions.Joint.forward) as joined,
+            mock.patch.object(loss, "_logits", side_effect=loss._logits) as made,
+        ):
+            model.train().train_step([Batch(tokens, labels, None)], AttentionSpec("s2", 16), 1 / 48)
         joint[words] = joined.call_count
+        logits = sum(len(call.args[0]) for call in made.call_args_list)
+        assert logits == (48 if "scored_tokens" in words else 28)
         found[words] = {name: p.grad for name, p in model.canonical_parameters() if p.grad is not None}
     # qkv, o, gate and up, down of two layers.
     assert joint == {words: 0 if "joint_adapters" in words else 8 for words in joint}

@@ -28,6 +28,8 @@ CHUNK_LOGITS = 1 << 25
 """Logits held at once (fp32: 128 MiB), which sets the chunk's tokens for a vocabulary."""
 LEAST_TOKENS = 128
 """Tokens of a chunk at least."""
+MOST_SCORED = 0.9
+"""Share of scored tokens up to which the others are left out of the products with the output matrix."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gradients[0], gradients[1], None, None
 
 
+def scored_tokens(labels_T: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens are scored, int64, at least one; None: so many that leaving the others out would gain nothing.
+
+    Args:
+        labels_T: in host memory: of a GPU's labels it would have to be waited for.
+    """
+    scored = (labels_T != IGNORE).nonzero()[:, 0]
+    return None if len(scored) > MOST_SCORED * len(labels_T) else scored if len(scored) else scored.new_zeros(1)
+
+
 def sum_cross_entropy(
-    hidden_LH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, shard: VocabShard | None = None
+    hidden_LH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_T: torch.Tensor,
+    shard: VocabShard | None = None,
+    scored: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the scored tokens' cross entropy in nats, fp32 scalar, differentiable in hidden states and weight.
 
@@ -210,5 +226,9 @@ def sum_cross_entropy(
         labels_T: int64 [T]; IGNORE is not scored, and a batch with nothing to score gives 0, not NaN.
         shard: under tensor parallelism, which rows `weight_VH` holds; rank r of the group then gives tokens
             [r L, (r + 1) L) and all the labels. Every rank gets the whole loss and its own tokens' whole gradient.
+        scored: `scored_tokens`, to leave out the others; only without `shard`.
     """
+    if scored is not None:
+        assert shard is None, "a rank of several has other tokens than labels"
+        hidden_LH, labels_T = hidden_LH.index_select(0, scored), labels_T.index_select(0, scored)
     return _LinearCrossEntropy.apply(hidden_LH, weight_VH, labels_T, shard)
