@@ -256,10 +256,12 @@ class SequenceStream:
     ) -> tuple[int, ...]:
         """As `tokens_entering`, but a chunk that is needed at all enters the first layer whole.
 
-        Layers take fewer tokens where one rank has all of a chunk, and where their products take any number.
+        Layers take fewer tokens where one rank has all of a chunk, and where their products take any number. A chunk
+        that nobody reads enters too where other ranks' documents differ and all gather weights together.
         """
         (stage,) = self._model.stages
         grid, cores = self._model.groups.plan, [layer.self_attention.core_attention for layer in stage.decoder.layers]
+        gathers = self._model.shards is not None and self._model.shards.world > 1
         if not cuts_tokens(grid.tp, grid.cp, self._recipe):
             return whole(stream.shards[number], len(cores))
         heads = [core.heads(layer_rule(spec.shifted_heads, core.layer)) for core in cores]
@@ -267,7 +269,7 @@ class SequenceStream:
 
         def make() -> tuple[int, ...]:
             first, *others = tokens_entering(layout, spec, heads, stream.edges, number)
-            return (stream.shards[number] if first else 0, *others)
+            return (stream.shards[number] if first or gathers else 0, *others)
 
         return layout.remember(key, make)
 
