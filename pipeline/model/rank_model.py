@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional
@@ -153,27 +152,13 @@ class RankModel(torch.nn.Module):
 
     def place(self, batch: Batch) -> LocalBatch:
         """This rank's tokens of whole sequences [B, N], on its device, and the layout all ranks share."""
-        rows, sequence = batch.tokens.shape
-        plan = self.groups.plan
-        share = plan.shard_tokens(sequence)
-        padding = plan.cp * share - sequence
-        documents = None if batch.document_ids is None else batch.document_ids.numpy()
-        mask = None
-        if padding:
-            mask = np.broadcast_to(np.arange(sequence + padding) < sequence, (rows, sequence + padding))
-            if documents is not None:
-                documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
-        layout = SequenceLayout.build(rows, sequence + padding, mask, documents)
-        start = self.groups.coordinates.cp * share
-
-        def local(values: torch.Tensor, filler: int) -> torch.Tensor:
-            if padding:
-                values = functional.pad(values, (0, padding), value=filler)
-            if plan.cp > 1:
-                values = values[:, start : start + share].contiguous()
-            return values.to(self.groups.device, non_blocking=True)
-
-        return LocalBatch(local(batch.tokens, 0), local(batch.labels, IGNORE), layout)
+        groups, share = self.groups, self.groups.plan.shard_tokens(batch.tokens.shape[1])
+        shard = replace(self._shard(), tokens=share)
+        tokens, labels = (
+            own_tokens(values, shard, filler, groups.device)
+            for values, filler in ((batch.tokens, 0), (batch.labels, IGNORE))
+        )
+        return LocalBatch(tokens, labels, padded_layout(batch, groups.plan.cp * share))
 
     def _context(self, stage: LlamaChunk, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
         return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
@@ -334,7 +319,7 @@ class RankModel(torch.nn.Module):
         rows, tokens = tokens_BS.shape
         at_once = self.prefill if self.prefill is not None and spec.kind == "full" else tokens
         cut = StreamPlan.of(tokens, at_once if at_once < tokens else plan.cp * plan.shard_tokens(tokens), plan)
-        layout = padded_layout(batch, cut)
+        layout = padded_layout(batch, cut.padded)
         everything = torch.zeros(kinds, rows, cut.padded, device=self.groups.device)
         for past in self.chunks_of(cut):
             self.score_chunk(batch, past, layout, spec, of, everything)

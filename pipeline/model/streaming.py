@@ -207,7 +207,7 @@ class SequenceStream:
         (stage,) = model.stages
         rows, sequence = batch.tokens.shape
         stream = StreamPlan.of(sequence, self.chunk, model.groups.plan)
-        layout = padded_layout(batch, stream)
+        layout = padded_layout(batch, stream.padded)
         last = len(stream.starts) - 1
         total = torch.zeros((), dtype=torch.float64, device=model.groups.device)
         replays = model.lora.dropout > 0.0
@@ -294,14 +294,14 @@ def own_tokens(values_BN: torch.Tensor, shard: ContextShard, filler: int, device
     return values.contiguous().to(device, non_blocking=True)
 
 
-def padded_layout(batch: Batch, stream: StreamPlan) -> SequenceLayout:
-    """Of the whole sequences, with the last chunk's padding."""
+def padded_layout(batch: Batch, tokens: int) -> SequenceLayout:
+    """Of the whole sequences, padded on the right to so many tokens."""
     rows, sequence = batch.tokens.shape
-    padding = stream.padded - sequence
+    padding = tokens - sequence
     documents = None if batch.document_ids is None else batch.document_ids.numpy()
     mask = None
     if padding:
-        mask = np.broadcast_to(np.arange(stream.padded) < sequence, (rows, stream.padded))
+        mask = np.broadcast_to(np.arange(tokens) < sequence, (rows, tokens))
         if documents is not None:
             documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
-    return SequenceLayout.build(rows, stream.padded, mask, documents)
+    return SequenceLayout.build(rows, tokens, mask, documents)
