@@ -20,7 +20,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import load_config
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 
 if TYPE_CHECKING:  # it imports torch
     from parallel.health.watch import Watch
@@ -35,22 +35,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(
-        "--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps, to resume later"
+        "--stop-after", type=whole_number(), help="stop (saved) after N optimizer steps, to resume later"
     )
     parser.add_argument(
         "--profile",
-        type=int,
+        type=whole_number(),
         nargs="?",
         const=PROFILED,
-        metavar="N",
         help=f"record the Nth step from here (default {PROFILED}): trace, memory and a page, in OUTPUT/profile",
     )
-    args = parser.parse_args(argv)
-    if args.profile is not None and args.profile < 1:
-        parser.error(f"--profile: {args.profile} is no number of a step; give 1 or more.")
-    if args.stop_after is not None and args.stop_after < 1:
-        parser.error(f"--stop-after: {args.stop_after} is no number of optimizer steps; give 1 or more.")
-    return args
+    return parser.parse_args(argv)
 
 
 def train(

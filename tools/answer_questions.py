@@ -25,7 +25,7 @@ from pipeline.data.conversations import (
     with_joined_parts,
 )
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 from pipeline.storage.durable import replace_text
 from tools.generate import load_folder
 from tools.support.questions import scored
@@ -90,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--questions", type=user_path, required=True, help="conversations, as longspan make-questions makes"
     )
     parser.add_argument("--chat-template", type=user_path, help="Jinja file (default: the folder's own template)")
-    parser.add_argument("--first", type=int, metavar="N", help="only so many, the first ones (default: all)")
-    parser.add_argument("--tokens", type=int, default=32, help="longest answer (default: %(default)s)")
+    parser.add_argument("--first", type=whole_number(), help="only so many, the first ones (default: all)")
+    parser.add_argument("--tokens", type=whole_number(), default=32, help="longest answer (default: %(default)s)")
     parser.add_argument("--output", type=user_path, help=".json file for every answer and the score")
-    parser.add_argument("--show", type=int, default=2, help="print so many answers (default: %(default)s)")
+    parser.add_argument("--show", type=whole_number(0), default=2, help="print so many answers (default: %(default)s)")
     args = parser.parse_args(argv)
     model = model_folder("--model", args.model)
     conversations = _conversations(args.questions)[: args.first]

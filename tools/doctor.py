@@ -25,7 +25,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 from tools.support.local_ranks import RankFailed, run_local
 from tools.support.shrink import Shrunk, shrink
 
@@ -160,7 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="local processes; default: tp x cp x pp, twice that if at most 8"
+        "--processes", type=whole_number(), help="local processes; default: tp x cp x pp, twice that if at most 8"
     )
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="seconds for everything")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU a process")
@@ -173,8 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     began = time.perf_counter()
     try:
-        if args.processes is not None and args.processes < 1:
-            raise ConfigError(f"--processes: must be at least 1, got {args.processes}.")
         config = load_config(args.config, args.set)
         report = run_doctor(config, args.processes, timeout_s=args.timeout, cuda=args.device == "cuda")
     except RankFailed as error:

@@ -23,7 +23,7 @@ from pipeline.config.paths import model_path, user_path
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 from pipeline.reporting.words import counted
 from tools.support.sources import add_model_arguments, load_source, warn_of
 
@@ -204,8 +204,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
     text.add_argument("--prompt-file", type=user_path, help="a file of it")
-    parser.add_argument("--max-new", type=int, default=64, metavar="N", help="new tokens at most (default 64)")
-    parser.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help=f"tokens at a time (default {CHUNK})")
+    parser.add_argument("--max-new", type=whole_number(), default=64, help="new tokens at most (default 64)")
+    parser.add_argument("--chunk", type=whole_number(), default=CHUNK, help=f"tokens at a time (default {CHUNK})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: though there is a GPU")
@@ -221,9 +221,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence."""
     args = parse(argv)
-    for name in ("max_new", "chunk"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}.")
     if args.temperature < 0:
         raise ConfigError(f"--temperature: must be 0 or more, got {args.temperature}.")
     try:

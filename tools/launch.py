@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 
 PORT = 29500
 """Where machines meet unless MASTER_PORT says otherwise; torchrun's default."""
@@ -119,10 +119,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tools.launch", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--stop-after", type=int, metavar="N", help="stop (saved) after N optimizer steps")
-    parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine, one a GPU")
+    parser.add_argument("--stop-after", type=whole_number(), help="stop (saved) after N optimizer steps")
+    parser.add_argument("--nproc", type=whole_number(), help="start N processes on this machine, one a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: processes without a GPU")
-    parser.add_argument("--profile", type=int, nargs="?", const=0, metavar="N", help="record the Nth step from here")
+    parser.add_argument("--profile", type=whole_number(), nargs="?", const=0, help="record the Nth step from here")
     machines = parser.add_argument_group("several machines (or NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT)")
     machines.add_argument("--nnodes", metavar="M", help="how many there are")
     machines.add_argument("--node-rank", metavar="R", help="which of them this is, from 0")
@@ -154,8 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipeline.train import main as train
 
         return train([*run, *rest])
-    if args.nproc < 1:
-        raise ConfigError(f"--nproc: must be at least 1, got {args.nproc}.")
     machines = read_machines({**os.environ, **given})
     cpu = args.device == "cpu"
     prepare_environment(args.nproc, cpu)

@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.config.yaml_file import load_config
 from pipeline.preflight.files import Finding
 from pipeline.preflight.survey import Launch, survey
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 from tools.support.machine import read_machine
 
 
@@ -63,8 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
     said = f"processes on this machine (default: one a GPU here, {USUAL} where none is seen)"
-    parser.add_argument("--nproc", type=int, metavar="N", help=said)
-    parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines (default 1)")
+    parser.add_argument("--nproc", type=whole_number(), help=said)
+    parser.add_argument("--nnodes", type=whole_number(), default=1, metavar="M", help="machines (default 1)")
     return parser.parse_args(argv)
 
 
@@ -75,9 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = read_machine()
     if args.nproc is None:
         args.nproc = len(machine.gpus) or USUAL
-    for name in ("nproc", "nnodes"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name}: must be at least 1, got {getattr(args, name)}.")
     config = load_config(args.config, args.set)
     findings = survey(config, Launch(args.nproc, args.nnodes), machine, weights_bytes)
     show(findings, Console())

@@ -14,6 +14,7 @@ settings changed on resume).
 from __future__ import annotations
 
 import base64
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from tools.support.report_answers import answers_section
 from tools.support.report_compare import compared_section, draw_compared, named
 from tools.support.report_html import CSS, missing, section, show, table
 from tools.support.report_plan import planned_lines
-from tools.support.report_record import RunRecord, flatten, perplexity_cell, read_run
+from tools.support.report_record import RunRecord, flatten, not_finite, perplexity_cell, read_run
 from tools.support.report_ruler import ruler_section
 
 PAGE = "index.html"
@@ -112,14 +113,18 @@ def training_section(record: RunRecord, images: Mapping[str, str]) -> str:
     rows = record.rows
     if not rows:
         return section("Training", missing(f"No {METRICS_FILE}: this run has not trained."))
-    finite = [row["loss"] for row in rows if row["loss"] == row["loss"]]
-    tail = finite[-10:]
+    finite = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+    tail, broken = finite[-10:], not_finite(rows)
     # The first step of a process pays for warm-up (kernels, caches), so a median is fairer than a mean.
     facts = [
         ("optimizer steps", f"{rows[-1]['step']:,} ({rows[-1]['skipped']} skipped as non-finite)"),
         ("tokens", f"{sum(row['tokens'] for row in rows):,}"),
-        ("loss, first step", f"{finite[0]:.4f}" if finite else "–"),
-        (f"loss, mean of last {len(tail)} steps", f"{statistics.fmean(tail):.4f}" if tail else "–"),
+        ("loss, first step", f"{rows[0]['loss']:.4f}" if math.isfinite(rows[0]["loss"]) else "not finite"),
+        (
+            f"loss, mean of last {len(tail)} {'finite ones' if broken else 'steps'}",
+            f"{statistics.fmean(tail):.4f}" if tail else "–",
+        ),
+        *([("loss is not finite", broken)] if broken else []),
         ("time in steps", duration(sum(row["seconds"] for row in rows))),
         ("seconds a step, median", f"{statistics.median(row['seconds'] for row in rows):.3g}"),
         ("tokens a second, median", f"{statistics.median(row['tokens_per_second'] for row in rows):,.0f}"),

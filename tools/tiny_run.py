@@ -28,7 +28,7 @@ from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config, load_config
 from pipeline.reporting.command import command
-from pipeline.reporting.parser import Parser
+from pipeline.reporting.parser import Parser, whole_number
 from tools.support.local_ranks import ROOT, RankFailed
 from tools.support.shrink import Shrunk, shrink
 
@@ -167,7 +167,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tools.tiny_run", __doc__, "LAUNCH.md")
     parser.add_argument("--config", type=user_path, required=True, help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; repeatable")
-    parser.add_argument("--nproc", type=int, metavar="N", help=f"CPU processes (default: at most {PROCESSES})")
+    parser.add_argument("--nproc", type=whole_number(), help=f"CPU processes (default: at most {PROCESSES})")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="seconds for each start")
     return parser.parse_args(argv)
 
@@ -177,8 +177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 the losses are right, 1 not, 2 wrong configuration."""
     args = parse(argv)
     try:
-        if args.nproc is not None and args.nproc < 1:
-            raise ConfigError(f"--nproc: must be at least 1, got {args.nproc}.")
         config = load_config(args.config, args.set)
         with tempfile.TemporaryDirectory(prefix="longspan-tiny-") as name:
             outcome = run_tiny(config, Path(name), args.nproc, args.timeout)

@@ -31,7 +31,7 @@ from pipeline.evaluation.parked import check_parked
 from pipeline.evaluation.perplexity import EvalReport, TokenNll, cut_windows, evaluate, windows_of
 from pipeline.evaluation.results import RetrievalReport, report_path
 from pipeline.evaluation.ruler.cost import ruler_cost
-from pipeline.evaluation.ruler.results import RulerReport, ruler_path
+from pipeline.evaluation.ruler.results import RulerReport, ruler_path, shipped_ruler
 from pipeline.evaluation.ruler.tasks import RulerCell, RulerSettings, ruler_cells
 from pipeline.evaluation.run_retrieval import run_retrieval
 from pipeline.evaluation.run_ruler import run_ruler
@@ -185,8 +185,7 @@ class Evaluator:
 
     def _base_ruler(self) -> RulerReport | None:
         """RULER of the base as shipped, on rank 0; None: it was not measured."""
-        path = ruler_path(Path(self.config.output), "shipped")
-        return RulerReport.read(path) if self.groups.is_main and path.exists() else None
+        return shipped_ruler(Path(self.config.output)) if self.groups.is_main else None
 
     def riddles(self, asked: RulerSettings, step_tokens: int | None = None) -> tuple[list[RulerCell], str]:
         """RULER's prompts, and what they cost in words; empty where that was said before.

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_report
+from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport
 from pipeline.evaluation.perplexity import EvalReport, exponential
 from pipeline.evaluation.tasks import Cell, RetrievalSettings
 from pipeline.reporting.metrics import json_number
 from pipeline.reporting.words import counted
+from pipeline.storage.json_file import replace_json
 
 
 class Scored(Protocol):
@@ -229,12 +230,8 @@ class RetrievalReport(ModelReport[CellResult]):
         )
 
     def write(self, path: Path) -> None:
-        """Write as JSON.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
-        write_report(path, self.to_json())
+        """Write as JSON, in one step; OSError if the disk refuses."""
+        replace_json(path, self.to_json())
 
 
 def report_path(output: Path, label: str) -> Path:

@@ -13,6 +13,7 @@ from pipeline.evaluation.retrieval import evaluate_retrieval
 from pipeline.evaluation.tasks import Cell
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
+from pipeline.reporting.lasting import optional_file
 from pipeline.reporting.progress import EvalProgress
 
 
@@ -51,7 +52,7 @@ def run_retrieval(
         before_round: see `Shards`.
 
     Raises:
-        DataError: the results cannot be read or written.
+        DataError: finished cells cannot be read or kept.
     """
     path = report_path(output, label)
     cache = path.with_name(f".{path.name}.cells") if kept else None
@@ -70,5 +71,6 @@ def run_retrieval(
         )
     report = RetrievalReport(label, step, context, base_context, tuple(found), seed, text, model_of)
     if groups.is_main:
-        (report.with_further(path) if beside else report).write(path)
+        with optional_file(path):
+            (report.with_further(path) if beside else report).write(path)
     return report

@@ -12,7 +12,7 @@ import torch
 from parallel.world.groups import Groups
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.mode import evaluating, kept_alike, spread_over
-from pipeline.evaluation.ruler.results import RulerFile, RulerReport, RulerResult, ruler_key, ruler_path
+from pipeline.evaluation.ruler.results import RulerFile, RulerReport, RulerResult, ruler_key, ruler_path, shipped_ruler
 from pipeline.evaluation.ruler.score import string_match
 from pipeline.evaluation.ruler.tasks import RulerCell
 from pipeline.evaluation.spread import Shards, rounds
@@ -20,6 +20,7 @@ from pipeline.model.greedy import greedy
 from pipeline.model.rank_model import RankModel
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.stream import TOGETHER
+from pipeline.reporting.lasting import optional_file, to_stderr
 from pipeline.reporting.progress import EvalProgress
 
 
@@ -178,7 +179,7 @@ def run_ruler(
         cost: a sentence that is said first.
 
     Raises:
-        DataError: the results cannot be read or written.
+        DataError: finished cells cannot be read or kept.
     """
     path = ruler_path(output, label)
     cache = path.with_name(f".{path.name}.cells") if kept else None
@@ -200,8 +201,8 @@ def run_ruler(
         )
     report = RulerReport(label, step, context, base_context, tuple(found), seed, text, model_of)
     if groups.is_main:
-        shipped = ruler_path(output, "shipped")
         whole = report.with_further(path) if beside else report
-        base = whole if label == "shipped" else RulerReport.read(shipped) if shipped.exists() else None
-        whole.write(path, base)
+        base = whole if label == "shipped" else shipped_ruler(output, to_stderr)
+        with optional_file(path):
+            whole.write(path, base)
     return report

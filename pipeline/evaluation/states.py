@@ -95,7 +95,7 @@ def load_state_of(
     plan = plan_run(config, env.world_size)
     if state == "shipped":
         plan = plan.as_shipped()
-    base = open_base(config, plan.arch)
+    base, model = open_base(config, plan.arch), None
     try:
         groups = connect(plan, env, base)
         if state == "trained":
@@ -166,7 +166,12 @@ def load_state_of(
         model_of = OF_RUN if whose else hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         yield LoadedState(label, step, context, own_context, model, groups, tokenizer, identity, plan, model_of)
     finally:
-        destroy_groups()
+        try:
+            if model is not None:
+                # Page-locked memory must be given back before it is freed.
+                model.close()
+        finally:
+            destroy_groups()
 
 
 def read_adapter(folder: Path, config: RunConfig, base_hash: str) -> TrainedModel:

@@ -101,8 +101,8 @@ def stretches(encode: PieceEncoder, tokens_T: NDArray[np.int64], length: int, st
     """
     if len(tokens_T) < length:
         raise DataError(
-            f"Evaluation text: has {len(tokens_T)} tokens, fewer than a prompt of {length}; give a longer text in "
-            "eval.path, lower the lengths, or use filler: grass."
+            f"Evaluation text: has {len(tokens_T)} tokens, fewer than a prompt of {length}; give a longer text, "
+            "lower the lengths, or use filler: grass."
         )
     at = start.randrange(len(tokens_T) - length + 1)
     line = encode("\n")

@@ -67,7 +67,7 @@ def greedy(
         # Beyond its window a model is not computed in chunks: all of it again for every token that was not guessed.
         cut = StreamPlan.of(size, grid.cp * grid.shard_tokens(size), grid)
     batch = Batch(tokens, labels, None)
-    layout = padded_layout(batch, cut)
+    layout = padded_layout(batch, cut.padded)
     *fixed, end = model.chunks_of(cut)
     begin = cut.starts[-1]
     everything = torch.zeros(3, len(prompts), cut.padded, device=device)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional
@@ -27,7 +26,7 @@ from pipeline.model.chunk import Chunk, LlamaChunk
 from pipeline.model.layers.frozen_weight import FrozenWeight
 from pipeline.model.megatron_config import transformer_config
 from pipeline.model.prefill import CachedPast, prefill
-from pipeline.model.streaming import SequenceStream, own_tokens, padded_layout
+from pipeline.model.streaming import SequenceStream, own_part, own_tokens, padded_layout
 from pipeline.model.weights.zero3_units import shard_stage
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout
@@ -155,28 +154,15 @@ class RankModel(torch.nn.Module):
 
     def place(self, batch: Batch) -> LocalBatch:
         """This rank's tokens of whole sequences [B, N], on its device, and the layout all ranks share."""
-        rows, sequence = batch.tokens.shape
-        plan = self.groups.plan
-        share = plan.shard_tokens(sequence)
-        padding = plan.cp * share - sequence
-        documents = None if batch.document_ids is None else batch.document_ids.numpy()
-        mask = None
-        if padding:
-            mask = np.broadcast_to(np.arange(sequence + padding) < sequence, (rows, sequence + padding))
-            if documents is not None:
-                documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
-        layout = SequenceLayout.build(rows, sequence + padding, mask, documents)
-        start = self.groups.coordinates.cp * share
-
-        def local(values: torch.Tensor, filler: int) -> torch.Tensor:
-            if padding:
-                values = functional.pad(values, (0, padding), value=filler)
-            return values[:, start : start + share].contiguous() if plan.cp > 1 else values
-
-        tokens, labels = local(batch.tokens, 0), local(batch.labels, IGNORE)
-        scored = self.stages[-1].scored_tokens(labels) if self.stages[-1].chunk.last else None
-        tokens, labels = (values.to(self.groups.device, non_blocking=True) for values in (tokens, labels))
-        return LocalBatch(tokens, labels, layout, scored)
+        groups, share, last = self.groups, self.groups.plan.shard_tokens(batch.tokens.shape[1]), self.stages[-1]
+        shard = replace(self._shard(), tokens=share)
+        labels = own_part(batch.labels, shard, IGNORE)
+        return LocalBatch(
+            own_tokens(batch.tokens, shard, 0, groups.device),
+            labels.to(groups.device, non_blocking=True),
+            padded_layout(batch, groups.plan.cp * share),
+            last.scored_tokens(labels) if last.chunk.last else None,
+        )
 
     def _context(self, stage: LlamaChunk, layout: SequenceLayout, spec: AttentionSpec) -> AttentionContext:
         return stage.context(layout, spec, self.groups.context_shard(layout.sequence // self.groups.plan.cp))
@@ -337,7 +323,7 @@ class RankModel(torch.nn.Module):
         rows, tokens = tokens_BS.shape
         at_once = self.prefill if self.prefill is not None and spec.kind == "full" else tokens
         cut = StreamPlan.of(tokens, at_once if at_once < tokens else plan.cp * plan.shard_tokens(tokens), plan)
-        layout = padded_layout(batch, cut)
+        layout = padded_layout(batch, cut.padded)
         everything = torch.zeros(kinds, rows, cut.padded, device=self.groups.device)
         for past in self.chunks_of(cut):
             self.score_chunk(batch, past, layout, spec, of, everything)

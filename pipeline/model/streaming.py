@@ -207,7 +207,7 @@ class SequenceStream:
         (stage,) = model.stages
         rows, sequence = batch.tokens.shape
         stream = StreamPlan.of(sequence, self.chunk, model.groups.plan)
-        layout = padded_layout(batch, stream)
+        layout = padded_layout(batch, stream.padded)
         last = len(stream.starts) - 1
         total = torch.zeros((), dtype=torch.float64, device=model.groups.device)
         replays = model.lora.dropout > 0.0
@@ -257,10 +257,12 @@ class SequenceStream:
     ) -> tuple[int, ...]:
         """As `tokens_entering`, but a chunk that is needed at all enters the first layer whole.
 
-        Layers take fewer tokens where one rank has all of a chunk, and where their products take any number.
+        Layers take fewer tokens where one rank has all of a chunk, and where their products take any number. A chunk
+        that nobody reads enters too where other ranks' documents differ and all gather weights together.
         """
         (stage,) = self._model.stages
         grid, cores = self._model.groups.plan, [layer.self_attention.core_attention for layer in stage.decoder.layers]
+        gathers = self._model.shards is not None and self._model.shards.world > 1
         if not cuts_tokens(grid.tp, grid.cp, self._recipe):
             return whole(stream.shards[number], len(cores))
         heads = [core.heads(layer_rule(spec.shifted_heads, core.layer)) for core in cores]
@@ -268,7 +270,7 @@ class SequenceStream:
 
         def make() -> tuple[int, ...]:
             first, *others = tokens_entering(layout, spec, heads, stream.edges, number)
-            return (stream.shards[number] if first else 0, *others)
+            return (stream.shards[number] if first or gathers else 0, *others)
 
         return layout.remember(key, make)
 
@@ -298,14 +300,14 @@ def own_tokens(values_BN: torch.Tensor, shard: ContextShard, filler: int, device
     return own_part(values_BN, shard, filler).to(device, non_blocking=True)
 
 
-def padded_layout(batch: Batch, stream: StreamPlan) -> SequenceLayout:
-    """Of the whole sequences, with the last chunk's padding."""
+def padded_layout(batch: Batch, tokens: int) -> SequenceLayout:
+    """Of the whole sequences, padded on the right to so many tokens."""
     rows, sequence = batch.tokens.shape
-    padding = stream.padded - sequence
+    padding = tokens - sequence
     documents = None if batch.document_ids is None else batch.document_ids.numpy()
     mask = None
     if padding:
-        mask = np.broadcast_to(np.arange(stream.padded) < sequence, (rows, stream.padded))
+        mask = np.broadcast_to(np.arange(tokens) < sequence, (rows, tokens))
         if documents is not None:
             documents = np.pad(documents, ((0, 0), (0, padding)), mode="edge")
-    return SequenceLayout.build(rows, stream.padded, mask, documents)
+    return SequenceLayout.build(rows, tokens, mask, documents)

@@ -135,7 +135,8 @@ def test_what_a_run_says_of_itself_and_keeps(tmp_path: Path, capsys: pytest.Capt
 def test_stopping_after_no_step_is_refused(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--config", "any.yaml", "--stop-after", steps])
-    assert left.value.code == 2 and f"--stop-after: {steps} is no number of" in capsys.readouterr().err
+    said = f"--stop-after: must be a whole number, 1 or more, got '{steps}'"
+    assert left.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_tokenizing_for_hours_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,14 @@ def test_what_was_trained_before_a_setting_came_is_not_trained_again(tmp_path: P
         (("retrieval_lengths: [1]", "retrieval_lengths: [0.1]"), "length 40: the prompt without any filler has"),
         (("tasks: [passkey]", "tasks: [passkeys]"), "'passkeys' is not one of passkey, needle"),
         (("seeds: [5]", "seeds: 5"), "seeds must be a list"),
-        (("lengths: [0.5, 1, 2]", "lengths: [0.5, 1, 200]"), "fewer than one window of 80000"),
+        (
+            ("lengths: [0.5, 1, 2]", "lengths: [0.5, 1, 200]"),
+            "fewer than one window of 80000; give more text there, or",
+        ),
+        (("stretch: 2\n", "stretch: .inf\n"), "wrong.yaml: stretch: inf is no number above 0; give the context over"),
+        (("name: larger base,", "name: larger base, stretch: two,"), "recipes[1].stretch: 'two' is no number above 0"),
+        (("name: larger base,", "name: larger base, stretch: .inf,"), "recipes[1].stretch: inf is no number above 0"),
+        (("name: larger base,", "name: larger base, seconds: .inf,"), "recipes[1].seconds: inf is no time; give"),
         (("name: larger base,", "name: larger base, mix: {code: 2},"), "mix: code: 2 is no share in [0, 1)"),
         (
             ("name: larger base,", "name: larger base, seconds_of: as shipped,"),

@@ -91,6 +91,26 @@ def test_a_run_measures_what_tools_evaluate_does(place: Path, capsys: pytest.Cap
     }
 
 
+def test_a_report_that_cannot_be_written_or_read_ends_no_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for every other file of an evaluation: it is told, and the run goes on."""
+    run = place / "refused"
+    command = ["--config", str(place / "run.yaml"), "--set", f"output={run}"]
+    command += ["--set", "eval.tasks=[ruler_fwe, passkey]", "--set", "eval.lengths=[800]", "--set", "train.steps=1"]
+    paths = [run / f"{kind}-{label}.json" for kind in ("ruler", "retrieval") for label in ("shipped", "after")]
+    for path in paths:
+        path.mkdir(parents=True)  # whom permissions do not stop either cannot write a file there
+    assert train(command) == 0
+    told = capsys.readouterr().err
+    assert all(told.count(f"{path}: cannot be written (") == 1 for path in paths), told
+    for path in paths:
+        path.rmdir()
+    paths[0].write_text("{")
+    assert train(command) == 0
+    told = capsys.readouterr().err
+    assert f"{paths[0]}: is no RULER report (" in told and "judged by RULER's threshold" in told
+    assert RulerReport.read(paths[1]).cells, "made up"
+
+
 def made(label: str, scores: dict[str, dict[int, float]]) -> RulerReport:
     cells = [RulerResult(task, n, (s,), ("",)) for task, row in scores.items() for n, s in row.items()]
     return RulerReport(label, 0 if label == "shipped" else 2, 1600, 400, tuple(cells))

@@ -7,6 +7,7 @@ and the run is one of so many steps from then on: it can be repeated, and goes o
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -96,13 +97,18 @@ def pace_of(config: RunConfig, seconds: Sequence[float], device: str) -> Pace:
     return Pace(step, device)
 
 
+def is_positive(value: object) -> bool:
+    """Whether it is a number above 0, and no infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def check_budget(where: str, seconds: float | None, seconds_of: str | None, untrained: bool) -> None:
     """Refuse a budget that means nothing.
 
     Raises:
         ConfigError: one sentence.
     """
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0):
+    if seconds is not None and not is_positive(seconds):
         raise ConfigError(f"{where}.seconds: {seconds!r} is no time; give seconds of training, e.g. 40.")
     if seconds is not None and seconds_of is not None:
         raise ConfigError(f"{where}: seconds and seconds_of are two budgets; remove one.")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import ConfigError
-from tools.study.pace import check_budget
+from tools.study.pace import check_budget, is_positive
 from tools.study.plan import Asked, Recipe, Study, with_own_steps
 from tools.support.mixture import Mixture
 
@@ -66,7 +66,7 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"{path}: {error}") from None
     try:
         return Study(
-            float(top.get("stretch", 4.0)),
+            _stretch(top.get("stretch", 4.0), f"{path}: "),
             tuple(int(seed) for seed in _listed(top.get("seeds", [1234]), path, "seeds")),
             tuple(_keys(top.get("common") or {}, path, "common").items()),
             tuple(recipes),
@@ -74,7 +74,7 @@ def read_study(path: Path) -> Study:
             tuple(recipes),
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: stretch is a number and seeds are integers ({error}).") from None
+        raise ConfigError(f"{path}: seeds are integers ({error}).") from None
 
 
 def asked(study: Study, judge: Sequence[str], ruler: Sequence[str]) -> Study:
@@ -118,7 +118,16 @@ def _recipe(entry: Any, path: Path, where: str, before: Sequence[Recipe]) -> Rec
         mixture = Mixture(**mix)
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {where}.mix: {error}") from None
-    return Recipe(str(given["name"]), settings, untrained, given.get("stretch"), mixture, whole, *budget)
+    stretch = _stretch(given["stretch"], f"{path}: {where}.") if given.get("stretch") is not None else None
+    return Recipe(str(given["name"]), settings, untrained, stretch, mixture, whole, *budget)
+
+
+def _stretch(value: Any, where: str) -> float:
+    if not is_positive(value):
+        raise ConfigError(
+            f"{where}stretch: {value!r} is no number above 0; give the context over the base's own, e.g. 4."
+        )
+    return float(value)
 
 
 def _weaker(given: Mapping[str, Any], path: Path, where: str, before: Sequence[Recipe]) -> Recipe:

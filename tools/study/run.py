@@ -139,6 +139,11 @@ class Workshop:
                     self.texts[mixture] = open_text_or_shards(folder, cache, self.tokenizer, "text", progress, ends)
         self.judge_settings = judge_settings(study, self.own_context)
         text = held_out.read(0, min(len(held_out), TEXT_TOKENS)).astype("int64")
+        if len(text) < (longest := max(self.judge_settings.lengths)):
+            raise DataError(
+                f"{places.held_out}: has {len(text)} tokens, fewer than one window of {longest}; give more text there, "
+                "or lower judge.lengths."
+            )
         self.judge = Judge(self.judge_settings, self.tokenizer, text)
         if self.judge.riddles:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

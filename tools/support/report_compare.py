@@ -15,7 +15,7 @@ from pipeline.reporting.progress import duration
 from tools.support import report_plots as plots
 from tools.support.report_answers import FIGURES, figures
 from tools.support.report_html import missing, section, show, table
-from tools.support.report_record import FIRST, RunRecord, flatten, perplexity_cell
+from tools.support.report_record import FIRST, RunRecord, flatten, not_finite, perplexity_cell
 
 TAIL = 10
 """Last steps whose mean loss is shown."""
@@ -65,11 +65,13 @@ def _results(records: Mapping[str, RunRecord]) -> list[list[str]]:
         finite = [row["loss"] for row in rows if math.isfinite(row["loss"])][-TAIL:]
         return f"{statistics.fmean(finite):.4f}" if finite else GONE
 
+    broken = any(not_finite(record.rows) for record in records.values())
     return [
         line("optimizer steps", lambda rows: f"{rows[-1]['step']:,}"),
         line("steps skipped", lambda rows: f"{rows[-1]['skipped']:,}"),
         line("tokens", lambda rows: f"{sum(row['tokens'] for row in rows):,}"),
         line(f"loss, mean of last {TAIL} steps", tail),
+        *([line("loss is not finite", lambda rows: not_finite(rows) or "never")] if broken else []),
         line("tokens a second, median", lambda rows: f"{statistics.median(r['tokens_per_second'] for r in rows):,.0f}"),
         line("time in steps", lambda rows: duration(sum(row["seconds"] for row in rows))),
         line("peak memory of rank 0, GiB", lambda rows: f"{max(row['memory_gib'] for row in rows):.2f}"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from parallel.errors import DataError
+from pipeline.checkpoint.manifest import step_of
 from pipeline.evaluation.answers import AnswersReport
 from pipeline.evaluation.dense_gap import DenseGap
 from pipeline.evaluation.perplexity import EvalReport, LengthResult
@@ -45,11 +47,28 @@ class RunRecord:
     """run.json; empty without it."""
 
 
-def evaluation_order(key: str) -> tuple[int, str]:
-    """Sort key: as shipped, untrained, then during training by step, then after."""
+def evaluation_order(key: str) -> tuple[int, int, str]:
+    """Sort key: as shipped, untrained, then during training by step, then others, then after."""
     if key in FIRST:
-        return FIRST.index(key), key
-    return (99 if key in LAST else 50), key
+        return FIRST.index(key), 0, key
+    # As text, step 1,000,000 would come before step 999,999.
+    step = step_of(key)
+    return (50, step, key) if step is not None else (99 if key in LAST else 60, 0, key)
+
+
+def not_finite(rows: Sequence[Mapping[str, Any]]) -> str:
+    """At how many steps the loss was NaN or infinite, and from which to which; empty: at none.
+
+    Args:
+        rows: as `RunRecord.rows`.
+    """
+    steps = [row["step"] for row in rows if not math.isfinite(row["loss"])]
+    if not steps:
+        return ""
+    where = (
+        f"at step {steps[0]:,}" if len(steps) == 1 else f"at {len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}"
+    )
+    return f"{where}{', the last one' if steps[-1] == rows[-1]['step'] else ''}"
 
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:

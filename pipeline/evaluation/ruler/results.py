@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport, write_report
+from parallel.errors import DataError
+from pipeline.evaluation.kept import VERSION, KeptResults, ModelReport
 from pipeline.evaluation.ruler.tasks import RulerCell, RulerSettings
+from pipeline.reporting.lasting import Warn
+from pipeline.storage.json_file import replace_json
 
 PAPER = 0.856
 """RULER's threshold (arXiv 2404.06654): what Llama-2-7B scores at 4k."""
@@ -168,15 +171,12 @@ class RulerReport(ModelReport[RulerResult]):
         return Effective(effective_length(_judged(self.cells), PAPER), PAPER, tasks, PAPER_SAYS)
 
     def write(self, path: Path, base: RulerReport | None = None) -> None:
-        """Write as JSON.
+        """Write as JSON, in one step; OSError if the disk refuses.
 
         Args:
             base: see `effective`.
-
-        Raises:
-            DataError: the file cannot be written.
         """
-        write_report(path, {**self.to_json(), "effective_length": self.effective(base).to_json()})
+        replace_json(path, {**self.to_json(), "effective_length": self.effective(base).to_json()})
 
 
 def fell_short(mine: RulerReport, base: RulerReport, whose: str) -> list[str]:
@@ -206,3 +206,18 @@ def fell_short(mine: RulerReport, base: RulerReport, whose: str) -> list[str]:
 def ruler_path(output: Path, label: str) -> Path:
     """Where the report of a label lies."""
     return output / f"ruler-{label}.json"
+
+
+def shipped_ruler(output: Path, warn: Warn = lambda sentence: None) -> RulerReport | None:
+    """What the base as shipped was found to do; None: it was not measured, or the file is damaged.
+
+    Args:
+        output: the run's folder.
+        warn: told of a damaged file.
+    """
+    path = ruler_path(output, "shipped")
+    try:
+        return RulerReport.read(path) if path.exists() else None
+    except DataError as error:
+        warn(f"{error} Until then the effective length is judged by {PAPER_SAYS}.")
+        return None

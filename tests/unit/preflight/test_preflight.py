@@ -382,8 +382,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert "missing: train.global_batch: 64 is not a multiple of micro_batch 1 x 6" in capsys.readouterr().err
     assert main(["--config", config, "--set", "train.step=3"]) == 2
     assert capsys.readouterr().err.startswith("error: train.step: unknown key")
-    assert main(["--config", config, "--nproc", "0"]) == 2
-    assert "--nproc: must be at least 1" in capsys.readouterr().err
+    for option in ("--nproc", "--nnodes"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--config", config, option, "0"])
+        assert f"{option}: must be a whole number, 1 or more, got '0'" in capsys.readouterr().err
 
 
 def test_starting_needs_no_torch() -> None:

@@ -212,3 +212,24 @@ def test_a_user_without_an_entry_has_a_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "excepthook", hook)
     module.starting()
     assert getpass.getuser() == f"uid-{os.getuid()}"
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "least"),
+    [
+        ("pipeline.train", "--profile", 1),
+        ("tools.answer_questions", "--first", 1),
+        ("tools.answer_questions", "--show", 0),
+        ("tools.answer_questions", "--tokens", 1),
+        ("tools.doctor", "--processes", 1),
+        ("tools.generate", "--chunk", 1),
+        ("tools.generate", "--max-new", 1),
+        ("tools.tiny_run", "--nproc", 1),
+    ],
+)
+def test_counts_of_nothing_are_refused_alike(
+    module: str, option: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(module).main([f"{option}={least - 1}"])
+    assert f"{option}: must be a whole number, {least} or more, got '{least - 1}'" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from pipeline.model.attention.local import attend
 from pipeline.planning.attention_layout import AttentionSpec, SequenceLayout, head_plan
-from tools.bench.peers import published_s2
+from tools.bench.peers import add_ratios, published_s2
 
 
 def test_the_published_attention() -> None:
@@ -23,3 +24,16 @@ def test_the_published_attention() -> None:
         head_plan(0, 4, 4, 2, "upper_half"),
     )
     torch.testing.assert_close(found, ours.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_peers_are_compared_wherever_ours_keeps_gate_and_up() -> None:
+    """Without `--gate-up gpu` too: hours were measured, and ended in a traceback."""
+    names = ("transformers + PEFT, sdpa", "transformers + PEFT, s2", "Longspan, s2, auto, gate and up host")
+    rows: list[dict[str, Any]] = [{"what": name, "tokens_per_second": 100.0} for name in names]
+    rows += [
+        {"what": "Longspan, full, auto, gate and up host", "tokens_per_second": 300.0},
+        {"what": "Longspan, full, auto, gate and up fp8", "tokens_per_second": 400.0},
+        {"what": "transformers + PEFT, sdpa-liger", "failed": "memory"},
+    ]
+    add_ratios(rows)
+    assert [row.get("ratio") for row in rows] == [3.0, 1.0, 1.0, 1.0, 0.75, None]

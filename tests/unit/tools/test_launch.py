@@ -154,15 +154,16 @@ def test_on_a_cpu_there_is_nothing_to_check(started: list[list[str]]) -> None:
     assert [words[0] for words in started] == ["torchrun"] and os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--nproc", "0"], "--nproc: must be at least 1, got 0."),
-        (["--nnodes", "2"], "--nproc: missing; say how many processes each of the machines starts."),
-    ],
-)
-def test_wrong_numbers(
-    words: list[str], said: str, started: list[list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--config", "x.yaml", *words]) == 2
+def test_machines_without_a_number_of_processes(started: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "x.yaml", "--nnodes", "2"]) == 2
+    said = "--nproc: missing; say how many processes each of the machines starts."
     assert capsys.readouterr().err == f"error: {said}\n" and not started
+
+
+@pytest.mark.parametrize("option", ["--nproc", "--profile", "--stop-after"])
+def test_no_process_and_no_step_is_refused(
+    option: str, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", "x.yaml", option, "0"])
+    assert f"error: {option}: must be a whole number, 1 or more, got '0'" in capsys.readouterr().err and not started

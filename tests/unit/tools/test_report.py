@@ -18,6 +18,7 @@ from pipeline.evaluation.perplexity import EvalReport, LengthResult
 from pipeline.reporting.metrics import METRICS_FILE
 from tools.report import PAGE, main, read_run, write_report
 from tools.support import report_plots as plots
+from tools.support.report_record import evaluation_order
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -132,7 +133,8 @@ def test_a_whole_run_gives_a_page_that_stands_alone(tmp_path: Path, capsys: pyte
         ["2k", "612.0 ± 6.1", "44.00 ± 0.44", "25.00 ± 0.25"],
         ["optimizer steps", "6 (1 skipped as non-finite)"],
         ["tokens", "6,000"],
-        ["loss, mean of last 5 steps", "4.6400"],
+        ["loss, mean of last 5 finite ones", "4.6400"],
+        ["loss is not finite", "at step 3"],
         ["tokens a second, median", "1,750"],
         ["peak memory, rank 0", "0.56 GiB"],
         ["time in steps", "0:12"],
@@ -147,6 +149,27 @@ def test_a_whole_run_gives_a_page_that_stands_alone(tmp_path: Path, capsys: pyte
         assert expected in page.rows, expected
     assert "Began with the weights of /runs/<first>, step 9." in page.words
     assert "It shows <script>alert(1)</script> & more." in page.words, "shown as text, not run"
+
+
+@pytest.mark.parametrize("written", [None, "Infinity"])
+def test_a_run_that_diverged_says_so(tmp_path: Path, written: str | None) -> None:
+    """Metrics write null for what JSON has no number for; other programs write words."""
+    run = make_run(tmp_path / "run")
+    kept = [json.dumps(row) for row in rows(2)]
+    lost = [json.dumps(row | {"loss": None}).replace("null", written or "null") for row in rows(9)[2:]]
+    (run / METRICS_FILE).write_text("\n".join([*kept, *lost, ""]))
+    page = read_page(write_report(run, tmp_path / "out"))
+    assert ["loss is not finite", "at 7 steps from 3 to 9, the last one"] in page.rows
+    assert ["loss, mean of last 2 finite ones", "4.8500"] in page.rows and ["loss, first step", "4.9000"] in page.rows
+    (run / METRICS_FILE).write_text("\n".join([*lost, ""]))
+    page = read_page(write_report(run, tmp_path / "none"))
+    assert ["loss, first step", "not finite"] in page.rows and ["loss, mean of last 0 finite ones", "–"] in page.rows
+
+
+def test_evaluations_come_by_step_whatever_its_digits() -> None:
+    keys = ["after", "strength-0.5", "step-1000000", "step-999999", "shipped", "untrained"]
+    by_step = ["shipped", "untrained", "step-999999", "step-1000000", "strength-0.5", "after"]
+    assert sorted(keys, key=evaluation_order) == by_step
 
 
 def test_missing_parts_are_told_not_invented(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ["steps skipped", "1", "0"],
         ["tokens", "6,000", "9,000"],
         ["loss, mean of last 10 steps", "4.6400", "3.8000"],
+        ["loss is not finite", "at step 3", "never"],
         ["perplexity at 512", "30.00 ± 0.30", "–"],
         ["perplexity at 2k", "25.00 ± 0.25", "20.00 ± 0.20"],
     ):
