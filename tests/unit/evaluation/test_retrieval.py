@@ -141,7 +141,7 @@ def test_bad_input_is_one_sentence() -> None:
 
     with pytest.raises(DataError, match=r"length 50: the prompt without any filler has 2\d\d tokens; use longer"):
         first(RetrievalSettings((50,)))
-    with pytest.raises(DataError, match="has 100 tokens, fewer than a prompt of 900.*eval.path.*filler: grass"):
+    with pytest.raises(DataError, match="has 100 tokens, fewer than a prompt of 900; give a longer.*filler: grass"):
         first(RetrievalSettings((900,), task="needle", filler="text"), text=TEXT[:100])
     with pytest.raises(
         DataError, match=r"odd-tokenizer: this tokenizer splits a number such as \d otherwise.*of digits"
