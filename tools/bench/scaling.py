@@ -109,7 +109,9 @@ def count(arch: LlamaArch, tokens: int, spec: AttentionSpec, tp: int, cp: int, r
     mapping = {_ATTENTION: _forward_operations, _ATTENTION_BACK: _backward_operations}
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = RankModel(arch, rope, LoraConfig(), groups, torch.bfloat16, recompute)
+            # Which tokens are scored is not known of tensors without values: all are.
+            without = ("scored_tokens",)
+            model = RankModel(arch, rope, LoraConfig(), groups, torch.bfloat16, recompute, without=without)
             mark_trainable(model, ("lora", "embed", "norm"))
             words = torch.zeros(1, tokens, dtype=torch.long)
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter, _Sent() as sent:

@@ -27,7 +27,7 @@ from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, mark_trainable
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.memory import GIB
-from pipeline.planning.recompute import plan_recompute
+from pipeline.planning.recompute import policy_of
 from pipeline.planning.rope import plan_rope
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
@@ -83,7 +83,7 @@ class Trainee:
             LoraConfig(),
             groups,
             torch.bfloat16,
-            plan_recompute(recompute, arch.layers, args.gate_up if recompute == "pointwise" else "gpu"),
+            [policy_of(recompute, args.gate_up)] * arch.layers,
             shards=shards,
             kinds=KINDS,
             without=args.without,

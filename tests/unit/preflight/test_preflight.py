@@ -23,7 +23,6 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.config.yaml_file import config_dict, load_config
 from pipeline.data.shards import read_manifest
-from pipeline.planner import host_memory as machines
 from pipeline.planner.auto import Device
 from pipeline.planning.arch import read_arch
 from pipeline.planning.memory import GIB, MemoryEstimate
@@ -334,30 +333,6 @@ def test_host_memory_too_small_for_the_halos_is_told_by_how_much() -> None:
     config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml")
     plan = survey.check_layout(config, plan_model(config.model, llama3_8b()), 1, Device("", 80 * GIB, 1, 0, 9.0))[1]
     assert plan is not None and plan.stream == 16384, "auto is planned for the GPUs that are there"
-
-
-def test_control_groups_limit_the_host(tmp_path: Path) -> None:
-    def group(name: str, limit: str, used: int, cache: int) -> None:
-        folder = tmp_path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text(limit + "\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
-
-    group("slurm/job", "max", 100, 0)
-    assert machines.cgroup_free("0::/slurm/job\n", tmp_path) is None
-    group("slurm", "1000", 300, 100)
-    assert machines.cgroup_free("0::/slurm/job\n", tmp_path) == 800, "the parent's limit holds; its cache is given back"
-    group("slurm/job", "500", 450, 0)
-    assert machines.cgroup_free("0::/slurm/job\n", tmp_path) == 50
-    group("", "700", 0, 0)
-    assert machines.cgroup_free("0::/known/to/the/host\n", tmp_path) == 700, "a container's own root"
-    old = tmp_path / "memory/docker"
-    old.mkdir(parents=True)
-    for name, text in (("limit", "900"), ("usage", "300")):
-        (old / f"memory.{name}_in_bytes").write_text(text)
-    (old / "memory.stat").write_text("total_inactive_file 50\n")
-    assert machines.cgroup_free("5:memory:/docker\n4:cpu:/docker\n", tmp_path) == 650
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
