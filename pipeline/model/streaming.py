@@ -29,7 +29,7 @@ from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
 from pipeline.model.attention.layer import AttentionContext
 from pipeline.model.layers.recomputation import recomputing
-from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout, layer_rule
+from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
 from pipeline.planning.context_shards import halo_plan
 from pipeline.planning.first_pass import cuts_tokens, tokens_entering, whole
 from pipeline.planning.recompute import RecomputePolicy
@@ -111,7 +111,7 @@ def fetch_halos_early(stage: LlamaChunk) -> None:
     def bring(place: int, context: AttentionContext) -> None:
         if isinstance(context.past, ChunkPast) and 0 <= place < len(layers):
             core = layers[place].self_attention.core_attention
-            context.past.bring(core.layer, core.heads(layer_rule(context.spec.shifted_heads, core.layer)))
+            context.past.bring(core.layer, core.heads(context.spec))
 
     def bring_again(place: int, context: AttentionContext) -> None:
         """In a backward pass only a layer that runs again asks for its halo again."""
@@ -265,7 +265,7 @@ class SequenceStream:
         gathers = self._model.shards is not None and self._model.shards.world > 1
         if not cuts_tokens(grid.tp, grid.cp, self._recipe):
             return whole(stream.shards[number], len(cores))
-        heads = [core.heads(layer_rule(spec.shifted_heads, core.layer)) for core in cores]
+        heads = [core.heads(spec) for core in cores]
         key = ("entering", spec.group, tuple(each.blocks for each in heads), stream, number)
 
         def make() -> tuple[int, ...]:

@@ -84,16 +84,16 @@ def _first_seen(layout: SequenceLayout, spec: AttentionSpec, heads: HeadPlan, to
 @cache
 def share_left(plan: LayerPlan) -> float:
     """Of a chunk's tokens how many a layer hands on in a first pass, on the average over layers and chunks."""
-    arch, chunks = plan.arch, plan.chunks
-    if not plan.short_first_pass or plan.stream is None or chunks == 1:
+    arch = plan.arch
+    if not plan.short_first_pass or plan.stream is None or plan.chunks == 1:
         return 1.0
-    if not cuts_tokens(plan.tp, plan.cp, plan.fp8_recipe):
-        left = whole(plan.stream, arch.layers)
-        return sum(left[1:]) / (plan.stream * arch.layers)
-    count = min(chunks, COUNTED + 1)
-    edges = tuple(range(0, (count + 1) * plan.stream, plan.stream))
-    layout, spec = SequenceLayout.dense(1, edges[-1]), plan.attention
-    rules = [layer_rule(spec.shifted_heads, layer) for layer in range(arch.layers)]
-    heads = [head_plan(0, arch.heads, arch.heads, arch.kv_heads, rule) for rule in rules]
-    found = [tokens_entering(layout, spec, heads, edges, chunk) for chunk in range(count - 1)]
-    return sum(sum(each[1:]) for each in found) / (plan.stream * arch.layers * (count - 1))
+    if cuts_tokens(plan.tp, plan.cp, plan.fp8_recipe):
+        count = min(plan.chunks - 1, COUNTED)
+        edges = tuple(range(0, (count + 2) * plan.stream, plan.stream))
+        layout, spec = SequenceLayout.dense(1, edges[-1]), plan.attention
+        rules = [layer_rule(spec.shifted_heads, layer) for layer in range(arch.layers)]
+        heads = [head_plan(0, arch.heads, arch.heads, arch.kv_heads, rule) for rule in rules]
+        found = [tokens_entering(layout, spec, heads, edges, chunk) for chunk in range(count)]
+    else:
+        found = [whole(plan.stream, arch.layers)]
+    return sum(sum(each[1:]) for each in found) / (plan.stream * arch.layers * len(found))

@@ -85,8 +85,9 @@ class CoreAttention(torch.nn.Module):
         self.first_head = get_pg_rank(pg_collection.tp) * self.local_heads
         self._plans: dict[str, HeadPlan] = {}
 
-    def heads(self, rule: str) -> HeadPlan:
-        """Which local heads are shifted, by their global index."""
+    def heads(self, spec: AttentionSpec) -> HeadPlan:
+        """Which local heads are shifted in this layer, by their global index."""
+        rule = layer_rule(spec.shifted_heads, self.layer)
         if rule not in self._plans:
             self._plans[rule] = head_plan(
                 self.first_head, self.local_heads, self.total_heads, self.total_kv_heads, rule
@@ -97,7 +98,7 @@ class CoreAttention(torch.nn.Module):
         self, q_SBHD: torch.Tensor, k_SBKD: torch.Tensor, v_SBKD: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
         """q [S, B, Hq, D], k and v [S, B, Hkv, D] with RoPE applied, local tokens and heads -> [S, B, Hq * D]."""
-        plan = self.heads(layer_rule(context.spec.shifted_heads, self.layer))
+        plan = self.heads(context.spec)
         layout, spec, scale = context.layout, context.spec, self.softmax_scale
         if context.shard is None:
             mixed = attend(q_SBHD, k_SBKD, v_SBKD, layout, spec, plan, scale)
@@ -148,8 +149,7 @@ class LongAttention(SelfAttention):
         assert context.past is not None, "of a streamed chunk"
         _, key, value = self._rotated(hidden_states, context)
         core = self.core_attention
-        plan = core.heads(layer_rule(context.spec.shifted_heads, core.layer))
-        context.past.exchange(core.layer, plan, ()).send(key, value)
+        context.past.exchange(core.layer, core.heads(context.spec), ()).send(key, value)
 
     def _rotated(
         self, hidden_states: torch.Tensor, context: AttentionContext

@@ -44,9 +44,8 @@ class LlamaLayer(TransformerLayer):
         self, hidden_states: torch.Tensor, packed_seq_params: AttentionContext | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, H] -> ([S, B, H], None); a token of any value where a first pass over a chunk wants keys alone."""
-        layer, past = self.self_attention.core_attention.layer, None
-        if packed_seq_params is not None:
-            past = packed_seq_params.past
+        layer = self.self_attention.core_attention.layer
+        past = None if packed_seq_params is None else packed_seq_params.past
         if past is None or past.leaving(layer) != 0:
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **kwargs)
         if past.leaving(layer - 1) != 0:

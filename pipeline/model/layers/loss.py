@@ -208,7 +208,9 @@ def scored_tokens(labels_T: torch.Tensor) -> torch.Tensor | None:
         labels_T: in host memory: of a GPU's labels it would have to be waited for.
     """
     scored = (labels_T != IGNORE).nonzero()[:, 0]
-    return None if len(scored) > MOST_SCORED * len(labels_T) else scored if len(scored) else scored.new_zeros(1)
+    if len(scored) > MOST_SCORED * len(labels_T):
+        return None
+    return scored if len(scored) else scored.new_zeros(1)
 
 
 def sum_cross_entropy(
