@@ -49,6 +49,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 GGUF_PLAIN_ROPE = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
 """Metadata -> values that scale nothing (0: not set)."""
+GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""What tokenizer_config.json calls special tokens, and GGUF files."""
 GGUF_FREQUENCIES = "rope_freqs.weight"
 """What every frequency of RoPE is divided by: Llama-3.1's scaling is in GGUF files as this tensor."""
 
@@ -190,8 +192,8 @@ def _import_folder(
         )
 
 
-def _gguf_tensors(path: Path) -> set[str]:
-    """Names of the tensors in a GGUF file.
+def _read_gguf(path: Path) -> tuple[set[str], dict[str, str]]:
+    """Names of the tensors in a GGUF file, and its special tokens by the names that tokenizer_config.json gives them.
 
     Raises:
         CheckpointError: its RoPE is scaled; transformers reads nothing of that and would make plain RoPE of it.
@@ -212,7 +214,14 @@ def _gguf_tensors(path: Path) -> set[str]:
             f"{path}: its RoPE is scaled ({scaled[0] if scaled else GGUF_FREQUENCIES}), which transformers does not "
             "read from GGUF files; import the safetensors release of this model."
         )
-    return {tensor.name for tensor in reader.tensors} - {GGUF_FREQUENCIES}
+    fields = {key.removeprefix("tokenizer.ggml."): field for key, field in reader.fields.items()}
+    tokens = fields["tokens"].contents() if "tokens" in fields else []
+    said = {
+        ours: tokens[fields[f"{theirs}_token_id"].contents()]
+        for ours, theirs in GGUF_SPECIAL.items()
+        if f"{theirs}_token_id" in fields and tokens
+    }
+    return {tensor.name for tensor in reader.tensors} - {GGUF_FREQUENCIES}, said
 
 
 def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> None:
@@ -223,7 +232,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
     refuse_pointer(path)
     with new_folder(output, force) as folder:
         try:
-            stored = _gguf_tensors(path)
+            stored, special = _read_gguf(path)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
@@ -231,7 +240,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
                 f"{path}: transformers cannot read this GGUF file ({error}); try another release."
             ) from None
         tokenizer.save_pretrained(folder)
-        _plain_tokenizer(folder)
+        _plain_tokenizer(folder, special)
         _drop_invented_tokens(folder, model.config.vocab_size)
         config = json.loads(model.config.to_json_string(use_diff=False))
         # The weights are dequantized now, and paths of this machine are nobody's business.
@@ -268,13 +277,18 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         _write_model(folder, config, facts, state.__getitem__, dtype, lambda name: path)
 
 
-def _plain_tokenizer(folder: Path) -> None:
-    """Name the class that transformers 4 and 5 both know; 5 alone knows its `TokenizersBackend`."""
+def _plain_tokenizer(folder: Path, special: Mapping[str, str]) -> None:
+    """Name the class that transformers 4 and 5 both know; 5 alone knows its `TokenizersBackend`.
+
+    Args:
+        special: tokens as the GGUF file has them. transformers 5.17 took another one for the end of SmolLM2's texts.
+    """
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(path, {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")})
+    dropped = {"backend", "is_local", "local_files_only", *(f"{token}_id" for token in GGUF_SPECIAL)}
+    write_json(path, {**{key: value for key, value in settings.items() if key not in dropped}, **special})
 
 
 def _drop_invented_tokens(folder: Path, rows: int) -> None:

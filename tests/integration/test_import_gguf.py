@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.hf.checkpoint import HfCheckpoint
@@ -128,6 +129,24 @@ def test_a_gguf_file_gives_back_its_model(
         assert tensor.abs().max() > 0.1
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.eos_id == 2 and tokenizer.encode("abc!")
+
+
+def test_special_tokens_are_the_files_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 takes another token for the end of a text than the file says: answers did not end there."""
+    base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None, rms_norm_eps=1e-5)
+    write_gguf(base, tmp_path / "tiny.gguf", more=lambda writer: writer.add_pad_token_id(0))
+    read = AutoTokenizer.from_pretrained
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token, tokenizer.pad_token = "<s>", None
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", mistaken)
+        assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
+    found = read(tmp_path / "out")
+    assert (found.bos_token, found.eos_token, found.pad_token) == ("<s>", "</s>", "<unk>")
 
 
 def add_rope(writer: gguf.GGUFWriter, kind: gguf.RopeScalingType, factor: float) -> None:
