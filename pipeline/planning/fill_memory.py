@@ -23,14 +23,32 @@ NODE_GPU = 80 * 10**9
 """Bytes of the GPU that is planned for where there is none: those of the nodes this is written for."""
 LEFT = 0.05
 """Share of a GPU that is not filled: the formula's own error, and what a display or another process holds."""
-BYTES_AN_OPERATION = 44e9 / 700e12
-"""Bytes that go to the host while a GPU makes one operation (docs/RESULTS.md; an A100 has the same ratio)."""
+BYTES_AN_OPERATION = 55e9 / 700e12
+"""Bytes that go to the host while a GPU makes one 16-bit operation of a product (docs/RESULTS.md; an A100 has the same
+ratio)."""
+SLOWER = 1.75
+"""Time of an operation of attention, in operations of products."""
+FASTER_IN_8_BITS = 1.9
+PASSES = 4
+"""Of the forward pass of a layer over memory beside its products and attention."""
+PARTS = 16
+"""Numbers of layers that park gate and up in host memory which are looked at, beside none."""
 FULL, GATE_UP, HOST, FP8, POINTWISE, NONE = RecomputePolicy
 
 
 def _operations(arch: LlamaArch, parts: Sequence[str]) -> int:
     """Operations a token of the frozen products of these projections."""
     return 2 * sum(rows * columns for rows, columns in (projection_shape(part, arch) for part in parts))
+
+
+def _attention(arch: LlamaArch, group: int) -> int:
+    """Operations a token of a layer's attention: both products, of half a group on the average."""
+    return 2 * group * arch.heads * arch.head_dim
+
+
+def _pass(arch: LlamaArch) -> int:
+    """Operations that a GPU could make while it reads and writes a token's row: some 250 a byte, four bytes a value."""
+    return 1000 * arch.hidden
 
 
 def costs(arch: LlamaArch, group: int) -> dict[RecomputePolicy, float]:
@@ -40,11 +58,9 @@ def costs(arch: LlamaArch, group: int) -> dict[RecomputePolicy, float]:
         group: tokens of a group, which a query sees half of on the average.
     """
     wide = _operations(arch, ("gate", "up"))
-    # A GPU makes some 250 operations while it moves a byte, and about four bytes are read and written a value.
-    passes = 1000 * arch.hidden
-    attention = 2 * group * arch.heads * arch.head_dim
+    passes = _pass(arch)
     return {
-        FULL: wide + _operations(arch, ("q", "k", "v", "o")) + attention + 4 * passes,
+        FULL: wide + _operations(arch, ("q", "k", "v", "o")) + _attention(arch, group) + 4 * passes,
         GATE_UP: wide + 2 * passes,
         HOST: 3 * passes,
         FP8: 3 * passes,
@@ -93,14 +109,11 @@ def fill_memory(
     def fits(counts: dict[RecomputePolicy, int]) -> bool:
         return estimate_memory(config, one, grid, _spread(counts, layers)).gpu_total <= limit
 
-    kinds = [FULL, GATE_UP, POINTWISE, NONE]
-    if config.train.gate_up == "fp8":
-        kinds.append(FP8)
-    parked = [0]
-    if config.train.gate_up == "host":
-        parked.append(_most_parked(config, arch, grid, layers))
+    asked_for = {FULL, GATE_UP, POINTWISE, NONE, FP8 if config.train.gate_up == "fp8" else FULL}
+    kinds = [policy for policy in RecomputePolicy if policy in asked_for]
+    most = _most_parked(config, arch, grid, layers) if config.train.gate_up == "host" else 0
     best, least = {FULL: layers}, layers * cost[FULL]
-    for hosts in parked:
+    for hosts in {round(most * part / PARTS) for part in range(PARTS + 1)}:
         for counts in _pairs(kinds, layers - hosts, fits, {HOST: hosts} if hosts else {}):
             total = sum(cost[policy] * count for policy, count in counts.items())
             if total < least:
@@ -139,7 +152,9 @@ def _pairs(
 def _most_parked(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int) -> int:
     """Layers whose gate and up reach the host while a stage's forward pass is computed."""
     tokens = config.train.micro_batch * grid.shard_tokens(config.sequence)
-    operations = layers * tokens * _operations(arch, tuple(PROJECTIONS)) / grid.tp
+    group = config.group if config.attention.kind == "s2" else config.sequence
+    products = _operations(arch, tuple(PROJECTIONS)) / (FASTER_IN_8_BITS if config.model.base == "fp8" else 1)
+    operations = layers * tokens * (products + SLOWER * _attention(arch, group) + PASSES * _pass(arch)) / grid.tp
     width = config.model.element_bytes
     bytes_a_layer = 2 * tokens * arch.ffn // grid.tp * width
     away = 0.0

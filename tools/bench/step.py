@@ -40,10 +40,10 @@ from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
 from tools.support.gpu_cap import cap_memory
 from tools.support.random_base import RandomBase
-from tools.support.shapes import SIZES, llama2
+from tools.support.shapes import KNOWN, shape_of
 from tools.support.timed_step import TimedStep
 
-MODELS = {f"llama2-{size}": size for size in SIZES}
+MODELS = {f"llama{3 if size == '8b' else 2}-{size}": size for size in KNOWN}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
     Raises:
         ConfigError: the settings or the ranks do not fit.
     """
-    arch = llama2(MODELS[args.model], args.layers)
+    arch = shape_of(MODELS[args.model], args.layers)
     tree = {
         "model": {
             "path": "random",

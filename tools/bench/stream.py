@@ -16,19 +16,33 @@ import torch
 
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import ConfigError
+from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.grid import check_model_fits, plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
 from parallel.world.rng import seed_everything
+from pipeline.config.parallel import OffloadConfig, ParallelConfig
 from pipeline.config.paths import user_path
 from pipeline.config.rope import RopeSettings
-from pipeline.config.sections import GATE_UP, POLICIES, WITHOUT, LoraConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import (
+    GATE_UP,
+    RECOMPUTE,
+    WITHOUT,
+    AttentionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from pipeline.model.rank_model import RankModel
 from pipeline.model.weights.load import init_adapters, mark_trainable
+from pipeline.planning.arch import LlamaArch
 from pipeline.planning.attention_layout import AttentionSpec
 from pipeline.planning.memory import GIB
-from pipeline.planning.recompute import policy_of
+from pipeline.planning.recompute import RecomputePolicy, policy_of
 from pipeline.planning.rope import plan_rope
+from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from pipeline.reporting.profile import print_profile
@@ -61,6 +75,28 @@ def fill(model: RankModel) -> None:
     mark_trainable(model, KINDS)
 
 
+def policies_of(
+    args: argparse.Namespace, arch: LlamaArch, groups: Groups, recompute: str, stream: int | None
+) -> Sequence[RecomputePolicy]:
+    """Of every layer: one word for all, or what a run's `recompute: auto` chooses for chunks of `stream` tokens."""
+    if recompute != "auto":
+        return [policy_of(recompute, args.gate_up)] * arch.layers
+    grid = groups.plan
+    longest = max(args.lengths)
+    offload = OffloadConfig(params="cpu" if args.offload else "none")
+    config = RunConfig(
+        ModelConfig("random", longest),
+        DataConfig("random"),
+        TrainConfig(steps=1, recompute=recompute, gate_up=args.gate_up, gpu_gib=args.gpu_gib, stream=stream),
+        "nowhere",
+        attention=AttentionConfig("s2", group_size=args.group),
+        parallel=ParallelConfig(
+            tp=grid.tp, cp=grid.cp, engine="zero3" if args.offload else "megatron", offload=offload
+        ),
+    )
+    return RunPlan.shaped(config, arch, groups.env.world_size, smallest_gpu()).recompute
+
+
 class Trainee:
     """A model with its optimizer.
 
@@ -83,7 +119,7 @@ class Trainee:
             LoraConfig(),
             groups,
             torch.bfloat16,
-            [policy_of(recompute, args.gate_up)] * arch.layers,
+            policies_of(args, arch, groups, recompute, stream),
             shards=shards,
             kinds=KINDS,
             without=args.without,
@@ -156,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--recompute",
-        choices=POLICIES,
+        choices=RECOMPUTE,
         default="pointwise",
         help="within a chunk (default pointwise)",
     )
@@ -166,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="*", choices=WITHOUT, default=[], metavar="WORD", help="words of train.without"
     )
+    parser.add_argument("--gpu-gib", type=float, help="memory that --recompute auto fills (default: the GPU's)")
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
     add_integers(
