@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.planner.gpus import Gpu
 from pipeline.planner.layer_time import FITTED, Fitted, LayerTime, Rates, layer_time, loss_time
+from pipeline.planner.parked_time import LayerPass, waits
 from pipeline.planner.traffic import Traffic, traffic
 from pipeline.planner.work import trained_elements
+from pipeline.planning.activations import layer_memory
 from pipeline.planning.memory import GRADIENT, OPTIMIZER
 from pipeline.planning.recompute import RecomputePolicy, tally
 from pipeline.planning.run_plan import RunPlan
@@ -61,13 +63,22 @@ def step_time(
     policies = tally(plan.stage_policies)
     parts: defaultdict[str, float] = defaultdict(float)
     hidden, spare = 0.0, float("inf")
+    passes: dict[RecomputePolicy, LayerPass] = {}
     for policy, count in policies.items():
-        found, beside, left = _with_weights(plan, layer_time(plan.layer, policy, rates, rank), policy, moved, rates)
+        layer = layer_time(plan.layer, policy, rates, rank)
+        found, beside, left = _with_weights(plan, layer, policy, moved, rates)
+        passes[policy] = _pass(plan, layer, policy, sum(found.values()), moved, rates)
         for name, seconds in found.items():
             parts[name] += count * seconds
         hidden += count * beside
         spare = min(spare, left)
-    for name, seconds in loss_time(plan.layer, rates).items():
+    at_the_end = loss_time(plan.layer, rates)
+    if RecomputePolicy.HOST in passes:
+        copied, chunks = 2 * policies[RecomputePolicy.HOST] * passes[RecomputePolicy.HOST].out, plan.layer.chunks
+        late = sum(waits([passes[policy] for policy in plan.stage_policies], sum(at_the_end.values()) / chunks))
+        parts["copies"] += chunks * late
+        hidden += chunks * (copied - late)
+    for name, seconds in at_the_end.items():
         # The last stage alone has the loss; with a pipeline it has fewer layers for it (`plan_stages`).
         parts["loss" if name != "products" else "products"] += seconds
     # The output matrix comes while the last layers are at work, and is at hand when the backward begins.
@@ -82,6 +93,17 @@ def step_time(
     total["pipeline bubble"] = bubble * sum(parts.values())
     total |= _update(plan, moved, rates)
     return StepTime({name: seconds for name, seconds in total.items() if seconds > 0}, micro * hidden)
+
+
+def _pass(
+    plan: RunPlan, layer: LayerTime, policy: RecomputePolicy, whole: float, moved: Traffic, rates: Rates
+) -> LayerPass:
+    """One chunk's forward and backward pass through a layer, which takes `whole` seconds of a micro-batch with all that
+    is waited for: every pass has its share of that."""
+    computed, chunks = sum(layer.parts.values()) - layer.parts["communication"], plan.layer.chunks
+    stretched, link = whole / computed / chunks, rates.gpu.rate("pcie")
+    out = layer_memory(plan.layer).gate_up / link if policy is RecomputePolicy.HOST else 0.0
+    return LayerPass(layer.forward * stretched, layer.backward * stretched, out, moved.copy / link)
 
 
 def _with_weights(
