@@ -6,7 +6,7 @@ sender and receiver agree without a word and the bytes are known before they are
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,7 +111,8 @@ def plan_halos(needs: Sequence[Sequence[Region]], edges: Sequence[int]) -> HaloP
             if any(region.meet(other) for other in regions[:index]):
                 raise ValueError(f"rank {receiver} needs part of {region} twice")
         first = min((bisect_right(edges, region.start) - 1 for region in regions), default=receiver)
-        for sender in range(first, receiver):
+        beyond = bisect_left(edges, max((region.stop for region in regions), default=0))
+        for sender in range(first, min(receiver, beyond)):
             pieces = []
             for region in regions:
                 start, stop = max(region.start, edges[sender]), min(region.stop, edges[sender + 1])

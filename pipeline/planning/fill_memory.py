@@ -114,10 +114,10 @@ def fill_memory(
     most = _most_parked(config, arch, grid, layers) if config.train.gate_up == "host" else 0
     best, least = {FULL: layers}, layers * cost[FULL]
     for hosts in {round(most * part / PARTS) for part in range(PARTS + 1)}:
-        for counts in _pairs(kinds, layers - hosts, fits, {HOST: hosts} if hosts else {}):
-            total = sum(cost[policy] * count for policy, count in counts.items())
-            if total < least:
-                best, least = counts, total
+        beside = {HOST: hosts} if hosts else {}
+        for small, large in combinations(kinds, 2):
+            found = _most_of(small, large, beside, layers - hosts, cost, least, fits)
+            best, least = found or (best, least)
     mix = _spread(best, layers)
     policies = list(plan_recompute("full", arch.layers))
     for stage in range(grid.pp):
@@ -128,25 +128,41 @@ def fill_memory(
     return tuple(policies)
 
 
-def _pairs(
-    kinds: Sequence[RecomputePolicy],
-    layers: int,
-    fits: Callable[[dict[RecomputePolicy, int]], bool],
+def _most_of(
+    small: RecomputePolicy,
+    large: RecomputePolicy,
     beside: dict[RecomputePolicy, int],
-) -> list[dict[RecomputePolicy, int]]:
-    """Of every two kinds the mix with most layers of the one that keeps more, if any fits."""
-    found = []
-    for small, large in combinations(kinds, 2):
-        low, high = -1, layers
-        while low < high:
-            middle = (low + high + 1) // 2
-            if fits({small: layers - middle, large: middle, **beside}):
-                low = middle
-            else:
-                high = middle - 1
-        if low >= 0:
-            found.append({small: layers - low, large: low, **beside})
-    return found
+    layers: int,
+    cost: dict[RecomputePolicy, float],
+    least: float,
+    fits: Callable[[dict[RecomputePolicy, int]], bool],
+) -> tuple[dict[RecomputePolicy, int], float] | None:
+    """The mix of two kinds with most layers of the one that keeps more, and its cost; None: none that fits costs less.
+
+    Args:
+        beside: layers of a third kind; the other `layers` are mixed.
+        least: what a mix must cost less than to be looked for.
+    """
+    rest = sum(cost[policy] * count for policy, count in beside.items())
+
+    def total(count: int) -> float:
+        return rest + (layers - count) * cost[small] + count * cost[large]
+
+    if total(layers) >= least:
+        return None
+    low = max(0, int((total(0) - least) / (cost[small] - cost[large])))
+    while total(low) >= least:
+        low += 1
+    if not fits({small: layers - low, large: low, **beside}):
+        return None
+    high = layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits({small: layers - middle, large: middle, **beside}):
+            low = middle
+        else:
+            high = middle - 1
+    return {small: layers - low, large: low, **beside}, total(low)
 
 
 def _most_parked(config: RunConfig, arch: LlamaArch, grid: GridPlan, layers: int) -> int:
