@@ -335,7 +335,20 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
             found += candidates(in_chunks, stored, site)
         except ConfigError:
             return found  # such as a sliding window
-    return found + _mixed(found, config, stored, site)
+    found += _mixed(found, config, stored, site)
+    return found if config.train.gpu_gib is None else [_held(one) for one in found]
+
+
+def _held(one: Candidate) -> Candidate:
+    """A layout that takes no more of a GPU than it was planned for also where the GPU has more.
+
+    One policy for all layers knows no train.gpu_gib: the run would take the longest chunks that the GPU has room for.
+    """
+    plan = one.plan
+    if plan.config.train.stream != "auto" or plan.config.train.gpu_gib is not None or plan.stream is None:
+        return one
+    train = replace(plan.config.train, stream=plan.stream)
+    return replace(one, plan=replace(plan, config=replace(plan.config, train=train)))
 
 
 def ranked(found: list[Candidate]) -> list[Timed]:

@@ -154,9 +154,11 @@ def plan_stream(
         gpu: bytes of the smallest GPU, for `train.stream: auto`, which takes the largest chunk of `chunk_sizes` that
             fits by formula, or else the smallest; None: there is none, and the smallest will do.
     """
-    stream = config.train.stream
+    stream, asked = config.train.stream, config.train.gpu_gib
     if not isinstance(stream, str):
         return stream
+    if asked is not None:  # what recompute auto may fill is all that a chunk may
+        gpu = min(gpu or round(asked * GIB), round(asked * GIB))
     sizes = chunk_sizes(config.sequence, config.group, grid)
     for size in reversed(sizes if gpu is not None else ()):
         layer = LayerPlan.of(config, arch, grid, size)
