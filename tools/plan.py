@@ -17,7 +17,7 @@ from parallel.errors import ConfigError
 from pipeline.config.paths import user_path
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import BASES, AttentionConfig, DataConfig, ModelConfig, TrainConfig
-from pipeline.config.yaml_file import load_config
+from pipeline.config.yaml_file import load_config, overridden
 from pipeline.planner.choose import Site, Timed, best_layouts, choices, ranked
 from pipeline.planner.explain import Way, refusal
 from pipeline.planner.gpus import find_gpu
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="llama2-70b and the like, a hub's config.json, or a checkpoint folder")
     what.add_argument("--config", type=user_path, help="YAML of a run, of which the layout is planned anew")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of --config")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a setting of the run")
     parser.add_argument("--context", help="tokens of a sequence, such as 32k (with --model)")
     parser.add_argument("--gpus", default="8", help="GPUs of the run (default 8)")
     parser.add_argument("--gpu", default="h100-80gb", help="kind of GPU, or a file of longspan bench calibrate")
@@ -83,8 +83,6 @@ def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Mo
         config = load_config(args.config, args.set)
         model = find_model(config.model.path)
     else:
-        if args.set:
-            raise ConfigError("--set: overrides a YAML's settings, and there is none; give --config.")
         if context is None:
             raise ConfigError("--context: is missing; say how many tokens a sequence has, such as --context 32k.")
         model = find_model(args.model)
@@ -95,6 +93,9 @@ def wanted(args: argparse.Namespace, context: int | None) -> tuple[RunConfig, Mo
         config = RunConfig(
             ModelConfig(model.path, context), DataConfig(args.data or TEXT), train, f"runs/{name}", attention=attention
         )
+        config = overridden(config, args.set)
+        if config.model.path != model.path:
+            raise ConfigError("--set: model.path is what --model says; give the other model there.")
     if args.base is not None:
         config = replace(config, model=replace(config.model, base=args.base))
     train = config.train
@@ -118,14 +119,16 @@ def in_flags(way: Way) -> str:
         name, _, value = setting.partition("=")
         if value == "null":
             words.append(f"without --{FLAGS[name]}")
-        elif name in FLAGS:  # what fits no other way is streamed unasked
+        elif name in FLAGS:
             words.append(f"--{FLAGS[name]} {value}")
-    return way.flags or " ".join(words)
+        elif name != "train.stream":  # what fits no other way is streamed unasked
+            words.append(f"--set {setting}")
+    return " ".join([*words, *way.flags.split()])
 
 
 def in_settings(way: Way) -> str:
     """A way out as options beside --config."""
-    return way.flags or " ".join(f"--set {setting}" for setting in way.settings)
+    return " ".join([*(f"--set {setting}" for setting in way.settings), *way.flags.split()])
 
 
 def plan_one(config: RunConfig, model: Model, site: Site, said: Callable[[Way], str]) -> list[Timed]:

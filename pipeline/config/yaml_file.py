@@ -259,6 +259,18 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return _section(RunConfig, tree, "", where)
 
 
+def overridden(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The same run with some settings changed, as `load_config` changes those of a file.
+
+    Raises:
+        ConfigError: one sentence naming the dotted key.
+    """
+    tree, overrides = config_dict(config), list(overrides)
+    for override in overrides:
+        _override(tree, override)
+    return _section(RunConfig, tree, "", f"--set {' '.join(overrides)}")
+
+
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain dicts, lists and scalars: every key, in `RunConfig`'s order."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.config.parallel import OffloadConfig
+from pipeline.config.run import RunConfig
 from pipeline.planner.choose import Candidate, Site, Timed, choices, ranked
 from pipeline.planner.explain import named
 from pipeline.planner.footprint import footprint
@@ -33,25 +34,29 @@ def doomed(plan: RunPlan, stored: LlamaArch, site: Site) -> str:
     better = instead(plan, stored, site)
     if better is None:
         return f"{sentence}; no layout of these GPUs fits: use more of them, or lower data.sequence."
-    return f"{sentence}; {named(better.candidate.plan)} would fit ({setting_of(better)}), or set parallel: auto."
+    setting = setting_of(better, plan.config)
+    return f"{sentence}; {named(better.candidate.plan)} would fit ({setting}), or set parallel: auto."
 
 
-def instead(plan: RunPlan, stored: LlamaArch, site: Site, most: int | None = None) -> Timed | None:
+def instead(
+    plan: RunPlan, stored: LlamaArch, site: Site, most: int | None = None, *, capped: bool = False
+) -> Timed | None:
     """The fastest layout that fits; None: there is none.
 
     Args:
         most: bytes that it may take of a GPU; None: what the GPU has.
+        capped: it keeps to train.gpu_gib.
     """
     # What the user would leave unused of a GPU is at hand where memory lacks.
-    free = replace(plan.config, train=replace(plan.config.train, gpu_gib=None))
+    free = plan.config if capped else replace(plan.config, train=replace(plan.config.train, gpu_gib=None))
     found = choices(free, stored, site)
     if most is not None:
         found = [one for one in found if one.memory.gpu_total <= most]
     return next(iter(ranked(found)), None)
 
 
-def setting_of(one: Timed) -> str:
-    """A layout as the settings of a YAML."""
+def setting_of(one: Timed, asked: RunConfig) -> str:
+    """A layout as the settings of a YAML, which has those of `asked` otherwise."""
     config = one.candidate.plan.config
     parallel = config.parallel
     parts = [f"engine: {parallel.engine}", f"tp: {parallel.tp}", f"cp: {parallel.cp}", f"pp: {parallel.pp}"]
@@ -61,6 +66,10 @@ def setting_of(one: Timed) -> str:
     rest = f"train.micro_batch: {train.micro_batch}, train.recompute: {train.recompute}"
     if train.stream is not None:
         rest += f", train.stream: {train.stream}"
+    if train.gate_up != asked.train.gate_up:
+        rest += f", train.gate_up: {train.gate_up}"
+    if train.gpu_gib != asked.train.gpu_gib:
+        rest += f", train.gpu_gib: {'null' if train.gpu_gib is None else train.gpu_gib}"
     return f"parallel: {{{', '.join(parts)}}}, {rest}"
 
 
@@ -80,6 +89,5 @@ def out_of_memory(plan: RunPlan, stored: LlamaArch, site: Site, allocated: int, 
     better = instead(plan, stored, site, int(0.9 * min(memory.gpu_total, site.gpu.memory)))
     if better is None:
         return f"{sentence}; no layout of these GPUs takes much less: use more of them, or lower data.sequence."
-    return (
-        f"{sentence}; {setting_of(better)} takes {better.candidate.memory.gpu_total / GIB:.1f} and would have fitted."
-    )
+    size = better.candidate.memory.gpu_total / GIB
+    return f"{sentence}; {setting_of(better, plan.config)} takes {size:.1f} and would have fitted."

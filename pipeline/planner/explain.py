@@ -21,6 +21,8 @@ UNIT = 1024
 """Tokens that a shorter sequence is a multiple of."""
 STREAMED_GROUP = 8192
 """Tokens of a group that is suggested for streaming, as in launch/configs/llama3_8b_1m.yaml."""
+AMPLE = 1 << 50
+"""Bytes of host memory that no run takes."""
 MOST_TIMES = 64
 """Times as many GPUs that are tried where none fits."""
 
@@ -169,8 +171,38 @@ def _streamed(config: RunConfig) -> Change | None:
     return Change(change, tuple(settings), chunked)
 
 
-def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
-    """What would make a run fit that does not: fewer tokens, a smaller base, a stream, more, other or roomier GPUs."""
+def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> list[Way]:
+    """What would make a run fit that does not: one change, or where none is enough several together."""
+    return list(_changes(config, stored, site)) or list(_together(config, stored, site))
+
+
+def _together(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
+    """Fewer tokens on the same GPUs, with host memory as it takes; or else with a smaller base as well."""
+    smaller = _smaller_base(config)
+    for change in (Change("", (), config), *([smaller] if smaller else [])):
+        shorter = _fewer_tokens(change.config, stored, replace(site, host=AMPLE))
+        if shorter is None:
+            continue
+        # As many tokens may fit several layouts: the one that takes least of the host.
+        roomy = _roomy(shorter.candidate.plan.config, stored, site)
+        words, flags = [*filter(None, [change.words]), shorter.change], ""
+        if roomy is not None and roomy.over_host > 0:
+            room = -(-roomy.memory.machine // GIB)
+            words.append(f"{room} GiB of host memory a machine")
+            flags = f"--host-memory {room}"
+        yield Way(" with ".join(words), shorter.candidate, change.settings + shorter.settings, flags)
+        return
+
+
+def _roomy(config: RunConfig, stored: LlamaArch, site: Site) -> Candidate | None:
+    """Of layouts that fit the GPUs the one that takes least of a machine's memory, with how much that is over."""
+    rooms = list(_all_fitting(config, stored, replace(site, host=AMPLE)))
+    least = min(rooms, key=lambda one: one.memory.machine, default=None)
+    return None if least is None else replace(least, site=site)
+
+
+def _changes(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
+    """Fewer tokens, a smaller base, a stream, more, other or roomier GPUs, more host memory: each alone."""
     shorter = _fewer_tokens(config, stored, site)
     if shorter:
         yield shorter
@@ -199,7 +231,7 @@ def ways_out(config: RunConfig, stored: LlamaArch, site: Site) -> Iterator[Way]:
         if one:
             yield Way(f"as many {gpu.name}", one, flags=f"--gpu {gpu.name}")
             break
-    ample = replace(site, host=1 << 50)
+    ample = replace(site, host=AMPLE)
     # A stream keeps most in host memory.
     wanted = [config, streamed(config)]
     rooms = [one for each in wanted if each is not None for one in _all_fitting(each, stored, ample)]
@@ -237,7 +269,11 @@ def refusal(
     ways = [said(way) for way in ways_out(config, stored, site)]
     if site != whole and least.memory.gpu_total <= whole.gpu.memory:
         ways.insert(0, "a larger train.gpu_gib")
-    mend = f"it would fit with {', or '.join(ways)}" if ways else "no change of tokens, GPUs or host memory is enough"
+    mend = (
+        f"it would fit with {', or '.join(ways)}"
+        if ways
+        else "no shorter sequence, smaller base, host memory or number of such GPUs that is looked at is enough"
+    )
     return ConfigError(
         f"No layout fits: with {named(least.plan)} on {site.gpus} x {site.gpu.name} {' and '.join(lacks)}; {mend}."
     )

@@ -60,6 +60,15 @@ def _number(values: Mapping[str, Any], key: str, where: str, optional: bool = Fa
     return float(value)
 
 
+def _names(values: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], ...]:
+    given = values.get("names") or []
+    if not isinstance(given, list) or not all(isinstance(parts, list) and parts for parts in given):
+        raise ConfigError(
+            f"{where}: names must be a list of lists, such as [[H100, 80GB]]; see pipeline/planner/gpus.yaml."
+        )
+    return tuple(tuple(map(str, parts)) for parts in given)
+
+
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: named values are expected; see pipeline/planner/gpus.yaml.")
@@ -87,7 +96,7 @@ def _gpu(name: str, content: Any, file: Path) -> Gpu:
         gpus_a_node=int(node),
         host=int(host * GIB),
         source=str(values.get("source") or ""),
-        names=tuple(tuple(map(str, parts)) for parts in values.get("names") or ()),
+        names=_names(values, where),
         capability=_number(values, "capability", where, optional=True),
     )
 

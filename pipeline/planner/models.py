@@ -18,6 +18,10 @@ from pipeline.storage.json_file import read_object
 MODELS = Path(__file__).with_name("models.yaml")
 
 
+MOST_LAYERS = 1024
+"""Of a model that is planned for: the time to plan grows with them."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A model's sizes, and what a YAML's `model.path` is to say."""
@@ -47,6 +51,16 @@ def published_config(path: Path) -> dict[str, Any] | None:
 
 
 def find_model(text: str) -> Model:
+    """See `_find`, whose arguments and errors it has; models that nobody has trained are told as well."""
+    model = _find(text)
+    if model.arch.layers > MOST_LAYERS:
+        raise ConfigError(
+            f"--model: {model.name} has {model.arch.layers} layers; at most {MOST_LAYERS} are planned for."
+        )
+    return model
+
+
+def _find(text: str) -> Model:
     """The model that `--model` names.
 
     Args:

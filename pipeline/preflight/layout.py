@@ -64,10 +64,11 @@ def faster(plan: RunPlan, stored: LlamaArch, device: Device, chosen: Finding | N
     if chosen is not None:
         return (chosen.found,)
     site = device.site(plan.grid.world_size)
-    best = instead(plan, stored, site)
+    best = instead(plan, stored, site, capped=True)
     if best is None:
         return ()
     saved = 1 - best.time.total / step_time(plan, site.gpu).total
     if saved < WORTH:
         return ()
-    return (f"parallel: by the planner {setting_of(best)} takes {saved:.0%} less time a step; longspan plan says why.",)
+    setting = setting_of(best, plan.config)
+    return (f"parallel: by the planner {setting} takes {saved:.0%} less time a step; longspan plan says why.",)

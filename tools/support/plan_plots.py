@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,6 +18,8 @@ COLORS = (
 )
 """Okabe and Ito's, then greys: one of KINDS each."""
 MOST_BARS = 64
+TITLE = 60
+"""Letters that a line over the bars has room for."""
 
 
 def memory_figure(candidate: Candidate) -> Figure:
@@ -38,7 +41,7 @@ def memory_figure(candidate: Candidate) -> Figure:
         f"{site.gpu.name}: {site.gpu.memory / GIB:.1f} GiB", (0, site.gpu.memory / GIB), xytext=(4, 3),
         textcoords="offset points", fontsize=8, color="#D55E00",
     )  # fmt: skip
-    axes.set_title(named(plan), loc="left", fontsize=9, fontweight="bold")
+    axes.set_title(textwrap.fill(named(plan), TITLE), loc="left", fontsize=9, fontweight="bold")
     axes.set_xlabel("rank")
     axes.set_ylabel("GiB")
     axes.set_ylim(0, 1.1 * max(site.gpu.memory / GIB, *bottoms))

@@ -121,10 +121,18 @@ def read_points(file: Path = POINTS) -> list[Point]:
     Raises:
         ConfigError: an entry is none.
     """
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8")) or []
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]}).") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{file}: is no list of measured steps; see {POINTS.name} beside tools.bench.plan.")
     found = []
-    for number, entry in enumerate(yaml.safe_load(file.read_text(encoding="utf-8")) or []):
+    for number, entry in enumerate(entries):
         try:
             found.append(Point(**entry))
+            if "recompute" not in found[-1].set:
+                raise TypeError("set: recompute is missing")
         except TypeError as error:
             raise ConfigError(f"{file}, entry {number + 1}: is no measured step ({error}).") from None
     return found

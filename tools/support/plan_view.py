@@ -12,11 +12,17 @@ from pipeline.planner.choose import Timed
 from pipeline.planner.explain import named, why
 from pipeline.planner.scaling import Point, efficiency, where_it_stops
 from pipeline.planning.memory import GIB
+from tools.support.quantities import spelled
 
 
 def gib(size: float) -> str:
     """Bytes as GiB."""
     return f"{size / GIB:.2f}"
+
+
+def in_hours(hours: float) -> str:
+    """Hours to a tenth, fewer than one to two digits."""
+    return f"{hours:,.1f}" if hours >= 0.95 else f"{hours:.2g}"
 
 
 def show_scaling(console: Console, config: RunConfig, points: Sequence[Point], weak: bool) -> None:
@@ -47,7 +53,8 @@ def show_layouts(console: Console, best: Sequence[Timed]) -> None:
     site, plan = first.candidate.site, first.candidate.plan
     console.print(
         f"{site.gpus} x {site.gpu.name} ({gib(site.gpu.memory)} GiB each, {site.host / GIB:.0f} GiB of host memory a "
-        f"machine), {plan.sequence:,} tokens a sequence, {plan.batch.global_batch} sequences a step"
+        f"machine), {plan.sequence:,} tokens a sequence, {plan.batch.global_batch} "
+        f"{'sequence' if plan.batch.global_batch == 1 else 'sequences'} a step"
     )
     table = Table(title="Layouts, best first", title_justify="left")
     for column, justify in (("layout", "left"), ("s a step", "right"), ("tokens/s/GPU", "right"), ("GiB", "right")):
@@ -90,8 +97,8 @@ def show_plan(console: Console, one: Timed) -> None:
     hours = steps * time.total / 3600
     console.print(
         f"{one.tokens_per_second:,.0f} tokens/s a GPU, {one.tokens_per_second * site.gpus:,.0f} in all; {steps:,} "
-        f"steps ({steps * plan.batch.global_batch * plan.sequence / 1e9:.3g}B tokens) take {hours:.1f} hours, "
-        f"{hours * site.gpus:.0f} GPU hours; {time.largest} limit it. Evaluations and saves come on top."
+        f"steps ({spelled(steps * plan.batch.global_batch * plan.sequence)} tokens) take {in_hours(hours)} hours, "
+        f"{in_hours(hours * site.gpus)} GPU hours; most of it goes to {time.largest}. Evaluations and saves come on top."
     )
     for sentence in plan.advice():
         console.print(f"warning: {sentence}")

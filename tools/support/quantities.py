@@ -51,6 +51,15 @@ def memory(flag: str, text: str) -> int:
     return round(size)
 
 
+def spelled(amount: int) -> str:
+    """An amount as `quantity` reads it, of three digits: 2.1B; what is beyond thousands of trillions in full."""
+    for letter, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        # 999,600 is 1M, not 1e+03k.
+        if amount >= 0.9995 * size:
+            return f"{amount / size:.3g}{letter}" if amount < 999.5 * size else f"{amount / size:,.0f}{letter}"
+    return str(amount)
+
+
 def counts(flag: str, text: str, unit: int = 1000, such_as: str = SUCH_AS) -> tuple[int, ...]:
     """One number, several (8,16), or a range that doubles (8..4096); rising.
 

@@ -35,6 +35,15 @@ def auto_config(folder: Path, extra: str = "parallel: auto") -> RunConfig:
     return load_config(path)
 
 
+def load_config_of(folder: Path, extra: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(
+        "model: {path: models/Llama-2-70b-hf, context: 32768}\ndata: {path: text}\n"
+        f"output: {folder / 'run'}\n{extra}\n"
+    )
+    return load_config(path)
+
+
 def test_the_word_is_read_written_and_alone(tmp_path: Path) -> None:
     config = auto_config(tmp_path)
     assert config.parallel.auto and load_config(tmp_path / "run.yaml", ["parallel=auto"]) == config
@@ -111,6 +120,22 @@ def test_out_of_memory_shows_the_plan_and_what_would_have_fitted(tmp_path: Path)
     assert f"kept activations {kept:.1f}" in said and "allocated 70.0 and reserved 78.0" in said
     assert "would have fitted" in said and "cp: 4" in said and "train.recompute: gate_up" in said
     assert find_gpu("h100-80gb").memory == H100.memory
+
+
+def test_a_setting_that_would_fit_is_one_that_can_be_set(tmp_path: Path) -> None:
+    """What is told, written into the user's own YAML, is a layout that runs: other settings of his would forbid it."""
+    tight = "parallel: {cp: 8}\ntrain: {steps: 10, recompute: auto, gate_up: host, gpu_gib: 60}"
+    config = load_config_of(tmp_path, tight)
+    told = doomed(RunPlan.shaped(config, LLAMA2_70B, 8, H100.memory), LLAMA2_70B, H100.site(8))
+    setting = told[told.index("would fit (") + len("would fit (") : told.index("), or set parallel")]
+    parallel, rest = setting.split("}, train.", 1) if "}, train." in setting else setting.split(", train.", 1)
+    closing = "}" * (parallel.count("{") - parallel.count("}"))
+    lines = [parallel + closing, *(f"train.{one}" for one in rest.split(", train."))]
+    overrides = [line.replace(": ", "=", 1) for line in lines]
+    (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("parallel: {cp: 8}\n", ""))
+    mended = load_config(tmp_path / "run.yaml", overrides)
+    plan = RunPlan.shaped(mended, LLAMA2_70B, 8, H100.memory)
+    assert footprint(plan, 8).gpu_total <= H100.memory and "gpu_gib" in setting
 
 
 def test_settings_that_a_layout_forbids_leave_the_others(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_refusal_says_by_how_much_and_what_would_do() -> None:
     assert all(way.candidate.fits for way in ways), ways
     streamed = ways[1].candidate.plan
     assert "group_size: 8192 and train.stream: auto" in ways[1].change and streamed.stream and streamed.group == 8192
-    tokens = next(ways_out(config, found.arch, site)).candidate.plan.sequence
+    tokens = ways[0].candidate.plan.sequence
     longer = replace(config, data=replace(config.data, sequence=tokens + 2048))
     assert not ranked(candidates(longer, found.arch, site)), "it is the longest that fits"
 
@@ -203,6 +203,11 @@ def test_gpus_are_known_by_name_and_by_what_torch_calls_them() -> None:
             "gpus_a_node must be a whole number",
         ),
         ("a: [", "cannot be read as YAML"),
+        (
+            "mine: {names: 5, memory_gib: 4, host_gib_a_gpu: 1, gpus_a_node: 1, "
+            "sold: {bf16: 1, hbm: 1, pcie: 1, network: 1}}",
+            "names must be a list of lists",
+        ),
     ],
 )
 def test_a_damaged_description_is_told(tmp_path: Path, content: str, said: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from parallel.errors import ConfigError
 from pipeline.planner import clock
 from pipeline.planner.gpus import find_gpu
 from pipeline.planner.layer_time import FITTED, Fitted
@@ -78,3 +80,21 @@ def test_where_a_step_goes() -> None:
     parts = clock.step_time(point.plan(), find_gpu(point.gpu), alone=True).parts
     assert parts["products"] == pytest.approx(1.58, rel=0.05)
     assert parts["attention"] == pytest.approx(0.37, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: 3", "is no list of measured steps"),
+        ("a: [", "cannot be read as YAML"),
+        (
+            "- {name: a, model: llama2-7b, ranks: 1, context: 8192, use: held, set: {}}",
+            "entry 1: .* recompute is missing",
+        ),
+        ("- {name: a, ranks: 1}", "entry 1: is no measured step"),
+    ],
+)
+def test_what_is_no_file_of_points(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "points.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_points(tmp_path / "points.yaml")

@@ -9,17 +9,22 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from parallel.errors import ConfigError
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DataConfig, ModelConfig, TrainConfig
 from pipeline.config.yaml_file import load_config
-from pipeline.planner.choose import Site
+from pipeline.planner.choose import Site, choices, ranked
 from pipeline.planner.doomed import doomed
+from pipeline.planner.explain import named
 from pipeline.planner.footprint import footprint
 from pipeline.planner.gpus import find_gpu
 from pipeline.planner.models import find_model
 from pipeline.planning.run_plan import RunPlan
 from tools.plan import main
-from tools.support.quantities import counts, memory
+from tools.support.plan_plots import memory_figure
+from tools.support.quantities import counts, memory, spelled
 from tools.support.shapes import config_json, llama2
 
 ROOT = Path(__file__).parents[3]
@@ -67,7 +72,11 @@ def test_70b_on_one_gpu_with_its_base_in_four_bits(capsys: pytest.CaptureFixture
         (["--model", "llama2-70b"], "--context: is missing"),
         (["--model", "llama2-70b", "--context", "long"], "--context: long is no amount"),
         (["--model", "llama2-70b", "--context", "32k", "--tokens", "1M"], "less than one optimizer step"),
-        (["--model", "llama2-70b", "--context", "32k", "--set", "a=b"], "--set: overrides a YAML's settings"),
+        (["--model", "llama2-70b", "--context", "32k", "--set", "a=b"], "unknown key"),
+        (
+            ["--model", "llama2-70b", "--context", "32k", "--set", "model.path=x"],
+            "--set: model.path is what --model says",
+        ),
         (["--model", "llama2-70b", "--context", "32k", "--gpus", "20"], "give 16 or 24"),
         (["--model", "llama2-70b", "--context", "1M"], "No layout fits"),
         (
@@ -122,6 +131,15 @@ def test_scaling_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_long_layouts_name_leaves_the_legend_alone() -> None:
+    run = RunConfig(ModelConfig("x", 32768), DataConfig("text"), TrainConfig(10, 64), "run")
+    best = ranked(choices(run, find_model("llama3-8b").arch, Site.of(find_gpu("rtx4090"), 8)))[0].candidate
+    figure = memory_figure(best)
+    FigureCanvasAgg(figure).draw()
+    title, legend = figure.axes[0]._left_title.get_window_extent(), figure.legends[0].get_window_extent()
+    assert len(named(best.plan)) > 80 and title.x1 < legend.x0 and title.y1 <= figure.bbox.y1
+
+
 @pytest.mark.parametrize(
     ("text", "unit", "found"),
     [
@@ -160,6 +178,9 @@ WAYS = [
     "--model llama3-8b --context 512k --gpus 1 --group 8k --gpu rtx4090 --host-memory 20",
     "--config launch/configs/llama2_70b_32k.yaml --gpus 1 --gpu rtx4090",
     "--config launch/configs/llama2_7b_32k.yaml --gpus 2 --set model.context=524288",
+    "--model llama2-70b --context 1M --gpus 1 --gpu rtx4090",
+    "--config launch/configs/llama2_70b_32k.yaml --gpus 1 --gpu rtx4090 --set model.context=1048576 --host-memory 8",
+    "--model llama3-8b --context 256k --gpus 1 --gpu rtx4090 --set attention.full_last_steps=5",
 ]
 
 
@@ -214,6 +235,56 @@ def test_a_table_streams_where_one_plan_does(capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().out
     rows = [line.split()[1] for line in told.splitlines() if line.startswith("│") and line.split()[1].isdigit()]
     assert "nothing fits" not in told and "streamed in chunks" in told and rows == ["1", "2", "1", "2"]
+
+
+def test_a_setting_goes_with_a_model_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond a checkpoint's own scaling the user has to choose one, which no option of the planner's is."""
+    asked = ["--model", "llama3.1-8b", "--context", "1M", "--group", "8k", "--output", str(tmp_path / "run.yaml")]
+    assert main(asked) == 2 and "model.rope.type: " in capsys.readouterr().err
+    rope = ["--set", "model.rope.type=abf", "--set", "model.rope.theta=1e8"]
+    assert main([*asked, *rope]) == 0
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.model.rope.type, config.model.rope.theta, config.model.context) == ("abf", 1e8, 1 << 20)
+
+
+def test_a_stream_under_a_cap_stays_under_it_when_the_yaml_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPUs of 139.8 GiB of which 30 may be filled: the YAML that is told takes no more of them."""
+    (tmp_path / "run.yaml").write_text(
+        "model: {path: models/Llama-2-7b-hf, context: 1048576}\ndata: {path: text}\noutput: runs/x\n"
+        "attention: {group_size: 8192}\ntrain: {steps: 10, recompute: auto, gpu_gib: 30, stream: auto}\n"
+    )
+    best = tmp_path / "best.yaml"
+    assert main(["--config", str(tmp_path / "run.yaml"), "--gpus", "1", "--gpu", "h200", "--output", str(best)]) == 0
+    capsys.readouterr()
+    gpu, stored = find_gpu("h200"), find_model("llama2-7b").arch
+    for file in (best, tmp_path / "run.yaml"):
+        plan = RunPlan.shaped(load_config(file), stored, 1, gpu.memory)
+        assert plan.memory().gpu_total <= 30 << 30, file.name
+
+
+def test_a_model_of_too_many_layers_is_not_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**config_json(llama2("7b")), "num_hidden_layers": 100_000}))
+    assert main(["--model", str(tmp_path), "--context", "32k"]) == 2
+    assert "has 100000 layers; at most 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("amount", "said"),
+    [
+        (999, "999"),
+        (32768, "32.8k"),
+        (999_600, "1M"),
+        (2_097_152_000, "2.1B"),
+        (4294 * 10**9, "4.29T"),
+        (10**18, "1,000,000T"),
+    ],
+)
+def test_amounts_are_spelled_as_they_are_read(amount: int, said: str) -> None:
+    assert spelled(amount) == said
+    if "," not in said:
+        assert counts("--x", said)[0] == pytest.approx(amount, rel=0.005)
 
 
 @pytest.mark.parametrize("text", ["", "k", "-3", "0", "8..4", "1e", "1e-3", "nan", "8..", "32768.5", "1e999"])
