@@ -98,7 +98,8 @@ def show_plan(console: Console, one: Timed) -> None:
     console.print(
         f"{one.tokens_per_second:,.0f} tokens/s a GPU, {one.tokens_per_second * site.gpus:,.0f} in all; {steps:,} "
         f"steps ({spelled(steps * plan.batch.global_batch * plan.sequence)} tokens) take {in_hours(hours)} hours, "
-        f"{in_hours(hours * site.gpus)} GPU hours; most of it goes to {time.largest}. Evaluations and saves come on top."
+        f"{in_hours(hours * site.gpus)} GPU hours; most of it goes to "
+        f"{time.largest}. Evaluations and saves come on top."
     )
     for sentence in plan.advice():
         console.print(f"warning: {sentence}")
