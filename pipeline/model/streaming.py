@@ -28,6 +28,7 @@ from parallel.world.rng import rng_state, set_rng_state
 from pipeline.data.loader import Batch
 from pipeline.data.packing import IGNORE
 from pipeline.model.attention.layer import AttentionContext
+from pipeline.model.layers.parking import parking_of
 from pipeline.model.layers.recomputation import recomputing
 from pipeline.planning.attention_layout import AttentionSpec, HeadPlan, SequenceLayout
 from pipeline.planning.context_shards import halo_plan
@@ -182,6 +183,8 @@ class SequenceStream:
         cut = StreamPlan.of(sequence, self.chunk, model.groups.plan)
         need = halo_bytes(cut, model.arch, spec, model.groups.plan, rows, model.dtype.itemsize)
         self.parked.reserve(need.parked)
+        width = 2 * model.arch.ffn // model.groups.plan.tp * model.dtype.itemsize
+        parking_of(model.groups.device).expect(rows * cut.shards[0] * width)
 
     def train(
         self,

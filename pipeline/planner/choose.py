@@ -269,6 +269,27 @@ def candidates(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candida
     return found
 
 
+def _places(config: RunConfig, site: Site) -> tuple[str, ...]:
+    """Where gate and up may lie (train.gate_up).
+
+    Nothing is rounded in host memory, so that it is tried beside the GPU's own where a machine has one GPU. That a
+    machine's memory keeps up with several was not measured: there it has to be asked for.
+    """
+    asked = config.train.gate_up
+    if asked == "fp8" or site.a_node > 1 or "kernels" in config.train.without:
+        return (asked,)
+    return "gpu", "host"
+
+
+def _everywhere(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
+    """`candidates`, and those with gate and up in the other places they may lie."""
+    found = candidates(config, stored, site)
+    for place in set(_places(config, site)) - {config.train.gate_up}:
+        train = replace(config.train, recompute="pointwise", gate_up=place, gpu_gib=None)
+        found += Layouts(replace(config, train=train), stored, site, ("pointwise",))
+    return found
+
+
 def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]:
     """Layouts whose layers have different policies, where one policy for all leaves memory unused.
 
@@ -286,18 +307,22 @@ def _mixed(found: list[Candidate], config: RunConfig, stored: LlamaArch, site: S
         if fits:
             kind = layout_of(alike[0].plan)
             fastest[kind] = min(fastest.get(kind, float("inf")), *fits)
-            open_.append((min(times)[0], min(fits), alike))
+            # A stream's chunks may be larger where less lies on the GPU: then nothing known bounds it.
+            bound = 0.0 if alike[0].plan.config.train.stream == "auto" else min(times)[0]
+            open_.append((bound, min(fits), alike))
     mixed: list[Candidate] = []
     for bound, alone, alike in sorted(open_, key=lambda each: each[:2]):
         kind = layout_of(alike[0].plan)
-        if bound >= (1 - ALIKE) * fastest[kind] or bound == alone:
-            continue
         settings = alike[0].plan.config
-        train = replace(settings.train, recompute="auto", gate_up=config.train.gate_up, gpu_gib=config.train.gpu_gib)
-        one = Candidate.of(RunPlan.shaped(replace(settings, train=train), stored, site.gpus, site.gpu.memory), site)
-        if one.fits and (seconds := one.time.total) < alone:
-            mixed.append(one)
-            fastest[kind] = min(fastest[kind], seconds)
+        for place in _places(config, site):
+            if bound >= (1 - ALIKE) * fastest[kind] or bound == alone:
+                break
+            train = replace(settings.train, recompute="auto", gate_up=place, gpu_gib=config.train.gpu_gib)
+            plan = RunPlan.shaped(replace(settings, train=train), stored, site.gpus, site.gpu.memory)
+            one = Candidate.of(plan, site)
+            if one.fits and (seconds := one.time.total) < alone:
+                mixed.append(one)
+                fastest[kind] = min(fastest[kind], seconds)
     return mixed
 
 
@@ -328,11 +353,11 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
         ConfigError: the batch cannot be spread over the GPUs, or they lack what model.base needs.
     """
     site = within(config, site)
-    found = candidates(config, stored, site)
+    found = _everywhere(config, stored, site)
     in_chunks = None if any(one.fits for one in found) else streamed(config)
     if in_chunks is not None:
         try:
-            found += candidates(in_chunks, stored, site)
+            found += _everywhere(in_chunks, stored, site)
         except ConfigError:
             return found  # such as a sliding window
     found += _mixed(found, config, stored, site)
@@ -361,7 +386,8 @@ def ranked(found: list[Candidate]) -> list[Timed]:
     def key(one: Timed) -> tuple[int, bool, int, int]:
         candidate, offload = one.candidate, one.candidate.plan.config.parallel.offload
         tight = candidate.memory.gpu_total > ROOMY * candidate.site.gpu.memory
-        away = (offload.params == "cpu") + (offload.optimizer == "cpu")
+        parked = candidate.plan.config.train.gate_up == "host"
+        away = (offload.params == "cpu") + (offload.optimizer == "cpu") + parked
         return int((one.time.total / fastest - 1) / ALIKE), tight, away, candidate.memory.gpu_total
 
     return sorted(timed, key=key)

@@ -50,7 +50,8 @@ def named(plan: RunPlan) -> str:
 def _recompute(plan: RunPlan) -> str:
     """The layers' policies in a word, or how many layers have each."""
     held = Counter(policy.value for policy in plan.recompute)
-    return next(iter(held)) if len(held) == 1 else ", ".join(f"{policy} of {n} layers" for policy, n in held.items())
+    words = next(iter(held)) if len(held) == 1 else ", ".join(f"{policy} of {n} layers" for policy, n in held.items())
+    return words.replace("host", "pointwise with gate and up in host memory")
 
 
 def why(one: Timed, best: Timed) -> str:

@@ -118,7 +118,7 @@ def test_what_a_plan_reads_is_told(place: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--plan", "table3"], "--plan: 'table3' is not one of bases, groups, recipes, table1, table2, table6;"),
+        (["--plan", "table3"], "--plan: 'table3' is not one of bases, fixed, groups, recipes, table1, table2, table6;"),
         (["--judge", "trial=1"], "--judge: 'trial=1' sets nothing; give key=value of lengths,"),
         (["--judge", "trials"], "--judge: 'trials' sets nothing"),
         (["--judge", "trials=many"], "judge.trials: 'many' is not a whole number."),
@@ -155,4 +155,4 @@ def test_variants_are_written_out(tmp_path: Path) -> None:
 
 
 def test_every_plan_is_shipped() -> None:
-    assert {path.stem for path in PLANS.glob("*.yaml")} == {*TABLES, "bases", "recipes"}
+    assert {path.stem for path in PLANS.glob("*.yaml")} == {*TABLES, "bases", "fixed", "recipes"}

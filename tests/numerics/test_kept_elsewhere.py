@@ -121,6 +121,35 @@ def test_host_memory() -> None:
     _host_gives_back_what_it_was_given("cpu")
 
 
+def _a_short_chunk_takes_the_room_of_whole_ones(device: str) -> None:
+    """A stream's last chunk parks first. Its buffers were of its own size, and whole chunks took others beside them."""
+    lot, whole = Parking(torch.device(device)), 48 * 64
+    lot.expect(4 * whole)
+    for size in (whole // 3, whole, whole // 3, whole):
+        given = [_numbers(size, device=device, seed=layer) for layer in range(5)]
+        parked = [lot.park(one.clone()) for one in given]
+        for one, other in zip(reversed(given), reversed(parked), strict=True):
+            assert torch.equal(lot.take(other), one)
+        assert lot.bytes == 5 * 4 * whole
+    # Of several that are free the smallest that will do.
+    lot.expect(0)
+    held = [lot.park(_numbers(whole, device=device)) for _ in range(6)]
+    assert lot.bytes == 6 * 4 * whole
+    larger = lot.park(_numbers(2 * whole, device=device))
+    for other in (larger, *reversed(held)):
+        lot.take(other)
+    assert lot.park(_numbers(whole, device=device)).buffer.numel() == whole and lot.bytes == 8 * 4 * whole
+
+
+def test_a_short_chunk_takes_the_room_of_whole_ones() -> None:
+    _a_short_chunk_takes_the_room_of_whole_ones("cpu")
+
+
+@pytest.mark.gpu
+def test_a_short_chunk_takes_the_room_of_whole_ones_on_a_gpu() -> None:
+    _a_short_chunk_takes_the_room_of_whole_ones("cuda")
+
+
 @pytest.mark.gpu
 def test_host_memory_of_a_gpu() -> None:
     _host_gives_back_what_it_was_given("cuda")

@@ -52,6 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "several hops, no mask": {"stream": 9, "model": "mistral", "sequence": 64, "masked": "false", "recompute": "none"},
     "weights from host memory": {"stream": 12, "engine": "zero3, offload: {params: cpu, optimizer: cpu}"},
+    "gate and up in host memory": {"stream": 16, "recompute": "pointwise, gate_up: host"},
 }
 
 

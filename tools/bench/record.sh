@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
 #   bash tools/bench/record.sh PART OUT
-# one, speed, speed-7b, base, halos, stream: any GPU of 80 GB (FP8 needs a Hopper; halos and stream 80 GiB of host memory).
+# one, speed, speed-7b, rows, peers, base, halos, stream, stream-4m: any GPU of 80 GB (FP8 needs a Hopper; halos and streams 80
+# GiB of host memory).
 # base-two, doctor, ring, survive-megatron, survive-zero3, tensor: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
-part=${1:?one, speed, speed-7b, base, halos, stream, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, speed, speed-7b, rows, peers, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -43,9 +44,22 @@ case $part in
     fill=train.gpu_gib=75
     alone 200 tools.bench.step --model llama2-7b --cap-gib 79 --recompute auto --set $fill \
       --variant train.gate_up=gpu --variant train.gate_up=host --variant train.gate_up=fp8 \
-      --variant "train.recompute=pointwise train.gate_up=host" --variant "model.base=fp8 train.gate_up=fp8" --json "$out/step.json"
-    alone 60 tools.bench.step --model llama2-7b --engine zero3 --offload --cap-gib 20 --recompute full --json "$out/step.json"
-    alone 300 tools.bench.peers --peers s2 s2-liger sdpa-liger --json "$out/peers.json"
+      --variant "train.gpu_gib=null train.recompute=pointwise train.gate_up=host" --variant "model.base=fp8 train.gate_up=host" \
+      --json "$out/step.json"
+    alone 60 tools.bench.step --model llama2-7b --engine zero3 --offload --cap-gib 20 --recompute auto --set train.gpu_gib=20 \
+      --json "$out/step.json"
+    ;;
+  rows)
+    one=(--cap-gib 79 --recompute auto --set train.gpu_gib=75 --set train.gate_up=host --warmup 1 --json "$out/step.json")
+    both=(--variant model.base=bf16 --variant model.base=fp8)
+    alone 60 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 8192 --micro-batch 4
+    alone 90 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 65536 --steps 1
+    alone 120 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 131072 --steps 1
+    alone 60 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --attention full
+    alone 60 tools.bench.step --model llama3-8b "${one[@]}" "${both[@]}"
+    ;;
+  peers)
+    alone 300 tools.bench.peers --peers s2-liger sdpa-liger --gate-up host gpu --json "$out/peers.json"
     ;;
   doctor)
     doctor() { alone 90 tools.doctor --config $yaml --device cuda --processes 2 "$@"; }
@@ -82,11 +96,16 @@ case $part in
     run 120 python3 -m pytest -q -m gpu -p no:cacheprovider tests/numerics/test_streaming_gpu.py
     ;;
   stream)
-    # 8B on one GPU: chunks of 16384, the same with first passes in full, chunks of 32768 with gate and up in host memory.
+    # 8B on one GPU: chunks of 16384, the same with first passes in full, chunks of 32768 with gate and up of most layers in
+    # host memory.
     alone 120 tools.bench.stream --lengths 65536 262144 --reference-steps 2 --json "$out/stream.json"
     alone 90 tools.bench.stream --lengths 262144 --without short_first_pass --reference 0 --json "$out/stream.json"
-    alone 270 tools.bench.stream --chunk 32768 --gate-up host --lengths 262144 1048576 --reference-steps 2 --profile \
-      --json "$out/stream.json"
+    alone 270 tools.bench.stream --chunk 32768 --recompute auto --gpu-gib 75 --gate-up host --lengths 262144 1048576 \
+      --reference-steps 2 --json "$out/stream.json"
+    ;;
+  stream-4m)
+    alone 560 tools.bench.stream --chunk 32768 --recompute auto --gpu-gib 75 --gate-up host --lengths 65536 4194304 \
+      --reference-steps 2 --json "$out/stream.json"
     ;;
   base-two)
     share=(tools.bench.step --cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise)
@@ -110,6 +129,6 @@ case $part in
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, speed, speed-7b, base, halos, stream, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, speed, speed-7b, rows, peers, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed

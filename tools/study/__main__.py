@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tools.study", __doc__, "RECIPES.md")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--plan", default="recipes", help="table1, table2, table6, groups, bases, or recipes (the default)"
+        "--plan", default="recipes", help="table1, table2, table6, groups, fixed, bases, or recipes (the default)"
     )
     what.add_argument("--study", type=user_path, help="instead: a YAML of recipes of your own")
     parser.add_argument(

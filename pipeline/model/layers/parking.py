@@ -21,8 +21,9 @@ from pipeline.planning.activations import PARKED
 class Parked:
     """One tensor; `Parking.take` gives it back, once."""
 
-    def __init__(self, tensor: torch.Tensor, host: torch.Tensor, before: Parked | None) -> None:
-        self.shape, self.host = tensor.shape, host
+    def __init__(self, tensor: torch.Tensor, buffer: torch.Tensor, before: Parked | None) -> None:
+        self.shape, self.buffer = tensor.shape, buffer
+        self.host = buffer[: tensor.numel()]
         self.gpu: torch.Tensor | None = tensor
         self.event: Any = None
         """Of its last copy."""
@@ -41,9 +42,14 @@ class Parking:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._leaving: list[Parked] = []
         self._last: weakref.ref[Parked] | None = None
-        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._free: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._least = 0
         self.bytes = 0
         """Of host memory."""
+
+    def expect(self, nbytes: int) -> None:
+        """Buffers made from now on hold as much at least: a stream's last chunk, which parks first, may be short."""
+        self._least = nbytes
 
     def park(self, tensor: torch.Tensor) -> Parked:
         """Start to copy a contiguous tensor away; its memory is freed when that has ended and nobody else has it.
@@ -75,7 +81,7 @@ class Parking:
         assert tensor is not None
         self._wait(parked)
         # Copies of one stream follow each other: whoever gets this buffer next writes to it after they were made.
-        self._free.setdefault((parked.host.numel(), parked.host.dtype), []).append(parked.host)
+        self._free.setdefault(parked.buffer.dtype, []).append(parked.buffer)
         self._last = parked.before
         before = None if parked.before is None else parked.before()
         if before is not None and not before.taken and before.gpu is None:
@@ -109,10 +115,12 @@ class Parking:
         parked.gpu = None
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        free = self._free.get((like.numel(), like.dtype))
-        if free:
-            return free.pop()
-        buffer = whole_pages(like.nbytes)[: like.nbytes].view(like.dtype)
+        free = self._free.get(like.dtype, [])
+        fitting = [place for place, buffer in enumerate(free) if buffer.numel() >= like.numel()]
+        if fitting:
+            return free.pop(min(fitting, key=lambda place: free[place].numel()))
+        size = max(like.nbytes, self._least // like.itemsize * like.itemsize)
+        buffer = whole_pages(size)[:size].view(like.dtype)
         self.bytes += buffer.nbytes
         if self._stream is not None and (error := pin(buffer)):
             raise LongspanError(

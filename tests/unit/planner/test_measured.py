@@ -13,7 +13,7 @@ from pipeline.planner.gpus import find_gpu
 from pipeline.planner.layer_time import FITTED, Fitted
 from tools.support.plan_points import POINTS, Miss, Point, misses, read_points, summary
 
-BOUNDS = {"seconds": (0.03, 0.10), "allocated": (0.01, 0.05), "reserved": (0.02, 0.05), "host": (0.02, 0.05)}
+BOUNDS = {"seconds": (0.03, 0.10), "allocated": (0.01, 0.05), "reserved": (0.02, 0.04), "host": (0.02, 0.05)}
 """(median, worst) of the relative misses."""
 
 

@@ -318,7 +318,9 @@ def test_host_memory_too_small_for_the_halos_is_told_by_how_much() -> None:
     from tools.support.shapes import llama3_8b
 
     def problem(host: int, *settings: str) -> str:
-        config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml", ["train.stream=16384", *settings])
+        config = load_config(
+            ROOT / "launch/configs/llama3_8b_1m.yaml", ["train.stream=16384", "train.gate_up=gpu", *settings]
+        )
         estimate = RunPlan.of(config, *plan_model(config.model, llama3_8b()), 1).memory()
         return survey.check_host_memory(host, "this machine", 1, estimate).problem
 
@@ -332,7 +334,7 @@ def test_host_memory_too_small_for_the_halos_is_told_by_how_much() -> None:
     assert "32.0 GiB evaluation's keys and values" in problem(40 * GIB, quiet, *asks), "128 KiB a token"
     config = load_config(ROOT / "launch/configs/llama3_8b_1m.yaml")
     plan = survey.check_layout(config, plan_model(config.model, llama3_8b()), 1, Device("", 80 * GIB, 1, 0, 9.0))[1]
-    assert plan is not None and plan.stream == 16384, "auto is planned for the GPUs that are there"
+    assert plan is not None and plan.stream == 32768, "auto is planned for the GPUs that are there"
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
