@@ -365,10 +365,7 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
 
 
 def _held(one: Candidate) -> Candidate:
-    """A layout that takes no more of a GPU than it was planned for also where the GPU has more.
-
-    One policy for all layers knows no train.gpu_gib: the run would take the longest chunks that the GPU has room for.
-    """
+    """With its chunks in numbers, where it has no train.gpu_gib to keep a run from taking all of a GPU for longer ones."""
     plan = one.plan
     if plan.config.train.stream != "auto" or plan.config.train.gpu_gib is not None or plan.stream is None:
         return one

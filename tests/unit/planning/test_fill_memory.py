@@ -73,7 +73,7 @@ def test_nothing_that_fits_is_better(gib: float, monkeypatch: pytest.MonkeyPatch
 
 
 def test_mixes_that_cannot_win_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many numbers of parked layers and every two kinds most lose at a glance: of 402 looks 300 and more were in vain."""
+    """Most numbers of parked layers and pairs of kinds lose at a glance: of 402 looks 300 and more were in vain."""
     looks: list[int] = []
 
     def counted(*args: object) -> object:
