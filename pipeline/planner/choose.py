@@ -365,7 +365,7 @@ def choices(config: RunConfig, stored: LlamaArch, site: Site) -> list[Candidate]
 
 
 def _held(one: Candidate) -> Candidate:
-    """With its chunks in numbers, where it has no train.gpu_gib to keep a run from taking all of a GPU for longer ones."""
+    """With its chunks in numbers, where no train.gpu_gib keeps a run from taking all of a GPU for longer ones."""
     plan = one.plan
     if plan.config.train.stream != "auto" or plan.config.train.gpu_gib is not None or plan.stream is None:
         return one
