@@ -12,9 +12,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from rich.table import Table
 
@@ -28,6 +30,7 @@ from pipeline.planner.gpus import named_by
 from pipeline.planner.layer_time import FITTED
 from pipeline.planning.arch import LlamaArch
 from pipeline.planning.memory import GIB
+from pipeline.planning.recompute import RecomputePolicy
 from pipeline.planning.run_plan import plan_run
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
@@ -41,7 +44,8 @@ ESTIMATED = "h200"
 MADE_S, DRAWN = 6.0, 1.05 * GIB
 """Seconds to make a model and begin; bytes a second that random weights reach page-locked host memory: docs/LOG.md."""
 GRID = Path(__file__).with_name("plan_grid.yaml")
-READ = {"seconds a step": "seconds", "peak GiB allocated": "allocated", "peak GiB reserved": "reserved"}
+HOST = "host GiB (resident)"
+READ = {"seconds a step": "seconds", "peak GiB allocated": "allocated", "peak GiB reserved": "reserved", HOST: "host"}
 """What a dry run prints, by the names of MEASURED."""
 
 
@@ -64,12 +68,29 @@ def _write_config(folder: Path, arch: LlamaArch) -> None:
     (folder / "config.json").write_text(json.dumps(config_json(arch)))
 
 
+def resident() -> float:
+    """GiB of host memory that this process holds."""
+    return psutil.Process().memory_info().rss / GIB
+
+
+@cache
+def bare() -> float:
+    """`resident` of a process that trains nothing yet: called before the first point is measured."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")  # makes the context
+    return resident()
+
+
 def measure_once(point: Point, layers: int, env: RankEnv, steps: int) -> dict[str, float]:
     """A step of the point with fewer layers, on this machine's device, by the names of MEASURED."""
     from parallel.world.groups import destroy_groups  # torch: --check needs none of it
     from tools.dry_run import measure, prepare
 
     small = dataclasses.replace(point, layers=layers).plan()
+    # A process of its own would take as much as one of many points does beyond the points before it.
+    process, before = bare(), resident()
     with scratch(env, "plan") as folder:
 
         def stand_in(write: bool) -> tuple[RunConfig, WeightSource | None, list[str]]:
@@ -88,6 +109,9 @@ def measure_once(point: Point, layers: int, env: RankEnv, steps: int) -> dict[st
         finally:
             destroy_groups()
             release()
+    found[HOST] += process - before
+    if RecomputePolicy.HOST in plan.recompute:
+        del found[HOST]  # what is parked stays with the process, for the next point
     return {READ[key]: float(value) for key, value in found.items() if key in READ}
 
 
