@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.answer_ends import ChatFormat
 from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.chat_records import AS_NAMED, Columns, Record, conversation_files, read_records
 from pipeline.data.conversations import RecordError, Said, conversation_of
+from pipeline.data.document_ends import AUTO
 from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.masks import Sample
 from pipeline.data.once import describe, intact, named, once, same_files
@@ -27,7 +29,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
 from pipeline.reporting.words import counted
 
-SPELLED, WITHOUT_TOOLS, JOINED, TRUNCATED = "spelled", "without tools", "joined", "truncated"
+SPELLED, WITHOUT_TOOLS, JOINED, TRUNCATED, ENDLESS = "spelled", "without tools", "joined", "truncated", "endless"
 _REMARKS = {
     SPELLED: (
         ("{} conversation spells a special token in its text", "{} conversations spell a special token in their text"),
@@ -47,6 +49,12 @@ _REMARKS = {
         ("{} conversation is truncated: the middle of its", "{} conversations are truncated: the middle of their"),
         " longest part is left out.",
     ),
+    ENDLESS: (
+        ("{} conversation has no answer", "{} conversations have no answer"),
+        " that ends with a special token which the loss counts (first: {first}), so the model does not learn to stop; "
+        "give a template that ends answers with a token of this tokenizer, inside its {{% generation %}} marks if it "
+        "has any.",
+    ),
 }
 """What is told of records that are kept: of one, of several, and how the sentence goes on."""
 
@@ -62,6 +70,8 @@ class Account:
     """Records left out, by reason."""
     remarked: Counter[str] = field(default_factory=Counter)
     """Records kept that something is told of, by what (`_REMARKS`)."""
+    ends: Counter[int] = field(default_factory=Counter)
+    """Answers by the token that ends them, of records that do not spell special tokens themselves."""
     examples: dict[str, str] = field(default_factory=dict)
     """Place of the first record by reason or remark."""
 
@@ -81,6 +91,7 @@ class Account:
         self.scored += later.scored
         self.refused += later.refused
         self.remarked += later.remarked
+        self.ends += later.ends
         self.examples = later.examples | self.examples
 
     def sentences(self) -> list[str]:
@@ -131,6 +142,11 @@ def samples(
         spelled = template.holds_special(what)
         if spelled is not None:
             account.remark(SPELLED, f"{spelled!r} at {record.where}")
+        ends = template.ends.ends(found)
+        if spelled is None:
+            account.ends += ends
+        if not ends:
+            account.remark(ENDLESS, record.where)
         if template.hides_tools(what):
             account.remark(WITHOUT_TOOLS, record.where)
         if found.joined:
@@ -275,7 +291,8 @@ def prepare_chat(
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
             identity = _identity(template, max_tokens, columns)
-            return writer.finish(entries, account.refused.total(), "", identity, notes, part=part.name)
+            asked = ChatFormat(template.source or "", tuple(sorted(account.ends)))
+            return writer.finish(entries, account.refused.total(), "", identity, notes, AUTO, part.name, asked)
 
     def up_to_date(found: Path) -> Manifest | None:
         return chat_up_to_date(source, found, template, max_tokens, part, columns)
