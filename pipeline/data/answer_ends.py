@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.masks import Sample
 from pipeline.data.shards import Manifest
@@ -65,9 +66,8 @@ def trained_format(manifests: Iterable[Manifest]) -> tuple[ChatFormat | None, tu
     return ChatFormat(templates[0] if templates else "", ends), (told,) if len(templates) > 1 else ()
 
 
-@dataclass
 class EndFinder:
-    """Finds the token that ends a sample's answers.
+    """Finds the tokens that end a sample's answers.
 
     Args:
         special: ids of special tokens.
@@ -75,34 +75,44 @@ class EndFinder:
         decode: text of ids.
     """
 
-    special: frozenset[int]
-    added: frozenset[int]
-    decode: Callable[[list[int]], str]
-    _blank: dict[int, bool] = field(default_factory=dict)
+    def __init__(self, special: frozenset[int], added: frozenset[int], decode: Callable[[list[int]], str]) -> None:
+        self._special, self._added, self._decode = special, added, decode
+        self._is_special = np.zeros(max(special, default=0) + 1, np.bool_)
+        self._is_special[list(special)] = True
+        self._blank: dict[int, bool] = {}
 
-    def ends(self, sample: Sample) -> Counter[int]:
-        """How many of its answers each of those tokens ends; nothing behind it but blanks is scored."""
+    def ends(self, sample: Sample) -> tuple[Counter[int], set[int]]:
+        """How many answers each token ends, behind which nothing but blanks is scored; and special tokens that text
+        follows in an answer, as it does the end of the reasoning before it: whoever stopped there would lose the rest.
+        """
         found: Counter[int] = Counter()
-        scored = sample.scored
-        for last in np.flatnonzero(scored & ~np.append(scored[1:], False)).tolist():
-            second = None
-            while last >= 0 and scored[last]:
-                token = int(sample.tokens[last])
-                if token in self.special:
-                    found[token] += 1
-                    break
-                if token in self.added:
-                    second = token if second is None else second
-                elif not self._is_blank(token):
-                    last = -1
-                last -= 1
-            else:
-                if second is not None:
-                    found[second] += 1
-        return found
+        within: set[int] = set()
+        edges = np.flatnonzero(np.diff(sample.scored, prepend=False, append=False))
+        for first, stop in edges.reshape(-1, 2).tolist():
+            tokens = sample.tokens[first:stop]
+            end, place = self._last(tokens)
+            if end is not None:
+                found[end] += 1
+            inside = tokens[:place]
+            inside = inside[inside < self._is_special.size]
+            within.update(inside[self._is_special[inside]].tolist())
+        return found, within
+
+    def _last(self, tokens: NDArray[np.uint32]) -> tuple[int | None, int]:
+        """The token that ends an answer, and how many tokens there are before those that stand behind its text."""
+        special = added = None
+        for place in range(tokens.size - 1, -1, -1):
+            token = int(tokens[place])
+            if token in self._special:
+                special = token if special is None else special
+            elif token in self._added:
+                added = token if added is None else added
+            elif not self._is_blank(token):
+                return added if special is None else special, place
+        return added if special is None else special, 0
 
     def _is_blank(self, token: int) -> bool:
         blank = self._blank.get(token)
         if blank is None:
-            blank = self._blank[token] = not self.decode([token]).strip()
+            blank = self._blank[token] = not self._decode([token]).strip()
         return blank

@@ -72,6 +72,8 @@ class Account:
     """Records kept that something is told of, by what (`_REMARKS`)."""
     ends: Counter[int] = field(default_factory=Counter)
     """Answers by the token that ends them, of records that do not spell special tokens themselves."""
+    within: set[int] = field(default_factory=set)
+    """Special tokens that text follows in answers of those records."""
     examples: dict[str, str] = field(default_factory=dict)
     """Place of the first record by reason or remark."""
 
@@ -92,6 +94,7 @@ class Account:
         self.refused += later.refused
         self.remarked += later.remarked
         self.ends += later.ends
+        self.within |= later.within
         self.examples = later.examples | self.examples
 
     def sentences(self) -> list[str]:
@@ -142,9 +145,10 @@ def samples(
         spelled = template.holds_special(what)
         if spelled is not None:
             account.remark(SPELLED, f"{spelled!r} at {record.where}")
-        ends = template.ends.ends(found)
+        ends, within = template.ends.ends(found)
         if spelled is None:
             account.ends += ends
+            account.within |= within
         if not ends:
             account.remark(ENDLESS, record.where)
         if template.hides_tools(what):
@@ -291,7 +295,7 @@ def prepare_chat(
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
             identity = _identity(template, max_tokens, columns)
-            asked = ChatFormat(template.source or "", tuple(sorted(account.ends)))
+            asked = ChatFormat(template.source or "", tuple(sorted(account.ends.keys() - account.within)))
             return writer.finish(entries, account.refused.total(), "", identity, notes, AUTO, part.name, asked)
 
     def up_to_date(found: Path) -> Manifest | None:

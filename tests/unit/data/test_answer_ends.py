@@ -98,11 +98,26 @@ def test_added_tokens_count_where_no_special_one_ends_an_answer() -> None:
     finder = EndFinder(frozenset({1}), frozenset({2, 3}), lambda ids: " " if ids == [4] else "x")
 
     def found(*tokens: int) -> dict[int, int]:
-        return dict(finder.ends(Sample(np.array([9, *tokens], np.uint32), np.array([False, *(True for _ in tokens)]))))
+        return dict(finder.ends(sample(*tokens))[0])
+
+    def sample(*tokens: int) -> Sample:
+        return Sample(np.array([9, *tokens], np.uint32), np.array([False, *(True for _ in tokens)]))
 
     assert found(8, 2, 1, 4) == {1: 1}  # a tool call's own end is not the answer's
     assert found(8, 2, 3, 4) == {3: 1}
     assert found(8, 1, 8) == {} == found(2, 8)
+    assert finder.ends(sample(8, 1, 8, 1))[1] == {1} and finder.ends(sample(8, 1, 4, 1))[1] == set()
+
+
+def test_no_stop_at_a_token_that_answers_go_on_behind(tmp_path: Path) -> None:
+    """As in gpt-oss, where <|end|> ends the reasoning and, but in the last turn, answers."""
+    template = MARKED["Qwen2"].replace(
+        "{{ message['content'] + '<|im_end|>' + '\\n'}}{% endgeneration %}",
+        "{{ 'hm<|im_end|>' + message['content'] }}{{ '<|eot_id|>' if loop.last else '<|im_end|>' }}{% endgeneration %}",
+    )
+    assert template != MARKED["Qwen2"]
+    manifest, account = _prepared(tmp_path, template)
+    assert len(account.ends) == 2 and manifest.answer_ends == (byte_level().token_to_id("<|eot_id|>"),)
 
 
 def test_several_templates_are_told_and_damage_is_refused(tmp_path: Path) -> None:
