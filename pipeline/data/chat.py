@@ -22,7 +22,7 @@ from pipeline.data.answer_ends import EndFinder
 from pipeline.data.conversations import Completion, Conversation, Labelled, RecordError, Said, text_in
 from pipeline.data.masks import Sample, behind_prompt, truncated, within_spans
 from pipeline.data.places import as_array, byte_lengths, tokens_within
-from pipeline.data.rendering import Renderer
+from pipeline.data.rendering import REASONING, Renderer
 from pipeline.data.segments import SEGMENT
 from pipeline.data.tokenizer import HfTokenizer, TextTokenizer
 from pipeline.data.tokenizer_files import read_json
@@ -119,6 +119,12 @@ class ChatTemplate:
         """Whether a conversation offers tools whose definitions the template does not show."""
         offers = isinstance(said, Conversation) and said.tools is not None
         return offers and self._renderer is not None and not self._renderer.reads_tools
+
+    def hides_reasoning(self, said: Said) -> bool:
+        """Whether a conversation has reasoning beside an answer, in fields of which the template shows none."""
+        if not isinstance(said, Conversation) or self._renderer is None or self._renderer.reads_reasoning:
+            return False
+        return any(message.get(field) for message in said.messages for field in REASONING)
 
     def sample(self, said: Said) -> Sample:
         """Tokens and mask of all that a record says.

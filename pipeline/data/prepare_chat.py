@@ -29,7 +29,8 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
 from pipeline.reporting.words import counted
 
-SPELLED, WITHOUT_TOOLS, JOINED, TRUNCATED, ENDLESS = "spelled", "without tools", "joined", "truncated", "endless"
+SPELLED, WITHOUT_TOOLS, WITHOUT_REASONING = "spelled", "without tools", "without reasoning"
+JOINED, TRUNCATED, ENDLESS = "joined", "truncated", "endless"
 _REMARKS = {
     SPELLED: (
         ("{} conversation spells a special token in its text", "{} conversations spell a special token in their text"),
@@ -39,6 +40,11 @@ _REMARKS = {
         ("{} conversation offers tools", "{} conversations offer tools"),
         " whose definitions the chat template does not show (first: {first}); give one that knows tools with "
         "--chat-template.",
+    ),
+    WITHOUT_REASONING: (
+        ("{} conversation has reasoning beside its answers", "{} conversations have reasoning beside their answers"),
+        " (reasoning_content or the like), which the chat template does not show (first: {first}); give one that does "
+        "with --chat-template, or write it into the content.",
     ),
     JOINED: (
         ("{} prompt ends", "{} prompts end"),
@@ -153,6 +159,8 @@ def samples(
             account.remark(ENDLESS, record.where)
         if template.hides_tools(what):
             account.remark(WITHOUT_TOOLS, record.where)
+        if template.hides_reasoning(what):
+            account.remark(WITHOUT_REASONING, record.where)
         if found.joined:
             account.remark(JOINED, record.where)
         if found.cut:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import json
@@ -22,7 +21,6 @@ import sentencepiece
 
 from parallel.errors import DataError
 from pipeline.data import prepare as prepare_module
-from pipeline.data import shard_writer
 from pipeline.data.prepare import cache_folder, open_text_or_shards, prepare
 from pipeline.data.shards import DOCUMENTS, MANIFEST, TokenShards, open_shards
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
@@ -397,21 +395,3 @@ def test_as_a_program(corpus: Path, tmp_path: Path, light: TextTokenizer) -> Non
     bad = subprocess.run([*command, "--tokenizer", "nope"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: nope: no tokenizer there;") and bad.stderr.count("\n") == 1
-
-
-def test_a_full_disk_leaves_nothing_and_names_the_folder_asked_for(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: object) -> str:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"a{n}"}) + "\n" for n in range(40)))
-    words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(model), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(shard_writer, "sha256_of", full)
-    for more, told in (([], "out"), (["--held-out", "0.5"], "out/train")):
-        assert prepare_data.main([*words, *more]) == 2
-        said = capsys.readouterr().err
-        mend = "cannot be written (No space left on device); choose another folder, or make room."
-        assert f"error: {tmp_path / told}: {mend}" in said
-        assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix != ".lock"]
-        assert not list(tmp_path.glob(".*writing*"))

@@ -206,6 +206,10 @@ REFUSED = [
     ([{"role": "user", "content": "a"}, {"role": "GPT ", "content": "b"}], r"role 'GPT ' \(write assistant\)"),
     ([{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "b"}], "not a string"),
     ([*LONG["messages"], {"role": "user", "content": "a"}], "ends with a user message"),
+    (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": {"name": "f"}}],
+        "function_call, OpenAI's older form; write it as tool_calls",
+    ),
 ]
 
 ANSWER = {"role": "assistant", "content": "In the sea."}
