@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.masks import Sample
 from pipeline.data.shards import Manifest
@@ -77,7 +76,7 @@ class EndFinder:
 
     def __init__(self, special: frozenset[int], added: frozenset[int], decode: Callable[[list[int]], str]) -> None:
         self._special, self._added, self._decode = special, added, decode
-        self._is_special = np.zeros(max(special, default=0) + 1, np.bool_)
+        self._is_special = np.zeros(max(special, default=0) + 2, np.bool_)
         self._is_special[list(special)] = True
         self._blank: dict[int, bool] = {}
 
@@ -87,29 +86,35 @@ class EndFinder:
         """
         found: Counter[int] = Counter()
         within: set[int] = set()
-        edges = np.flatnonzero(np.diff(sample.scored, prepend=False, append=False))
-        for first, stop in edges.reshape(-1, 2).tolist():
-            tokens = sample.tokens[first:stop]
-            end, place = self._last(tokens)
-            if end is not None:
-                found[end] += 1
-            inside = tokens[:place]
-            inside = inside[inside < self._is_special.size]
-            within.update(inside[self._is_special[inside]].tolist())
+        tokens, scored = sample.tokens, sample.scored
+        # Few tokens of an answer are special: looking from each of those costs less than looking at each answer.
+        special = self._is_special.take(tokens, mode="clip")  # the last place stands for all ids behind it
+        special &= scored
+        for place in special.nonzero()[0].tolist():
+            token = int(tokens[place])
+            behind = self._behind(sample, place)
+            if behind is None:
+                within.add(token)
+            elif not behind & self._special:
+                found[token] += 1
+        if not found and self._added:
+            for place in np.flatnonzero(scored & np.isin(tokens, list(self._added))).tolist():
+                if self._behind(sample, place) == set():
+                    found[int(tokens[place])] += 1
         return found, within
 
-    def _last(self, tokens: NDArray[np.uint32]) -> tuple[int | None, int]:
-        """The token that ends an answer, and how many tokens there are before those that stand behind its text."""
-        special = added = None
-        for place in range(tokens.size - 1, -1, -1):
-            token = int(tokens[place])
-            if token in self._special:
-                special = token if special is None else special
-            elif token in self._added:
-                added = token if added is None else added
+    def _behind(self, sample: Sample, place: int) -> set[int] | None:
+        """Special and added tokens behind a token of an answer; None: text stands there."""
+        found = set()
+        for later in range(place + 1, sample.tokens.size):
+            if not sample.scored[later]:
+                break
+            token = int(sample.tokens[later])
+            if token in self._special or token in self._added:
+                found.add(token)
             elif not self._is_blank(token):
-                return added if special is None else special, place
-        return added if special is None else special, 0
+                return None
+        return found
 
     def _is_blank(self, token: int) -> bool:
         blank = self._blank.get(token)
