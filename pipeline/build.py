@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
 from pipeline.config.yaml_file import config_dict
+from pipeline.data.answer_ends import trained_format
 from pipeline.data.chat_settings import check_prepared
 from pipeline.data.document_ends import Ends
 from pipeline.data.loader import TrainLoader
@@ -276,6 +277,7 @@ def build(
         "data_start": asdict(DataStart()),
         "changes": [],
         "init_from": None,
+        "chat": chat_of(dataset.stores),
     }
     parts = TrainerParts(
         config=config,
@@ -322,6 +324,12 @@ def _passed_over(config: RunConfig, base: WeightSource, groups: Groups) -> tuple
     return (*base.warnings, *(line for path in texts for line in left_out(path, config.data.text_field)))
 
 
+def chat_of(stores: Sequence[TokenShards]) -> dict[str, Any] | None:
+    """What a checkpoint says of the conversations it trained on, see `answer_ends`; None: there are none."""
+    found, _ = trained_format(store.manifest for store in stores)
+    return None if found is None else found.recorded()
+
+
 def begin_from(parts: TrainerParts, base: WeightSource) -> Start:
     """Take the trained weights that `init_from` names; collective.
 
@@ -339,4 +347,6 @@ def begin_from(parts: TrainerParts, base: WeightSource) -> Start:
         warnings = *other_positions(source, model.rope), *other_form(source, config.model.base)
         begun = replace(source.start, warnings=warnings)
     parts.manifest["init_from"] = begun.recorded()
+    if parts.manifest["chat"] is None and source.chat is not None:
+        parts.manifest["chat"] = source.chat.recorded()
     return begun

@@ -24,6 +24,7 @@ from pipeline.data.conversations import (
     text_in,
     with_joined_parts,
 )
+from pipeline.hf.companions import ends_of_text
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser, whole_number
 from pipeline.storage.durable import replace_text
@@ -59,6 +60,8 @@ def answers(folder: Path, conversations: Sequence[Conversation], template: str |
     if template is None and tokenizer.chat_template is None:
         raise DataError(f"{folder}: has no chat template (a base model?); give one with --chat-template FILE.")
     loaded = load_folder(folder)
+    # After training on conversations the end of a turn is among the former; the latter may be another token.
+    ends = list(dict.fromkeys((*ends_of_text(folder), tokenizer.eos_token_id)))
     said = []
     for conversation in conversations:
         prompt = tokenizer.apply_chat_template(
@@ -74,8 +77,8 @@ def answers(folder: Path, conversations: Sequence[Conversation], template: str |
                 **prompt,
                 max_new_tokens=tokens,
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
             )
         said.append(tokenizer.decode(whole[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
     return said

@@ -21,6 +21,7 @@ from parallel.errors import ConfigError, DataError
 from pipeline.config.hub import model_folder
 from pipeline.config.paths import model_path, user_path
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.hf.companions import ends_of_text, has_tokenizer
 from pipeline.planning.arch import read_arch
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser, whole_number
@@ -48,6 +49,8 @@ class Loaded:
     tokenizer: TextTokenizer
     context: int
     """Tokens it is made for."""
+    ends: tuple[int, ...] = ()
+    """Ids at which it stops beside the tokenizer's end of text."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Continuation:
     """What came of one prompt."""
 
     tokens: list[int]
-    """Ids of what follows the prompt; the end-of-text token is left out."""
+    """Ids of what follows the prompt; the token that ends it is left out."""
     prefill_s: float
     """Seconds until the first new token was known."""
     decode_s: float
@@ -78,7 +81,7 @@ def load_folder(folder: Path, cpu: bool = False) -> Loaded:
         CheckpointError, ConfigError, DataError: it is no whole model of the supported ones, or has no tokenizer.
     """
     context, tokenizer = read_arch(folder).max_positions, load_tokenizer(folder)
-    return Loaded(_model_in(folder, cpu), tokenizer, context)
+    return Loaded(_model_in(folder, cpu), tokenizer, context, ends_of_text(folder))
 
 
 def _model_in(folder: Path, cpu: bool) -> Any:
@@ -93,8 +96,6 @@ def _model_in(folder: Path, cpu: bool) -> Any:
 
 
 def _tokenizer_of(trained: TrainedModel) -> Path:
-    from pipeline.hf.companions import has_tokenizer
-
     own = trained.tokenizer
     return own if own is not None and has_tokenizer(own) else trained.base
 
@@ -105,7 +106,11 @@ def load_trained(trained: TrainedModel, cpu: bool = False) -> Loaded:
     Raises:
         CheckpointError, DataError: a file is damaged, or there is no tokenizer.
     """
-    return Loaded(_merged(trained, cpu), load_tokenizer(_tokenizer_of(trained)), trained.context)
+    return Loaded(_merged(trained, cpu), load_tokenizer(_tokenizer_of(trained)), trained.context, _ends_of(trained))
+
+
+def _ends_of(trained: TrainedModel) -> tuple[int, ...]:
+    return (*ends_of_text(trained.base), *(() if trained.chat is None else trained.chat.ends))
 
 
 def _merged(trained: TrainedModel, cpu: bool) -> Any:
@@ -172,12 +177,13 @@ def continue_prompt(
         times.append(time.perf_counter())
         return scores
 
+    ends = list(dict.fromkeys((loaded.tokenizer.eos_id, *loaded.ends)))
     settings = GenerationConfig(
         max_new_tokens=new,
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         prefill_chunk_size=chunk,
-        eos_token_id=loaded.tokenizer.eos_id,
+        eos_token_id=ends,
         pad_token_id=loaded.tokenizer.eos_id,
         bos_token_id=loaded.tokenizer.bos_id,
     )
@@ -191,7 +197,7 @@ def continue_prompt(
             logits_processor=LogitsProcessorList([note]),
         )
     tokens = whole[0, len(prompt) :].tolist()
-    if tokens and tokens[-1] == loaded.tokenizer.eos_id:
+    if tokens and tokens[-1] in ends:
         tokens.pop()
     return Continuation(tokens, times[0] - began, times[-1] - times[0])
 
@@ -231,12 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     load: Callable[[], Any]
     if args.model is not None:
         folder = tokens_of = model_folder("--model", args.model)
-        context, load = read_arch(folder).max_positions, partial(_model_in, folder, cpu)
+        context, load, ends = read_arch(folder).max_positions, partial(_model_in, folder, cpu), ends_of_text(folder)
     else:
         trained, _ = load_source(args)
         warn_of(trained)
         tokens_of, context, load = _tokenizer_of(trained), trained.context, partial(_merged, trained, cpu)
-    unread = Loaded(None, load_tokenizer(tokens_of), context)
+        ends = _ends_of(trained)
+    unread = Loaded(None, load_tokenizer(tokens_of), context, ends)
     prompt = prompt_ids(unread, text, args.max_new)  # before minutes of loading
     loaded = replace(unread, model=load())
     done = continue_prompt(loaded, prompt, args.max_new, args.chunk, args.temperature, args.seed)

@@ -18,10 +18,11 @@ import numpy as np
 from jinja2 import TemplateError
 
 from parallel.errors import DataError
+from pipeline.data.answer_ends import EndFinder
 from pipeline.data.conversations import Completion, Conversation, Labelled, RecordError, Said, text_in
 from pipeline.data.masks import Sample, behind_prompt, truncated, within_spans
 from pipeline.data.places import as_array, byte_lengths, tokens_within
-from pipeline.data.rendering import Renderer
+from pipeline.data.rendering import REASONING, Renderer
 from pipeline.data.segments import SEGMENT
 from pipeline.data.tokenizer import HfTokenizer, TextTokenizer
 from pipeline.data.tokenizer_files import read_json
@@ -54,6 +55,7 @@ class ChatTemplate:
         file: as given.
         encoder: of the library, which makes tokens of special ones.
         special: id by content of the tokenizer's special tokens.
+        ends: tells which tokens end the answers of a sample.
         identity: sha256 (hex) of what decides tokens and masks beyond the tokenizer's own identity.
 
     Raises:
@@ -75,6 +77,9 @@ class ChatTemplate:
         self.special = {
             token.content: number for number, token in self.encoder.get_added_tokens_decoder().items() if token.special
         }
+        added = self.encoder.get_added_tokens_decoder().keys()
+        numbers = frozenset(self.special.values())
+        self.ends = EndFinder(numbers, frozenset(added) - numbers, self.decode)
         self._beginnings = {content[:2] for content in self.special}
         self._firsts = {content[:1] for content in self.special}
         self._lengths = byte_lengths(tokenizer.settings, self.encoder)
@@ -88,7 +93,7 @@ class ChatTemplate:
             raise DataError(f"{file or tokenizer.path}: its chat template is no valid Jinja ({error}).") from error
         # Numbered anew where records are read or refused otherwise, so that what an earlier release made is made anew.
         around = self.encoder.encode("").ids
-        settings = json.dumps(["chat 2", self.source, self._names, sorted(self.special.items()), around])
+        settings = json.dumps(["chat 3", self.source, self._names, sorted(self.special.items()), around])
         self.identity = hashlib.sha256(settings.encode()).hexdigest()
 
     def holds_special(self, said: Said) -> str | None:
@@ -114,6 +119,12 @@ class ChatTemplate:
         """Whether a conversation offers tools whose definitions the template does not show."""
         offers = isinstance(said, Conversation) and said.tools is not None
         return offers and self._renderer is not None and not self._renderer.reads_tools
+
+    def hides_reasoning(self, said: Said) -> bool:
+        """Whether a conversation has reasoning beside an answer, in fields of which the template shows none."""
+        if not isinstance(said, Conversation) or self._renderer is None or self._renderer.reads_reasoning:
+            return False
+        return any(message.get(field) for message in said.messages for field in REASONING)
 
     def sample(self, said: Said) -> Sample:
         """Tokens and mask of all that a record says.

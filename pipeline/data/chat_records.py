@@ -15,7 +15,7 @@ from typing import Any
 from parallel.errors import DataError
 from pipeline.data.discovery import listed, matched, walk
 from pipeline.data.json_list import read_objects
-from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records
+from pipeline.data.kinds import BOM, HEAD, LINES, accepted, ending_of, holds_records, refuse_utf16
 from pipeline.data.packed import opened, packing_of
 from pipeline.data.schemas import COLUMNS, LISTS, PAIR, SEGMENTS, NoSchema, schema_of
 from pipeline.data.tables import CSV, TABLE_ENDINGS, open_table, table_of
@@ -117,6 +117,8 @@ def read_records(file: Path, columns: Columns = AS_NAMED) -> Iterator[Record]:
             if missing:
                 keys = ", ".join(record.value) or "nothing"
                 reason = f"has no {', '.join(sorted(missing))}, which --columns names (it has {keys}); correct the name"
+            elif not columns and (inside := _records_inside(value)) is not None:
+                reason = f"is no conversation but has a list of them in {inside!r}; write that list alone into a file"
             elif columns:
                 reason = f"is not what --columns says: read so, it {reason}"
             raise DataError(f"{record.where} {reason}.") from None
@@ -132,6 +134,18 @@ def read_records(file: Path, columns: Columns = AS_NAMED) -> Iterator[Record]:
         raise DataError(f"{file}: no record has {', '.join(sorted(missing))}, which --columns names; correct the name.")
 
 
+def _records_inside(value: Mapping[str, Any]) -> str | None:
+    """The first key under which an object has a list of records; None: there is none."""
+    for key, inside in value.items():
+        if isinstance(inside, list) and inside and isinstance(inside[0], dict):
+            try:
+                schema_of(inside[0])
+            except NoSchema:
+                continue
+            return key
+    return None
+
+
 def _objects(file: Path, columns: Columns) -> Iterator[Record]:
     refuse_pointer(file, DataError)
     try:
@@ -143,6 +157,7 @@ def _objects(file: Path, columns: Columns) -> Iterator[Record]:
     if packing:
         with opened(file, packing) as (_, stream):
             head = stream.read(HEAD)
+    refuse_utf16(file, head)
     table = table_of(head, ending_of(file.name)[0])
     if table:
         if packing and table != CSV:
@@ -158,9 +173,29 @@ def _objects(file: Path, columns: Columns) -> Iterator[Record]:
             for place, value in read_objects(stream, file):
                 yield Record(value, file, place, "record")
             return
+        first = True
         for number, line in enumerate(stream, 1):
             if line.removeprefix(BOM).strip():
+                if first and _goes_on(line):
+                    raise DataError(
+                        f"{file}: begins with an object over several lines, and JSON is read as one object a line or "
+                        "as one list of them; write it so, for example with jq -c . FILE."
+                    )
                 yield _record(_parsed(line, f"{file}: line {number}"), file, number)
+                first = False
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a line is the beginning of a JSON object that ends in a later one."""
+    text = line.decode("utf-8-sig", "replace").strip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        # Of an object that is cut in a string the error is where that begins: such a file is truncated.
+        return text.startswith("{") and error.pos >= len(text)
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _rows(file: Path, kind: str, packing: str, columns: Columns) -> Iterator[Record]:

@@ -296,12 +296,17 @@ def _checked(messages: list[dict[str, Any]]) -> tuple[bool, ...]:
         if role is None:
             raise RecordError("a message does not say whose it is (role, or from)")
         if not isinstance(role, str) or role not in _MAY_FOLLOW or role == "":
-            raise RecordError(f"a message has the unknown role {role!r}")
+            known = role.strip().lower() if isinstance(role, str) else ""
+            meant = _ROLES.get(known, known)
+            mend = f" (write {meant})" if meant and meant in _MAY_FOLLOW else ""
+            raise RecordError(f"a message has the unknown role {role!r}{mend}")
         if role not in _MAY_FOLLOW[before]:
             raise RecordError(f"its roles are out of order ({role} {'after ' + before if before else 'first'})")
         if not (content is None or isinstance(content, str) or _is_parts(content)):
             raise RecordError("the content of a message is not a string")
         counted = _flag(message)
+        if isinstance(message.get("function_call"), dict):
+            raise RecordError("a message has a function_call, OpenAI's older form; write it as tool_calls")
         if role == "assistant":
             if not text_in(content).strip() and not message.get("tool_calls"):
                 raise RecordError("an answer is empty")

@@ -90,6 +90,8 @@ def find_texts(path: Path, text_field: str = "text") -> TextFiles:
             return TextFiles(path, (look(path, text_field, asked=True),), ())
         except Unread as reason:
             problem = str(reason) or f"is not one of {READ}, or not what they hold; convert it"
+            if not str(reason) and ending_of(path.name)[0] == ".json":
+                problem = f'holds neither a list of objects nor one {{"{text_field}": ...}} a line; write it as either'
             raise DataError(f"{path}: {problem}.") from None
     root, walked = path, matched(path)
     if walked is not None:

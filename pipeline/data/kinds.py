@@ -202,11 +202,22 @@ def _refuse_data(file: Path, head: bytes, ending: str, kind: str | None) -> None
         raise Unread(f"is not the {TABLE_ENDINGS[ending]} that its name says (it does not begin so); copy it again")
     if kind is None:
         return
+    refuse_utf16(file, head)
+    if head.startswith(b"%PDF-"):
+        raise DataError(f"{file}: is a PDF, whatever its name; convert it to text, e.g. with pdftotext.")
+    if b"\0" in head:
+        raise DataError(f"{file}: is no text (it has NUL bytes); convert it to UTF-8 text, or move it away.")
+
+
+def refuse_utf16(file: Path, head: bytes) -> None:
+    """Raise for text that begins with the byte order mark of another encoding than UTF-8.
+
+    Raises:
+        DataError: names it.
+    """
     if head.startswith(_UTF16):
         coding = "UTF-32" if head[2:4] == b"\0\0" else "UTF-16"
         raise DataError(f"{file}: is {coding} text, not UTF-8; convert it, e.g. with iconv -f {coding} -t UTF-8.")
-    if b"\0" in head:
-        raise DataError(f"{file}: is no text (it has NUL bytes); convert it to UTF-8 text, or move it away.")
 
 
 def _is_text(head: bytes) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from errno import ENOSPC
 from pathlib import Path
 
 from parallel.errors import DataError
@@ -96,7 +97,11 @@ def _locked(out: Path) -> Iterator[None]:
                     raise
             yield
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from error
+        hidden = out.parent
+        # Of a split's half the folder it will be, not the one beside it that is gone by now, see `together`.
+        told = hidden.parent / out.name if hidden.name.startswith(f".{out.name}.writing-") else out
+        what = "choose another folder, or make room" if error.errno == ENOSPC else "choose another folder"
+        raise DataError(f"{told}: cannot be written ({error.strerror or error}); {what}.") from error
 
 
 def _refuse_other(out: Path) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.answer_ends import ChatFormat
 from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.chat_records import AS_NAMED, Columns, Record, conversation_files, read_records
 from pipeline.data.conversations import RecordError, Said, conversation_of
+from pipeline.data.document_ends import AUTO
 from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.masks import Sample
 from pipeline.data.once import describe, intact, named, once, same_files
@@ -27,7 +29,8 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.workers import BATCH_CHARACTERS, in_order, one_thread
 from pipeline.reporting.words import counted
 
-SPELLED, WITHOUT_TOOLS, JOINED, TRUNCATED = "spelled", "without tools", "joined", "truncated"
+SPELLED, WITHOUT_TOOLS, WITHOUT_REASONING = "spelled", "without tools", "without reasoning"
+JOINED, TRUNCATED, ENDLESS = "joined", "truncated", "endless"
 _REMARKS = {
     SPELLED: (
         ("{} conversation spells a special token in its text", "{} conversations spell a special token in their text"),
@@ -38,6 +41,11 @@ _REMARKS = {
         " whose definitions the chat template does not show (first: {first}); give one that knows tools with "
         "--chat-template.",
     ),
+    WITHOUT_REASONING: (
+        ("{} conversation has reasoning beside its answers", "{} conversations have reasoning beside their answers"),
+        " (reasoning_content or the like), which the chat template does not show (first: {first}); give one that does "
+        "with --chat-template, or write it into the content.",
+    ),
     JOINED: (
         ("{} prompt ends", "{} prompts end"),
         " inside a token that the completion goes on with (first: {first}), so the model is trained on other tokens "
@@ -46,6 +54,12 @@ _REMARKS = {
     TRUNCATED: (
         ("{} conversation is truncated: the middle of its", "{} conversations are truncated: the middle of their"),
         " longest part is left out.",
+    ),
+    ENDLESS: (
+        ("{} conversation has no answer", "{} conversations have no answer"),
+        " that ends with a special token which the loss counts (first: {first}), so the model does not learn to stop; "
+        "give a template that ends answers with a token of this tokenizer, inside its {{% generation %}} marks if it "
+        "has any.",
     ),
 }
 """What is told of records that are kept: of one, of several, and how the sentence goes on."""
@@ -62,6 +76,10 @@ class Account:
     """Records left out, by reason."""
     remarked: Counter[str] = field(default_factory=Counter)
     """Records kept that something is told of, by what (`_REMARKS`)."""
+    ends: Counter[int] = field(default_factory=Counter)
+    """Answers by the token that ends them, of records that do not spell special tokens themselves."""
+    within: set[int] = field(default_factory=set)
+    """Special tokens that text follows in answers of those records."""
     examples: dict[str, str] = field(default_factory=dict)
     """Place of the first record by reason or remark."""
 
@@ -81,6 +99,8 @@ class Account:
         self.scored += later.scored
         self.refused += later.refused
         self.remarked += later.remarked
+        self.ends += later.ends
+        self.within |= later.within
         self.examples = later.examples | self.examples
 
     def sentences(self) -> list[str]:
@@ -131,8 +151,16 @@ def samples(
         spelled = template.holds_special(what)
         if spelled is not None:
             account.remark(SPELLED, f"{spelled!r} at {record.where}")
+        ends, within = template.ends.ends(found)
+        if spelled is None:
+            account.ends += ends
+            account.within |= within
+        if not ends:
+            account.remark(ENDLESS, record.where)
         if template.hides_tools(what):
             account.remark(WITHOUT_TOOLS, record.where)
+        if template.hides_reasoning(what):
+            account.remark(WITHOUT_REASONING, record.where)
         if found.joined:
             account.remark(JOINED, record.where)
         if found.cut:
@@ -275,7 +303,8 @@ def prepare_chat(
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
             identity = _identity(template, max_tokens, columns)
-            return writer.finish(entries, account.refused.total(), "", identity, notes, part=part.name)
+            asked = ChatFormat(template.source or "", tuple(sorted(account.ends.keys() - account.within)))
+            return writer.finish(entries, account.refused.total(), "", identity, notes, AUTO, part.name, asked)
 
     def up_to_date(found: Path) -> Manifest | None:
         return chat_up_to_date(source, found, template, max_tokens, part, columns)

@@ -26,7 +26,7 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 _NO_CALLS = "the chat template does not show its tool calls (give one that knows tools with --chat-template)"
 _GIVE = "give one that does with --chat-template"
 _NO_DEVELOPER = f"the chat template knows no role developer (name it system, or {_GIVE})"
-_REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
+REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 """Fields of a message that transformers gives the template under other names too."""
 
 
@@ -42,7 +42,7 @@ def _as_given(messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
     """Whether transformers gives a template just these messages and tools: copies, since its sandbox changes none."""
     for message in messages:
         for name, value in message.items():
-            if name in _REASONING or not (type(value) is str or _plain(value)):
+            if name in REASONING or not (type(value) is str or _plain(value)):
                 return False
     return tools is None or (_plain(tools) and all(type(tool) is dict for tool in tools))
 
@@ -57,6 +57,7 @@ class Renderer:
 
     Attributes:
         reads_tools: it reads the definitions of tools; one that does not cannot show them.
+        reads_reasoning: the same of the reasoning that stands beside an answer.
 
     Raises:
         jinja2.TemplateError: it is no valid Jinja.
@@ -74,6 +75,7 @@ class Renderer:
         tree = environment.parse(source)
         self.reads_tools = "tools" in meta.find_undeclared_variables(tree)
         self._reads_calls = _names(tree, "tool_calls")
+        self.reads_reasoning = any(_names(tree, field) for field in REASONING)
         self._turns = None if self._marked else turns_of(environment, source, self._given, frozenset(names))
         self._takes_parts = self._probe_parts()
 

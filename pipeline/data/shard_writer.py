@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.errors import DataError
+from pipeline.data.answer_ends import ChatFormat
 from pipeline.data.card import Notes, card_of, write_card
 from pipeline.data.document_ends import AUTO, Ends
 from pipeline.data.folders import replace_folders
@@ -141,12 +142,14 @@ class ShardWriter:
         notes: Notes | None = None,
         ends: Ends = AUTO,
         part: str = "",
+        chat_format: ChatFormat | None = None,
     ) -> Manifest:
         """Complete the folder, with a data card of the notes, and move it to `out`, replacing an older one there.
 
         Args:
             ends: what documents of text were given at both ends.
             part: see `Manifest.part`.
+            chat_format: of conversations, what they were rendered with and how answers end.
         """
         bos_id, ending = ends.ids(self._tokenizer)
         self._close()
@@ -175,6 +178,8 @@ class ShardWriter:
             bos_id=bos_id,
             ended=ending is not None,
             part=part,
+            template=chat_format.template if chat_format is not None else "",
+            answer_ends=chat_format.ends if chat_format is not None else (),
         )
         (self._folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         if notes is not None:

@@ -85,6 +85,10 @@ class Manifest:
     """Every document of text ends with `eos_id`."""
     part: str = ""
     """Which documents of the sources it holds, see `held_out.Part.name`; empty: all."""
+    template: str = ""
+    """Of conversations: the chat template they went through; empty where none was needed, or by an earlier release."""
+    answer_ends: tuple[int, ...] = ()
+    """Of conversations: ids of the tokens that end answers, ascending."""
 
     @property
     def ends(self) -> tuple[int | None, int | None]:
@@ -125,6 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise DataError(f"{file}: is of version {record['version']}, this program reads {VERSION}; {MEND}.")
         record["files"] = tuple(FileEntry(**entry) for entry in record["files"])
         record["sources"] = tuple(SourceEntry(**entry) for entry in record["sources"])
+        record["answer_ends"] = tuple(record.get("answer_ends", ()))
         manifest = Manifest(**record)
         records: list[Manifest | FileEntry | SourceEntry] = [manifest, *manifest.files, *manifest.sources]
         for entry in records:
@@ -151,6 +156,10 @@ def _check_types(record: Manifest | FileEntry | SourceEntry) -> None:
         raise ValueError(f"dtype {record.dtype!r} does not suit vocab_size {record.vocab_size}")
     if isinstance(record, Manifest) and record.eos_id >= record.vocab_size:
         raise ValueError(f"eos_id {record.eos_id} is outside vocab_size {record.vocab_size}")
+    if isinstance(record, Manifest):
+        for end in record.answer_ends:
+            if type(end) is not int or not 0 <= end < record.vocab_size:
+                raise ValueError(f"answer_ends has {end!r}")
     if isinstance(record, Manifest) and (record.bos_id or 0) >= record.vocab_size:
         raise ValueError(f"bos_id {record.bos_id} is outside vocab_size {record.vocab_size}")
     if isinstance(record, FileEntry) and (record.name in ("", "..") or Path(record.name).name != record.name):

@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol
 
 from parallel.errors import DataError
 from pipeline.data.packed import opened
+from pipeline.reporting.words import counted
 
 PARQUET, ARROW, CSV = "Parquet", "Arrow", "CSV"
 TABLES = (PARQUET, ARROW, CSV)
@@ -231,8 +232,9 @@ class _Csv:
                 return
             if row and len(row) != len(self.columns):
                 raise DataError(
-                    f"{self._file}: line {number} has {len(row)} fields and the first line {len(self.columns)}; mend "
-                    "or remove it (a field that holds the separator, quotes or line breaks is put in quotes)."
+                    f"{self._file}: line {number} has {counted(len(row), 'field')} and the first line "
+                    f"{len(self.columns)}; mend or remove it "
+                    "(a field that holds the separator, quotes or line breaks is put in quotes)."
                 )
             if row:
                 yield number, {name: row[place] for name, place in chosen}

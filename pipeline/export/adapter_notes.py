@@ -13,6 +13,7 @@ from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.hub import MODEL, not_there
 from pipeline.config.rope import RopeSettings
 from pipeline.config.sections import BASES
+from pipeline.data.answer_ends import ChatFormat, format_of
 from pipeline.export.adapter_kinds import (
     EMBEDDING_FACTORS,
     FACTORS,
@@ -53,6 +54,8 @@ class AdapterNote:
     """Trained tensors written; None in notes of before they were counted."""
     form: str = "bf16"
     """How the base's matrices were kept in training (model.base)."""
+    chat: ChatFormat | None = None
+    """Of the conversations it was trained on."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -134,7 +137,11 @@ def read_note(folder: Path) -> AdapterNote:
     if form not in BASES:
         raise bad(f"trained_on is {form!r}")
     known_facts = found.get("base_hash"), found.get("step", 0), found.get("context"), plan, found.get("tensors")
-    return AdapterNote(*known_facts, form)
+    try:
+        chat = format_of(found.get("chat"))
+    except ValueError as error:
+        raise bad(str(error)) from None
+    return AdapterNote(*known_facts, form, chat)
 
 
 def told_context(note: AdapterNote, arch: LlamaArch, context: int | None, folder: Path, must_tell: bool) -> int:

@@ -333,6 +333,7 @@ def load_adapter(
         names_pad=two_files,
         warnings=checkpoint.warnings,
         form=note.form,
+        chat=note.chat,
         own=own,
     )
     check_tokenizer(model)

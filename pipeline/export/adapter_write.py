@@ -14,6 +14,7 @@ from parallel.errors import CheckpointError
 from pipeline.export.adapter_read import ADAPTER, EMBEDDING, HEAD, PREFIX, ROWS, TRAINABLE
 from pipeline.export.trained_model import TrainedModel, companions, extended_config, partner_of
 from pipeline.hf.checkpoint import HfCheckpoint
+from pipeline.hf.companions import GENERATION
 from pipeline.hf.vocabulary import VOCABULARY_HF
 from pipeline.hf.writer import NOTE, check_space, new_folder, trained_finite
 from pipeline.planning.tensors import NORMS
@@ -38,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.from_pretrained({folder!r})
 base = AutoModelForCausalLM.from_pretrained({base!r}, config=config{mismatch})
 {grow}model = PeftModel.from_pretrained(base, {folder!r})
-```
+{stop}```
 
 Made at step {step} from a base whose hash is `{base_hash}`. Needs peft >= {peft} (tested with {tested}); embedding
 and norms are in {saved}.{form}
@@ -253,6 +254,8 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     note = {"format": 1, "base": str(model.base), "base_hash": model.base_hash, "step": model.step}
     # Counted, so that a reader notices a file or tensor that was lost on the way.
     note |= {"context": model.context, "tensors": tensors, "trained_on": model.form}
+    if model.chat is not None:
+        note["chat"] = model.chat.recorded()
     if model.strength != 1:
         note["strength"] = model.strength
     rope = {"type": model.rope.type, "theta": model.rope.theta, "factor": model.rope.factor}
@@ -260,6 +263,13 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     rows = model.arch.vocab
     # config.json declares the grown vocabulary, so transformers makes fresh rows and says so.
     grow = f"# {rows} rows: the new ones are in the adapter\n" if model.grown else ""
+    # PEFT generates by the base's own, which knows no end of an answer.
+    stop = ""
+    if (folder / GENERATION).is_file():
+        stop = (
+            "from transformers import GenerationConfig  # where answers end\n\n"
+            f"model.generation_config = GenerationConfig.from_pretrained({str(output.resolve())!r})\n"
+        )
     text = readme.format(
         context=model.context,
         rope=f"type {model.rope.type}, theta {model.rope.theta:g}, factor {model.rope.factor:g}",
@@ -271,6 +281,7 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
         tested=PEFT_TESTED,
         saved=saved,
         grow=grow,
+        stop=stop,
         mismatch=", ignore_mismatched_sizes=True" if model.grown else "",
         adapter=ADAPTER,
         trainable=TRAINABLE,

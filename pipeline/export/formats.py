@@ -43,6 +43,7 @@ def _job(model: TrainedModel, base: HfCheckpoint, shard_bytes: int) -> dict[str,
         "lora": str(model.lora),
         "step": model.step,
         "strength": model.strength,
+        "chat": None if model.chat is None else model.chat.recorded(),
     }
 
 

@@ -15,6 +15,7 @@ from pipeline.checkpoint.tensors import whole_trained
 from pipeline.config.hub import MODEL, local_folder, not_there
 from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.sections import BASES, LoraConfig
+from pipeline.data.answer_ends import ChatFormat, format_of
 from pipeline.export.adapter_kinds import (
     EMBEDDING_FACTORS,
     FACTORS,
@@ -31,6 +32,8 @@ from pipeline.hf.companions import (
     check_vocabulary,
     copy_companions,
     has_tokenizer,
+    set_answer_ends,
+    set_chat_template,
     tokenizer_size,
     without_code,
 )
@@ -128,6 +131,8 @@ class TrainedModel:
     what was trained is added to them, not to what they were rounded to."""
     strength: float = 1.0
     """How much of the training is left in `trained`; see `part_way`."""
+    chat: ChatFormat | None = None
+    """Of the conversations it was trained on; None: text alone, or not told."""
     own: Mapping[str, Own] = field(default_factory=dict)
     """Module -> rank and scale of its adapter, where they are not `lora`'s; adapters of others have such."""
 
@@ -263,6 +268,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None, original: int
         context, recorded, expected = int(model["context"]), str(manifest["base"]), str(manifest["base_hash"])
         vocab, named = model.get("vocab"), config.get("data", {}).get("tokenizer")
         form = known_form(model.get("base", "bf16"))
+        chat = format_of(manifest.get("chat"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: its manifest lacks what an export needs ({type(error).__name__}: {error}); export another "
@@ -301,6 +307,7 @@ def load_trained_model(checkpoint: Path, base: Path | None = None, original: int
         names_pad=tokenizer is None,
         warnings=warnings,
         form=form,
+        chat=chat,
     )
     check_tokenizer(model)
     return model
@@ -348,11 +355,16 @@ def check_tokenizer(model: TrainedModel) -> None:
 def companions(model: TrainedModel, folder: Path) -> None:
     """Put tokenizer and generation files into an export; see `TrainedModel.names_pad`.
 
+    After conversations these are told how the model is asked, and at which tokens it stops.
+
     Raises:
         CheckpointError: the tokenizer has more tokens than the model rows, or a file is damaged.
     """
     check_tokenizer(model)
     copy_companions(model.base, folder, model.context, model.tokenizer)
+    if model.chat is not None:
+        set_chat_template(folder, model.chat.template)
+        set_answer_ends(folder, model.base, model.chat.ends)
     one_more = model.arch.vocab == read_arch(model.base).vocab + 1
     if model.names_pad and one_more and tokenizer_size(folder) == model.arch.vocab - 1:
         add_pad_token(folder, PAD_TOKEN)

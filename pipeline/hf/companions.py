@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipeline.storage.json_file import read_object, write_json
 from pipeline.storage.lfs import refuse_pointer
 
 GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -21,7 +22,7 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE,
     "chat_template.json",
     GENERATION,
 )
@@ -89,6 +90,59 @@ def copy_companions(source: Path, target: Path, context: int | None = None, toke
         # Llama-2's says 4096, its context: left there, generate() would stop a prompt of 32k at once.
         if isinstance(settings.get("max_length"), int) and SHORT < settings["max_length"] < context:
             write_json(target / GENERATION, {**settings, "max_length": context})
+
+
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template that readers of a folder take; None: it has none."""
+    own = folder / TEMPLATE
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = read_object(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def set_chat_template(folder: Path, template: str) -> None:
+    """Make it the chat template of a tokenizer's folder, if there is one and it is not that already."""
+    if not template or chat_template_in(folder) == template or not has_tokenizer(folder):
+        return
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    settings = read_object(config) if config.is_file() else {}
+    if settings.pop("chat_template", None) is not None:  # some readers look there first
+        write_json(config, settings)
+
+
+def ends_of_text(folder: Path) -> tuple[int, ...]:
+    """Ids at which generate() of transformers stops for a model's folder: those of generation_config.json, or, where
+    that names none or is missing, of config.json."""
+    for path in (folder / GENERATION, folder / "config.json"):
+        found = read_object(path).get("eos_token_id") if path.is_file() else None
+        ends = found if isinstance(found, list) else [found]
+        if any(type(end) is int for end in ends):
+            return tuple(end for end in ends if type(end) is int)
+    return ()
+
+
+def set_answer_ends(folder: Path, base: Path, ends: Sequence[int]) -> None:
+    """Have whoever generates stop at these tokens too: vLLM and transformers read them in generation_config.json.
+
+    Args:
+        folder: has the base's generation_config.json if there is one.
+        base: the base model's folder.
+    """
+    known = ends_of_text(base)
+    if set(ends) <= set(known):
+        return
+    path, of_base = folder / GENERATION, base / "config.json"
+    declared = read_object(of_base) if of_base.is_file() else {}
+    # What transformers takes from config.json where there is no such file.
+    taken = {name: declared[name] for name in ("bos_token_id", "pad_token_id") if declared.get(name) is not None}
+    settings = read_object(path) if path.is_file() else taken
+    write_json(path, {**settings, "eos_token_id": [*known, *(end for end in ends if end not in known)]})
 
 
 def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:

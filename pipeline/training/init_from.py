@@ -21,6 +21,7 @@ from pipeline.config.hub import MODEL, not_there
 from pipeline.config.rope import RopeSettings, used_rope
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import LoraConfig
+from pipeline.data.answer_ends import ChatFormat, format_of
 from pipeline.export.adapter_notes import CONFIG, read_note
 from pipeline.export.adapter_read import load_adapter_of
 from pipeline.export.trained_model import known_form
@@ -104,6 +105,8 @@ class Source:
     context: int
     form: str = "bf16"
     """model.base in that training."""
+    chat: ChatFormat | None = None
+    """Of the conversations in that training."""
 
 
 def check_source(path: str) -> None:
@@ -158,7 +161,8 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
                 "merge and begin with that as model.path."
             )
         start = Start(folder, model.step, ())
-        yield Source(start, AdapterWeights(model.trained), model.lora, model.rope, model.context, model.form)
+        weights = AdapterWeights(model.trained)
+        yield Source(start, weights, model.lora, model.rope, model.context, model.form, model.chat)
         return
     with CheckpointReader(folder) as reader:
         raw = reader.manifest.raw
@@ -169,12 +173,14 @@ def open_source(folder: Path, config: RunConfig, base_hash: str) -> Iterator[Sou
             context = int(declared["model"]["context"])
             settings = RopeSettings(**used_rope(declared["model"]["rope"]))
             form = known_form(declared["model"].get("base", "bf16"))
+            chat = format_of(raw.get("chat"))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: its manifest lacks what a run needs ({type(error).__name__}: {error}); name another."
             ) from None
         rope = plan_rope(read_arch(Path(config.model.path)), settings, context)
-        yield Source(Start(folder, reader.manifest.step, ()), CheckpointWeights(reader), lora, rope, context, form)
+        start = Start(folder, reader.manifest.step, ())
+        yield Source(start, CheckpointWeights(reader), lora, rope, context, form, chat)
 
 
 def _same_base(folder: Path, found: Any, own: str) -> None:

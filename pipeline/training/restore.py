@@ -69,6 +69,8 @@ def resume(parts: TrainerParts) -> Choice | None:
         parts.manifest["data_start"] = asdict(where)
         parts.manifest["changes"] = [*manifest.raw.get("changes", ()), *(change.at(step) for change in changes)]
         parts.manifest["init_from"] = manifest.raw.get("init_from")
+        if parts.manifest["chat"] is None:
+            parts.manifest["chat"] = manifest.raw.get("chat")
         warnings += [change.sentence(step) for change in changes]
         load_state(parts.model, parts.config.train.trainable, parts.optimizer, reader)
         parts.guard.load_state_dict(manifest.raw["guard"])

@@ -17,6 +17,7 @@ from parallel.world.groups import Groups
 from pipeline.checkpoint.choose import Choice
 from pipeline.config.run import RunConfig
 from pipeline.config.yaml_file import dump_config
+from pipeline.data.answer_ends import trained_format
 from pipeline.data.card import MIXTURE_PAGE, mixture_lines, mixture_page
 from pipeline.data.discovery import matches_of
 from pipeline.data.document_ends import described
@@ -133,7 +134,8 @@ def notes(config: RunConfig, step: int, shared: str = "") -> list[str]:
 def starting_warnings(run: Run) -> list[str]:
     """What the data make doubtful, one sentence each."""
     windows, batch = run.trainer.parts.loader.windows, run.config.train.global_batch
-    return [few_windows(windows, batch)] if windows < batch else []
+    _, mixed = trained_format(store.manifest for store in run.trainer.parts.loader.dataset.stores)
+    return [*([few_windows(windows, batch)] if windows < batch else []), *mixed]
 
 
 def starting_line(run: Run) -> str:

@@ -202,8 +202,14 @@ REFUSED = [
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "an answer is empty"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}], "none of its answers"),
     ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "unknown role 'robot'"),
+    ([{"role": "User", "content": "a"}, {"role": "assistant", "content": "b"}], r"role 'User' \(write user\)"),
+    ([{"role": "user", "content": "a"}, {"role": "GPT ", "content": "b"}], r"role 'GPT ' \(write assistant\)"),
     ([{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "b"}], "not a string"),
     ([*LONG["messages"], {"role": "user", "content": "a"}], "ends with a user message"),
+    (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": {"name": "f"}}],
+        "function_call, OpenAI's older form; write it as tool_calls",
+    ),
 ]
 
 ANSWER = {"role": "assistant", "content": "In the sea."}

@@ -102,3 +102,21 @@ def test_a_first_record_without_its_list_is_counted_as_others_are(key: str, valu
     manifest, account, file = prepared(tmp_path, ROLES, [{key: value}, {key: turns}, {key: value}])
     assert manifest.documents == 1
     assert account.sentences() == [f"2 records are left out: its {key} are no list (first: {file}: line 1)."]
+
+
+def test_reasoning_that_is_not_shown_is_counted(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "c"}
+    row = {"messages": [{"role": "user", "content": "a"}, answer]}
+    shown = "{{ message['content'] + '<|im_end|>' + '\\n'}}{% endgeneration %}"
+    reads = chat_templates.MARKED["SmolLM2"].replace(shown, "{{ message.reasoning_content or '' }}" + shown)
+    assert reads != chat_templates.MARKED["SmolLM2"]
+    for number, (template, remarked) in enumerate([(chat_templates.MARKED["SmolLM2"], 1), (reads, 0)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        _, account, file = prepared(folder, template, [row])
+        assert account.remarked["without reasoning"] == remarked
+        assert account.sentences() == remarked * [
+            "1 conversation has reasoning beside its answers (reasoning_content or the like), which the chat template "
+            f"does not show (first: {file}: line 1); give one that does with --chat-template, or write it into the "
+            "content."
+        ]

@@ -195,7 +195,8 @@ def test_json_lines_are_known_by_their_records(tmp_path: Path) -> None:
         assert "f.json: holds a JSON list of something else than objects; convert it" in refused(tmp_path / "f.json")
     for whole in (b'{"a": 1}', b'{\n "text": "pretty"\n}'):
         (tmp_path / "g.json").write_bytes(whole)
-        assert "g.json: is not one of .txt" in refused(tmp_path / "g.json")
+        told = 'g.json: holds neither a list of objects nor one {"text": ...} a line; write it as either'
+        assert told in refused(tmp_path / "g.json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -208,6 +209,15 @@ def test_other_encodings_and_binaries(tmp_path: Path, encoding: str, name: str) 
     assert (f"{encoding.upper()} text, not UTF-8; convert it" if marked else "no text (it has NUL bytes)") in said
     (tmp_path / name).write_bytes(b"\x7fELF\2\1\1\0" + bytes(99))
     assert "is no text (it has NUL bytes)" in refused(tmp_path)
+
+
+def test_a_pdf_is_no_text(tmp_path: Path) -> None:
+    # Some hold no byte that is not ASCII, and would be trained on as they are.
+    for name in ("a.pdf", "a.txt"):
+        (tmp_path / name).write_bytes(b"%PDF-1.4\n1 0 obj << /Type /Catalog >> endobj\n")
+        assert f"{name}: is a PDF, whatever its name; convert it to text" in refused(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes(b"one")
+    assert texts(tmp_path) == ["one"]  # a PDF beside text is named as every file that is not read
 
 
 def test_a_pattern_matches_what_glob_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
