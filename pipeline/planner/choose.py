@@ -170,9 +170,10 @@ class Layouts:
         """
         check_base(config.model.base, stored, 1)
         check_fp8(config.model.base, config.model.fp8_recipe, site.gpu.capability, site.gpu.name)
-        if config.model.base == "fp8" and not site.gpu.rate("fp8"):
+        said = "base: fp8" if config.model.base == "fp8" else f"fp8_recipe: {config.model.fp8_recipe}"
+        if said != "fp8_recipe: none" and not site.gpu.rate("fp8"):
             raise ConfigError(
-                f"model.base: fp8 cannot be planned for {site.gpu.name}, whose description gives products in 8 bits no "
+                f"model.{said} cannot be planned for {site.gpu.name}, whose description gives products in 8 bits no "
                 "rate; write one beside bf16's (sold: fp8), or have longspan bench calibrate measure it there."
             )
         self.config, self.arch, self.site = config, stored, site

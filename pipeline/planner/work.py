@@ -101,11 +101,13 @@ def _product(plan: LayerPlan, parts: Iterable[str], gradient: bool = False) -> W
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
     operations, elements = 2.0 * tokens * rows * columns, rows * columns * plan.chunks
     given, made = (rows, columns) if gradient else (columns, rows)
-    if form == "fp8":
+    recipe = plan.fp8_recipe != "none"
+    if form == "fp8" or recipe:
         # What is multiplied is read and written rounded; of a gradient the matrix is transposed first. SwiGLU is
         # rounded as it is made, and so is its gradient, but that takes two passes' time: sigmoids, not bytes, bound it.
-        made_so = "down" in parts and not gradient
-        rounding = tokens * given * (1 + width * (-1 if made_so else 1)) + 2 * elements * gradient
+        # Family te keeps matrices both ways, and rounds SwiGLU by itself.
+        made_so = "down" in parts and not gradient and not recipe
+        rounding = tokens * given * (1 + width * (-1 if made_so else 1)) + 2 * elements * gradient * (not recipe)
         return Work(0.0, operations, float(tokens * (given + width * made) + elements), pointwise=float(rounding))
     stored = sum(matrix_bytes(form, shape[0], shape[1], shape[2], width) for shape in shapes)
     # NF4: dequantized before each.

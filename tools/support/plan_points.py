@@ -36,8 +36,8 @@ class Point:
     ranks: int
     context: int
     set: dict[str, Any]
-    """tp cp pp engine recompute gate_up gpu_gib attention group micro_batch base stream without; micro_batches: of a
-    rank and step (default: as many as stages); of parallel.offload what is not the default."""
+    """tp cp pp engine recompute gate_up gpu_gib attention group micro_batch base family fp8_recipe stream without;
+    micro_batches: of a rank and step (default: as many as stages); of parallel.offload what is not the default."""
     use: str
     """fit (the constants know its time) | held (they do not) | open (nor do they, and the time is far off)."""
     layers: int | None = None
@@ -75,7 +75,8 @@ class Point:
         found = find_model(self.model)
         arch = found.arch if self.layers is None else replace(found.arch, layers=self.layers)
         attention = AttentionConfig(chosen.get("attention", "s2"), group_size=chosen.get("group"))
-        model = ModelConfig(found.path, self.context, base=chosen.get("base", "bf16"))
+        named = {key: chosen[key] for key in ("base", "family", "fp8_recipe") if key in chosen}
+        model = ModelConfig(found.path, self.context, **named)
         config = RunConfig(model, DataConfig("tokens"), train, "run", attention=attention, parallel=parallel)
         return RunPlan.shaped(config, arch, self.ranks)
 
