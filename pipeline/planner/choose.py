@@ -274,10 +274,10 @@ def _places(config: RunConfig, site: Site) -> tuple[str, ...]:
     """Where gate and up may lie (train.gate_up).
 
     Nothing is rounded in host memory, so that it is tried beside the GPU's own where a machine has one GPU. That a
-    machine's memory keeps up with several was not measured: there it has to be asked for.
+    machine's memory keeps up with several was not measured: there it has to be asked for. A CPU has no other memory.
     """
     asked = config.train.gate_up
-    if asked == "fp8" or site.a_node > 1 or "kernels" in config.train.without:
+    if asked == "fp8" or site.a_node > 1 or "kernels" in config.train.without or site.gpu.name == "cpu":
         return (asked,)
     return "gpu", "host"
 

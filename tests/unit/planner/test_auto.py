@@ -100,6 +100,17 @@ def test_gpus_without_a_description_and_cpus_are_planned_for(tmp_path: Path) -> 
     assert on_cpus.config.parallel.offload.params == "none"
 
 
+def test_host_memory_of_a_cpu_is_no_other_memory(tmp_path: Path) -> None:
+    """Gate and up were parked in the memory that they would have left."""
+    arch, config = find_model("llama2-7b").arch, auto_config(tmp_path)
+    long = replace(config, model=replace(config.model, context=16384), train=replace(config.train, global_batch=1))
+    chosen = [
+        settle(long, arch, Device(name, 48 * GIB, 1, 192 * GIB, kind), 1).config.train.gate_up
+        for name, kind in (("", None), ("NVIDIA H100 80GB HBM3", 9.0))
+    ]
+    assert chosen == ["gpu", "host"]
+
+
 def test_a_doomed_run_is_told_and_one_that_may_fit_is_not(tmp_path: Path) -> None:
     site = H100.site(8)
     whole = RunPlan.shaped(auto_config(tmp_path, "parallel: {cp: 8}"), LLAMA2_70B, 8)
