@@ -71,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     model_folder("--model", args.model)
     # Both import torch, which a wrong study need not wait for.
+    from tools.study.plots import drawn
     from tools.study.run import Outcome, Workshop
     from tools.study.table import comparisons, figures
+    from tools.support.report_plots import to_png
 
     workshop = Workshop(study, places, args.output / "results", args.seconds, lambda text: print(text, flush=True))
 
@@ -84,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         ended = "".join(f"\nDiverged: {sentence}\n" for sentence in workshop.diverged)
         replace_text(table, comparisons(outcomes, base) + ended)
-        replace_json(table.with_suffix(".json"), figures(outcomes, base))
+        found = figures(outcomes, base)
+        replace_json(table.with_suffix(".json"), found)
+        if outcomes:
+            table.with_suffix(".png").write_bytes(to_png(drawn(found)))
 
     outcomes, reason = workshop.run(show)
     show(outcomes)

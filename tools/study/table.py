@@ -185,6 +185,10 @@ def figures(outcomes: Sequence[Outcome], base: Outcome | None) -> dict[str, Any]
             }
             for task, cells in by_task(judged.cells).items()
         }
+        entry["depths"] = {
+            task: [{"tokens": cell.length, "depth": cell.depth, "exact": cell.score} for cell in cells]
+            for task, cells in by_task(judged.cells).items()
+        }
         if judged.ruler:
             entry["ruler"] = {str(n): score for n, score in means(judged.ruler).items()}
             entry["effective_length"] = effective(run, base).to_json()
