@@ -152,7 +152,7 @@ def test_special_tokens_are_the_files_own(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_special_token_that_is_none_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of -1 the vocabulary's last token became the padding; what lies behind the vocabulary told no one what is wrong."""
+    """Of -1 the vocabulary's last token became the padding; of one beyond it no sentence said what is wrong."""
     base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None, rms_norm_eps=1e-5)
     write_gguf(base, tmp_path / "no.gguf", more=lambda writer: writer.add_int32("tokenizer.ggml.padding_token_id", -1))
     assert main([str(tmp_path / "no.gguf"), str(tmp_path / "out")]) == 0
