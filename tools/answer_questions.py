@@ -24,7 +24,6 @@ from pipeline.data.conversations import (
     text_in,
     with_joined_parts,
 )
-from pipeline.hf.companions import ends_of_text
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser, whole_number
 from pipeline.storage.durable import replace_text
@@ -61,7 +60,7 @@ def answers(folder: Path, conversations: Sequence[Conversation], template: str |
         raise DataError(f"{folder}: has no chat template (a base model?); give one with --chat-template FILE.")
     loaded = load_folder(folder)
     # After training on conversations the end of a turn is among the former; the latter may be another token.
-    ends = list(dict.fromkeys((*ends_of_text(folder), tokenizer.eos_token_id)))
+    ends = list(dict.fromkeys((*loaded.ends, loaded.tokenizer.eos_id)))
     said = []
     for conversation in conversations:
         prompt = tokenizer.apply_chat_template(

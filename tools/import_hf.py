@@ -192,11 +192,12 @@ def _import_folder(
         )
 
 
-def _read_gguf(path: Path) -> tuple[set[str], dict[str, str]]:
+def _read_gguf(path: Path) -> tuple[set[str], dict[str, str | None]]:
     """Names of the tensors in a GGUF file, and its special tokens by the names that tokenizer_config.json gives them.
 
     Raises:
-        CheckpointError: its RoPE is scaled; transformers reads nothing of that and would make plain RoPE of it.
+        CheckpointError: its RoPE is scaled; transformers reads nothing of that and would make plain RoPE of it. Or a
+            special token is none of its tokens.
         OSError, ValueError, KeyError, IndexError: it is no GGUF file, or damaged.
     """
     # Like transformers, for GGUF files only.
@@ -216,11 +217,18 @@ def _read_gguf(path: Path) -> tuple[set[str], dict[str, str]]:
         )
     fields = {key.removeprefix("tokenizer.ggml."): field for key, field in reader.fields.items()}
     tokens = fields["tokens"].contents() if "tokens" in fields else []
-    said = {
-        ours: tokens[fields[f"{theirs}_token_id"].contents()]
-        for ours, theirs in GGUF_SPECIAL.items()
-        if f"{theirs}_token_id" in fields and tokens
-    }
+    said: dict[str, str | None] = {}
+    for ours, theirs in GGUF_SPECIAL.items():
+        key = f"{theirs}_token_id"
+        if key not in fields or not tokens:
+            continue
+        number = fields[key].contents()
+        if number >= len(tokens):
+            raise CheckpointError(
+                f"{path}: its tokenizer.ggml.{key} is {number}, and it has {len(tokens)} tokens; try another release."
+            )
+        # -1 is llama.cpp's word for none. transformers takes the last token for it.
+        said[ours] = tokens[number] if number >= 0 else None
     return {tensor.name for tensor in reader.tensors} - {GGUF_FREQUENCIES}, said
 
 
@@ -248,6 +256,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
             k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path", "_model_name_or_path")
         }
         config["architectures"] = [type(model).__name__]
+        config |= {f"{token}_id": None for token, name in special.items() if name is None}
         write_json(folder / "config.json", config)
         arch = read_arch(folder)
         check_vocabulary(folder, arch.vocab, f"{path} is damaged or incomplete, so download it again")
@@ -277,7 +286,7 @@ def _import_gguf(path: Path, output: Path, dtype: torch.dtype, force: bool) -> N
         _write_model(folder, config, facts, state.__getitem__, dtype, lambda name: path)
 
 
-def _plain_tokenizer(folder: Path, special: Mapping[str, str]) -> None:
+def _plain_tokenizer(folder: Path, special: Mapping[str, str | None]) -> None:
     """Name the class that transformers 4 and 5 both know; 5 alone knows its `TokenizersBackend`.
 
     Args:

@@ -305,7 +305,9 @@ def _checked(messages: list[dict[str, Any]]) -> tuple[bool, ...]:
         if not (content is None or isinstance(content, str) or _is_parts(content)):
             raise RecordError("the content of a message is not a string")
         counted = _flag(message)
-        if isinstance(message.get("function_call"), dict):
+        older = message.get("function_call")
+        # One without any value is how tables write that there is none.
+        if isinstance(older, dict) and any(value is not None for value in older.values()):
             raise RecordError("a message has a function_call, OpenAI's older form; write it as tool_calls")
         if role == "assistant":
             if not text_in(content).strip() and not message.get("tool_calls"):

@@ -18,7 +18,7 @@ from pipeline.data.answer_ends import ChatFormat
 from pipeline.data.card import Notes
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.chat_records import AS_NAMED, Columns, Record, conversation_files, read_records
-from pipeline.data.conversations import RecordError, Said, conversation_of
+from pipeline.data.conversations import Conversation, RecordError, Said, conversation_of
 from pipeline.data.document_ends import AUTO
 from pipeline.data.held_out import WHOLE, Part
 from pipeline.data.masks import Sample
@@ -70,6 +70,8 @@ class Account:
     """What became of the records."""
 
     samples: int = 0
+    rendered: int = 0
+    """Of those, what went through the chat template."""
     scored: int = 0
     """Tokens the loss counts."""
     refused: Counter[str] = field(default_factory=Counter)
@@ -96,6 +98,7 @@ class Account:
     def add(self, later: Account) -> None:
         """Count what became of the records behind these as well."""
         self.samples += later.samples
+        self.rendered += later.rendered
         self.scored += later.scored
         self.refused += later.refused
         self.remarked += later.remarked
@@ -166,6 +169,7 @@ def samples(
         if found.cut:
             account.remark(TRUNCATED, record.where)
         account.samples += 1
+        account.rendered += isinstance(what, Conversation)
         account.scored += int(np.count_nonzero(found.scored[1:]))
         yield record, found
 
@@ -303,7 +307,9 @@ def prepare_chat(
                 raise DataError(f"{source}: nothing in it can be trained on. {reasons}")
             notes = Notes(account.refused, account.examples, account.scored, account.remarks())
             identity = _identity(template, max_tokens, columns)
-            asked = ChatFormat(template.source or "", tuple(sorted(account.ends.keys() - account.within)))
+            # One that no record went through is not what the model is to be asked by.
+            shown_by = (template.source or "") if account.rendered else ""
+            asked = ChatFormat(shown_by, tuple(sorted(account.ends.keys() - account.within)))
             return writer.finish(entries, account.refused.total(), "", identity, notes, AUTO, part.name, asked)
 
     def up_to_date(found: Path) -> Manifest | None:

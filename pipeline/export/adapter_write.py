@@ -263,9 +263,9 @@ def _notes(model: TrainedModel, folder: Path, readme: str, output: Path, saved: 
     rows = model.arch.vocab
     # config.json declares the grown vocabulary, so transformers makes fresh rows and says so.
     grow = f"# {rows} rows: the new ones are in the adapter\n" if model.grown else ""
-    # PEFT generates by the base's own, which knows no end of an answer.
+    # PEFT generates by the base's own, which may know no end of an answer.
     stop = ""
-    if (folder / GENERATION).is_file():
+    if model.chat is not None and (folder / GENERATION).is_file():
         stop = (
             "from transformers import GenerationConfig  # where answers end\n\n"
             f"model.generation_config = GenerationConfig.from_pretrained({str(output.resolve())!r})\n"

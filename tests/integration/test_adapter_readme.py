@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.data.answer_ends import ChatFormat
 from pipeline.export.formats import export
 from pipeline.export.verify import sample_tokens, verify
 from tests.integration.test_import_export import by_hand, trained_model
@@ -24,6 +26,16 @@ def test_the_readme_loads_an_adapter_from_a_folder_of_any_name(tmp_path: Path) -
     with torch.no_grad():
         got = found["model"].eval()(tokens).logits
     assert (got - by_hand(model, 2.0, tokens)).abs().max() < 1e-4
+
+
+def test_a_readme_tells_where_answers_end_after_conversations_alone(tmp_path: Path) -> None:
+    """Of a run on text it spoke of answers as soon as the base had a generation_config.json."""
+    model = trained_model(make_tiny(tmp_path / "base", "smollm2"))
+    (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 2}')
+    export(model, tmp_path / "text", "adapter")
+    assert "GenerationConfig" not in (tmp_path / "text/README.md").read_text()
+    export(replace(model, chat=ChatFormat("", (1,))), tmp_path / "chat", "adapter")
+    assert "GenerationConfig" in (tmp_path / "chat/README.md").read_text()
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,21 @@ def test_special_tokens_are_the_files_own(tmp_path: Path, monkeypatch: pytest.Mo
         assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
     found = read(tmp_path / "out")
     assert (found.bos_token, found.eos_token, found.pad_token) == ("<s>", "</s>", "<unk>")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_special_token_that_is_none_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of -1 the vocabulary's last token became the padding; of one beyond it no sentence said what is wrong."""
+    base = make_tiny(tmp_path / "base", "llama3", rope_scaling=None, rms_norm_eps=1e-5)
+    write_gguf(base, tmp_path / "no.gguf", more=lambda writer: writer.add_int32("tokenizer.ggml.padding_token_id", -1))
+    assert main([str(tmp_path / "no.gguf"), str(tmp_path / "out")]) == 0
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (found.bos_token, found.eos_token, found.pad_token) == ("<s>", "</s>", None)
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] is None
+
+    write_gguf(base, tmp_path / "beyond.gguf", more=lambda writer: writer.add_pad_token_id(2**32 - 1))
+    assert main([str(tmp_path / "beyond.gguf"), str(tmp_path / "other")]) == 2
+    assert "padding_token_id is 4294967295, and it has 128 tokens" in capsys.readouterr().err
 
 
 def add_rope(writer: gguf.GGUFWriter, kind: gguf.RopeScalingType, factor: float) -> None:

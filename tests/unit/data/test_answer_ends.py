@@ -29,6 +29,7 @@ ROWS = [{"messages": [{"role": role, "content": text} for role, text in TURNS]}]
 
 
 def _prepared(root: Path, template: str, tokenizer: Any = None, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, Any]:
+    root.mkdir(exist_ok=True)
     model = save(root / "model", tokenizer or byte_level())
     (root / "t.jinja").write_text(template)
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -60,6 +61,19 @@ def test_blanks_may_stand_behind_it(tmp_path: Path) -> None:
 def test_of_plain_pairs_it_is_the_end_of_text(tmp_path: Path) -> None:
     manifest, account = _prepared(tmp_path, QWEN_2, rows=[{"prompt": "q", "completion": " A"}])
     assert manifest.answer_ends == (byte_level().token_to_id("</s>"),) and not account.remarks()
+
+
+def test_a_template_that_nothing_went_through_is_not_recorded(tmp_path: Path) -> None:
+    """Plain pairs and segments are joined as they are: exports told to ask a model by what it never saw."""
+    segments = {"segments": [{"label": False, "text": "q"}, {"label": True, "text": "A</s>"}]}
+    plain = []
+    for name, row in (("pairs", {"prompt": "q", "completion": " A"}), ("segments", segments)):
+        plain.append(_prepared(tmp_path / name, QWEN_2, rows=[row])[0])
+        assert plain[-1].template == "" and plain[-1].answer_ends == (byte_level().token_to_id("</s>"),)
+    turns, _ = _prepared(tmp_path / "turns", LLAMA_3)
+    assert turns.template == LLAMA_3
+    found, told = trained_format([*plain, turns])
+    assert found is not None and found.template == LLAMA_3 and told == ()
 
 
 def test_what_an_answer_spells_is_no_end(tmp_path: Path) -> None:

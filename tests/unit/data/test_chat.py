@@ -221,6 +221,13 @@ def test_records_that_cannot_be_trained_on(messages: list[dict[str, Any]], reaso
         conversation_of({"messages": messages})
 
 
+def test_an_older_call_without_values_is_none() -> None:
+    """Every message of such a table has the field, and all its records were refused."""
+    none = {"name": None, "arguments": None}
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": none}]
+    assert conversation_of({"messages": said})
+
+
 def test_half_a_surrogate_leaves_a_record_out(template: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     turns = [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "b"}]

@@ -120,3 +120,11 @@ def test_answers_are_what_the_model_says_greedily(tmp_path: Path, capsys: pytest
     said = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
     assert said and told["answers"] == [{"right": "yes", "answered": said}]
     assert "exact match 0 of 1" in capsys.readouterr().out
+
+    # Where config.json alone names the end of texts, transformers' tokenizer has none: that None was taken for an end.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id is None
+    assert answer([str(argument) for argument in arguments]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["answers"] == told["answers"]
