@@ -66,17 +66,22 @@ class Settled:
     auto: bool = False
 
 
-def _with(config: RunConfig, layout: Mapping[str, Any]) -> RunConfig:
-    """The configuration with a recorded layout. KeyError, TypeError: it is none."""
+def _with(config: RunConfig, layout: Mapping[str, Any], planned: int) -> RunConfig:
+    """The configuration with a recorded layout, for which so many bytes of a GPU were planned.
+
+    KeyError, TypeError: it is none.
+    """
     parallel = dict(layout["parallel"])
     parallel["offload"] = OffloadConfig(**parallel["offload"])
     parallel["timeout_s"] = config.parallel.timeout_s
     asked = config.train
     # A stream that the user asks for, also since the run began, counts; records of earlier releases know of no other.
-    stream = asked.stream if asked.stream is not None else layout.get("stream")
+    # One that the planner chose goes before the word auto, which looks at the whole GPU.
+    own = layout.get("stream")
+    stream = asked.stream if asked.stream is not None and (asked.stream != "auto" or own is None) else own
     recompute = layout["recompute"]
-    if asked.gpu_gib is not None and recompute != "auto":
-        raise KeyError("gpu_gib")  # asked for since: what was chosen knew nothing of it
+    if asked.gpu_gib is not None and recompute != "auto" and planned > asked.gpu_gib * GIB:
+        raise KeyError("gpu_gib")  # asked for since: what was chosen takes more
     train = replace(
         asked,
         micro_batch=layout["micro_batch"],
@@ -109,7 +114,7 @@ def settle(config: RunConfig, stored: LlamaArch, device: Device, world: int, *, 
         try:
             record = read_object(path)
             if record["auto"] and (record["ranks"] == world or not resumes):
-                same = _with(config, record["layout"])
+                same = _with(config, record["layout"], sum(record["memory"].values()))
                 RunPlan.shaped(same, stored, record["ranks"])
                 return Settled(same, f"parallel: auto keeps what this run began with: {record['name']}.", True)
             before = f" (before, on {record['ranks']} ranks: {record['name']})" if record["auto"] else ""

@@ -183,6 +183,25 @@ def test_a_resume_keeps_chosen_policies_and_streams(tmp_path: Path) -> None:
     assert settle(asked, LLAMA2_70B, small, 8).config.train.stream == 16384, "asked for since"
 
 
+@pytest.mark.parametrize("context", [32768, 1 << 20])
+def test_a_resume_under_a_cap_keeps_what_was_chosen_within_it(context: int, tmp_path: Path) -> None:
+    """It was planned anew at every start, as if the cap had come since; and a stream took chunks for the whole GPU."""
+    auto_config(tmp_path, "attention: {group_size: 8192}\nparallel: auto")
+    words = [f"model.context={context}", "train.recompute=auto", "train.gpu_gib=60", "train.stream=auto"]
+    arch, one = find_model("llama2-7b").arch, replace(H100, here=1)
+    config = load_config(tmp_path / "run.yaml", words)
+    first = settle(config, arch, one, 1)
+    assert first.config.train.gpu_gib is None, "one policy for all layers, for which there is no cap to say"
+    (tmp_path / "run").mkdir()
+    plan = RunPlan.shaped(first.config, arch, 1, one.memory)
+    assert plan.memory().gpu_total <= 60 * GIB
+    (tmp_path / "run" / RECORD).write_text(json.dumps(plan_record(plan, one.site(1), auto=True)))
+    again = settle(config, arch, one, 1)
+    assert again.config == first.config and "keeps what this run began with" in again.chosen
+    less = settle(load_config(tmp_path / "run.yaml", [*words, "train.gpu_gib=30"]), arch, one, 1)
+    assert less.config != first.config and RunPlan.shaped(less.config, arch, 1).memory().gpu_total <= 30 * GIB
+
+
 def test_a_refusal_says_what_would_fit_also_of_auto(tmp_path: Path) -> None:
     small = replace(H100, memory=8 * GIB)
     with pytest.raises(ConfigError) as error:
