@@ -78,7 +78,7 @@ def _with(config: RunConfig, layout: Mapping[str, Any], planned: int) -> RunConf
     # A stream that the user asks for, also since the run began, counts; records of earlier releases know of no other.
     # One that the planner chose goes before the word auto, which looks at the whole GPU.
     own = layout.get("stream")
-    stream = asked.stream if asked.stream is not None and (asked.stream != "auto" or own is None) else own
+    stream = own if own is not None and asked.stream in (None, "auto") else asked.stream
     recompute = layout["recompute"]
     if asked.gpu_gib is not None and recompute != "auto" and planned > asked.gpu_gib * GIB:
         raise KeyError("gpu_gib")  # asked for since: what was chosen takes more

@@ -29,6 +29,7 @@ ratio)."""
 SLOWER = 1.75
 """Time of an operation of attention, in operations of products."""
 FASTER_IN_8_BITS = 1.9
+"""Products on a base in FP8, against 16 bits."""
 PASSES = 4
 """Of the forward pass of a layer over memory beside its products and attention."""
 PARTS = 16
@@ -109,8 +110,7 @@ def fill_memory(
     def fits(counts: dict[RecomputePolicy, int]) -> bool:
         return estimate_memory(config, one, grid, _spread(counts, layers)).gpu_total <= limit
 
-    asked_for = {FULL, GATE_UP, POINTWISE, NONE, FP8 if config.train.gate_up == "fp8" else FULL}
-    kinds = [policy for policy in RecomputePolicy if policy in asked_for]
+    kinds = [FULL, GATE_UP, *([FP8] if config.train.gate_up == "fp8" else []), POINTWISE, NONE]
     most = _most_parked(config, arch, grid, layers) if config.train.gate_up == "host" else 0
     best, least = {FULL: layers}, layers * cost[FULL]
     for hosts in {round(most * part / PARTS) for part in range(PARTS + 1)}:

@@ -10,9 +10,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
-from tools.support.report_plots import KNOWN, OTHER, Style, tokens_label
+from tools.support.report_plots import KNOWN, OTHER, Style, curve, lengths_axis, perplexity_axis, plain
 
 LOST = 10.0
 """Perplexities beyond this many times the least are of a model that reads nothing: no axis is stretched for them."""
@@ -44,19 +43,16 @@ def drawn(found: Mapping[str, Any]) -> Figure:
             exact = [{length: 100 * cell["exact"] for length, cell in seed.items()} for seed in scores]
             lengths[place] |= _line(axes[place], exact, styles[name]).keys()
     titles = "Perplexity", *(f"{task}, % exact" for task in tasks)
-    for at, title, ticks in zip(axes, titles, lengths, strict=True):
-        _finish(at, title, sorted(ticks))
+    for at, title, measured in zip(axes, titles, lengths, strict=True):
+        plain(at)
+        at.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        if measured:
+            lengths_axis(at, sorted(measured))
     if read:
         least = min(read)
-        most = max(value for value in read if value <= LOST * least)
-        axes[0].set_yscale("log")
-        axes[0].set_ylim(0.93 * least, 1.08 * most)
-        digits = 0 if least >= 20 else 1
-        axes[0].yaxis.set_major_locator(
-            FixedLocator([round(least * (most / least) ** (step / 4), digits) for step in range(5)])
-        )
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].yaxis.set_minor_locator(NullLocator())
+        sensible = [value for value in read if value <= LOST * least]
+        perplexity_axis(axes[0], sensible)
+        axes[0].set_ylim(0.93 * least, 1.08 * max(sensible))
     for at in axes[1:]:
         at.set_ylim(-4, 104)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -78,32 +74,6 @@ def _line(axes: Axes, seeds: Sequence[Mapping[str, float | None]], style: Style)
         for length, value in seed.items():
             if value is not None and math.isfinite(value):
                 points.setdefault(int(length), []).append(value)
-    x = sorted(points)
-    y = [statistics.fmean(points[length]) for length in x]
-    spread = [statistics.stdev(points[length]) if len(points[length]) > 1 else 0.0 for length in x]
-    axes.errorbar(
-        x,
-        y,
-        spread,
-        color=style.color,
-        marker=style.marker,
-        linestyle=style.line,
-        markersize=4,
-        capsize=2,
-        linewidth=1.4,
-        label=style.title,
-    )
-    return dict(zip(x, y, strict=True))
-
-
-def _finish(axes: Axes, title: str, ticks: Sequence[int]) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.grid(True, color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("tokens")
-    if ticks:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([tokens_label(tick) for tick in ticks])
+    means = {length: statistics.fmean(points[length]) for length in sorted(points)}
+    curve(axes, means, [statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in means], style)
+    return means

@@ -89,11 +89,43 @@ def _panel(figure: Figure, title: str, rows: int = 1) -> list[Axes]:
     """Stacked axes sharing x, with a light grid and no box; the title stands over the first."""
     panels = [axes for line in figure.subplots(rows, 1, sharex=True, squeeze=False) for axes in line]
     for axes in panels:
-        axes.grid(True, color="#E3E3E3", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     panels[0].set_title(title, loc="left", fontsize=11, fontweight="bold")
     return panels
+
+
+def plain(axes: Axes) -> None:
+    """A light grid and no box."""
+    axes.grid(True, color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curve(axes: Axes, points: Mapping[int, float], errors: Any, style: Style) -> None:
+    """Values by length, with what `errorbar` takes as yerr."""
+    axes.errorbar(
+        list(points),
+        list(points.values()),
+        yerr=errors,
+        color=style.color,
+        marker=style.marker,
+        linestyle=style.line,
+        markersize=5.5,
+        linewidth=1.6,
+        capsize=3,
+        label=style.title,
+    )
+
+
+def lengths_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """Tokens, each length that was measured and no other."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([float(length) for length in lengths]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    if len(lengths) == 1:
+        axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
+    axes.set_xlabel("context length (tokens)")
 
 
 def _figure(height: float = 3.9) -> Figure:
@@ -113,7 +145,7 @@ def _plain_log(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
+def perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
     """Linear where perplexities are close, logarithmic where not; the label says which."""
     axes.set_ylabel("perplexity")
     if values and max(values) / min(values) > LOG_RATIO:
@@ -201,27 +233,10 @@ def length_figure(evaluations: Mapping[str, EvalReport]) -> Figure:
     lengths = sorted({result.length for report in evaluations.values() for result in report.lengths})
     for key, style in styles(evaluations).items():
         results = [result for result in evaluations[key].lengths if math.isfinite(result.perplexity)]
-        axes.errorbar(
-            [result.length for result in results],
-            [result.perplexity for result in results],
-            yerr=_error_bars(results),
-            color=style.color,
-            marker=style.marker,
-            linestyle=style.line,
-            markersize=5.5,
-            linewidth=1.6,
-            capsize=3,
-            label=style.title,
-        )
+        curve(axes, {result.length: result.perplexity for result in results}, _error_bars(results), style)
         drawn += [result.perplexity for result in results]
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([float(length) for length in lengths]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
-    axes.xaxis.set_minor_locator(FixedLocator([]))
-    if len(lengths) == 1:
-        axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
-    axes.set_xlabel("context length (tokens)")
-    _perplexity_axis(axes, drawn)
+    lengths_axis(axes, lengths)
+    perplexity_axis(axes, drawn)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside: curves may run anywhere inside
     return figure
 
@@ -273,7 +288,7 @@ def position_figure(evaluations: Mapping[str, EvalReport], original_context: int
     axes.xaxis.set_major_locator(FixedLocator([length * i / 8 for i in range(9)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
     axes.set_xlabel("position of the predicted token (mean over blocks and windows)")
-    _perplexity_axis(axes, drawn)
+    perplexity_axis(axes, drawn)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside: curves may run anywhere inside
     return figure
 
