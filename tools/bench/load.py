@@ -160,6 +160,7 @@ def run(folder: Path, rounds: int) -> list[dict[str, Any]]:
                 taken = measure(way, folder)
                 sizes[way] = taken["bytes"]
                 found.setdefault((way, state), []).append(taken["seconds"])
+                print(json.dumps({"way": way, "state": state, **taken}), file=sys.stderr, flush=True)
     rows = []
     for way in ways:
         row: dict[str, Any] = {"way": way, "GB": sizes[way] / 1e9}

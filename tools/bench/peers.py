@@ -26,9 +26,10 @@ from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
-from tools.support.shapes import SIZES, config_json, llama2
+from tools.support.gpu_cap import cap_memory
+from tools.support.shapes import SIZES, config_json, shape_of
 
-MODELS = {f"llama2-{size}": size for size in SIZES}
+MODELS = {"llama3-8b": "8b", **{f"llama2-{size}": size for size in SIZES}}
 PEERS = ("sdpa", "s2", "sdpa-liger", "s2-liger")
 
 
@@ -75,7 +76,8 @@ def run_peer(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    arch = llama2(MODELS[args.model], args.layers)
+    cap_memory(args.cap_gib, 0)
+    arch = shape_of(MODELS[args.model], args.layers)
     described = config_json(arch) | {"max_position_embeddings": max(args.sequence, arch.max_positions)}
     config = transformers.LlamaConfig(**described)
     config._attn_implementation = "published_s2" if attention == "s2" else "sdpa"
@@ -119,7 +121,7 @@ def run_ours(attention: str, settings: Sequence[str], args: argparse.Namespace) 
         path = Path(folder) / "rows.jsonl"
         command_line = [sys.executable, "-m", "tools.bench.step", "--model", args.model, "--json", str(path)]
         command_line += ["--sequence", str(args.sequence), "--attention", attention, "--warmup", str(args.warmup)]
-        command_line += ["--steps", str(args.steps), *(["--layers", str(args.layers)] if args.layers else [])]
+        command_line += ["--steps", str(args.steps), *_optional(args)]
         for setting in settings:
             command_line += ["--set", setting]
         done = subprocess.run(command_line, capture_output=True, text=True, check=False)
@@ -130,15 +132,19 @@ def run_ours(attention: str, settings: Sequence[str], args: argparse.Namespace) 
     return found | {"peak_gib": row["peak_allocated_gib"], "recompute": row["recompute"]}
 
 
+def _optional(args: argparse.Namespace) -> list[str]:
+    """Of a process of its own: options that are passed on where they were given."""
+    given = {"--layers": args.layers, "--cap-gib": args.cap_gib}
+    return [word for name, value in given.items() if value for word in (name, str(value))]
+
+
 def apart(kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    """`run_peer` in a process of its own."""
+    """`run_peer` in a process of its own, of `args.model`, `layers`, `sequence`, `warmup`, `steps` and `cap_gib`."""
     if kind.endswith("liger") and importlib.util.find_spec("liger_kernel") is None:
         return {"failed": "liger_kernel is not installed"}
     words = [sys.executable, "-m", "tools.bench.peers", "--one", kind, "--model", args.model]
     words += ["--sequence", str(args.sequence), "--warmup", str(args.warmup), "--steps", str(args.steps)]
-    done = subprocess.run(
-        words + (["--layers", str(args.layers)] if args.layers else []), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(words + _optional(args), capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -171,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
     )
+    parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a row")
     args = parser.parse_args(arguments)

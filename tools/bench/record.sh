@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md that need GPUs, in calls of under ten minutes each.
 #   bash tools/bench/record.sh PART OUT
-# one, speed, speed-7b, rows, peers, base, halos, stream, stream-4m: any GPU of 80 GB (FP8 needs a Hopper; halos and streams 80
+# one, speed, speed-7b, rows, peers, load, base, halos, stream, stream-4m: any GPU of 80 GB (FP8 needs a Hopper; halos and streams 80
 # GiB of host memory).
 # base-two, doctor, ring, survive-megatron, survive-zero3, tensor: two GPUs of one host. Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
-part=${1:?one, speed, speed-7b, rows, peers, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one, speed, speed-7b, rows, peers, load, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -52,14 +52,17 @@ case $part in
   rows)
     one=(--cap-gib 79 --recompute auto --set train.gpu_gib=75 --set train.gate_up=host --warmup 1 --json "$out/step.json")
     both=(--variant model.base=bf16 --variant model.base=fp8)
-    alone 60 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 8192 --micro-batch 4
+    alone 90 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 8192 --micro-batch 4
     alone 90 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 65536 --steps 1
     alone 120 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --sequence 131072 --steps 1
-    alone 60 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --attention full
-    alone 60 tools.bench.step --model llama3-8b "${one[@]}" "${both[@]}"
+    alone 90 tools.bench.step --model llama2-7b "${one[@]}" "${both[@]}" --attention full
+    alone 90 tools.bench.step --model llama3-8b "${one[@]}" "${both[@]}"
     ;;
   peers)
-    alone 300 tools.bench.peers --peers s2-liger sdpa-liger --gate-up host gpu --json "$out/peers.json"
+    alone 300 tools.bench.peers --peers s2-liger sdpa-liger --gate-up host gpu --cap-gib 79 --json "$out/peers.json"
+    ;;
+  load)
+    alone 200 tools.bench.load --gb 4 --rounds 1 --json "$out/load.json"
     ;;
   doctor)
     doctor() { alone 90 tools.doctor --config $yaml --device cuda --processes 2 "$@"; }
@@ -104,8 +107,8 @@ case $part in
       --reference-steps 2 --json "$out/stream.json"
     ;;
   stream-4m)
-    alone 560 tools.bench.stream --chunk 32768 --recompute auto --gpu-gib 75 --gate-up host --lengths 65536 4194304 \
-      --reference-steps 2 --json "$out/stream.json"
+    alone 590 tools.bench.stream --chunk 32768 --recompute auto --gpu-gib 75 --gate-up host --lengths 65536 4194304 \
+      --reference-steps 2 --peers s2-liger --peer-lengths 131072 262144 --cap-gib 79 --json "$out/stream.json"
     ;;
   base-two)
     share=(tools.bench.step --cp 2 --sequence 8192 --engine zero3 --offload --layers 12 --recompute pointwise)
@@ -129,6 +132,6 @@ case $part in
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, speed, speed-7b, rows, peers, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of one, speed, speed-7b, rows, peers, load, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
 esac
 exit $failed

@@ -46,8 +46,10 @@ from pipeline.planning.run_plan import RunPlan
 from pipeline.reporting.command import command
 from pipeline.reporting.parser import Parser
 from pipeline.reporting.profile import print_profile
+from tools.bench.peers import PEERS, apart
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
+from tools.support.gpu_cap import cap_memory
 from tools.support.shapes import SIZES, shape_of
 from tools.support.timed_step import TimedStep
 
@@ -156,6 +158,24 @@ class Trainee:
         }
 
 
+def measure_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """transformers + PEFT at the shortest length and at each next one, until one fails: its memory is the end."""
+    rows = list[dict[str, Any]]()
+    for kind in args.peers:
+        for length in sorted(args.peer_lengths or args.lengths):
+            asked = argparse.Namespace(
+                model=args.model, layers=args.layers, sequence=length, warmup=1, steps=args.steps, cap_gib=args.cap_gib
+            )
+            found = apart(kind, asked)
+            row: dict[str, Any] = {"what": f"transformers + PEFT, {kind}", "tokens": length}
+            if "failed" in found:
+                rows.append({**row, "failed": found["failed"][:200]})
+                break
+            row |= {"seconds": found["seconds"], "tokens/s a GPU": found["tokens_per_second"]}
+            rows.append({**row, "peak allocated GiB": found["peak_gib"]})
+    return rows
+
+
 def measure_all(args: argparse.Namespace, groups: Groups) -> list[dict[str, Any]]:
     """The unstreamed step, then every length streamed, the shortest first."""
     rows: list[dict[str, Any]] = []
@@ -204,6 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--gpu-gib", type=float, help="memory that --recompute auto fills (default: the GPU's)")
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="transformers + PEFT too, before ours")
+    parser.add_argument("--peer-lengths", type=int, nargs="+", help="tokens of theirs (default: --lengths)")
+    parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")
     add_integers(
         parser,
@@ -234,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             env = RankEnv(rank=args.rank, world_size=world, local_rank=0)
         groups = make_groups(grid, env, fake=not env.launched and world > 1)
         seed_everything(0)
-        rows = measure_all(args, groups)
+        theirs = measure_peers(args)
+        cap_memory(args.cap_gib, env.local_rank)
+        rows = theirs + measure_all(args, groups)
     finally:
         destroy_groups()
     if env.launched and not env.is_main:
