@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--warmup", 2, "steps before timing"),
         ("--steps", 3, "timed steps"),
     )
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting of ours; repeatable")
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a row")
@@ -189,17 +190,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = [{"what": f"transformers + PEFT, {kind}", **apart(kind, args)} for kind in args.peers]
     for attention in ("s2", "full"):
         for where in args.gate_up:
-            settings = ["train.recompute=auto", f"train.gate_up={where}"]
+            settings = ["train.recompute=auto", f"train.gate_up={where}", *args.set]
             name = f"Longspan, {attention}, auto" + ("" if where == "gpu" else f", gate and up {where}")
             rows.append({"what": name, **run_ours(attention, settings, args)})
         for word in args.recompute:
             name = f"Longspan, {attention}, {word}"
-            rows.append({"what": name, **run_ours(attention, [f"train.recompute={word}"], args)})
+            rows.append({"what": name, **run_ours(attention, [f"train.recompute={word}", *args.set], args)})
     add_ratios(rows)
     title = f"{torch.cuda.get_device_name()}, {args.model}, {args.sequence} tokens, one sequence a step"
+    title += f", ours with {' '.join(args.set)}" if args.set else ""
     columns = ("what", "seconds", "tokens_per_second", "peak_gib", "ratio", "recompute", "failed")
     print_rows(rows, title, 160, columns)
-    append_rows(args.json, rows, model=args.model, sequence=args.sequence)
+    append_rows(args.json, rows, model=args.model, sequence=args.sequence, set=args.set)
     return 0
 
 

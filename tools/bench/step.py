@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from parallel.errors import ConfigError, LongspanError
-from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.lone_rank import numbers_bytes
 from parallel.world.rank_env import RankEnv
@@ -38,7 +37,7 @@ from pipeline.reporting.parser import Parser
 from pipeline.reporting.profile import print_profile
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
-from tools.support.gpu_cap import cap_memory
+from tools.support.gpu_cap import cap_memory, room_within
 from tools.support.random_base import RandomBase
 from tools.support.shapes import KNOWN, shape_of
 from tools.support.timed_step import TimedStep
@@ -107,7 +106,7 @@ def plan_of(args: argparse.Namespace, variant: Variant, world: int) -> RunPlan:
     shared = config.parallel.tp * config.parallel.cp
     batch = config.train.micro_batch * args.micro_batches * max(1, world // shared)
     config = replace(config, train=replace(config.train, global_batch=batch))
-    return RunPlan.shaped(config, arch, world, smallest_gpu())
+    return RunPlan.shaped(config, arch, world, room_within(args.cap_gib))
 
 
 def stepper(

@@ -16,7 +16,6 @@ import torch
 
 from parallel.axes.zero3 import FrozenShards, deepspeed_config
 from parallel.errors import ConfigError
-from parallel.world.gpu_memory import smallest_gpu
 from parallel.world.grid import check_model_fits, plan_grid
 from parallel.world.groups import Groups, destroy_groups, make_groups
 from parallel.world.rank_env import RankEnv
@@ -49,7 +48,7 @@ from pipeline.reporting.profile import print_profile
 from tools.bench.peers import PEERS, apart
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
-from tools.support.gpu_cap import cap_memory
+from tools.support.gpu_cap import cap_memory, room_within
 from tools.support.shapes import SIZES, shape_of
 from tools.support.timed_step import TimedStep
 
@@ -96,7 +95,7 @@ def policies_of(
             tp=grid.tp, cp=grid.cp, engine="zero3" if args.offload else "megatron", offload=offload
         ),
     )
-    return RunPlan.shaped(config, arch, groups.env.world_size, smallest_gpu()).recompute
+    return RunPlan.shaped(config, arch, groups.env.world_size, room_within(args.cap_gib)).recompute
 
 
 class Trainee:
@@ -219,12 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gate-up", choices=GATE_UP, default="gpu", help="where pointwise keeps gate and up (default gpu)"
     )
-    parser.add_argument(
-        "--without", nargs="*", choices=WITHOUT, default=[], metavar="WORD", help="words of train.without"
-    )
-    parser.add_argument("--gpu-gib", type=float, help="memory that --recompute auto fills (default: the GPU's)")
+    parser.add_argument("--without", nargs="*", choices=WITHOUT, default=[], metavar="W", help="words of train.without")
+    parser.add_argument("--gpu-gib", type=float, help="memory that auto fills (default: the GPU's, or the cap)")
     parser.add_argument("--backend", default="auto", help="attention backend (default auto)")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="transformers + PEFT too, before ours")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=[],
+        metavar="P",
+        help="transformers + PEFT too: sdpa, s2, s2-liger..",
+    )
     parser.add_argument("--peer-lengths", type=int, nargs="+", help="tokens of theirs (default: --lengths)")
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--offload", action="store_true", help="frozen weights in host memory (engine zero3)")

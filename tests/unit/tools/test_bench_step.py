@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallel.errors import ConfigError
+from pipeline.planning.memory import GIB
 from pipeline.planning.recompute import RecomputePolicy
 from pipeline.reporting.profile import Kernel, busy, kind_of, summary
 from tools.bench import step
@@ -39,6 +40,19 @@ def test_variants_are_plans_of_one_command_line() -> None:
         step.plan_of(step.parse(["--set", "parallel.pp=2"])[1], step.Variant("local"), 8)
     _, bare = step.parse([])
     assert [variant.name for variant in step.variants_of(bare)] == ["local"]
+
+
+def test_a_plan_keeps_to_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`recompute: auto` filled the whole card where PyTorch could have less of it, and ran out of memory."""
+    monkeypatch.setattr("tools.support.gpu_cap.smallest_gpu", lambda: 139 * GIB)
+    shape = ["--model", "llama2-7b", "--recompute", "auto", "--set", "train.gate_up=gpu"]
+
+    def filled(*options: str) -> float:
+        _, args = step.parse([*shape, *options])
+        return step.plan_of(args, step.Variant("local"), 1).memory().gpu_total / GIB
+
+    assert filled() > 90, "the case tells nothing where little fits"
+    assert 60 < filled("--cap-gib", "79") <= 79
 
 
 def test_a_profile_says_how_busy_each_stream_is() -> None:
