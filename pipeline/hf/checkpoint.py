@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.hf.weight_files import choose_weights
 from pipeline.storage.digest import sha256_of
 from pipeline.storage.pickled import PickledFile
 from pipeline.storage.safetensors import SafetensorsFile, TensorFact, read_header
+from pipeline.storage.turns import Turns
 
 UNGATHERED = (
     "has no elements, as after saving under DeepSpeed ZeRO-3 without gathering the weights; make whole ones from the "
@@ -48,6 +50,7 @@ class HfCheckpoint:
         self._file: dict[str, str] = {}
         self._open: dict[str, SafetensorsFile | PickledFile] = {}
         self._digests: dict[str, str] | None = None
+        self._turns: Turns | None = None
         chosen = choose_weights(self.folder, pickled)
         self.files = tuple(sorted(chosen.tensors))
         """Names of the weight files."""
@@ -90,8 +93,23 @@ class HfCheckpoint:
     def _handle(self, name: str) -> SafetensorsFile | PickledFile:
         file = self.file_of(name)
         if file not in self._open:
-            self._open[file] = SafetensorsFile(self.folder / file)
+            self._open[file] = SafetensorsFile(self.folder / file, self._empty)
         return self._open[file]
+
+    def _empty(self, fact: TensorFact) -> torch.Tensor:
+        return torch.empty(fact.shape, dtype=fact.dtype) if self._turns is None else self._turns.empty(fact)
+
+    @contextlib.contextmanager
+    def in_turns(self, kept: int) -> Iterator[Callable[[], None]]:
+        """Let reads have the memory of earlier ones: a tensor lives through its own turn and the next `kept` - 1.
+
+        Gives what begins a turn. Several threads must not read meanwhile.
+        """
+        self._turns = Turns(kept)
+        try:
+            yield self._turns.begin
+        finally:
+            self._turns = None
 
     @property
     def bytes_read(self) -> int:

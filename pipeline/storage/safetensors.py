@@ -30,6 +30,8 @@ READERS = min(8, os.cpu_count() or 1)
 """Threads that fill one tensor: a disk and the kernel's copying want several reads under way."""
 SHARED_READ = 1 << 24
 """Bytes of a tensor for each of them."""
+READ_AHEAD = 1 << 17
+"""Bytes: Linux's read_ahead_kb as shipped. It reads no more ahead at a time, whatever it is asked."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -104,15 +106,22 @@ def read_header(path: Path) -> dict[str, TensorFact]:
     return _parse_header(path)[0]
 
 
+def _fresh(fact: TensorFact) -> torch.Tensor:
+    return torch.empty(fact.shape, dtype=fact.dtype)
+
+
 class SafetensorsFile:
     """An open safetensors file; stays readable when it is unlinked or renamed meanwhile.
+
+    Args:
+        memory: gives an uninitialised tensor on the CPU for what is read.
 
     Raises:
         CheckpointError: see `read_header`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, memory: Callable[[TensorFact], torch.Tensor] = _fresh) -> None:
+        self.path, self._memory = Path(path), memory
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except OSError:
@@ -148,14 +157,19 @@ class SafetensorsFile:
                 raise OSError("the file became shorter")
             done += count
 
+    def _announce(self, start: int, size: int) -> None:
+        """Have the kernel read ahead: a short read from every row looks random, and each would wait for its page."""
+        for at in range(start, start + size, READ_AHEAD):
+            os.posix_fadvise(self._descriptor, at, min(READ_AHEAD, start + size - at), os.POSIX_FADV_WILLNEED)
+
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, in its stored dtype, on the CPU, in memory of its own."""
+        """A whole tensor, in its stored dtype, on the CPU, in memory of its own unless `memory` says otherwise."""
         fact = self.facts[name]
         return self._rows(name, fact, 0, fact.shape[0]) if fact.shape else self._read(name, fact, 0)
 
     def _read(self, name: str, fact: TensorFact, skip: int) -> torch.Tensor:
         """`fact` bytes of a tensor, from `skip` bytes into it."""
-        found = torch.empty(fact.shape, dtype=fact.dtype)
+        found = self._memory(fact)
         if fact.nbytes:
             raw = memoryview(found.reshape(-1).view(torch.uint8).numpy())
             self._fill(name, raw, self._offsets[name] + skip)
@@ -176,9 +190,10 @@ class SafetensorsFile:
             raise CheckpointError(f"{name}: shape {fact.shape} has no range {start}:{stop} along dim {dim}.")
         if dim == 0:
             return self._rows(name, fact, start, stop)
-        found = torch.empty((fact.shape[0], stop - start, *fact.shape[2:]), dtype=fact.dtype)
+        found = self._memory(TensorFact((fact.shape[0], stop - start, *fact.shape[2:]), fact.dtype))
         row = fact.nbytes // fact.shape[0]
         part = row // fact.shape[1]
+        self._announce(self._offsets[name], fact.nbytes)
         raw = memoryview(found.reshape(-1).view(torch.uint8).numpy())
         width = part * (stop - start)
         for number in range(fact.shape[0]):

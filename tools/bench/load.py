@@ -148,9 +148,10 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def run(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Every way, cold and then warm, in turn, `rounds` times; medians."""
+def run(folder: Path, rounds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every way whose name has one of the words `only`, cold and then warm, in turn, `rounds` times; medians."""
     ways = [way for way in WAYS if " " in way or importlib.util.find_spec(way)]
+    ways = [way for way in ways if not only or any(word in way for word in only)]
     found: dict[tuple[str, str], list[float]] = {}
     sizes = dict[str, float]()
     for _ in range(rounds):
@@ -177,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("tools.bench.load", __doc__, "BENCHES.md")
     parser.add_argument("--gb", type=float, default=8.0, help="size of the model that is made, 10^9 bytes")
     parser.add_argument("--model", type=model_path, help="a checkpoint folder; none is made")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="ways whose names have one of these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=user_path, help="also append the rows here, one line each")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -188,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if made is not None:
             generate(made, args.gb)
-        rows = run(args.model or made / "base", args.rounds)  # type: ignore[operator]
+        rows = run(args.model or made / "base", args.rounds, args.only)  # type: ignore[operator]
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)

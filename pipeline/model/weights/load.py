@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from parallel.axes.zero3 import FrozenShards, ShardPiece
 from parallel.errors import CheckpointError, ConfigError
 from pipeline.config.sections import LoraConfig
+from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.hf.vocabulary import VOCABULARY_HF, read_rows
 from pipeline.hf.weight_source import WeightSource
 from pipeline.model.layers.frozen_weight import FrozenWeight
@@ -53,43 +57,90 @@ def _cut(checkpoint: WeightSource, hf_name: str, part: Part, whole_rows: bool = 
     )
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Something to load."""
+
+    read: Callable[[], list[torch.Tensor]]
+    """From the source; called in the order of the pieces, one at a time, maybe in a thread of its own."""
+    place: Callable[[list[torch.Tensor]], None]
+    """Copies into the model what was read, whose memory later pieces use again."""
+
+
+def _load(pieces: Iterable[_Piece], checkpoint: WeightSource) -> None:
+    """Read and place each piece, and from a folder the next one meanwhile: disk and bus work at once."""
+    if not isinstance(checkpoint, HfCheckpoint):  # made up on the device, by this thread
+        for piece in pieces:
+            piece.place(piece.read())
+        return
+    last: tuple[_Piece, Future[list[torch.Tensor]]] | None = None
+    with checkpoint.in_turns(2) as begin, ThreadPoolExecutor(1, "read-weights") as reader:
+        for piece in pieces:
+            reader.submit(begin)
+            reading = reader.submit(piece.read)
+            if last is not None:
+                last[0].place(last[1].result())
+            last = piece, reading
+        if last is not None:
+            last[0].place(last[1].result())
+
+
 def load_base(part: Part, checkpoint: WeightSource) -> None:
     """Fill every parameter but the adapters from a Hugging Face checkpoint, casting to the parameter's dtype.
 
-    Each rank reads its own layers and slices, one matrix at a time; of a matrix kept in another form whole rows, which
-    are encoded where it lies. Vocabulary rows that only pad it to a multiple of tp are zero; those the
-    architecture has beyond the stored ones (added tokens) are the mean of all stored ones, alike on every rank.
+    Each rank reads its own layers and slices, one matrix ahead of the one that is put in place; of a matrix kept in
+    another form whole rows, which are encoded where it lies. Vocabulary rows that only pad it to a multiple of tp are
+    zero; those the architecture has beyond the stored ones (added tokens) are the mean of all stored ones, alike on
+    every rank.
 
     Raises:
         CheckpointError: a tensor is missing or misshaped (named).
     """
+    with torch.no_grad():
+        _load(_whole_pieces(part, checkpoint), checkpoint)
+        if part.shards is not None:
+            _load(_share_pieces(part, part.shards, checkpoint), checkpoint)
+
+
+def _whole_pieces(part: Part, checkpoint: WeightSource) -> Iterator[_Piece]:
+    """Every parameter that is not in `part.shards`."""
     matrices = dict(part.frozen_matrices())
     beside = {id(member) for matrix in matrices.values() for key, member in matrix.members().items() if key != "weight"}
-    with torch.no_grad():
-        for name, parameter in part.canonical_parameters():
-            if kind_of(name) == "lora" or id(parameter) in beside:
-                continue
-            if part.shards is not None and part.shards.holds(parameter):
-                continue
-            sources = [hf_name for hf_name, _ in to_hf(name)]
-            if name in VOCABULARY:
-                _fill_rows(sources[0], parameter, _cut(checkpoint, sources[0], part), part)
-                continue
-            matrix = matrices.get(name)
-            rows = matrix is not None and matrix.whole_rows
-            whole = _assemble(name, [_cut(checkpoint, source, part, rows) for source in sources], part.arch)
-            if whole.shape != (wanted := parameter.shape if matrix is None else matrix.given_shape):
-                raise _misshaped(sources[0], whole, wanted)
-            if matrix is None:
-                parameter.copy_(whole)
-            else:
-                matrix.write(whole)
-        if part.shards is not None:
-            _fill_shares(part, part.shards, checkpoint)
+    for name, parameter in part.canonical_parameters():
+        if kind_of(name) == "lora" or id(parameter) in beside:
+            continue
+        if part.shards is not None and part.shards.holds(parameter):
+            continue
+        sources = [hf_name for hf_name, _ in to_hf(name)]
+        matrix = matrices.get(name)
+        rows = matrix is not None and matrix.whole_rows
+        yield _Piece(partial(_cuts, checkpoint, sources, part, rows), partial(_place, name, parameter, matrix, part))
 
 
-def _fill_shares(part: Part, shards: FrozenShards, checkpoint: WeightSource) -> None:
-    """Read the rows that this rank's shares hold some of, and no others, into them.
+def _cuts(checkpoint: WeightSource, sources: Sequence[str], part: Part, whole_rows: bool) -> list[torch.Tensor]:
+    return [_cut(checkpoint, source, part, whole_rows) for source in sources]
+
+
+def _place(
+    name: str, parameter: torch.Tensor, matrix: FrozenWeight | None, part: Part, found: list[torch.Tensor]
+) -> None:
+    """Put a parameter's stored tensors, or this rank's slices of them, in place."""
+    source = to_hf(name)[0][0]
+    if name in VOCABULARY:
+        _fill_rows(source, parameter, found[0], part)
+        return
+    # Fused on the device: in host memory that copies every byte once more.
+    whole = _assemble(name, [tensor.to(parameter.device) for tensor in found], part.arch)
+    if whole.shape != (wanted := parameter.shape if matrix is None else matrix.given_shape):
+        raise _misshaped(source, whole, wanted)
+    if matrix is None:
+        parameter.copy_(whole)
+    else:
+        matrix.write(whole)
+
+
+def _share_pieces(part: Part, shards: FrozenShards, checkpoint: WeightSource) -> Iterator[_Piece]:
+    """The rows that this rank's shares hold some of, and no others, into them.
 
     A matrix and its scales may lie in two ranks' shares; both then read its rows.
     """
@@ -101,18 +152,33 @@ def _fill_shares(part: Part, shards: FrozenShards, checkpoint: WeightSource) -> 
         name, key = known[id(piece.parameter)]
         held.setdefault(name, []).append((key, piece))
     for name, pieces in held.items():
-        _fill_pieces(name, matrices.get(name), pieces, part, checkpoint)
+        yield from _row_pieces(name, matrices.get(name), pieces, part, checkpoint)
 
 
-def _fill_pieces(
+def _row_pieces(
     name: str,
     matrix: FrozenWeight | None,
     pieces: Sequence[tuple[str, ShardPiece]],
     part: Part,
     checkpoint: WeightSource,
-) -> None:
-    """Fill stretches of one matrix's members, some rows at a time."""
-    filled = dict.fromkeys(range(len(pieces)), 0)
+) -> Iterator[_Piece]:
+    """Stretches of one matrix's members, some rows at a time."""
+    filled = [0] * len(pieces)
+
+    def place(low: int, found: list[torch.Tensor]) -> None:
+        (rows,) = found
+        if matrix is not None and matrix.whole_rows:  # encoded where the model computes
+            rows = rows.to(pieces[0][1].parameter.device)
+        encoded = {"weight": rows} if matrix is None else matrix.encode(rows)
+        for number, (key, piece) in enumerate(pieces):
+            filled[number] += piece.fill(low, encoded[key])
+
+    def pad(nothing: list[torch.Tensor]) -> None:
+        for count, (_, piece) in zip(filled, pieces, strict=True):
+            if count < len(piece.target):
+                # Rows that only pad the vocabulary, behind all others.
+                piece.target[count:].zero_()
+
     for run in row_runs(name, part.arch, part.tp_rank, part.tp_size):
         for first in range(run.row, run.row + run.count, ROWS):
             block = first, min(first + ROWS, run.row + run.count)
@@ -121,20 +187,19 @@ def _fill_pieces(
                 continue
             low, high = min(start for start, _ in touched), max(stop for _, stop in touched)
             source = run.source + low - run.row
-            if run.hf_name in VOCABULARY_HF:
-                found = read_rows(checkpoint, run.hf_name, source, source + high - low)
-            else:
-                columns = None if matrix is not None and matrix.whole_rows else run.columns
-                found = checkpoint.block(run.hf_name, (source, source + high - low), columns)
-            if matrix is not None and matrix.whole_rows:  # encoded where the model computes
-                found = found.to(pieces[0][1].parameter.device)
-            encoded = {"weight": found} if matrix is None else matrix.encode(found)
-            for number, (key, piece) in enumerate(pieces):
-                filled[number] += piece.fill(low, encoded[key])
-    for number, (_, piece) in enumerate(pieces):
-        if filled[number] < len(piece.target):
-            # Rows that only pad the vocabulary, behind all others.
-            piece.target[filled[number] :].zero_()
+            columns = None if matrix is not None and matrix.whole_rows else run.columns
+            stored = source, source + high - low
+            yield _Piece(partial(_rows, checkpoint, run.hf_name, stored, columns), partial(place, low))
+    yield _Piece(list, pad)
+
+
+def _rows(
+    checkpoint: WeightSource, hf_name: str, rows: tuple[int, int], columns: tuple[int, int] | None
+) -> list[torch.Tensor]:
+    """Stored rows of a matrix, of which the vocabulary's may be added ones."""
+    if hf_name in VOCABULARY_HF:
+        return [read_rows(checkpoint, hf_name, *rows)]
+    return [checkpoint.block(hf_name, rows, columns)]
 
 
 def _misshaped(hf_name: str, found: torch.Tensor, wanted: Sequence[int]) -> CheckpointError:
