@@ -3,10 +3,12 @@
 #   bash tools/bench/record.sh PART OUT
 # one, speed, speed-7b, rows, peers, load, base, halos, stream, stream-4m: any GPU of 80 GB (FP8 needs a Hopper; halos and streams 80
 # GiB of host memory).
-# base-two, doctor, ring, survive-megatron, survive-zero3, tensor: two GPUs of one host. Numbers also go to OUT/*.json.
+# base-two, doctor, ring, survive-megatron, survive-zero3, tensor: two GPUs of one host.
+# node-doctor, node-70b, node-shapes, node-stream, survive-megatron, survive-zero3: all GPUs of a host of four or eight (70B: 260 GiB of
+# host memory). Numbers also go to OUT/*.json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
-part=${1:?one, speed, speed-7b, rows, peers, load, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3 or tensor} out=${2:?a folder for the numbers}
+part=${1:?one of the words above} out=${2:?a folder for the numbers}
 mkdir -p "$out"
 # NVLink multicast is refused on some hosts; a run without it is slower by little.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
@@ -20,7 +22,9 @@ run() { # limit in seconds, command
   timeout -k 20 "$limit" "$@" || { code=$? failed=1; echo "== exit $code"; }
 }
 alone() { local limit=$1; shift; run "$limit" python3 -W ignore -m "$@"; }
-two() { local limit=$1; shift; run "$limit" python3 -W ignore -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@"; }
+ranks() { local limit=$1 count=$2; shift 2; run "$limit" python3 -W ignore -m torch.distributed.run --standalone --nproc-per-node "$count" -m "$@"; }
+two() { local limit=$1; shift; ranks "$limit" 2 "$@"; }
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 
 case $part in
   one)
@@ -63,6 +67,40 @@ case $part in
     ;;
   load)
     alone 200 tools.bench.load --gb 4 --rounds 1 --json "$out/load.json"
+    ;;
+  node-doctor)
+    doctor() { local processes=$1; shift; alone 70 tools.doctor --config "$@" --device cuda --processes "$processes"; }
+    megatron=(--set parallel.engine=megatron --set parallel.offload.params=none)
+    doctor "$gpus" $yaml --set "parallel.cp=$gpus"
+    doctor "$gpus" $yaml --set "parallel.cp=$gpus" --set parallel.offload.params=none --set model.base=fp8
+    doctor "$gpus" $yaml --set parallel.cp=4 --set parallel.offload.optimizer=cpu
+    doctor 4 $yaml "${megatron[@]}" --set parallel.cp=4
+    doctor 4 $yaml "${megatron[@]}" --set parallel.cp=1 --set parallel.tp=4
+    doctor "$gpus" $yaml "${megatron[@]}" --set parallel.cp=2 --set parallel.tp=2
+    doctor "$gpus" $yaml "${megatron[@]}" --set "parallel.cp=$((gpus / 4))" --set parallel.tp=2 --set parallel.pp=2 --set parallel.virtual=2
+    doctor "$gpus" launch/configs/llama3_8b_1m.yaml --set "parallel.cp=$gpus"
+    ;;
+  node-70b)
+    # All ranks, and the busiest of as many alone: what lies between them is communication.
+    node=(tools.bench.step --cp "$gpus" --engine zero3 --offload --recompute auto --set train.gpu_gib=74 --cap-gib 79 --micro-batches 2
+      --warmup 1 --steps 2 --variant model.base=bf16 --variant model.base=fp8 --json "$out/step.json")
+    ranks 300 "$gpus" "${node[@]}"
+    alone 240 "${node[@]}"
+    ;;
+  node-shapes)
+    both=(--recompute auto --set train.gpu_gib=74 --cap-gib 79 --micro-batches 2 --warmup 1 --steps 2 --variant model.base=bf16
+      --variant model.base=fp8 --json "$out/step.json")
+    ranks 200 "$gpus" tools.bench.step --tp "$gpus" --tile-scale 1 4 "${both[@]}"
+    # MLPerf's: 8k, full attention, r 16, adapters alone.
+    mlperf=(--tp 4 --sequence 8192 --attention full --set lora.rank=16 --set "train.trainable=[lora]")
+    ranks 160 "$gpus" tools.bench.step "${mlperf[@]}" "${both[@]}"
+    alone 100 tools.bench.step --tp "$gpus" "${both[@]}"
+    alone 80 tools.bench.step "${mlperf[@]}" "${both[@]}"
+    ;;
+  node-stream)
+    long=(--recompute auto --gpu-gib 74 --cap-gib 79 --cp "$gpus" --reference-steps 1 --json "$out/stream.json")
+    ranks 320 "$gpus" tools.bench.stream --model llama2-70b --offload --chunk 32768 --lengths 131072 1048576 "${long[@]}"
+    ranks 270 "$gpus" tools.bench.stream --chunk $((gpus * 16384)) --reference $((gpus * 32768)) --lengths 1048576 $((gpus * 1048576)) "${long[@]}"
     ;;
   doctor)
     doctor() { alone 90 tools.doctor --config $yaml --device cuda --processes 2 "$@"; }
@@ -125,13 +163,13 @@ case $part in
     ;;
   survive-megatron | survive-zero3)
     engine=${part#survive-} scratch=$(mktemp -d)
-    alone 400 tools.bench.survive --processes 2 --engine "$engine" --output "$scratch/$engine" --json "$out/survive.json"
+    alone 580 tools.bench.survive --processes "$gpus" --engine "$engine" --output "$scratch/$engine" --json "$out/survive.json"
     (cd "$scratch" && tar -czf - "$engine"/*.log) >"$out/$engine-logs.tgz"
     ;;
   tensor)
     alone 100 tools.bench.step --tp 2 --layers 12 --profile --json "$out/step.json"
     two 200 tools.bench.step --tp 2 --layers 12 --tile-scale 1 2 --family local megatron --profile --json "$out/step.json"
     ;;
-  *) echo "record: $part is none of one, speed, speed-7b, rows, peers, load, base, halos, stream, stream-4m, base-two, doctor, ring, survive-megatron, survive-zero3, tensor." >&2; exit 2 ;;
+  *) echo "record: $part is none of the words at the head of this file." >&2; exit 2 ;;
 esac
 exit $failed
