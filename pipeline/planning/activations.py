@@ -87,7 +87,9 @@ def layer_memory(plan: LayerPlan) -> LayerMemory:
     wide = tokens * (ffn + 2 * ffn * (family == "te") + 3 * hidden + arch.hidden * (tp > 1))
     if adapted:
         mlp = tokens * (base + 2 * ffn + again) + wide
-    rest = tokens * max(0, attention - attended)
+    # A layer that kept its own has given back the second norm's input by then, and with S² half of attention's output;
+    # one hidden state is the gradient that goes past it.
+    rest = tokens * max(0, attention - attended - 2 * hidden - query // 2 * (halves == 1))
     # Queries of other ranks: they, their outputs and log-sum-exps are kept; the gradients of both come beside them.
     borrowed = _borrowed(plan)
     guests, grads = borrowed * (2 * query + 4 * arch.heads // tp // width), borrowed * 2 * query

@@ -107,6 +107,15 @@ def test_near_the_peaks_of_transformer_engine(recipe: str, layers: int, measured
     assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize(("recompute", "measured"), [("full", 15.85), ("gate_up", 19.88), ("pointwise", 30.82)])
+def test_near_the_peaks_where_a_layers_backward_is_most(recompute: str, measured: float) -> None:
+    """docs/LOG.md, 2026-12-01: two layers of Llama-2-7B at 131,072 tokens, from the history of the allocations."""
+    settings = ["model.context=131072", f"train.recompute={recompute}", "attention.full_last_steps=0"]
+    config = load_config(CONFIG.parent / "llama2_7b_32k.yaml", settings)
+    estimate = estimate_of(config, llama2("7b", 2), 1)
+    assert (estimate.gpu_total - CUDA_CONTEXT) / GIB == pytest.approx(measured, rel=0.03)
+
+
 def test_sizes_follow_the_models_rules() -> None:
     # Llama-2-70B's MLP: gate, up and two hidden states, over 1, 2 and 8 tensor ranks.
     widths = [2 * 28672 // ranks + 2 * 8192 for ranks in (1, 2, 8)]
