@@ -38,6 +38,7 @@ from pipeline.reporting.profile import print_profile
 from tools.support.bench_rows import append_rows, print_rows
 from tools.support.command_line import add_integers
 from tools.support.gpu_cap import cap_memory, room_within
+from tools.support.live_memory import print_live
 from tools.support.random_base import RandomBase
 from tools.support.shapes import KNOWN, shape_of
 from tools.support.timed_step import TimedStep
@@ -138,6 +139,8 @@ def measure(args: argparse.Namespace, plan: RunPlan, groups: Groups, take: Calla
     peaks = torch.cuda.max_memory_allocated() - numbers_bytes(), torch.cuda.max_memory_reserved()
     if args.profile:
         print_profile(lambda: take(args.warmup + args.steps), groups.is_main or not groups.env.launched)
+    if args.live:
+        print_live(lambda: take(args.warmup + args.steps + 1), groups.is_main or not groups.env.launched)
     seconds = statistics.median(times)
     grid = plan.grid
     tokens_a_step = plan.sequence * plan.config.train.micro_batch * args.micro_batches
@@ -220,6 +223,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--cap-gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--rank", type=int, help="which rank to be, when alone (default: the one with the most work)")
     parser.add_argument("--profile", action="store_true", help="also print which kernels one more step's time goes to")
+    parser.add_argument("--live", action="store_true", help="also print what is on the GPU at one more step's peak")
     parser.add_argument("--json", type=user_path, help="also append the numbers here, one line a run")
     return parser, parser.parse_args(arguments)
 

@@ -113,7 +113,7 @@ class Trainee:
         if args.offload:
             plan = groups.plan
             described = deepspeed_config(torch.bfloat16, 1, args.micro_batches, plan.dp * plan.cp)
-            shards = FrozenShards(groups, True, described)
+            shards = FrozenShards(groups, True, described, OffloadConfig().ahead)
         self.model = RankModel(
             arch,
             plan_rope(arch, RopeSettings(type="linear"), longest),
