@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from parallel.errors import LongspanError
+from parallel.errors import ConfigError, LongspanError
 from pipeline.config.paths import model_path, user_path
 from pipeline.hf.checkpoint import HfCheckpoint
 from pipeline.reporting.command import command
@@ -148,10 +148,21 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def run(folder: Path, rounds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every way whose name has one of the words `only`, cold and then warm, in turn, `rounds` times; medians."""
+def ways_with(words: Sequence[str]) -> list[str]:
+    """Names of the ways that are installed and have one of the words; no words: all.
+
+    Raises:
+        ConfigError: none has.
+    """
     ways = [way for way in WAYS if " " in way or importlib.util.find_spec(way)]
-    ways = [way for way in ways if not only or any(word in way for word in only)]
+    found = [way for way in ways if not words or any(word in way for word in words)]
+    if not found:
+        raise ConfigError(f"--only: no way here has {' or '.join(words)} in its name; there are: {'; '.join(ways)}.")
+    return found
+
+
+def run(folder: Path, rounds: int, ways: Sequence[str]) -> list[dict[str, Any]]:
+    """Every way, cold and then warm, in turn, `rounds` times; medians."""
     found: dict[tuple[str, str], list[float]] = {}
     sizes = dict[str, float]()
     for _ in range(rounds):
@@ -186,11 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.child:
         print(json.dumps(WAYS[args.child](args.model)))
         return 0
+    ways = ways_with(args.only)
     made = Path(tempfile.mkdtemp(prefix="load-")) if args.model is None else None
     try:
         if made is not None:
             generate(made, args.gb)
-        rows = run(args.model or made / "base", args.rounds, args.only)  # type: ignore[operator]
+        rows = run(args.model or made / "base", args.rounds, ways)  # type: ignore[operator]
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from parallel.errors import ConfigError
 from tests.support.tiny_models import make_tiny
 from tools.bench import load as bench
 
@@ -26,3 +27,9 @@ def test_every_way_reads_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
         part = "TP" in way or "zero3" in way
         assert (0.4 * whole < row["GB"] * 1e9 < 0.8 * whole) if part else row["GB"] * 1e9 == whole, way
         assert row["cold s"] > 0 and row["warm GB/s"] == pytest.approx(row["GB"] / row["warm s"])
+
+
+def test_ways_by_name() -> None:
+    assert bench.ways_with(["whole", "TP"]) == ["ours, whole", f"ours, rank {bench.RANK} of TP {bench.RANKS}"]
+    with pytest.raises(ConfigError, match="--only: no way here has mapped in its name; there are: ours, whole;"):
+        bench.ways_with(["mapped"])
