@@ -97,7 +97,7 @@ class HfCheckpoint:
         return self._open[file]
 
     def _empty(self, fact: TensorFact) -> torch.Tensor:
-        return torch.empty(fact.shape, dtype=fact.dtype) if self._turns is None else self._turns.empty(fact)
+        return fact.empty() if self._turns is None else self._turns.empty(fact)
 
     @contextlib.contextmanager
     def in_turns(self, kept: int) -> Iterator[Callable[[], None]]:

@@ -57,6 +57,10 @@ class TensorFact:
             count *= size
         return count * self.dtype.itemsize
 
+    def empty(self) -> torch.Tensor:
+        """Such a tensor on the CPU, in memory of its own, its contents undefined."""
+        return torch.empty(self.shape, dtype=self.dtype)
+
 
 def _parse_header(path: Path) -> tuple[dict[str, TensorFact], dict[str, int]]:
     """Facts and absolute byte offsets of every tensor; see `read_header` for the errors."""
@@ -106,10 +110,6 @@ def read_header(path: Path) -> dict[str, TensorFact]:
     return _parse_header(path)[0]
 
 
-def _fresh(fact: TensorFact) -> torch.Tensor:
-    return torch.empty(fact.shape, dtype=fact.dtype)
-
-
 class SafetensorsFile:
     """An open safetensors file; stays readable when it is unlinked or renamed meanwhile.
 
@@ -120,7 +120,7 @@ class SafetensorsFile:
         CheckpointError: see `read_header`.
     """
 
-    def __init__(self, path: Path, memory: Callable[[TensorFact], torch.Tensor] = _fresh) -> None:
+    def __init__(self, path: Path, memory: Callable[[TensorFact], torch.Tensor] = TensorFact.empty) -> None:
         self.path, self._memory = Path(path), memory
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 
 from pipeline.planning.memory import GIB
 
+Entry = Mapping[str, Any]
+"""Of a trace of allocations."""
 OURS = ("/pipeline/", "/parallel/")
 """Folders whose frames name a block."""
 FRAMES = 4
@@ -33,36 +35,32 @@ def _where(frames: Sequence[Mapping[str, Any]]) -> str:
     return " < ".join(named) or "(a backward without a Python frame)"
 
 
-def at_peak(trace: Iterable[Mapping[str, Any]]) -> list[Live]:
+def _replay(trace: Iterable[Entry]) -> Iterator[tuple[int, dict[int, Entry]]]:
+    """(bytes that live, their allocations by address) after every entry."""
+    live, height = dict[int, Entry](), 0
+    for entry in trace:
+        if entry["action"] == "alloc":
+            live[entry["addr"]] = entry
+            height += entry["size"]
+        elif entry["action"] == "free_completed" and entry["addr"] in live:
+            height -= live.pop(entry["addr"])["size"]
+        yield height, live
+
+
+def at_peak(trace: Iterable[Entry]) -> list[Live]:
     """The blocks that live when those of a trace together are most, the largest origin first.
 
     Args:
         trace: entries of `torch.cuda.memory._snapshot()["device_traces"][device]`, of which `alloc` and
             `free_completed` count: `action`, `addr`, `size` (bytes) and `frames`. Blocks from before it are not seen.
     """
-    live = dict[int, tuple[int, Sequence[Mapping[str, Any]]]]()
-    now = most = 0
-    best = list[tuple[int, Sequence[Mapping[str, Any]]]]()
+    # Replayed twice: copying what lives at every new height would take as long as there are blocks.
     entries = list(trace)
-    # Twice, as copying what lives at every new height would take as long as there are blocks.
-    for entry in entries:
-        if entry["action"] == "alloc":
-            live[entry["addr"]], now = (entry["size"], entry.get("frames") or ()), now + entry["size"]
-            most = max(most, now)
-        elif entry["action"] == "free_completed" and entry["addr"] in live:
-            now -= live.pop(entry["addr"])[0]
-    live, now = {}, 0
-    for entry in entries:
-        if entry["action"] == "alloc":
-            live[entry["addr"]], now = (entry["size"], entry.get("frames") or ()), now + entry["size"]
-            if now == most:
-                best = list(live.values())
-                break
-        elif entry["action"] == "free_completed" and entry["addr"] in live:
-            now -= live.pop(entry["addr"])[0]
+    most = max((height for height, _ in _replay(entries)), default=0)
+    best = next((live for height, live in _replay(entries) if height == most), {})
     found = dict[str, list[int]]()
-    for size, frames in best:
-        found.setdefault(_where(frames), []).append(size)
+    for entry in best.values():
+        found.setdefault(_where(entry.get("frames") or ()), []).append(entry["size"])
     rows = [Live(where, len(sizes), sum(sizes)) for where, sizes in found.items()]
     return sorted(rows, key=lambda row: row.nbytes, reverse=True)
 

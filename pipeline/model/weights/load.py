@@ -73,11 +73,15 @@ def _load(pieces: Iterable[_Piece], checkpoint: WeightSource) -> None:
         for piece in pieces:
             piece.place(piece.read())
         return
-    last: tuple[_Piece, Future[list[torch.Tensor]]] | None = None
     with checkpoint.in_turns(2) as begin, ThreadPoolExecutor(1, "read-weights") as reader:
+
+        def read(piece: _Piece) -> list[torch.Tensor]:
+            begin()
+            return piece.read()
+
+        last: tuple[_Piece, Future[list[torch.Tensor]]] | None = None
         for piece in pieces:
-            reader.submit(begin)
-            reading = reader.submit(piece.read)
+            reading = reader.submit(read, piece)
             if last is not None:
                 last[0].place(last[1].result())
             last = piece, reading

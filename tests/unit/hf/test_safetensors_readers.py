@@ -29,6 +29,15 @@ def test_threads_read_what_safetensors_reads(readers: int, tmp_path: Path, monke
     assert torch.equal(file.slice("odd", 0, 13, 90), wanted["odd"][13:90])
     assert file.bytes_read == sum(tensor.nbytes for tensor in wanted.values()) + 77 * 31 * 4
 
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(safetensors, "READ_AHEAD", 1000)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: told.append((start, start + size)))
+    assert torch.equal(file.slice("odd", 1, 3, 9), wanted["odd"][:, 3:9])
+    # All of the matrix, in steps that the kernel honours.
+    begins, ends = zip(*told, strict=True)
+    assert begins == (file._offsets["odd"], *ends[:-1]) and ends[-1] - begins[0] == wanted["odd"].nbytes
+    assert max(end - begin for begin, end in told) == 1000
+
     size = path.stat().st_size
     os.truncate(path, size - 50)
     last = max(wanted, key=lambda name: file._offsets[name])
